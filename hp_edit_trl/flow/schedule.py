@@ -1,0 +1,34 @@
+"""Noise levels of a rollout, set exactly as the diffusers pipeline would set them."""
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+
+def pipeline_sigmas(
+    scheduler: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, num_tokens: int
+) -> torch.Tensor:
+    """
+    The noise levels that a pipeline with dynamic shifting visits.
+
+    The shift grows linearly with the number of noisy tokens, so images of different sizes have different schedules.
+
+    Args:
+        scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`]):
+            The pipeline's scheduler. It is not modified.
+        num_inference_steps (`int`):
+            Number of denoising steps.
+        num_tokens (`int`):
+            Number of packed latent tokens of the target image, the references not counted.
+
+    Returns:
+        `torch.Tensor` of shape `(num_inference_steps + 1,)`: decreasing, the last one 0; float32 on the CPU.
+    """
+    config = scheduler.config
+    slope = (config["max_shift"] - config["base_shift"]) / (
+        config["max_image_seq_len"] - config["base_image_seq_len"]
+    )
+    mu = num_tokens * slope + config["base_shift"] - slope * config["base_image_seq_len"]
+    fresh = FlowMatchEulerDiscreteScheduler.from_config(config)
+    fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
+    return fresh.sigmas.to("cpu", torch.float32)

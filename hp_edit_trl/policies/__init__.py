@@ -1,0 +1,57 @@
+"""Floor 2: diffusers edit pipelines seen as RL policies."""
+
+from diffusers import DiffusionPipeline
+
+from .edit_policy import EditConditions, EditPolicy, bucketed
+from .qwen_image_edit import QwenImageEditPolicy
+from .rollout import Trajectory, decode, rollout
+
+
+# The pipelines that can be trained, by the class name in their `model_index.json`.
+POLICIES: dict[str, type[EditPolicy]] = {
+    "QwenImageEditPlusPipeline": QwenImageEditPolicy,
+}
+
+
+def policy_class(model: str | DiffusionPipeline, **kwargs) -> type[EditPolicy]:
+    """
+    The policy that knows a pipeline. Reads only `model_index.json`, no weights.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Hub id, local folder, or a loaded pipeline.
+        **kwargs:
+            Passed to [`~diffusers.DiffusionPipeline.load_config`], e.g. `revision`.
+
+    Raises:
+        `ValueError`: If the model cannot be read as a pipeline, or no policy knows its class.
+    """
+    if isinstance(model, str):
+        try:
+            name = DiffusionPipeline.load_config(model, **kwargs).get("_class_name")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model={model!r} is not a diffusers pipeline: neither a local folder nor a Hub repository with a "
+                f"readable model_index.json ({error})."
+            ) from error
+    else:
+        name = type(model).__name__
+    if name not in POLICIES:
+        raise ValueError(
+            f"model={model if isinstance(model, str) else name!r} is a {name}, which is not an edit pipeline that "
+            f"can be trained here. Known are: {', '.join(POLICIES)}."
+        )
+    return POLICIES[name]
+
+
+__all__ = [
+    "POLICIES",
+    "EditConditions",
+    "EditPolicy",
+    "QwenImageEditPolicy",
+    "Trajectory",
+    "bucketed",
+    "decode",
+    "policy_class",
+    "rollout",
+]

@@ -1,0 +1,177 @@
+"""What a policy is: a diffusers edit pipeline, seen as something that can be rolled out and trained."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+
+@dataclass
+class EditConditions:
+    """
+    Everything about one case that does not change while it is denoised. Computed once per case, shared by its whole
+    group and by training.
+
+    Args:
+        height (`int`):
+            Height of the target in pixels.
+        width (`int`):
+            Width of the target in pixels.
+        num_tokens (`int`):
+            Number of packed latent tokens of the target.
+        num_channels (`int`):
+            Number of channels of a packed latent token.
+        reference_sizes (`tuple[tuple[int, int], ...]`):
+            Height and width in pixels of each reference image as the policy sees it.
+        tensors (`dict[str, torch.Tensor]`):
+            The encodings, named and shaped as their policy needs them, without a batch dimension.
+    """
+
+    height: int
+    width: int
+    num_tokens: int
+    num_channels: int
+    reference_sizes: tuple[tuple[int, int], ...]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def bucket(self) -> tuple:
+        """Cases with equal buckets may share a batch: all image tokens line up."""
+        return (self.height, self.width, self.reference_sizes)
+
+    def to(self, device: torch.device | str) -> "EditConditions":
+        """A copy whose tensors are on `device`."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return EditConditions(
+            self.height, self.width, self.num_tokens, self.num_channels, self.reference_sizes, tensors
+        )
+
+
+class EditPolicy(ABC):
+    """
+    A diffusers edit pipeline seen as a policy: it encodes a case, predicts a velocity, and decodes the result.
+
+    A subclass is the only place that knows its pipeline's class. It adds no behaviour of its own: denoising with
+    [`~EditPolicy.velocity`] along [`~EditPolicy.sigmas`] gives what the pipeline gives.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The loaded pipeline. Its transformer is the module that is trained.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
+    """
+
+    lora_target_modules: list[str]
+
+    def __init__(self, pipeline: DiffusionPipeline, offload_encoders: bool = False):
+        self.pipeline = pipeline
+        self.offload_encoders = offload_encoders
+        self.device = torch.device("cpu")
+        for module in self.encoders.values():
+            module.requires_grad_(False).eval()
+
+    @property
+    @abstractmethod
+    def encoders(self) -> dict[str, nn.Module]:
+        """The frozen modules that run before and after denoising, by name."""
+
+    @property
+    @abstractmethod
+    def lora_exclude_modules(self) -> str:
+        """Regular expression of modules that `lora_target_modules` matches but that never receive a gradient."""
+
+    @abstractmethod
+    def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
+        """Height and width in pixels of the edit: the aspect ratio of the pipeline's choice, `resolution`² in area."""
+
+    @abstractmethod
+    def encode(
+        self, images: list[Image.Image], prompt: str, negative_prompt: str | None, resolution: int
+    ) -> EditConditions:
+        """
+        Encodes one case.
+
+        Args:
+            images (`list[PIL.Image.Image]`):
+                The reference images, RGB, of any size.
+            prompt (`str`):
+                The instruction.
+            negative_prompt (`str` or `None`):
+                Prompt of the unconditional pass. `None` leaves it out; the case then cannot be denoised with guidance.
+            resolution (`int`):
+                Side of the square whose area the target and each reference have.
+
+        Returns:
+            [`EditConditions`], on the policy's device.
+        """
+
+    @abstractmethod
+    def sigmas(self, num_inference_steps: int, conditions: EditConditions) -> torch.Tensor:
+        """Noise levels of shape `(num_inference_steps + 1,)` for a case of this size, as the pipeline sets them."""
+
+    @abstractmethod
+    def collate(self, conditions: list[EditConditions]) -> dict:
+        """Batches cases of one bucket into what [`~EditPolicy.velocity`] takes. Raises `ValueError` if they differ."""
+
+    @abstractmethod
+    def velocity(
+        self, model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, batch: dict, true_cfg_scale: float
+    ) -> torch.Tensor:
+        """
+        The model's prediction of `noise - x0`.
+
+        Args:
+            model (`torch.nn.Module`):
+                The pipeline's transformer, or a wrapper around it (PEFT, DDP).
+            latents (`torch.Tensor` of shape `(batch_size, num_tokens, num_channels)`):
+                Noisy latents, float32.
+            sigma (`torch.Tensor`):
+                Their noise level in [0, 1], a scalar.
+            batch (`dict`):
+                What [`~EditPolicy.collate`] returned.
+            true_cfg_scale (`float`):
+                Guidance scale; at 1.0 and below there is no second pass.
+
+        Returns:
+            `torch.Tensor`: float32, shaped as `latents`.
+        """
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor, conditions: EditConditions) -> list[Image.Image]:
+        """Decodes latents of shape `(batch_size, num_tokens, num_channels)` that share one bucket into images."""
+
+    def place(self, device: torch.device | str) -> None:
+        """Chooses the device of the encodings, and moves the encoders there unless they are offloaded."""
+        self.device = torch.device(device)
+        if not self.offload_encoders:
+            for module in self.encoders.values():
+                module.to(self.device)
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[nn.Module]:
+        """The encoder `name` on the policy's device; it goes back to the CPU afterwards if encoders are offloaded."""
+        module = self.encoders[name]
+        if self.offload_encoders:
+            module.to(self.device)
+        try:
+            yield module
+        finally:
+            if self.offload_encoders:
+                module.to("cpu")
+
+
+def bucketed(conditions: list[EditConditions], batch_size: int) -> list[list[int]]:
+    """Indices of `conditions` in batches of at most `batch_size`, each of one bucket, in order of first appearance."""
+    buckets: dict[tuple, list[int]] = {}
+    for index, condition in enumerate(conditions):
+        buckets.setdefault(condition.bucket, []).append(index)
+    return [
+        members[start : start + batch_size]
+        for members in buckets.values()
+        for start in range(0, len(members), batch_size)
+    ]

@@ -1,0 +1,159 @@
+"""Qwen-Image-Edit-2509 and 2511 (`QwenImageEditPlusPipeline`) as a policy."""
+
+import math
+
+import torch
+from diffusers import QwenImageEditPlusPipeline
+from PIL import Image
+from torch import nn
+
+from ..flow.schedule import pipeline_sigmas
+from .edit_policy import EditConditions, EditPolicy
+
+
+# The pipeline shows every reference to its text encoder at this area, whatever the size of the edit.
+TEXT_ENCODER_AREA = 384 * 384
+
+
+class QwenImageEditPolicy(EditPolicy):
+    """
+    Policy of `QwenImageEditPlusPipeline`, with one or several reference images.
+
+    It differs from calling the pipeline in one thing: references are encoded at the resolution of the target instead of
+    always at about one megapixel. (The pipeline's habit makes edits below one megapixel look zoomed.) At a `resolution`
+    of 1024 the two agree.
+
+    Args:
+        pipeline ([`~diffusers.QwenImageEditPlusPipeline`]):
+            The loaded pipeline.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
+    """
+
+    lora_target_modules = [
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    ]  # fmt: skip
+    pipeline: QwenImageEditPlusPipeline
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"text_encoder": self.pipeline.text_encoder, "vae": self.pipeline.vae}
+
+    @property
+    def lora_exclude_modules(self) -> str:
+        # Nothing reads the text stream after the last block, so what only feeds its output cannot learn.
+        last = self.pipeline.transformer.config.num_layers - 1
+        return rf".*transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
+
+    def _size(self, image: Image.Image, resolution: int) -> tuple[int, int]:
+        multiple = 2 * self.pipeline.vae_scale_factor
+        ratio = image.width / image.height
+        height, width = resolution / math.sqrt(ratio), resolution * math.sqrt(ratio)
+        return max(multiple, round(height / multiple) * multiple), max(multiple, round(width / multiple) * multiple)
+
+    def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
+        return self._size(images[-1], resolution)  # as the pipeline: the last reference gives the aspect ratio
+
+    @torch.no_grad()
+    def encode(
+        self, images: list[Image.Image], prompt: str, negative_prompt: str | None, resolution: int
+    ) -> EditConditions:
+        pipeline = self.pipeline
+        tensors = {}
+
+        # One prompt at a time: with several the pipeline mixes up the images of the prompts.
+        shown = []
+        for image in images:
+            ratio = image.width / image.height
+            width = round(math.sqrt(TEXT_ENCODER_AREA * ratio) / 32) * 32
+            height = round(math.sqrt(TEXT_ENCODER_AREA / ratio) / 32) * 32
+            shown.append(pipeline.image_processor.resize(image, height, width))
+        with self.loaded("text_encoder"):
+            tensors["prompt_embeds"] = pipeline.encode_prompt(prompt, shown, device=self.device)[0][0]
+            if negative_prompt is not None:
+                negative = pipeline.encode_prompt(negative_prompt, shown, device=self.device)[0][0]
+                tensors["negative_prompt_embeds"] = negative
+
+        sizes = tuple(self._size(image, resolution) for image in images)
+        latents = []
+        with self.loaded("vae") as vae:
+            for image, (height, width) in zip(images, sizes, strict=True):
+                pixels = pipeline.image_processor.preprocess(image, height, width).unsqueeze(2)
+                latent = pipeline._encode_vae_image(pixels.to(self.device, vae.dtype), generator=None)
+                channels, rows, columns = latent.shape[1], latent.shape[3], latent.shape[4]
+                latents.append(pipeline._pack_latents(latent, 1, channels, rows, columns)[0])
+        tensors["image_latents"] = torch.cat(latents)
+
+        height, width = self.target_size(images, resolution)
+        num_tokens = (height // pipeline.vae_scale_factor // 2) * (width // pipeline.vae_scale_factor // 2)
+        return EditConditions(height, width, num_tokens, latents[0].shape[-1], sizes, tensors)
+
+    def sigmas(self, num_inference_steps: int, conditions: EditConditions) -> torch.Tensor:
+        return pipeline_sigmas(self.pipeline.scheduler, num_inference_steps, conditions.num_tokens)
+
+    def collate(self, conditions: list[EditConditions]) -> dict:
+        first = conditions[0]
+        for other in conditions[1:]:
+            if other.bucket != first.bucket:
+                raise ValueError(
+                    f"A batch needs cases of equal sizes, but got {first.bucket} and {other.bucket} "
+                    "(height, width, sizes of the references)."
+                )
+        packed = 2 * self.pipeline.vae_scale_factor
+        shapes = [(1, h // packed, w // packed) for h, w in ((first.height, first.width), *first.reference_sizes)]
+        batch = {
+            "image_latents": torch.stack([c.tensors["image_latents"] for c in conditions]),
+            "img_shapes": [shapes] * len(conditions),
+        }
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            if all(name in c.tensors for c in conditions):
+                embeds = [c.tensors[name] for c in conditions]
+                lengths = torch.tensor([len(e) for e in embeds])
+                batch[name] = nn.utils.rnn.pad_sequence(embeds, batch_first=True)
+                # No mask where nothing is padded: it would cost the fast attention path.
+                mask = torch.arange(int(lengths.max())) < lengths[:, None]
+                batch[f"{name}_mask"] = None if mask.all() else mask.to(embeds[0].device)
+        return batch
+
+    def velocity(
+        self, model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, batch: dict, true_cfg_scale: float
+    ) -> torch.Tensor:
+        dtype = self.pipeline.transformer.dtype
+        num_tokens = latents.shape[1]
+        hidden_states = torch.cat([latents.to(dtype), batch["image_latents"].to(dtype)], dim=1)
+        # The pipeline passes on its scheduler's timesteps; the detour keeps even the rounding the same.
+        scale = self.pipeline.scheduler.config.num_train_timesteps
+        timestep = (sigma.to(latents.device) * scale).expand(len(latents)).to(dtype) / 1000
+
+        def predict(name: str) -> torch.Tensor:
+            prediction = model(
+                hidden_states=hidden_states,
+                timestep=timestep,
+                encoder_hidden_states=batch[name].to(dtype),
+                encoder_hidden_states_mask=batch[f"{name}_mask"],
+                img_shapes=batch["img_shapes"],
+                return_dict=False,
+            )[0]
+            return prediction[:, :num_tokens].float()
+
+        conditional = predict("prompt_embeds")
+        if true_cfg_scale <= 1:
+            return conditional
+        unconditional = predict("negative_prompt_embeds")
+        guided = unconditional + true_cfg_scale * (conditional - unconditional)
+        # The guided prediction keeps the length that the conditional one has at each token.
+        return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, conditions: EditConditions) -> list[Image.Image]:
+        pipeline = self.pipeline
+        with self.loaded("vae") as vae:
+            latents = pipeline._unpack_latents(
+                latents, conditions.height, conditions.width, pipeline.vae_scale_factor
+            ).to(self.device, vae.dtype)
+            shape = (1, vae.config.z_dim, 1, 1, 1)
+            mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+            std = torch.tensor(vae.config.latents_std).view(shape).to(latents)
+            pixels = vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
+        return pipeline.image_processor.postprocess(pixels, output_type="pil")
