@@ -4,15 +4,12 @@ import math
 
 import torch
 from diffusers import QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
 from PIL import Image
 from torch import nn
 
 from ..flow.schedule import pipeline_sigmas
 from .edit_policy import EditConditions, EditPolicy
-
-
-# The pipeline shows every reference to its text encoder at this area, whatever the size of the edit.
-TEXT_ENCODER_AREA = 384 * 384
 
 
 class QwenImageEditPolicy(EditPolicy):
@@ -21,7 +18,8 @@ class QwenImageEditPolicy(EditPolicy):
 
     It differs from calling the pipeline in one thing: references are encoded at the resolution of the target instead of
     always at about one megapixel. (The pipeline's habit makes edits below one megapixel look zoomed.) At a `resolution`
-    of 1024 the two agree.
+    of 1024 the two agree, except that the pipeline rounds its sizes to multiples of 32 pixels and this class to the
+    smallest multiple that the latents allow, 16, to stay closer to the aspect ratio.
 
     Args:
         pipeline ([`~diffusers.QwenImageEditPlusPipeline`]):
@@ -65,9 +63,7 @@ class QwenImageEditPolicy(EditPolicy):
         # One prompt at a time: with several the pipeline mixes up the images of the prompts.
         shown = []
         for image in images:
-            ratio = image.width / image.height
-            width = round(math.sqrt(TEXT_ENCODER_AREA * ratio) / 32) * 32
-            height = round(math.sqrt(TEXT_ENCODER_AREA / ratio) / 32) * 32
+            width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, image.width / image.height)
             shown.append(pipeline.image_processor.resize(image, height, width))
         with self.loaded("text_encoder"):
             tensors["prompt_embeds"] = pipeline.encode_prompt(prompt, shown, device=self.device)[0][0]

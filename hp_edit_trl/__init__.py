@@ -1,0 +1,34 @@
+"""Post-train image-editing models with human preferences, in TRL's manner."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0.dev0"
+
+# Public names and the modules that define them. They are imported when first asked for: torch takes its time.
+_MODULES = {
+    "FlowGRPOEditConfig": "trainer.flow_grpo_edit_config",
+    "FlowGRPOEditTrainer": "trainer.flow_grpo_edit_trainer",
+    "HPScorerReward": "rewards",
+    "ServerJudge": "rewards",
+    "TransformersJudge": "rewards",
+    "load_scorer_prompts": "rewards",
+}
+
+__all__ = ["__version__", *_MODULES]
+
+if TYPE_CHECKING:
+    from .rewards import HPScorerReward, ServerJudge, TransformersJudge, load_scorer_prompts
+    from .trainer.flow_grpo_edit_config import FlowGRPOEditConfig
+    from .trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,83 @@
+"""What a case is: a row with `prompt`, `image` or `images`, and optionally `id`, `task`, `category`, `requirement`."""
+
+from typing import Any
+
+from datasets import Dataset, Image, List
+from PIL import Image as PILImage
+
+
+class UnreadableImageError(ValueError):
+    """An image of a case cannot be decoded."""
+
+
+def check_columns(dataset: Dataset, name: str) -> None:
+    """
+    Raises an error that says what is wrong with a dataset of cases.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        name (`str`):
+            What the error calls it, e.g. `"train_dataset"`.
+
+    Raises:
+        `TypeError`: If it is not a map-style [`~datasets.Dataset`].
+        `ValueError`: If it is empty, or a column is missing or not of the right type.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} must be a datasets.Dataset, whose rows can be drawn in any order, but is a "
+            f"{type(dataset).__name__}. A stream can be made one with `Dataset.from_list(list(stream.take(n)))`."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty.")
+    columns = dataset.column_names
+    if "prompt" not in columns:
+        raise ValueError(f"{name} has no column 'prompt' with the instruction; its columns are {columns}.")
+    if dataset.features["prompt"].dtype not in ("string", "large_string"):
+        raise ValueError(f"The column 'prompt' of {name} must hold strings, but is {dataset.features['prompt']}.")
+    if "image" not in columns and "images" not in columns:
+        raise ValueError(
+            f"{name} has no column 'image' (one source image per case) or 'images' (a list of them); its columns are "
+            f"{columns}."
+        )
+
+
+def without_decoding(dataset: Dataset) -> Dataset:
+    """The dataset with its source images left encoded, so that a broken one is met case by case by [`case_images`]."""
+    if isinstance(dataset.features.get("image"), Image):
+        dataset = dataset.cast_column("image", Image(decode=False))
+    images = dataset.features.get("images")
+    if isinstance(images, List) and isinstance(images.feature, Image):
+        dataset = dataset.cast_column("images", List(Image(decode=False)))
+    return dataset
+
+
+def case_images(row: dict[str, Any], case_id: Any) -> list[PILImage.Image]:
+    """
+    The source images of a case: decoded, turned upright, in RGB.
+
+    Args:
+        row (`dict`):
+            The case. `images` counts before `image`. Each image is a PIL image, a path, or datasets' encoded form.
+        case_id (`Any`):
+            What an error calls the case.
+
+    Raises:
+        [`UnreadableImageError`]: If there is no image, or one cannot be decoded.
+    """
+    values = row.get("images") if row.get("images") is not None else [row.get("image")]
+    if not values or any(value is None for value in values):
+        raise UnreadableImageError(f"Case {case_id!r} has no image.")
+    images = []
+    for value in values:
+        try:
+            if isinstance(value, str):
+                value = {"path": value, "bytes": None}
+            image = value if isinstance(value, PILImage.Image) else Image().decode_example(value)
+            images.append(image.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+            raise UnreadableImageError(
+                f"An image of case {case_id!r} cannot be decoded: {type(error).__name__}: {error}"
+            ) from error
+    return images

@@ -1,0 +1,199 @@
+"""HP-Scorer: a judge's score of an edit, and the reward that is made of it."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from PIL import Image
+from transformers.utils import logging
+
+from .judges import Judge, Judgement, ScoreMode, ServerJudge, TransformersJudge
+from .prompts import load_scorer_prompts
+
+
+logger = logging.get_logger(__name__)
+
+
+class HPScorerReward:
+    r"""
+    Reward of an edit by a vision-language judge with a scoring prompt per task (HP-Scorer of HP-Edit, section 4.1).
+
+    The judge sees the source, the edit, the instruction and the task's prompt, and gives a score \\( s \\) in 0..5. The
+    reward is \\( r = 1 / (1 + \exp(-\alpha s + \beta)) \\) (equation 7): .007, .047, .269, .731, .953 and .993 for the
+    scores 0 to 5. A judgement that failed or cannot be read is `None`, which the trainer treats as not applicable.
+
+    It is a plain TRL reward function: call it with `prompts`, `completions` (the edited images) and the columns of the
+    dataset as lists.
+
+    Args:
+        judge (`str` or [`Judge`], *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
+            Model id for a [`TransformersJudge`] in this process, or for a [`ServerJudge`] if `base_url` is given; or
+            any judge, for settings beyond these.
+        base_url (`str`, *optional*):
+            Address of an OpenAI-compatible server that serves the judge, e.g. `"http://localhost:8000/v1"`.
+        prompts (`str`, *optional*):
+            Where the scoring prompts come from: a folder or a Hub repository, see
+            [`~hp_edit_trl.rewards.prompts.load_scorer_prompts`]. By default those of this package.
+        prompts_revision (`str`, *optional*):
+            Branch, tag or commit of the Hub repository.
+        task (`str`, *optional*):
+            Use this task's prompt for every case, whatever its `task` column says. `"base"` is the paper's base scorer.
+        score_mode (`str`, *optional*, defaults to `"integer"`):
+            `"integer"`: the digit answered. `"expected"`: the expectation over the digits' probabilities. Only read
+            when `judge` is a string.
+        alpha (`float`, *optional*, defaults to `2.0`):
+            Scale \\( \alpha \\) of the reward, as in the paper.
+        beta (`float`, *optional*, defaults to `5.0`):
+            Shift \\( \beta \\) of the reward, as in the paper.
+
+    Raises:
+        `ValueError`: If an option or a prompt is not valid, or the judge cannot be used.
+        `ImportError`: If `base_url` is given and the extra `server` is not installed.
+
+    Example:
+
+    ```python
+    >>> reward = HPScorerReward("Qwen/Qwen3-VL-32B-Instruct", base_url="http://localhost:8000/v1")
+    >>> reward(prompts=["Remove the cup"], completions=[edited], image=[source], task=["remove"])
+    [0.9525741268224334]
+    ```
+    """
+
+    def __init__(
+        self,
+        judge: str | Judge = "Qwen/Qwen3-VL-32B-Instruct",
+        base_url: str | None = None,
+        prompts: str | None = None,
+        prompts_revision: str | None = None,
+        task: str | None = None,
+        score_mode: ScoreMode = "integer",
+        alpha: float = 2.0,
+        beta: float = 5.0,
+    ):
+        if score_mode not in ("integer", "expected"):
+            raise ValueError(f"score_mode={score_mode!r} is not known: use 'integer' or 'expected'.")
+        self.prompts = load_scorer_prompts(prompts, prompts_revision)
+        self.task = task
+        self.alpha = alpha
+        self.beta = beta
+        if task is not None:
+            self.check_tasks([task])
+        if not isinstance(judge, str):
+            self.judge = judge
+        elif base_url is not None:
+            self.judge = ServerJudge(judge, base_url, score_mode)
+        else:
+            self.judge = TransformersJudge(judge, score_mode)
+
+    def check_tasks(self, tasks: Iterable[str | None]) -> None:
+        """Raises `ValueError` if there is no prompt for one of `tasks`. Cases without a task use the base prompt."""
+        unknown = sorted({repr(task) for task in tasks if task is not None and task not in self.prompts})
+        if unknown:
+            raise ValueError(
+                f"No scoring prompt for the task {', '.join(unknown)}. There are prompts for: "
+                f"{', '.join(self.prompts)}. Correct the column `task`, or add a prompt with `prompts=`."
+            )
+
+    def load(self) -> None:
+        """Gets the judge ready, and raises if it cannot judge. Trainers call this before anything is sampled."""
+        self.judge.load()
+
+    def judge_cases(
+        self,
+        prompts: list[str],
+        completions: list[Image.Image],
+        sources: list[list[Image.Image]],
+        tasks: list[str | None],
+        requirements: list[str | None],
+    ) -> list[Judgement]:
+        """
+        Scores edits.
+
+        Args:
+            prompts (`list[str]`):
+                The instructions.
+            completions (`list[PIL.Image.Image]`):
+                The edited images.
+            sources (`list[list[PIL.Image.Image]]`):
+                The reference images of each case.
+            tasks (`list[str | None]`):
+                The task of each case.
+            requirements (`list[str | None]`):
+                Further requirements of each case.
+
+        Returns:
+            `list[Judgement]`: one per case, with its score in [0, 5] or `None`.
+        """
+        names = [self.task or task or "base" for task in tasks]
+        self.check_tasks(names)
+        conversations = []
+        for name, prompt, requirement, references, edit in zip(
+            names, prompts, requirements, sources, completions, strict=True
+        ):
+            content: list[dict[str, Any]] = []
+            for number, reference in enumerate(references, start=1):
+                label = "Image A" if len(references) == 1 else f"Image A, picture {number}"
+                content += [{"type": "text", "text": f"{label}:"}, {"type": "image", "image": reference}]
+            content += [{"type": "text", "text": "Image B:"}, {"type": "image", "image": edit}]
+            system = [{"type": "text", "text": self.prompts[name].fill(prompt, requirement)}]
+            conversations.append([{"role": "system", "content": system}, {"role": "user", "content": content}])
+        return self.judge(conversations)
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[Image.Image],
+        image: list[Image.Image] | None = None,
+        images: list[list[Image.Image]] | None = None,
+        task: list[str | None] | None = None,
+        requirement: list[str | None] | None = None,
+        log_extra: Callable[[str, list], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """
+        Rewards of edits, in TRL's convention for reward functions.
+
+        Args:
+            prompts (`list[str]`):
+                The instructions.
+            completions (`list[PIL.Image.Image]`):
+                The edited images.
+            image (`list[PIL.Image.Image]`, *optional*):
+                The source image of each case.
+            images (`list[list[PIL.Image.Image]]`, *optional*):
+                Instead of `image`, for cases with several reference images.
+            task (`list[str]`, *optional*):
+                The task of each case. Without it the base prompt is used.
+            requirement (`list[str]`, *optional*):
+                Further requirements of each case.
+            log_extra (`Callable`, *optional*):
+                Given by the trainer; receives the scores for the table of samples.
+            log_metric (`Callable`, *optional*):
+                Given by the trainer; receives `hp_score` (mean of the scores) and `hp_score_failed` (the share of
+                cases without one).
+
+        Returns:
+            `list[float | None]`: the rewards in (0, 1), `None` where there is no score.
+        """
+        if images is None:
+            if image is None:
+                raise ValueError("HPScorerReward needs the source images: a column `image` or `images`.")
+            images = [[source] for source in image]
+        count = len(prompts)
+        judgements = self.judge_cases(
+            prompts, completions, images, task or [None] * count, requirement or [None] * count
+        )
+        ids = columns.get("id") or range(count)
+        for case, prompt, judgement in zip(ids, prompts, judgements, strict=True):
+            if judgement.score is None:
+                logger.warning(f"No score for case {case} ({prompt!r}): the judge answered {judgement.answer!r}.")
+        scores = [judgement.score for judgement in judgements]
+        known = [score for score in scores if score is not None]
+        if log_extra is not None:
+            log_extra("hp_score", scores)
+        if log_metric is not None:
+            log_metric("hp_score_failed", 1 - len(known) / count)
+            if known:
+                log_metric("hp_score", sum(known) / len(known))
+        return [None if score is None else 1 / (1 + math.exp(self.beta - self.alpha * score)) for score in scores]

@@ -1,0 +1,291 @@
+"""
+Judges: vision-language models that answer a scorer prompt. One runs in this process, one behind an OpenAI-compatible
+server. A judge is the only place that knows how its model is reached.
+"""
+
+import base64
+import io
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from qwen_vl_utils import fetch_image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+DIGITS = ("0", "1", "2", "3", "4", "5")
+ScoreMode = Literal["integer", "expected"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """
+    A judge's verdict on one case.
+
+    Args:
+        score (`float` or `None`):
+            The score in [0, 5]; `None` if there is none, never a guess.
+        answer (`str`):
+            What the judge answered, or what went wrong.
+    """
+
+    score: float | None
+    answer: str
+
+
+class Judge(Protocol):
+    """What [`HPScorerReward`] needs of a judge."""
+
+    def load(self) -> None:
+        """Gets ready to judge. Raises if that is impossible; called before any rollout."""
+
+    def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
+        """
+        Judges conversations in the chat format of transformers: messages with a `role` and a list of `content` parts,
+        which are `{"type": "text", "text": ...}` or `{"type": "image", "image": PIL.Image}`.
+        """
+
+
+def parse_score(answer: str) -> float | None:
+    """
+    The score in a judge's answer, or `None` if it does not hold exactly one.
+
+    Accepts a digit from 0 to 5, alone or as in `"Score: 4"`, `"4/5"`, `"4.0"` or `"**4**"`, after any reasoning that is
+    closed by `</think>`. Everything else could only be guessed at.
+    """
+    text = re.sub(r"[*_`\s]+", " ", answer.rpartition("</think>")[2]).strip()
+    match = re.fullmatch(r"(?:(?:final |overall )?(?:score|rating|grade|answer)\s*(?:is|:|=)?\s*)?([0-5])(?:\.0)?(?: ?/ ?5)?\.?", text, re.IGNORECASE)  # fmt: skip
+    return float(match[1]) if match else None
+
+
+class TransformersJudge:
+    """
+    A chat vision-language model in this process: anything that `AutoModelForImageTextToText` loads.
+
+    Args:
+        model (`str`):
+            Hub id or local folder, e.g. `"Qwen/Qwen3-VL-32B-Instruct"`.
+        score_mode (`str`, *optional*, defaults to `"integer"`):
+            `"integer"`: the digit that the model answers. `"expected"`: the expectation over the probabilities that the
+            model gives to the digits 0 to 5 as its next token, which has no ties and costs no generation.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Number of cases judged together.
+        max_new_tokens (`int`, *optional*, defaults to `16`):
+            Longest answer in the mode `"integer"`; raise it for models that reason aloud.
+        max_pixels (`int`, *optional*):
+            Larger images are scaled down to this area for the judge.
+        device (`torch.device` or `str`, *optional*):
+            Where it runs. By default this process's accelerator.
+        model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained`, e.g. `{"dtype": "bfloat16", "revision": "..."}`.
+
+    Raises:
+        `ValueError`: If the model cannot be found, or its vocabulary lacks a token for a score.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        score_mode: ScoreMode = "integer",
+        batch_size: int = 8,
+        max_new_tokens: int = 16,
+        max_pixels: int | None = None,
+        device: torch.device | str | None = None,
+        model_init_kwargs: dict | None = None,
+    ):
+        self.name = model
+        self.score_mode = score_mode
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.max_pixels = max_pixels
+        self.device = device
+        self.model_init_kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
+        try:
+            self.processor = AutoProcessor.from_pretrained(model, revision=self.model_init_kwargs.get("revision"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The judge {model!r} has no processor that transformers can load: {error}") from error
+        self.digit_ids = []
+        for digit in DIGITS:
+            ids = self.processor.tokenizer(digit, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1 or ids[0] == self.processor.tokenizer.unk_token_id:
+                raise ValueError(
+                    f"The judge {model!r} has no single token for the score {digit!r}, so it cannot be used here: "
+                    "use a model whose tokenizer keeps digits apart."
+                )
+            self.digit_ids.append(ids[0])
+
+    @cached_property
+    def model(self):
+        device = self.device or PartialState().device
+        model = AutoModelForImageTextToText.from_pretrained(self.name, **self.model_init_kwargs)
+        return model.requires_grad_(False).eval().to(device)
+
+    def load(self) -> None:
+        _ = self.model
+
+    @torch.no_grad()
+    def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
+        judgements: list[Judgement] = []
+        for start in range(0, len(conversations), self.batch_size):
+            inputs = self._prepare(conversations[start : start + self.batch_size])
+            if self.score_mode == "expected":
+                logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
+                probabilities = logits[:, self.digit_ids].softmax(-1)
+                scores = probabilities @ torch.arange(6.0, device=probabilities.device)
+                judgements += [Judgement(score, f"expected {score:.3f}") for score in scores.tolist()]
+            else:
+                tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+                answers = self.processor.batch_decode(
+                    tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                )
+                judgements += [Judgement(parse_score(answer), answer) for answer in answers]
+        return judgements
+
+    def _prepare(self, conversations: list[list[dict[str, Any]]]):
+        limit = {} if self.max_pixels is None else {"max_pixels": self.max_pixels}
+        patch_size = getattr(self.processor.image_processor, "patch_size", 14)
+        resized = [
+            [
+                {**message, "content": [
+                    {"type": "image", "image": fetch_image({**part, **limit}, image_patch_size=patch_size)}
+                    if part["type"] == "image" else part
+                    for part in message["content"]
+                ]}
+                for message in conversation
+            ]
+            for conversation in conversations
+        ]  # fmt: skip
+        inputs = self.processor.apply_chat_template(
+            resized,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            # A reloaded tokenizer may pad on the right, where the next token would be predicted from padding.
+            processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
+        )
+        return inputs.to(self.model.device)
+
+
+class ServerJudge:
+    """
+    A vision-language model behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve` or a hosted API.
+
+    Needs the extra `server` (`pip install "hp-edit-trl[server]"`). Requests that time out, are refused for their rate or
+    meet a server error are repeated with growing pauses; what still fails is a missing score.
+
+    Args:
+        model (`str`):
+            Name of the model on the server.
+        base_url (`str`):
+            Address of the API, e.g. `"http://localhost:8000/v1"`.
+        score_mode (`str`, *optional*, defaults to `"integer"`):
+            As in [`TransformersJudge`]. `"expected"` needs a server that returns `top_logprobs`; a digit that is not
+            among the 20 likeliest tokens counts as impossible.
+        api_key (`str`, *optional*):
+            Key of a hosted API. By default the environment variable `OPENAI_API_KEY`, or none.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds after which one attempt is given up.
+        max_retries (`int`, *optional*, defaults to `4`):
+            Number of further attempts.
+        max_concurrency (`int`, *optional*, defaults to `16`):
+            Largest number of requests under way at once, from this process.
+        max_new_tokens (`int`, *optional*, defaults to `16`):
+            Longest answer in the mode `"integer"`; raise it for models that reason aloud.
+
+    Raises:
+        `ImportError`: If the extra is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        score_mode: ScoreMode = "integer",
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        max_retries: int = 4,
+        max_concurrency: int = 16,
+        max_new_tokens: int = 16,
+    ):
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError('A judge on a server needs the extra: pip install "hp-edit-trl[server]"') from error
+        import os
+
+        self.name = model
+        self.base_url = base_url
+        self.score_mode = score_mode
+        self.max_concurrency = max_concurrency
+        self.max_new_tokens = max_new_tokens
+        self._errors = (openai.APIError,)
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=timeout,
+            max_retries=max_retries,
+        )
+
+    def load(self) -> None:
+        """
+        Asks for one judgement of two grey squares, without retries: an address where nobody listens, an unknown model, a
+        wrong key, a model that takes no images or a server that returns no probabilities all show before the training
+        starts.
+        """
+        grey = Image.new("RGB", (64, 64), (128, 128, 128))
+        content = [{"type": "text", "text": "Answer with one digit."}, *({"type": "image", "image": grey},) * 2]
+        try:
+            self._ask([{"role": "user", "content": content}], self._client.with_options(max_retries=0))
+        except (*self._errors, ValueError) as error:
+            raise ConnectionError(
+                f"The judge {self.name!r} at {self.base_url} gives no judgements: {type(error).__name__}: {error}"
+            ) from error
+
+    def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
+        def judge(conversation: list[dict[str, Any]]) -> Judgement:
+            try:
+                return self._ask(conversation, self._client)
+            except (*self._errors, ValueError) as error:
+                return Judgement(None, f"{type(error).__name__}: {error}")
+
+        with ThreadPoolExecutor(self.max_concurrency) as pool:
+            return list(pool.map(judge, conversations))
+
+    def _ask(self, conversation: list[dict[str, Any]], client) -> Judgement:
+        messages = [
+            {"role": message["role"], "content": [_as_openai(part) for part in message["content"]]}
+            for message in conversation
+        ]
+        if self.score_mode == "integer":
+            reply = client.chat.completions.create(
+                model=self.name, messages=messages, temperature=0, max_tokens=self.max_new_tokens
+            )
+            answer = reply.choices[0].message.content or ""
+            return Judgement(parse_score(answer), answer)
+        reply = client.chat.completions.create(
+            model=self.name, messages=messages, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20
+        )
+        logprobs = reply.choices[0].logprobs
+        if logprobs is None or not logprobs.content or not logprobs.content[0].top_logprobs:
+            raise ValueError("the server returned no top_logprobs, which score_mode='expected' needs; use 'integer'")
+        likeliest = logprobs.content[0].top_logprobs
+        weights = [sum(math.exp(t.logprob) for t in likeliest if t.token.strip() == digit) for digit in DIGITS]
+        if not any(weights):
+            return Judgement(None, f"no digit among the likeliest tokens {[token.token for token in likeliest]}")
+        score = sum(value * weight for value, weight in enumerate(weights)) / sum(weights)
+        return Judgement(score, f"expected {score:.3f}")
+
+
+def _as_openai(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] != "image":
+        return part
+    buffer = io.BytesIO()
+    part["image"].save(buffer, "PNG", compress_level=1)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}

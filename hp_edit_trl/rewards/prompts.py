@@ -1,0 +1,88 @@
+"""The scorer prompts: loaded from the package, from a folder, or from a Hub repository pinned by revision."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import snapshot_download
+
+
+TASKS = ("add", "remove", "swap", "background", "color", "bokeh", "relight", "style")
+
+
+@dataclass(frozen=True)
+class ScorerPrompt:
+    """
+    What a judge is told about one task.
+
+    Args:
+        task (`str`):
+            Task that the prompt is for, or `"base"` for the one prompt without task-specific questions.
+        revision (`str`):
+            Where the text came from and which revision it is, e.g. `"hp-edit-trl:add:1"`. Belongs beside every score.
+        text (`str`):
+            The prompt, with `{prompt}` and `{requirement}` standing for the case's instruction and requirement.
+    """
+
+    task: str
+    revision: str
+    text: str
+
+    def fill(self, prompt: str, requirement: str | None = None) -> str:
+        """The text for one case. Braces inside `prompt` and `requirement` mean nothing."""
+        values = {"prompt": prompt, "requirement": requirement or "none"}
+        return re.sub(r"\{(prompt|requirement)\}", lambda match: values[match[1]], self.text)
+
+
+def load_scorer_prompts(source: str | None = None, revision: str | None = None) -> dict[str, ScorerPrompt]:
+    """
+    Loads scorer prompts. Each is a Markdown file with a header that names its `task` and `revision`, followed by the
+    text. Further tasks are added by further files.
+
+    Args:
+        source (`str`, *optional*):
+            A local folder, or a Hub repository (`"user/name"`, or `"datasets/user/name"` for a dataset repository).
+            By default the prompts of this package.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the Hub repository.
+
+    Returns:
+        `dict[str, ScorerPrompt]`: the prompts by task.
+
+    Raises:
+        `ValueError`: If a prompt has no valid header or no place for the instruction, or a task has two prompts.
+        `FileNotFoundError`: If there are no prompts.
+    """
+    if source is None:
+        package = Path(__file__).parent.parent
+        # Beside the package in a checkout, inside it in a wheel.
+        folder = package / "prompts" if (package / "prompts").is_dir() else package.parent / "prompts"
+        origin = "hp-edit-trl"
+    elif os.path.isdir(source):
+        folder, origin = Path(source), source
+    else:
+        repo_type, repo_id = ("dataset", source[9:]) if source.startswith("datasets/") else ("model", source)
+        folder = Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns="*.md"))
+        origin = f"{source}@{folder.name}"
+    if revision is not None and origin == source:
+        raise ValueError(f"revision={revision!r} pins a Hub repository, but prompts={source!r} is a local folder.")
+
+    prompts: dict[str, ScorerPrompt] = {}
+    for path in sorted(folder.glob("*.md")):
+        if path.name == "README.md":
+            continue
+        parts = re.match(r"---\n(.*?)\n---\n(.*)", path.read_text(encoding="utf-8"), re.DOTALL)
+        header = yaml.safe_load(parts[1]) if parts else None
+        if parts is None or not isinstance(header, dict) or not {"task", "revision"} <= header.keys():
+            raise ValueError(f"The scorer prompt {path} does not begin with a header that names `task` and `revision`.")
+        if "{prompt}" not in parts[2]:
+            raise ValueError(f"The scorer prompt {path} has no {{prompt}}, so the judge would not see the instruction.")
+        task = header["task"]
+        if task in prompts:
+            raise ValueError(f"The scorer prompt {path} is a second one for the task {task!r}.")
+        prompts[task] = ScorerPrompt(task, f"{origin}:{task}:{header['revision']}", parts[2].strip())
+    if not prompts:
+        raise FileNotFoundError(f"No scorer prompts (*.md) in {source or folder}.")
+    return prompts

@@ -1,0 +1,19 @@
+"""Randomness that depends on what it is for, never on what was drawn before."""
+
+import hashlib
+
+import torch
+
+
+def seeded_generator(*key: int | str) -> torch.Generator:
+    """
+    A CPU generator for one purpose, e.g. `seeded_generator(seed, "rollout", generation, case_id, sample)`.
+
+    A run that was resumed, sharded differently or reordered asks with the same keys and draws the same numbers.
+
+    Args:
+        *key (`int` or `str`):
+            The run's seed, the purpose, and which case it is.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

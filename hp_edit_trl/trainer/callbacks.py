@@ -1,0 +1,59 @@
+"""The table of sample edits: in the terminal, on disk, and in the trackers that are in use."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers.integrations import TensorBoardCallback
+
+
+if TYPE_CHECKING:
+    from .flow_grpo_edit_trainer import FlowGRPOEditTrainer
+
+
+def log_completions_table(trainer: "FlowGRPOEditTrainer", rows: list[dict[str, Any]]) -> None:
+    """
+    Shows sample edits: as a table in the terminal; with their images as a Parquet file in `output_dir/completions`; and
+    as a table or images in wandb, trackio and TensorBoard, where they are in `report_to`.
+
+    Args:
+        trainer ([`FlowGRPOEditTrainer`]):
+            The trainer.
+        rows (`list[dict]`):
+            The edits: `step`, `id`, `prompt`, `source` and `completion` (PIL images), a column per reward function,
+            further columns that reward functions logged, and `advantage`.
+    """
+    step = trainer.state.global_step
+    images = ("source", "completion")
+
+    table = Table(title=f"Edits, step {step}", show_lines=True)
+    columns = [name for name in rows[0] if name not in (*images, "step")]
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("id", "prompt") else "right")
+    for row in rows:
+        table.add_row(*(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in columns))
+    Console().print(table)
+
+    folder = Path(trainer.args.output_dir) / "completions"
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows).to_parquet(folder / f"completions_{step:05d}.parquet")
+
+    for tracker in set(trainer.args.report_to) & {"wandb", "trackio"}:
+        module = __import__(tracker)
+        names = list(rows[0])
+        data = [[module.Image(row[n]) if n in images else row[n] for n in names] for row in rows]
+        if tracker == "wandb":
+            module.log({"completions": module.Table(columns=names, data=data)}, step=step)
+        else:
+            import pandas
+
+            module.log({"completions": module.Table(dataframe=pandas.DataFrame(data, columns=names))}, step=step)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            for i, row in enumerate(rows):
+                for name in images:
+                    callback.tb_writer.add_image(f"{name}/{i}", np.asarray(row[name]), step, dataformats="HWC")
+                callback.tb_writer.add_text(f"prompt/{i}", row["prompt"], step)

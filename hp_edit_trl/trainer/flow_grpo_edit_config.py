@@ -1,0 +1,288 @@
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from trl.trainer.base_config import _BaseConfig
+
+from ..flow.dynamics import DYNAMICS
+
+
+@dataclass
+class FlowGRPOEditConfig(_BaseConfig):
+    r"""
+    Configuration class for the [`FlowGRPOEditTrainer`].
+
+    This class includes only the parameters that are specific to Flow-GRPO training of editors. For a full list of
+    training arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values
+    in this class may differ from those in [`~transformers.TrainingArguments`].
+
+    The HP-Edit paper gives the learning rate, the LoRA rank, the optimizer and the reward's sigmoid. It does not give
+    group size, steps, resolution, noise level, clip range or KL weight: those defaults are what public trainers use for
+    Qwen-Image-Edit, and are marked *field*.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`str`, `dict[str, Any]`, *optional*):
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
+            the trainer is a string, e.g. `{"revision": "..."}`. Weights are loaded in bfloat16 if `bf16` is set, unless
+            `torch_dtype` is given here.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Keep the text encoder and the VAE in CPU memory between uses. Saves about 17 GB with Qwen-Image-Edit.
+
+        > Parameters that control the data
+
+        shuffle_dataset (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle the training dataset, differently in each epoch.
+        on_bad_image (`str`, *optional*, defaults to `"error"`):
+            What to do with a case whose image cannot be decoded: `"error"` stops, `"skip"` puts the next case that can
+            be decoded in its place and counts it in the metric `bad_images`.
+
+        > Parameters that control sampling
+
+        num_generations (`int`, *optional*, defaults to `16`):
+            Number of edits per case to sample (G, *field*).
+        generation_batch_size (`int`, *optional*):
+            Number of edits sampled at a time over all processes. Defaults to `per_device_train_batch_size *
+            num_processes * steps_per_generation`. Must be divisible by `num_generations`.
+        steps_per_generation (`int`, *optional*):
+            Number of microbatches that a generation batch is split into. Defaults to `gradient_accumulation_steps`.
+        rollout_batch_size (`int`, *optional*, defaults to `4`):
+            Largest number of edits that are denoised or decoded together on a device.
+        resolution (`int`, *optional*, defaults to `512`):
+            Side in pixels of the square whose area every edit and every reference has; aspect ratios are kept
+            (*field*).
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Number of denoising steps of a rollout (*field*).
+        true_cfg_scale (`float`, *optional*, defaults to `4.0`):
+            Scale of classifier-free guidance, in sampling and in training alike (*field*). At 1.0 there is no second
+            pass: training is faster and tends to be more stable.
+        negative_prompt (`str`, *optional*, defaults to `" "`):
+            Prompt of the second pass.
+        dynamics (`str`, *optional*, defaults to `"flow_sde"`):
+            How the stochastic steps add noise: `"flow_sde"` (the paper's equation 6), `"cps"` or `"dance_sde"`.
+        noise_level (`float`, *optional*, defaults to `1.0`):
+            How much noise they add (\\( \eta \\), *field*).
+        sde_window_size (`int`, *optional*, defaults to `4`):
+            Number of consecutive steps that are stochastic and trained. The others follow the ODE (*field*).
+        sde_window_range (`list[int]`, *optional*):
+            First step and end (exclusive) of the steps that the window may cover. Defaults to the first half of the
+            steps, or as many as the window needs (*field*). The last step is never stochastic.
+        sde_window_mode (`str`, *optional*, defaults to `"random"`):
+            `"fixed"`, `"random"` or `"sliding"`: where the window lies in each generation batch (*field*).
+
+        > Parameters that control evaluation
+
+        eval_num_inference_steps (`int`, *optional*):
+            Number of denoising steps in evaluation, which samples the ODE with a fixed noise per case. Defaults to
+            `num_inference_steps`.
+
+        > Parameters that control the training
+
+        beta (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL divergence to the model without the adapter. At 0.0 it is not computed (*field*).
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of passes over a generation batch (\\( \mu \\)). With guidance keep it at 1.
+        epsilon (`float`, *optional*, defaults to `1e-4`):
+            Clip range of the probability ratio (*field*). Log-probabilities are means over latent dimensions, hence so
+            small.
+        epsilon_high (`float`, *optional*):
+            Upper clip range. Defaults to `epsilon`.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            Divide advantages by the standard deviation of the `"group"`, as in the paper's equation 3, of the
+            `"batch"`, or not at all (`"none"`).
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function. Defaults to 1.0 for each.
+
+        > Parameters that control the logging
+
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Show a table of sample edits at every log: in the terminal, as Parquet files with images in
+            `output_dir/completions`, and in trackio, wandb or TensorBoard if they are in `report_to`.
+        num_completions_to_log (`int`, *optional*, defaults to `8`):
+            Number of edits in that table.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: Defaults to `3e-4` instead of `5e-5` (the paper's).
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `per_device_train_batch_size`: Defaults to `1` instead of `8`.
+    > - `gradient_accumulation_steps`: Defaults to `16` instead of `1`, so that one GPU holds one group.
+    > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
+    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
+    > - `logging_steps`: Defaults to `1` instead of `500`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Edits per device and microbatch."})
+    gradient_accumulation_steps: int = field(
+        default=16, metadata={"help": "Number of microbatches to accumulate gradients over before each update."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every X update steps."})
+    remove_unused_columns: bool | None = field(
+        default=False,
+        metadata={"help": "Keep only the columns 'prompt', 'image' and 'images'. Reward functions see the others."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Passed to DistributedDataParallel. All trained parameters are used here."}
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for DiffusionPipeline.from_pretrained, if `model` is a string."},
+    )
+    offload_encoders: bool = field(
+        default=False, metadata={"help": "Keep the text encoder and the VAE in CPU memory between uses."}
+    )
+
+    # Parameters that control the data
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training dataset."})
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a case whose image cannot be decoded: stop, or replace it by the next case.",
+            "choices": ["error", "skip"],
+        },
+    )
+
+    # Parameters that control sampling
+    num_generations: int = field(default=16, metadata={"help": "Number of edits per case to sample (G)."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Number of edits sampled at a time over all processes."}
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of microbatches that a generation batch is split into. Defaults to "
+            "`gradient_accumulation_steps`."
+        },
+    )
+    rollout_batch_size: int = field(
+        default=4, metadata={"help": "Largest number of edits denoised or decoded together on a device."}
+    )
+    resolution: int = field(
+        default=512,
+        metadata={"help": "Side in pixels of the square whose area every edit has; aspect ratios are kept."},
+    )
+    num_inference_steps: int = field(default=10, metadata={"help": "Number of denoising steps of a rollout."})
+    true_cfg_scale: float = field(
+        default=4.0, metadata={"help": "Guidance scale, in sampling and in training. 1.0 means no second pass."}
+    )
+    negative_prompt: str = field(default=" ", metadata={"help": "Prompt of the unconditional pass."})
+    dynamics: str = field(
+        default="flow_sde",
+        metadata={
+            "help": "How the stochastic steps add noise.",
+            "choices": [name for name in DYNAMICS if name != "ode"],
+        },
+    )
+    noise_level: float = field(default=1.0, metadata={"help": "How much noise the stochastic steps add (eta)."})
+    sde_window_size: int = field(
+        default=4, metadata={"help": "Number of consecutive steps that are stochastic and trained."}
+    )
+    sde_window_range: list[int] | None = field(
+        default=None,
+        metadata={"help": "First step and end (exclusive) of the steps that the window may cover."},
+    )
+    sde_window_mode: str = field(
+        default="random",
+        metadata={
+            "help": "Where the window lies in each generation batch.",
+            "choices": ["fixed", "random", "sliding"],
+        },
+    )
+
+    # Parameters that control evaluation
+    eval_num_inference_steps: int | None = field(
+        default=None,
+        metadata={"help": "Number of denoising steps in evaluation. Defaults to `num_inference_steps`."},
+    )
+
+    # Parameters that control the training
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the model without adapter."})
+    num_iterations: int = field(default=1, metadata={"help": "Number of passes over a generation batch."})
+    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Upper clip range of the probability ratio. Defaults to `epsilon`."}
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={
+            "help": "Divide advantages by the standard deviation of the group, of the batch, or not at all.",
+            "choices": ["group", "batch", "none"],
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function. Defaults to 1.0 for each."}
+    )
+
+    # Parameters that control the logging
+    log_completions: bool = field(default=False, metadata={"help": "Show a table of sample edits at every log."})
+    num_completions_to_log: int = field(default=8, metadata={"help": "Number of edits in that table."})
+
+    def __post_init__(self):
+        super().__post_init__()
+
+        for name, choices in (
+            ("dynamics", [name for name in DYNAMICS if name != "ode"]),
+            ("sde_window_mode", ["fixed", "random", "sliding"]),
+            ("scale_rewards", ["group", "batch", "none"]),
+            ("on_bad_image", ["error", "skip"]),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
+        for name in ("rollout_batch_size", "resolution", "num_iterations", "sde_window_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("epsilon", "noise_level"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations} must be at least 2: an advantage compares a sample with the "
+                "others of its group."
+            )
+
+        # The last step ends at sigma 0, where the added noise would vanish and its density would not exist.
+        last = self.num_inference_steps - 1
+        if self.sde_window_range is None:
+            self.sde_window_range = [0, max(self.sde_window_size, self.num_inference_steps // 2)]
+        if len(self.sde_window_range) != 2:
+            raise ValueError(f"sde_window_range={self.sde_window_range} must be two numbers: first step and end.")
+        start, stop = self.sde_window_range
+        if start < 0 or stop > last or stop - start < self.sde_window_size:
+            raise ValueError(
+                f"The SDE window does not fit: sde_window_size={self.sde_window_size} steps in "
+                f"sde_window_range=[{start}, {stop}) with num_inference_steps={self.num_inference_steps}. The range "
+                f"must lie within [0, {last}), because the last step is never stochastic, and hold the window."
+            )
+
+        per_step = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            raise ValueError("generation_batch_size and steps_per_generation cannot both be set.")
+        if self.generation_batch_size is not None:
+            if self.generation_batch_size % per_step:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} must be divisible by "
+                    f"per_device_train_batch_size * num_processes = {per_step}."
+                )
+            self.steps_per_generation = self.generation_batch_size // per_step
+        else:
+            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+            self.generation_batch_size = per_step * self.steps_per_generation
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"The generation batch of {self.generation_batch_size} edits (per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} * {self.world_size} processes * steps_per_generation="
+                f"{self.steps_per_generation}) must be divisible by num_generations={self.num_generations}: it holds "
+                "whole groups."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size would break groups apart: lower per_device_train_batch_size instead.")

@@ -1,0 +1,843 @@
+import asyncio
+import atexit
+import contextlib
+import math
+import os
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather, gather_object
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftConfig
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import (
+    get_callable_name,
+    identity,
+    is_async_callable,
+    nanstd,
+    shutdown_event_loop_in_daemon,
+    start_event_loop_in_daemon,
+    use_adapter,
+)
+
+from ..cases import UnreadableImageError, case_images, check_columns, without_decoding
+from ..flow.dynamics import kl_divergence, log_prob, sde_window, transition
+from ..policies import EditConditions, Trajectory, bucketed, decode, policy_class, rollout
+from ..rewards import HPScorerReward
+from ..seeding import seeded_generator
+from .callbacks import log_completions_table
+from .flow_grpo_edit_config import FlowGRPOEditConfig
+from .hub import prepare_lora, save_lora, save_pictures, write_model_card
+
+
+logger = get_logger(__name__)
+
+# One reward function takes prompts, completions and the dataset's columns as lists, and returns a reward per completion.
+RewardFunc = Callable[..., list[float | None]]
+
+
+@dataclass
+class Sample:
+    """One edit of a generation batch, with what its update needs."""
+
+    case_id: Any
+    conditions: EditConditions
+    trajectory: Trajectory
+    advantage: float
+    # 0 where a group has nothing to tell its samples apart by: then its KL must not move the policy either.
+    kl_weight: float
+
+
+class GroupSampler(Sampler):
+    """
+    Indices in the order that group-relative training needs: each case `num_generations` times in a row, and each
+    generation batch `repeat_count` times, once for every microbatch that is taken from it.
+
+    Args:
+        num_cases (`int`):
+            Size of the dataset. Cases that do not fill a last generation batch are left out of the epoch.
+        num_generations (`int`):
+            Samples per case.
+        cases_per_batch (`int`):
+            Cases per generation batch.
+        repeat_count (`int`):
+            Number of times to repeat each generation batch.
+        shuffle (`bool`):
+            Whether to shuffle the cases.
+        seed (`int`):
+            Seed of the shuffling.
+        epoch (`Callable[[], int]`):
+            Asked for the epoch when an iteration starts, so that a resumed run has the order of its epoch.
+    """
+
+    def __init__(
+        self,
+        num_cases: int,
+        num_generations: int,
+        cases_per_batch: int,
+        repeat_count: int,
+        shuffle: bool,
+        seed: int,
+        epoch: Callable[[], int],
+    ):
+        self.num_cases = num_cases
+        self.num_generations = num_generations
+        self.cases_per_batch = cases_per_batch
+        self.repeat_count = repeat_count
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = list(range(self.num_cases))
+        if self.shuffle:
+            generator = seeded_generator(self.seed, "epoch", self.epoch())
+            order = torch.randperm(self.num_cases, generator=generator).tolist()
+        for start in range(0, self.num_cases - self.cases_per_batch + 1, self.cases_per_batch):
+            for _ in range(self.repeat_count):
+                for index in order[start : start + self.cases_per_batch]:
+                    yield from [index] * self.num_generations
+
+    def __len__(self) -> int:
+        batches = self.num_cases // self.cases_per_batch
+        return batches * self.cases_per_batch * self.num_generations * self.repeat_count
+
+
+class FlowGRPOEditTrainer(_BaseTrainer):
+    r"""
+    Trainer for Flow-GRPO on image-editing models, the third stage of HP-Edit: online reinforcement learning of a LoRA
+    with group-relative advantages, on the stochastic steps of a flow-matching sampler
+    ([Flow-GRPO](https://huggingface.co/papers/2505.05470)).
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward
+
+    trainer = FlowGRPOEditTrainer(
+        model="Qwen/Qwen-Image-Edit-2509",
+        reward_funcs=HPScorerReward("Qwen/Qwen3-VL-32B-Instruct"),
+        args=FlowGRPOEditConfig(output_dir="qwen-edit-hp"),
+        train_dataset=load_dataset("someone/RealPref-50K", split="train"),
+        peft_config=LoraConfig(r=32, lora_alpha=64),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The editor: a Hub id, a local folder, or a loaded pipeline. See the table of supported pipelines in the
+            documentation.
+        reward_funcs (`Callable` or `list[Callable]`):
+            One or several reward functions, sync or async, called as in TRL: with `prompts`, `completions` (the edited
+            PIL images), every other column of the dataset as a list (`image` or `images` and `task` included),
+            `trainer_state`, `log_extra` and `log_metric`. Each returns a list with a reward per completion, `None`
+            where it does not apply.
+        args ([`FlowGRPOEditConfig`], *optional*):
+            Configuration of this trainer.
+        train_dataset ([`~datasets.Dataset`]):
+            The cases: `prompt`, and `image` or `images`. Optional: `id` (kept with everything that is made of the case;
+            by default its row number), `task`, `requirement`, and whatever the reward functions want.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Cases for evaluation.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
+        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler, if not those that `args` names.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The LoRA to train. Without `target_modules` it gets the policy's own list. By default the paper's rank of 32
+            with an alpha of 64.
+
+    Raises:
+        `ValueError`: If a dataset, an option, a task or the model is not usable. Datasets and options are checked
+            before any model is loaded.
+        `ConnectionError`: If a judge on a server gives no judgements.
+    """
+
+    # The loss of a microbatch is scaled where it is computed, in `training_step`.
+    loss_is_scaled_for_ga = True
+
+    _tag_names = ["hp-edit-trl", "flow-grpo"]
+    _name = "Flow-GRPO"
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: FlowGRPOEditConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else type(model).__name__
+            args = FlowGRPOEditConfig(f"{name.rstrip('/').split('/')[-1]}-Flow-GRPO")
+
+        # Reward functions
+        self.reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if not self.reward_funcs:
+            raise ValueError("reward_funcs is empty: at least one reward function is needed.")
+        for func in self.reward_funcs:
+            if not callable(func) or isinstance(func, nn.Module):
+                raise TypeError(f"A reward function must be a plain callable, but got {type(func).__name__}.")
+        self.reward_func_names = [get_callable_name(func) for func in self.reward_funcs]
+        weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.reward_funcs)
+        if len(weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(weights)} entries, but there are {len(self.reward_funcs)} reward functions."
+            )
+        self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+
+        # Data
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required.")
+        datasets = {"train_dataset": train_dataset}
+        if isinstance(eval_dataset, dict):
+            datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            datasets["eval_dataset"] = eval_dataset
+        for name, dataset in datasets.items():
+            check_columns(dataset, name)
+            for func in self.reward_funcs:
+                if isinstance(func, HPScorerReward) and func.task is None and "task" in dataset.column_names:
+                    func.check_tasks(dataset.unique("task"))
+        cases_per_batch = args.generation_batch_size // args.num_generations
+        if len(train_dataset) < cases_per_batch:
+            raise ValueError(
+                f"train_dataset has {len(train_dataset)} cases, but one generation batch takes {cases_per_batch} "
+                f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations})."
+            )
+        train_dataset = without_decoding(train_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: without_decoding(dataset) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = without_decoding(eval_dataset)
+
+        # Policy. Its class is found, and the judges are asked, before its weights are loaded.
+        init_kwargs = dict(args.model_init_kwargs or {})
+        hub_kwargs = {k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")}
+        policy_type = policy_class(model, **hub_kwargs)
+        for func in self.reward_funcs:
+            if isinstance(func, HPScorerReward):
+                func.load()
+        if isinstance(model, str):
+            init_kwargs.setdefault("torch_dtype", torch.bfloat16 if args.bf16 else torch.float32)
+            pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
+            base_model = model
+        else:
+            pipeline = model
+            base_model = model.config.get("_name_or_path") or type(model).__name__
+        self.policy = policy_type(pipeline, offload_encoders=args.offload_encoders)
+        peft_model = prepare_lora(self.policy, peft_config, base_model)
+
+        self.num_generations = args.num_generations  # = G in the paper
+        self.epsilon_low = args.epsilon
+        self.epsilon_high = args.epsilon_high if args.epsilon_high is not None else args.epsilon
+
+        super().__init__(
+            model=peft_model,
+            args=args,
+            data_collator=identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=None,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to a single process, for which Trainer would use nn.DataParallel. "
+                "Launch with `accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+        self.policy.place(self.accelerator.device)
+        self.base_model = base_model
+
+        # Number of microbatches trained so far, and the samples that the present ones are taken from
+        self._step = 0
+        self._buffered_samples: list[Sample] | None = None
+
+        # What has been measured since the last log
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._sample_stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._phase_seconds: dict[str, float] = defaultdict(float)
+        self._num_sampled = 0
+        self._logged_steps = 0
+        self._completions: list[dict[str, Any]] = []
+        self._pending_metrics: dict[str, list[float]] = defaultdict(list)
+        self._pending_extra: dict[str, list] = {}
+
+        if any(is_async_callable(func) for func in self.reward_funcs):
+            thread, self.async_loop, ready = start_event_loop_in_daemon(name="FlowGRPOEditTrainer-AsyncLoop")
+            ready.wait()
+            atexit.register(shutdown_event_loop_in_daemon, thread, self.async_loop)
+
+    def _send_telemetry(self):
+        # TRL's telemetry would count this trainer as one of its own.
+        pass
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = ["id", "prompt", "image", "images"]
+
+    # The dataloader yields row numbers, and each distinct case is read and decoded once per generation batch. Yielding
+    # rows would decode each image num_generations * steps_per_generation * num_iterations times.
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.remove_unused_columns:
+            self.train_dataset = self._remove_unused_columns(self.train_dataset, description="training")
+        return self._get_dataloader(
+            dataset=range(len(self.train_dataset)),
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, dataset=None) -> GroupSampler:
+        return GroupSampler(
+            num_cases=len(self.train_dataset),
+            num_generations=self.num_generations,
+            cases_per_batch=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.args.num_iterations * self.args.steps_per_generation,
+            shuffle=self.args.shuffle_dataset,
+            seed=self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        dataset = self.eval_dataset if dataset is None else dataset
+        if dataset is None:
+            raise ValueError("Evaluation needs an `eval_dataset`.")
+        check_columns(dataset, "eval_dataset")
+        self._current_eval_dataset = without_decoding(dataset)
+        return self._get_dataloader(
+            dataset=range(len(dataset)), description="Evaluation", batch_size=self.args.eval_batch_size
+        )
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str):
+        start = time.perf_counter()
+        yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._phase_seconds[phase] += time.perf_counter() - start
+
+    def _prepare_inputs(self, indices: list[int]) -> list[Sample]:
+        # Samples are drawn once for a whole generation batch, shuffled, and handed out microbatch by microbatch, as
+        # often as `num_iterations` says.
+        generation, microbatch = divmod(self._step, self.args.steps_per_generation * self.args.num_iterations)
+        if microbatch == 0 or self._buffered_samples is None:
+            samples = self._generate_and_score(indices, generation)
+            generator = seeded_generator(self.args.seed, "shuffle", generation, self.accelerator.process_index)
+            order = torch.randperm(len(samples), generator=generator).tolist()
+            self._buffered_samples = [samples[i] for i in order]
+        size = self.args.per_device_train_batch_size
+        start = size * (microbatch % self.args.steps_per_generation)
+        return self._buffered_samples[start : start + size]
+
+    def _read_case(self, dataset: Dataset, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
+        """Row and images of a case; of the next one whose images can be decoded, if bad images are to be skipped."""
+        for offset in range(len(dataset)):
+            row = dict(dataset[(index + offset) % len(dataset)])
+            row.setdefault("id", (index + offset) % len(dataset))
+            try:
+                images = case_images(row, row["id"])
+            except UnreadableImageError as error:
+                if self.args.on_bad_image == "error":
+                    raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
+                logger.warning(f"{error} The next case takes its place.")
+                self._sample_stats["bad_images"].append(torch.ones(1))
+                continue
+            row |= {"images": images} if row.get("images") is not None else {"image": images[0]}
+            return row, images
+        raise UnreadableImageError("Not one case of the dataset has images that can be decoded.")
+
+    def _generate_and_score(self, indices: list[int], generation: int) -> list[Sample]:
+        args, policy = self.args, self.policy
+        seed = args.seed
+        self.model.eval()
+
+        with self._timed("encode"):
+            cases = {index: self._read_case(self.train_dataset, index) for index in dict.fromkeys(indices)}
+            encoded = {index: self._encode(*case) for index, case in cases.items()}
+        rows = [cases[index][0] for index in indices]
+        conditions = [encoded[index] for index in indices]
+
+        # The place of a sample in its group does not depend on how the groups are spread over processes.
+        first = self.accelerator.process_index * len(indices)
+        generators = [
+            seeded_generator(seed, "rollout", generation, str(row["id"]), (first + i) % self.num_generations)
+            for i, row in enumerate(rows)
+        ]
+        steps = sde_window(
+            args.sde_window_mode,
+            args.sde_window_size,
+            tuple(args.sde_window_range),
+            generation,
+            seeded_generator(seed, "window", generation),
+        )
+        with self._timed("rollout"), self.accelerator.autocast():
+            trajectories = rollout(
+                policy,
+                self.model,
+                conditions,
+                generators,
+                num_inference_steps=args.num_inference_steps,
+                true_cfg_scale=args.true_cfg_scale,
+                batch_size=args.rollout_batch_size,
+                dynamics=args.dynamics,
+                noise_level=args.noise_level,
+                steps=steps,
+            )
+        with self._timed("decode"):
+            images = decode(policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
+        with self._timed("reward"):
+            rewards_per_func = self._calculate_rewards(rows, images)
+
+        # Advantages are relative to the group, whose samples may lie on several processes.
+        self._check_groups([row["id"] for row in rows])
+        all_rewards_per_func = gather(rewards_per_func)
+        rewards, advantages, zero_std = self._compute_advantages(all_rewards_per_func)
+        local = slice(first, first + len(rows))
+
+        self._num_sampled += len(rewards)
+        self._metrics["reward"].append(torch.nanmean(rewards).item())
+        self._metrics["reward_std"].append(nanstd(rewards).item())
+        self._metrics["frac_reward_zero_std"].append(zero_std.float().mean().item())
+        for i, name in enumerate(self.reward_func_names):
+            self._metrics[f"rewards/{name}/mean"].append(torch.nanmean(all_rewards_per_func[:, i]).item())
+            self._metrics[f"rewards/{name}/std"].append(nanstd(all_rewards_per_func[:, i]).item())
+        for name, value in self._flush_pending_metrics().items():
+            self._metrics[name].append(value)
+
+        local_advantages, local_zero_std = advantages[local].tolist(), zero_std[local].tolist()
+        if args.log_completions and self.accelerator.is_main_process:
+            for i in range(min(len(rows), args.num_completions_to_log - len(self._completions))):
+                self._completions.append(
+                    {
+                        "step": self.state.global_step,
+                        "id": str(rows[i]["id"]),
+                        "prompt": rows[i]["prompt"],
+                        "source": cases[indices[i]][1][0],
+                        "completion": images[i],
+                        **dict(zip(self.reward_func_names, rewards_per_func[i].tolist(), strict=True)),
+                        **{column: values[i] for column, values in self._pending_extra.items()},
+                        "advantage": local_advantages[i],
+                    }
+                )
+        self._pending_extra.clear()
+
+        return [
+            Sample(row["id"], condition, trajectory, advantage, 0.0 if flat else 1.0)
+            for row, condition, trajectory, advantage, flat in zip(
+                rows, conditions, trajectories, local_advantages, local_zero_std, strict=True
+            )
+        ]
+
+    def _encode(self, row: dict[str, Any], images: list[Image.Image]) -> EditConditions:
+        negative_prompt = self.args.negative_prompt if self.args.true_cfg_scale > 1 else None
+        return self.policy.encode(images, row["prompt"], negative_prompt, self.args.resolution)
+
+    def _check_groups(self, case_ids: list[Any]) -> None:
+        """Every group must consist of one case. Ids are compared as 64-bit hashes, which floats could not hold."""
+        hashes = [seeded_generator("case", str(case_id)).initial_seed() for case_id in case_ids]
+        local = torch.tensor(hashes, dtype=torch.int64, device=self.accelerator.device)
+        groups = gather(local).view(-1, self.num_generations)
+        if not (groups == groups[:, :1]).all():
+            raise RuntimeError(f"Samples of different cases ended up in one group; on this process: {case_ids}.")
+
+    def _calculate_rewards(self, rows: list[dict[str, Any]], images: list[Image.Image]) -> torch.Tensor:
+        """Rewards of this process's samples, of shape `(num_samples, num_reward_funcs)`; NaN where not applicable."""
+        kwargs = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        kwargs |= {
+            "prompts": [row["prompt"] for row in rows],
+            "completions": images,
+            "trainer_state": self.state,
+            "log_extra": self._log_extra,
+            "log_metric": lambda name, value: self._pending_metrics[name].append(value),
+        }
+        outputs: dict[int, list[float | None]] = {}
+        waiting = {}
+        for i, func in enumerate(self.reward_funcs):
+            if is_async_callable(func):
+                waiting[i] = asyncio.run_coroutine_threadsafe(func(**kwargs), self.async_loop)
+        for i, func in enumerate(self.reward_funcs):
+            if i not in waiting:
+                outputs[i] = func(**kwargs)
+        outputs |= {i: future.result() for i, future in waiting.items()}
+
+        rewards_per_func = torch.empty(len(rows), len(self.reward_funcs), device=self.accelerator.device)
+        for i, name in enumerate(self.reward_func_names):
+            if len(outputs[i]) != len(rows):
+                raise ValueError(
+                    f"The reward function {name!r} returned {len(outputs[i])} rewards for {len(rows)} completions."
+                )
+            values = [math.nan if reward is None else float(reward) for reward in outputs[i]]
+            rewards_per_func[:, i] = torch.tensor(values, device=self.accelerator.device)
+        for row, unscored in zip(rows, rewards_per_func.isnan().all(1).tolist(), strict=True):
+            if unscored:
+                logger.warning(f"No reward function scored case {row['id']!r} ({row['prompt']!r}); it has no advantage.")
+        return rewards_per_func
+
+    def _log_extra(self, column: str, values: list) -> None:
+        self._pending_extra[column] = values
+
+    def _flush_pending_metrics(self) -> dict[str, float]:
+        """Metrics logged by reward functions, averaged over processes."""
+        collected: dict[str, list[float]] = defaultdict(list)
+        for metrics in gather_object([dict(self._pending_metrics)]):
+            for name, values in metrics.items():
+                collected[name] += values
+        self._pending_metrics.clear()
+        return {name: sum(values) / len(values) for name, values in collected.items()}
+
+    def _compute_advantages(
+        self, rewards_per_func: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Group-relative advantages (equation 3 of the paper).
+
+        Args:
+            rewards_per_func (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`):
+                Rewards of the samples of all processes, whole groups one after the other, NaN where not applicable.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(num_samples,)`: the weighted sum of the
+            rewards (NaN if none applies), the advantages, and whether the sample's group has no spread or the sample no
+            reward, so that there is nothing to learn from it.
+        """
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
+        unscored = rewards_per_func.isnan().all(1)
+        rewards[unscored] = math.nan
+        groups = rewards.view(-1, self.num_generations)
+        centred = (groups - groups.nanmean(1, keepdim=True)).flatten()
+        # nanstd has no meaning where fewer than two samples of a group are scored: that group has no spread.
+        group_std = torch.nan_to_num(nanstd(groups, dim=1)).repeat_interleave(self.num_generations)
+        flat = torch.isclose(group_std, torch.zeros_like(group_std)) | unscored
+        if self.args.scale_rewards == "group":
+            centred = centred / (group_std + 1e-4)
+        elif self.args.scale_rewards == "batch":
+            centred = centred / (torch.nan_to_num(nanstd(rewards)) + 1e-4)
+        return rewards, centred.masked_fill(flat, 0.0), flat
+
+    def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch=None) -> torch.Tensor:
+        samples = self._prepare_inputs(inputs)
+        model.train()
+        with self._timed("train"):
+            loss = self._accumulate_gradients(model, samples)
+        self._step += 1
+        return loss
+
+    def _accumulate_gradients(self, model: nn.Module, samples: list[Sample]) -> torch.Tensor:
+        # One backward pass per trained step of each bucket of equal sizes: memory holds the activations of one step,
+        # however many there are. Under DDP only the last one synchronises; the processes may differ in their number.
+        buckets = bucketed([sample.conditions for sample in samples], len(samples))
+        left = sum(len(samples[members[0]].trajectory.steps) for members in buckets)
+        num_terms = len(samples) * len(samples[0].trajectory.steps) * self.current_gradient_accumulation_steps
+        total = torch.zeros((), device=self.accelerator.device)
+        for members in buckets:
+            bucket = [samples[i] for i in members]
+            batch = self.policy.collate([sample.conditions for sample in bucket])
+            path = bucket[0].trajectory
+            latents = torch.stack([sample.trajectory.latents for sample in bucket], dim=1)
+            old_log_probs = torch.stack([sample.trajectory.log_probs for sample in bucket], dim=1)
+            advantages = torch.tensor([sample.advantage for sample in bucket], device=latents.device)
+            kl_weights = torch.tensor([sample.kl_weight for sample in bucket], device=latents.device)
+            clipped_low, clipped_high = [], []
+            for k, step in enumerate(path.steps):
+                left -= 1
+                sync = contextlib.nullcontext() if left == 0 else self.accelerator.no_sync(model)
+                with sync, self.compute_loss_context_manager():
+                    mean, std = self._transition(model, latents[k], path, step, batch)
+                    log_probs = log_prob(self.args.dynamics, latents[k + 1], mean, std)
+                    log_ratio = log_probs - old_log_probs[k]
+                    ratio = torch.exp(log_ratio)
+                    clipped = torch.clamp(ratio, 1 - self.epsilon_low, 1 + self.epsilon_high)
+                    losses = -torch.min(ratio * advantages, clipped * advantages)
+                    if self.args.beta != 0.0:
+                        with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), None):
+                            mean_ref, _ = self._transition(self.model, latents[k], path, step, batch)
+                        kl = kl_divergence(mean, mean_ref, std)
+                        losses = losses + self.args.beta * kl_weights * kl
+                        self._sample_stats["kl"].append(kl.detach())
+                    loss = losses.sum() / num_terms
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+                self._sample_stats[f"logp_diff/step_{step}"].append(log_ratio.detach().abs())
+                clipped_low.append((ratio < 1 - self.epsilon_low) & (advantages < 0))
+                clipped_high.append((ratio > 1 + self.epsilon_high) & (advantages > 0))
+            self._sample_stats["clip_low"].append(torch.stack(clipped_low).float().mean(0))
+            self._sample_stats["clip_high"].append(torch.stack(clipped_high).float().mean(0))
+        return total
+
+    def _transition(
+        self, model: nn.Module, latents: torch.Tensor, path: Trajectory, step: int, batch: dict
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sigmas = path.sigmas
+        velocity = self.policy.velocity(model, latents, sigmas[step], batch, self.args.true_cfg_scale)
+        return transition(
+            self.args.dynamics, latents, velocity, sigmas[step], sigmas[step + 1], self.args.noise_level, sigmas[1]
+        )
+
+    # Evaluation samples the ODE, with a noise that belongs to the case: figures of different checkpoints, and of runs
+    # with another number of processes, are comparable.
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self.callback_handler.eval_dataloader = dataloader
+        dataset, was_training = self._current_eval_dataset, self.model.training
+        results: list[tuple[Any, list[float]]] = []
+        for indices in dataloader:
+            cases = [self._read_case(dataset, index) for index in indices]
+            images = self.sample_edits(cases)
+            rewards_per_func = self._calculate_rewards([row for row, _ in cases], images)
+            self._pending_extra.clear()
+            tasks = [row.get("task") for row, _ in cases]
+            local = list(zip(tasks, rewards_per_func.tolist(), strict=True))
+            # The last batch may be filled up with repeated cases to keep the processes level; they are dropped here.
+            results += self.accelerator.gather_for_metrics(local, use_gather_object=True)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.model.train(was_training)
+
+        def mean(values: list[float]) -> float | None:
+            known = [value for value in values if not math.isnan(value)]
+            return sum(known) / len(known) if known else None
+
+        weights = self.reward_weights.tolist()
+
+        def total(rewards: list[float]) -> float:
+            terms = [w * r for w, r in zip(weights, rewards, strict=True) if not math.isnan(r)]
+            return sum(terms) if terms else math.nan
+
+        metrics: dict[str, float | None] = {"reward": mean([total(rewards) for _, rewards in results])}
+        for i, name in enumerate(self.reward_func_names):
+            metrics[f"rewards/{name}/mean"] = mean([rewards[i] for _, rewards in results])
+        for task in sorted({str(task) for task, _ in results if task is not None}):
+            metrics[f"reward/{task}"] = mean([total(rewards) for name, rewards in results if str(name) == task])
+        metrics |= self._flush_pending_metrics()
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items() if value is not None},
+            num_samples=len(results),
+        )
+
+    def sample_edits(
+        self, cases: list[tuple[dict[str, Any], list[Image.Image]]], adapter: bool = True
+    ) -> list[Image.Image]:
+        """
+        Samples an edit of each case as evaluation does: along the ODE, from a noise that belongs to the case.
+
+        Args:
+            cases (`list[tuple[dict, list[PIL.Image.Image]]]`):
+                Row and images of each case; a row has `prompt` and `id`.
+            adapter (`bool`, *optional*, defaults to `True`):
+                Whether to sample from the trained policy or from the model without its adapter.
+        """
+        args = self.args
+        self.model.eval()
+        conditions = [self._encode(row, images) for row, images in cases]
+        base = contextlib.nullcontext() if adapter else use_adapter(self.model, None)
+        with self.accelerator.autocast(), base:
+            trajectories = rollout(
+                self.policy,
+                self.model,
+                conditions,
+                [seeded_generator(args.seed, "eval", str(row["id"])) for row, _ in cases],
+                num_inference_steps=args.eval_num_inference_steps or args.num_inference_steps,
+                true_cfg_scale=args.true_cfg_scale,
+                batch_size=args.rollout_batch_size,
+            )
+        return decode(self.policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a log of training, not of evaluation
+            # All processes log together, so this is where what they measured apart is put together.
+            stats: dict[str, list[float]] = defaultdict(list)
+            local = {name: torch.cat(values).tolist() for name, values in self._sample_stats.items()}
+            for other in gather_object([local]):
+                for name, values in other.items():
+                    stats[name] += values
+            for name, values in self._metrics.items():
+                known = [value for value in values if not math.isnan(value)]
+                if known:
+                    logs[name] = sum(known) / len(known)
+            if "bad_images" in stats:
+                logs["bad_images"] = len(stats.pop("bad_images"))
+            low, high = stats.pop("clip_low", []), stats.pop("clip_high", [])
+            if low:
+                logs["clip_ratio/low_mean"], logs["clip_ratio/low_min"] = sum(low) / len(low), min(low)
+                logs["clip_ratio/high_mean"], logs["clip_ratio/high_max"] = sum(high) / len(high), max(high)
+                logs["clip_ratio/region_mean"] = logs["clip_ratio/low_mean"] + logs["clip_ratio/high_mean"]
+            for name, values in sorted(stats.items()):
+                logs[name] = sum(values) / len(values)
+            seconds = sum(self._phase_seconds.values())
+            logs |= {f"time/{phase}": value for phase, value in self._phase_seconds.items()}
+            logs["step_time"] = seconds / max(self.state.global_step - self._logged_steps, 1)
+            if self._num_sampled:
+                logs["images_per_second"] = self._num_sampled / seconds
+            self._logged_steps = self.state.global_step
+            self._num_sampled = 0
+            self._metrics.clear()
+            self._sample_stats.clear()
+            self._phase_seconds.clear()
+        super().log(logs, start_time)
+        if "loss" in logs and self._completions:
+            log_completions_table(self, self._completions)
+            self._completions = []
+
+    # A checkpoint also holds the number of microbatches and, if it lies inside a generation batch, the samples that are
+    # still to be trained on: then a resumed run goes on exactly as the uninterrupted one.
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        state: dict[str, Any] = {"step": self._step, "samples": None}
+        if self._step % (self.args.steps_per_generation * self.args.num_iterations):
+            state["samples"] = [
+                {
+                    "case_id": sample.case_id,
+                    "conditions": vars(sample.conditions),
+                    "trajectory": {
+                        **vars(sample.trajectory),
+                        "steps": (sample.trajectory.steps.start, sample.trajectory.steps.stop),
+                    },
+                    "advantage": sample.advantage,
+                    "kl_weight": sample.kl_weight,
+                }
+                for sample in self._buffered_samples
+            ]
+        torch.save(state, os.path.join(output_dir, f"rollouts_{self.accelerator.process_index}.pt"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self._logged_steps = self.state.global_step
+        path = os.path.join(checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
+        if not os.path.isfile(path):
+            warnings.warn(
+                f"{checkpoint} has no rollouts of process {self.accelerator.process_index} (it was saved with another "
+                "number of processes, or with save_only_model): the run goes on, but not exactly as uninterrupted.",
+                stacklevel=2,
+            )
+            return
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self._step = state["step"]
+        if state["samples"] is not None:
+            expected = self.args.per_device_train_batch_size * self.args.steps_per_generation
+            if len(state["samples"]) != expected:
+                raise ValueError(
+                    f"{checkpoint} was saved in the middle of a generation batch of {len(state['samples'])} samples "
+                    f"per process, but the arguments now say {expected}. Resume with the batch sizes of the checkpoint."
+                )
+            self._buffered_samples = [
+                Sample(
+                    case_id=sample["case_id"],
+                    conditions=EditConditions(**sample["conditions"]),
+                    trajectory=Trajectory(
+                        **{**sample["trajectory"], "steps": range(*sample["trajectory"]["steps"])}
+                    ),
+                    advantage=sample["advantage"],
+                    kl_weight=sample["kl_weight"],
+                )
+                for sample in state["samples"]
+            ]
+
+    # Every folder that is saved can be resumed from (PEFT's files) and loaded with `pipeline.load_lora_weights`.
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_lora(self.policy, self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            save_lora(self.policy, self.accelerator.unwrap_model(self.model), self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # `push_to_hub`, which a save may call, makes the pictures and the card itself.
+        if not _internal_call and output_dir in (None, self.args.output_dir) and not self.args.push_to_hub:
+            self.save_sample_edits()
+            self.create_model_card()
+        super().save_model(output_dir, _internal_call)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs):
+        """
+        Uploads the LoRA, its model card and the pictures to the Hub.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            **kwargs:
+                Passed to [`~transformers.Trainer.push_to_hub`].
+        """
+        self.save_sample_edits()
+        return super().push_to_hub(commit_message, **kwargs)
+
+    def save_sample_edits(self, num_cases: int = 4) -> None:
+        """
+        Saves edits before and after training, of the first cases of the evaluation set (or else of the training set),
+        to `output_dir/images`. They illustrate the model card.
+
+        Args:
+            num_cases (`int`, *optional*, defaults to `4`):
+                Number of cases.
+        """
+        if not self.is_world_process_zero():
+            return
+        dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        cases = [self._read_case(dataset, index) for index in range(min(num_cases, len(dataset)))]
+        was_training = self.model.training
+        before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
+        self.model.train(was_training)
+        save_pictures(Path(self.args.output_dir), cases, before, after)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes `README.md` and the reward curve to `output_dir`.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model. Defaults to the last part of the output folder.
+            dataset_name (`str`, *optional*):
+                Name of the training dataset. By default what the dataset knows of itself.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if self.is_world_process_zero():
+            extra_tags = [tags] if isinstance(tags, str) else list(tags or [])
+            write_model_card(self, model_name, dataset_name, self._tag_names + extra_tags)

@@ -1,0 +1,294 @@
+"""What is shared about a trained LoRA: its weights for diffusers and for resuming, and its model card with pictures."""
+
+import copy
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import datasets
+import diffusers
+import peft
+import torch
+import transformers
+import trl
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from transformers import PreTrainedConfig
+
+from .. import __version__
+from ..policies import EditPolicy
+
+
+if TYPE_CHECKING:
+    from .flow_grpo_edit_trainer import FlowGRPOEditTrainer
+
+
+def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model: str) -> PeftModel:
+    """
+    Wraps the policy's transformer with the LoRA that is to be trained.
+
+    Args:
+        policy ([`EditPolicy`]):
+            The policy. The adapter is injected into its pipeline's transformer.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The user's configuration; it is not modified. By default the paper's rank of 32 with an alpha of 64.
+        base_model (`str`):
+            Hub id or folder of the pipeline, remembered in what is saved.
+
+    Raises:
+        `ValueError`: If the transformer has an adapter already, or the configuration has dropout.
+    """
+    transformer = policy.pipeline.transformer
+    if hasattr(transformer, "peft_config"):
+        raise ValueError(
+            "The pipeline's transformer has a LoRA loaded already. Call `pipeline.fuse_lora()` and "
+            "`pipeline.unload_lora_weights()` first to train on top of it."
+        )
+    config = (
+        copy.deepcopy(peft_config)
+        if peft_config is not None
+        else LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian")
+    )
+    if config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={config.lora_dropout} must be 0: dropout would make the policy that is trained another one "
+            "than the policy that sampled."
+        )
+    config.task_type = None  # image editors are none of PEFT's language tasks
+    if config.target_modules is None:
+        config.target_modules = policy.lora_target_modules
+        if config.exclude_modules is None:
+            config.exclude_modules = policy.lora_exclude_modules
+    model = get_peft_model(transformer, config)
+    config.base_model_name_or_path = base_model  # `get_peft_model` resets it
+    # Trainer wants a transformers config, and a diffusers model has a FrozenDict.
+    model.config = PreTrainedConfig(**dict(transformer.config))
+    model.config._name_or_path = base_model
+
+    def enable_checkpointing(*args: Any, **kwargs: Any) -> None:
+        transformer.enable_gradient_checkpointing()
+
+    # The name that Trainer looks for, and the one it looked for before transformers 5.20.
+    model.activation_checkpointing_enable = model.gradient_checkpointing_enable = enable_checkpointing
+    return model
+
+
+def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:
+    """
+    Saves the LoRA as `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads.
+
+    Args:
+        policy ([`EditPolicy`]):
+            The policy, for its pipeline's class.
+        model ([`~peft.PeftModel`]):
+            The trained model.
+        folder (`str`):
+            Where to save it.
+    """
+    prefix = "base_model.model."
+    weights = {name.removeprefix(prefix): weight for name, weight in get_peft_model_state_dict(model).items()}
+    type(policy.pipeline).save_lora_weights(
+        folder,
+        transformer_lora_layers=weights,
+        # Without it diffusers takes alpha to be r, silently.
+        transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+    )
+
+
+def reward_curve(log_history: list[dict[str, Any]], path: Path) -> bool:
+    """
+    Draws the rewards over the steps.
+
+    Args:
+        log_history (`list[dict]`):
+            The trainer's `state.log_history`.
+        path (`Path`):
+            PNG file to write.
+
+    Returns:
+        `bool`: whether there was anything to draw.
+    """
+    # Not pyplot: nothing here may touch the figures or the backend of the user's session.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="reward")
+    names = sorted({name for log in log_history for name in log if re.fullmatch(r"rewards/.+/mean", name)})
+    curves = [("reward", "training", "C0"), ("eval_reward", "evaluation", "C3")]
+    if len(names) > 1:
+        curves += [(name, name.split("/")[1], f"C{i + 4}") for i, name in enumerate(names)]
+    drawn = False
+    for key, label, color in curves:
+        points = [(log["step"], log[key]) for log in log_history if log.get(key) is not None]
+        if not points:
+            continue
+        drawn = True
+        steps, values = zip(*points, strict=True)
+        width = max(1, len(values) // 20)
+        smooth = [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]  # fmt: skip
+        if key == "eval_reward" or width == 1:
+            axes.plot(steps, values, color=color, label=label, marker="o" if key == "eval_reward" else None)
+        else:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smooth, color=color, label=f"{label} (mean of {width})")
+    if drawn:
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path)
+    return drawn
+
+
+def comparison_sheet(rows: list[tuple[str, list[Image.Image]]], headings: list[str], height: int = 256) -> Image.Image:
+    """
+    A picture of pictures: one row per case with its text below, one column per heading.
+
+    Args:
+        rows (`list[tuple[str, list[PIL.Image.Image]]]`):
+            Text and images of each case.
+        headings (`list[str]`):
+            Heading of each column.
+        height (`int`, *optional*, defaults to `256`):
+            Height of each image in the sheet; small images are enlarged without smoothing.
+    """
+    font = ImageFont.load_default(size=15)
+    scaled = []
+    for text, images in rows:
+        fitted = []
+        for image in images:
+            method = Image.Resampling.NEAREST if image.height < height else Image.Resampling.LANCZOS
+            fitted.append(image.resize((max(1, round(image.width * height / image.height)), height), method))
+        scaled.append((text, fitted))
+    columns = [max(images[i].width for _, images in scaled) for i in range(len(headings))]
+    gap, line = 10, 26
+    sheet = Image.new("RGB", (sum(columns) + gap * (len(columns) + 1), line + gap + len(rows) * (height + line)), "white")
+    draw = ImageDraw.Draw(sheet)
+    left = gap
+    for heading, width in zip(headings, columns, strict=True):
+        draw.text((left, 6), heading, fill="black", font=font)
+        left += width + gap
+    for i, (text, images) in enumerate(scaled):
+        top, left = line + i * (height + line), gap
+        for image, width in zip(images, columns, strict=True):
+            sheet.paste(image, (left, top))
+            left += width + gap
+        limit = sheet.width - 2 * gap
+        while text and draw.textlength(text, font=font) > limit:
+            text = text[:-2].rstrip("….") + "…"
+        draw.text((gap, top + height + 3), text, fill="black", font=font)
+    return sheet
+
+
+def save_pictures(
+    folder: Path,
+    cases: list[tuple[dict[str, Any], list[Image.Image]]],
+    before: list[Image.Image],
+    after: list[Image.Image],
+) -> None:
+    """
+    Saves edits before and after training to `folder/images`, and a sheet of them to `folder/before_after.png`.
+
+    Args:
+        folder (`Path`):
+            The output folder.
+        cases (`list[tuple[dict, list[PIL.Image.Image]]]`):
+            Row and source images of each case.
+        before (`list[PIL.Image.Image]`):
+            Their edits by the model without its adapter.
+        after (`list[PIL.Image.Image]`):
+            Their edits by the trained policy, from the same noise.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, ((row, images), old, new) in enumerate(zip(cases, before, after, strict=True)):
+        old.save(folder / "images" / f"{i}_before.png")
+        new.save(folder / "images" / f"{i}_after.png")
+        (folder / "images" / f"{i}_prompt.txt").write_text(row["prompt"], encoding="utf-8")
+        rows.append((row["prompt"], [ImageOps.fit(images[-1], new.size), old, new]))
+    comparison_sheet(rows, ["source", "before training", "after training"]).save(folder / "before_after.png")
+
+
+def hub_dataset(dataset: datasets.Dataset) -> tuple[str | None, str | None]:
+    """Repository and revision that a dataset was loaded from, as far as it knows."""
+    for url in dataset.info.download_checksums or {}:
+        match = re.match(r"hf://datasets/([^@]+)@([0-9a-f]+)/", str(url))
+        if match:
+            return match[1], match[2]
+    return None, None
+
+
+def write_model_card(
+    trainer: "FlowGRPOEditTrainer", model_name: str | None, dataset_name: str | None, tags: list[str]
+) -> None:
+    """
+    Writes `README.md`, and `reward_curve.png` if there is one to draw, to the trainer's output folder.
+
+    Args:
+        trainer ([`FlowGRPOEditTrainer`]):
+            The trainer.
+        model_name (`str`, *optional*):
+            Name of the model. Defaults to that of the repository or the output folder.
+        dataset_name (`str`, *optional*):
+            Hub id of the training dataset. By default what the dataset knows of itself.
+        tags (`list[str]`):
+            Tags of the model.
+    """
+    args = trainer.args
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = model_name or (args.hub_model_id or folder.resolve().name).split("/")[-1]
+    repository, revision = hub_dataset(trainer.train_dataset)
+    base_model = trainer.base_model
+    on_hub = not Path(base_model).is_dir() and "/" in base_model
+    prompts = {int(path.name.split("_")[0]): path.read_text() for path in sorted((folder / "images").glob("*_prompt.txt"))}
+    card_data = ModelCardData(
+        base_model=base_model if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=["lora", "diffusers", "image-editing", "trl", *tags],
+        datasets=[dataset_name or repository] if dataset_name or repository else None,
+        widget=[{"text": text, "output": {"url": f"images/{i}_after.png"}} for i, text in prompts.items()] or None,
+    )
+    lora = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
+    shown = {
+        "LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}",
+        "Reward functions": ", ".join(
+            f"{name} (weight {weight:g})"
+            for name, weight in zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
+        ),
+        "Scorer prompts": ", ".join(
+            sorted({prompt.revision for f in trainer.reward_funcs for prompt in getattr(f, "prompts", {}).values()})
+        ) or "none",
+        "Steps trained": str(trainer.state.global_step),
+    }  # fmt: skip
+    for option in (
+        "learning_rate", "num_generations", "generation_batch_size", "num_iterations", "resolution",
+        "num_inference_steps", "true_cfg_scale", "dynamics", "noise_level", "sde_window_size", "sde_window_range",
+        "sde_window_mode", "epsilon", "beta", "scale_rewards", "seed",
+    ):  # fmt: skip
+        shown[f"`{option}`"] = str(getattr(args, option))
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(Path(__file__).parent / "model_card.md"),
+        model_name=name,
+        repo_id=trainer.hub_model_id or args.hub_model_id or name,
+        base_model_name=base_model,
+        dataset=dataset_name or (f"{repository} at revision {revision}" if repository else None),
+        num_cases=len(trainer.train_dataset),
+        pipeline_class=type(trainer.policy.pipeline).__name__,
+        true_cfg_scale=args.true_cfg_scale,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.eval_num_inference_steps or args.num_inference_steps,
+        resolution=args.resolution,
+        has_curve=reward_curve(trainer.state.log_history, folder / "reward_curve.png"),
+        has_sheet=(folder / "before_after.png").is_file(),
+        options=shown,
+        versions={
+            "hp-edit-trl": __version__, "trl": trl.__version__, "transformers": transformers.__version__,
+            "diffusers": diffusers.__version__, "peft": peft.__version__, "accelerate": accelerate.__version__,
+            "datasets": datasets.__version__, "torch": torch.__version__,
+        },
+    )  # fmt: skip
+    card.save(folder / "README.md")
