@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 # No test may reach the network. A test that needs a Hub starts its own on loopback in a subprocess.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 
-import torch  # noqa: E402
+import torch
 
 
 torch.set_num_threads(1)

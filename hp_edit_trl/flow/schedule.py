@@ -25,9 +25,7 @@ def pipeline_sigmas(
         `torch.Tensor` of shape `(num_inference_steps + 1,)`: decreasing, the last one 0; float32 on the CPU.
     """
     config = scheduler.config
-    slope = (config["max_shift"] - config["base_shift"]) / (
-        config["max_image_seq_len"] - config["base_image_seq_len"]
-    )
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     mu = num_tokens * slope + config["base_shift"] - slope * config["base_image_seq_len"]
     fresh = FlowMatchEulerDiscreteScheduler.from_config(config)
     fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLProcessor,
     Qwen2TokenizerFast,
     Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -200,9 +200,7 @@ def tiny_judge(folder: str, seed: int = 0) -> str:
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(config)
     processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(
-            patch_size=16, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64
-        ),
+        image_processor=Qwen2VLImageProcessor(patch_size=16, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=CHAT_TEMPLATE,

@@ -97,9 +97,7 @@ def rollout(
             if step not in steps:
                 latents, _ = transition("ode", latents, velocity, sigmas[step], sigmas[step + 1], 0.0, sigmas[1])
                 continue
-            mean, std = transition(
-                dynamics, latents, velocity, sigmas[step], sigmas[step + 1], noise_level, sigmas[1]
-            )
+            mean, std = transition(dynamics, latents, velocity, sigmas[step], sigmas[step + 1], noise_level, sigmas[1])
             stored.append(latents)
             latents = mean + std * noise()
             log_probs.append(log_prob(dynamics, latents, mean, std))
@@ -116,9 +114,7 @@ def rollout(
     return [trajectories[index] for index in range(len(conditions))]
 
 
-def decode(
-    policy: EditPolicy, latents: list[torch.Tensor], conditions: list[EditConditions], batch_size: int
-) -> list:
+def decode(policy: EditPolicy, latents: list[torch.Tensor], conditions: list[EditConditions], batch_size: int) -> list:
     """Decodes final latents to PIL images, batched with others of their size; in the order of `conditions`."""
     images = {}
     for members in bucketed(conditions, batch_size):

@@ -76,9 +76,13 @@ def load_scorer_prompts(source: str | None = None, revision: str | None = None) 
         parts = re.match(r"---\n(.*?)\n---\n(.*)", path.read_text(encoding="utf-8"), re.DOTALL)
         header = yaml.safe_load(parts[1]) if parts else None
         if parts is None or not isinstance(header, dict) or not {"task", "revision"} <= header.keys():
-            raise ValueError(f"The scorer prompt {path} does not begin with a header that names `task` and `revision`.")
+            raise ValueError(
+                f"The scorer prompt {path} does not begin with a header that names `task` and `revision`."
+            )
         if "{prompt}" not in parts[2]:
-            raise ValueError(f"The scorer prompt {path} has no {{prompt}}, so the judge would not see the instruction.")
+            raise ValueError(
+                f"The scorer prompt {path} has no {{prompt}}, so the judge would not see the instruction."
+            )
         task = header["task"]
         if task in prompts:
             raise ValueError(f"The scorer prompt {path} is a second one for the task {task!r}.")

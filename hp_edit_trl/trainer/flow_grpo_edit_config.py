@@ -285,4 +285,6 @@ class FlowGRPOEditConfig(_BaseConfig):
                 "whole groups."
             )
         if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size would break groups apart: lower per_device_train_batch_size instead.")
+            raise ValueError(
+                "auto_find_batch_size would break groups apart: lower per_device_train_batch_size instead."
+            )

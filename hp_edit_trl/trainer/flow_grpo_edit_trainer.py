@@ -16,7 +16,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -244,9 +244,9 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             base_model = model
         else:
             pipeline = model
-            base_model = model.config.get("_name_or_path") or type(model).__name__
+            base_model = model.config.get("_name_or_path") or "base-model"
         self.policy = policy_type(pipeline, offload_encoders=args.offload_encoders)
-        peft_model = prepare_lora(self.policy, peft_config, base_model)
+        peft_model = prepare_lora(self.policy, peft_config, base_model, args.seed)
 
         self.num_generations = args.num_generations  # = G in the paper
         self.epsilon_low = args.epsilon
@@ -494,7 +494,9 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             rewards_per_func[:, i] = torch.tensor(values, device=self.accelerator.device)
         for row, unscored in zip(rows, rewards_per_func.isnan().all(1).tolist(), strict=True):
             if unscored:
-                logger.warning(f"No reward function scored case {row['id']!r} ({row['prompt']!r}); it has no advantage.")
+                logger.warning(
+                    f"No reward function scored case {row['id']!r} ({row['prompt']!r}); it has no advantage."
+                )
         return rewards_per_func
 
     def _log_extra(self, column: str, values: list) -> None:
@@ -509,9 +511,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         self._pending_metrics.clear()
         return {name: sum(values) / len(values) for name, values in collected.items()}
 
-    def _compute_advantages(
-        self, rewards_per_func: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _compute_advantages(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Group-relative advantages (equation 3 of the paper).
 
@@ -757,9 +757,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                 Sample(
                     case_id=sample["case_id"],
                     conditions=EditConditions(**sample["conditions"]),
-                    trajectory=Trajectory(
-                        **{**sample["trajectory"], "steps": range(*sample["trajectory"]["steps"])}
-                    ),
+                    trajectory=Trajectory(**{**sample["trajectory"], "steps": range(*sample["trajectory"]["steps"])}),
                     advantage=sample["advantage"],
                     kl_weight=sample["kl_weight"],
                 )
@@ -770,7 +768,9 @@ class FlowGRPOEditTrainer(_BaseTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            save_lora(self.policy, self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            save_lora(self.policy, self.accelerator.unwrap_model(self.model), folder)
+            write_model_card(self, Path(folder))  # in place of PEFT's
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         self.create_model_card()
@@ -785,7 +785,6 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         # `push_to_hub`, which a save may call, makes the pictures and the card itself.
         if not _internal_call and output_dir in (None, self.args.output_dir) and not self.args.push_to_hub:
             self.save_sample_edits()
-            self.create_model_card()
         super().save_model(output_dir, _internal_call)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs):
@@ -839,5 +838,5 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                 Further tags.
         """
         if self.is_world_process_zero():
-            extra_tags = [tags] if isinstance(tags, str) else list(tags or [])
-            write_model_card(self, model_name, dataset_name, self._tag_names + extra_tags)
+            tags = [tags] if isinstance(tags, str) else tags or []
+            write_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)

@@ -1,7 +1,9 @@
 """What is shared about a trained LoRA: its weights for diffusers and for resuming, and its model card with pictures."""
 
 import copy
+import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from .flow_grpo_edit_trainer import FlowGRPOEditTrainer
 
 
-def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model: str) -> PeftModel:
+def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model: str, seed: int) -> PeftModel:
     """
     Wraps the policy's transformer with the LoRA that is to be trained.
 
@@ -36,6 +38,8 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
             The user's configuration; it is not modified. By default the paper's rank of 32 with an alpha of 64.
         base_model (`str`):
             Hub id or folder of the pipeline, remembered in what is saved.
+        seed (`int`):
+            Seed of the LoRA's initial weights.
 
     Raises:
         `ValueError`: If the transformer has an adapter already, or the configuration has dropout.
@@ -61,11 +65,16 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
         config.target_modules = policy.lora_target_modules
         if config.exclude_modules is None:
             config.exclude_modules = policy.lora_exclude_modules
-    model = get_peft_model(transformer, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = get_peft_model(transformer, config)
     config.base_model_name_or_path = base_model  # `get_peft_model` resets it
     # Trainer wants a transformers config, and a diffusers model has a FrozenDict.
     model.config = PreTrainedConfig(**dict(transformer.config))
     model.config._name_or_path = base_model
+
+    # PEFT would look for resized token embeddings, and ask the Hub for the base model's config.json to find out.
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
     def enable_checkpointing(*args: Any, **kwargs: Any) -> None:
         transformer.enable_gradient_checkpointing()
@@ -88,12 +97,13 @@ def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:
             Where to save it.
     """
     prefix = "base_model.model."
-    weights = {name.removeprefix(prefix): weight for name, weight in get_peft_model_state_dict(model).items()}
+    state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = {name.removeprefix(prefix): weight for name, weight in state_dict.items()}
     type(policy.pipeline).save_lora_weights(
         folder,
         transformer_lora_layers=weights,
-        # Without it diffusers takes alpha to be r, silently.
-        transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+        # Without it diffusers takes alpha to be r, silently. The modules to adapt it reads off the weights themselves.
+        transformer_lora_adapter_metadata={**model.peft_config["default"].to_dict(), "exclude_modules": None},
     )
 
 
@@ -162,7 +172,9 @@ def comparison_sheet(rows: list[tuple[str, list[Image.Image]]], headings: list[s
         scaled.append((text, fitted))
     columns = [max(images[i].width for _, images in scaled) for i in range(len(headings))]
     gap, line = 10, 26
-    sheet = Image.new("RGB", (sum(columns) + gap * (len(columns) + 1), line + gap + len(rows) * (height + line)), "white")
+    sheet = Image.new(
+        "RGB", (sum(columns) + gap * (len(columns) + 1), line + gap + len(rows) * (height + line)), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     left = gap
     for heading, width in zip(headings, columns, strict=True):
@@ -219,35 +231,42 @@ def hub_dataset(dataset: datasets.Dataset) -> tuple[str | None, str | None]:
 
 
 def write_model_card(
-    trainer: "FlowGRPOEditTrainer", model_name: str | None, dataset_name: str | None, tags: list[str]
+    trainer: "FlowGRPOEditTrainer",
+    folder: Path,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: Sequence[str] = (),
 ) -> None:
     """
-    Writes `README.md`, and `reward_curve.png` if there is one to draw, to the trainer's output folder.
+    Writes `README.md`, and `reward_curve.png` if there is one to draw.
 
     Args:
         trainer ([`FlowGRPOEditTrainer`]):
             The trainer.
+        folder (`Path`):
+            Where to write them. The card shows `before_after.png` and `images` if they are there.
         model_name (`str`, *optional*):
             Name of the model. Defaults to that of the repository or the output folder.
         dataset_name (`str`, *optional*):
             Hub id of the training dataset. By default what the dataset knows of itself.
-        tags (`list[str]`):
-            Tags of the model.
+        tags (`Sequence[str]`, *optional*):
+            Further tags of the model.
     """
     args = trainer.args
-    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    name = model_name or (args.hub_model_id or folder.resolve().name).split("/")[-1]
+    name = model_name or (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
     repository, revision = hub_dataset(trainer.train_dataset)
     base_model = trainer.base_model
     on_hub = not Path(base_model).is_dir() and "/" in base_model
-    prompts = {int(path.name.split("_")[0]): path.read_text() for path in sorted((folder / "images").glob("*_prompt.txt"))}
+    prompts = {
+        int(path.name.split("_")[0]): path.read_text() for path in sorted((folder / "images").glob("*_prompt.txt"))
+    }
     card_data = ModelCardData(
         base_model=base_model if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["lora", "diffusers", "image-editing", "trl", *tags],
+        tags=["lora", "diffusers", "image-editing", "trl", *trainer._tag_names, *tags],
         datasets=[dataset_name or repository] if dataset_name or repository else None,
         widget=[{"text": text, "output": {"url": f"images/{i}_after.png"}} for i, text in prompts.items()] or None,
     )

@@ -65,7 +65,9 @@ def test_batches_equal_single_runs(policy):
         policy.encode([photo(128, 64, 3)], "Blur", " ", 64),
         policy.encode([photo(96, 96, 4)], "Remove the cup", " ", 64),
     ]
-    arguments = dict(num_inference_steps=3, true_cfg_scale=4.0, dynamics="flow_sde", noise_level=0.7, steps=range(0, 2))
+    arguments = dict(
+        num_inference_steps=3, true_cfg_scale=4.0, dynamics="flow_sde", noise_level=0.7, steps=range(0, 2)
+    )
     model = policy.pipeline.transformer
     together = rollout(policy, model, cases, [generator(i) for i in range(4)], batch_size=3, **arguments)
     for i, case in enumerate(cases):

@@ -1,0 +1,490 @@
+import copy
+import math
+import shutil
+
+import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as pipeline_module
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value, load_dataset
+from diffusers import QwenImageEditPlusPipeline
+from peft import LoraConfig
+
+from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward
+from hp_edit_trl.flow.dynamics import log_prob, transition
+from hp_edit_trl.miniature.tiny import tiny_judge, tiny_pipeline
+from tests.helpers import make_cases, make_config, photo, redness
+
+
+LORA = LoraConfig(r=4, lora_alpha=8)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(reward_funcs=redness, dataset=None, pipeline=None, peft_config=LORA, eval_dataset=None, **kwargs):
+        return FlowGRPOEditTrainer(
+            model=pipeline or tiny_pipeline(),
+            reward_funcs=reward_funcs,
+            args=make_config(kwargs.pop("output_dir", tmp_path / "out"), **kwargs),
+            train_dataset=make_cases() if dataset is None else dataset,
+            eval_dataset=eval_dataset,
+            peft_config=copy.deepcopy(peft_config),
+        )
+
+    return make
+
+
+def adapter_weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_equal_weights(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("dynamics", ["flow_sde", "cps", "dance_sde"])
+def test_train(make_trainer, dynamics):
+    trainer = make_trainer(dynamics=dynamics, max_steps=3)
+    before = adapter_weights(trainer)
+    trainer.train()
+    # Every parameter that can move moved: the policy's own list leaves out those that never get a gradient.
+    assert [name for name, weight in adapter_weights(trainer).items() if torch.equal(weight, before[name])] == []
+    assert any(".1.attn.to_out" in name for name in before)
+    assert not any(".1.attn.to_add_out" in name or ".1.txt_mlp" in name for name in before)
+    log = trainer.state.log_history[0]
+    for name in [
+        "reward", "reward_std", "frac_reward_zero_std", "rewards/redness/mean", "rewards/redness/std", "step_time",
+        "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
+        "clip_ratio/region_mean", "time/encode", "time/rollout", "time/decode", "time/reward", "time/train",
+        "images_per_second", "logp_diff/step_0", "logp_diff/step_1",
+    ]:  # fmt: skip
+        assert isinstance(log[name], float), name
+
+
+def test_the_base_model_is_left_alone(make_trainer):
+    pipeline = tiny_pipeline()
+    trainer = make_trainer(pipeline=pipeline)
+    frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    now = dict(trainer.model.named_parameters())
+    assert all(torch.equal(weight, now[name]) for name, weight in frozen.items())
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize(("rollout_batch_size", "tolerance"), [(4, 1e-6), (3, 1e-5)])
+def test_the_first_ratio_is_one(make_trainer, cfg, rollout_batch_size, tolerance):
+    # Mixed aspect ratios and prompts of different lengths; a warm adapter, or every ratio would be trivially one.
+    trainer = make_trainer(true_cfg_scale=cfg, rollout_batch_size=rollout_batch_size, max_steps=1)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert max(log["logp_diff/step_0"], log["logp_diff/step_1"]) < tolerance
+    ratios = trainer_ratios(trainer)
+    assert (ratios - 1).abs().max() > 100 * tolerance  # after the update it is not: the check can fail
+
+
+def trainer_ratios(trainer):
+    """Ratio of every buffered sample at every trained step, one sample at a time."""
+    ratios = []
+    trainer.model.eval()
+    for sample in trainer._buffered_samples:
+        path, batch = sample.trajectory, trainer.policy.collate([sample.conditions])
+        for k, step in enumerate(path.steps):
+            with torch.no_grad():
+                mean, std = trainer._transition(trainer.model, path.latents[k][None], path, step, batch)
+            new = log_prob(trainer.args.dynamics, path.latents[k + 1][None], mean, std)
+            ratios.append((new - path.log_probs[k]).exp())
+    return torch.cat(ratios)
+
+
+def test_an_update_raises_the_log_probability_of_better_samples(make_trainer):
+    trainer = make_trainer(
+        max_steps=1, learning_rate=1e-3, gradient_accumulation_steps=1, per_device_train_batch_size=8
+    )
+    trainer.train()
+    samples = trainer._buffered_samples
+    gains = trainer_ratios(trainer).view(len(samples), -1).log().mean(1)
+    advantages = torch.tensor([sample.advantage for sample in samples])
+    assert (gains * advantages).sum() > 0
+    assert torch.corrcoef(torch.stack([gains, advantages]))[0, 1] > 0.5
+
+
+def test_the_gradient_is_that_of_the_clipped_objective(make_trainer):
+    # Against an objective written in one piece, over all steps at once, for a batch of mixed sizes.
+    trainer = make_trainer(
+        beta=0.3, epsilon=1e-3, epsilon_high=2e-3, sde_window_size=3, max_steps=1, learning_rate=1e-2
+    )
+    trainer.train()
+    samples, args = trainer._buffered_samples, trainer.args
+    ratios = trainer_ratios(trainer)
+    assert (ratios > 1 + 2e-3).any() and (ratios < 1 - 1e-3).any()  # both clips are at work
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 2
+    loss = trainer._accumulate_gradients(trainer.model, samples)
+    gradients = [p.grad.clone() for p in parameters]
+
+    terms = []
+    for sample in samples:
+        path, batch = sample.trajectory, trainer.policy.collate([sample.conditions])
+        for k, step in enumerate(path.steps):
+            x, sigmas = path.latents[k][None], path.sigmas
+
+            def step_mean(x=x, sigmas=sigmas, step=step, batch=batch):
+                v = trainer.policy.velocity(trainer.model, x, sigmas[step], batch, 4.0)
+                return transition("flow_sde", x, v, sigmas[step], sigmas[step + 1], 1.0, sigmas[1])
+
+            mean, std = step_mean()
+            with torch.no_grad(), trainer.model.disable_adapter():
+                reference, _ = step_mean()
+            normal = torch.distributions.Normal(mean, std)
+            ratio = (normal.log_prob(path.latents[k + 1][None]).mean() - path.log_probs[k]).exp()
+            surrogate = torch.minimum(ratio * sample.advantage, ratio.clamp(1 - 1e-3, 1 + 2e-3) * sample.advantage)
+            kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(reference, std)).mean()
+            terms.append(-surrogate + 0.3 * kl)
+    expected = torch.stack(terms).mean() / 2
+    trainer.model.zero_grad()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-7)
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(make_trainer, tmp_path):
+    plain = make_trainer(output_dir=tmp_path / "a")
+    plain.train()
+    saving = make_trainer(output_dir=tmp_path / "b", gradient_checkpointing=True)
+    saving.train()
+    assert saving.policy.pipeline.transformer.gradient_checkpointing
+    assert_equal_weights(adapter_weights(plain), adapter_weights(saving))
+
+
+def test_two_runs_agree_bit_for_bit(make_trainer, tmp_path):
+    first = make_trainer(output_dir=tmp_path / "a")
+    first.train()
+    torch.rand(17)  # the global generator plays no part
+    second = make_trainer(output_dir=tmp_path / "b")
+    torch.rand(17)
+    second.train()
+    assert_equal_weights(adapter_weights(first), adapter_weights(second))
+    assert [log.get("reward") for log in first.state.log_history] == [
+        log.get("reward") for log in second.state.log_history
+    ]
+
+
+@pytest.mark.parametrize("case", ["aligned", "inside a generation batch", "next epoch"])
+def test_resume_is_exact(make_trainer, tmp_path, case):
+    options = {
+        "aligned": dict(max_steps=3, save_steps=1),
+        "inside a generation batch": dict(max_steps=4, save_steps=1, num_iterations=2, gradient_accumulation_steps=1, steps_per_generation=2),
+        "next epoch": dict(max_steps=5, save_steps=4),
+    }[case]  # fmt: skip
+    through = make_trainer(output_dir=tmp_path / "a", save_strategy="steps", **options)
+    through.train()
+    resumed = make_trainer(output_dir=tmp_path / "b", save_strategy="steps", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{options['max_steps'] - 1}"))
+    assert_equal_weights(adapter_weights(through), adapter_weights(resumed))
+    last, again = through.state.log_history[-2], resumed.state.log_history[-2]
+    assert (last["step"], last["loss"], last.get("reward")) == (again["step"], again["loss"], again.get("reward"))
+
+
+def test_resume_inside_a_generation_batch_needs_its_sizes(make_trainer, tmp_path):
+    options = dict(save_strategy="steps", gradient_accumulation_steps=1)
+    make_trainer(output_dir=tmp_path / "a", max_steps=1, save_steps=1, steps_per_generation=2, **options).train()
+    other = make_trainer(output_dir=tmp_path / "b", max_steps=2, steps_per_generation=4, **options)
+    with pytest.raises(ValueError, match="generation batch of 8 samples per process, but the arguments now say 16"):
+        other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("peft_config", [LORA, None], ids=["given", "default"])
+def test_the_saved_lora_loads_in_plain_diffusers(make_trainer, tmp_path, peft_config, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "VAE_IMAGE_SIZE", 64 * 64)  # a megapixel takes its time
+    base = tmp_path / "base"
+    tiny_pipeline().save_pretrained(base)
+    trainer = FlowGRPOEditTrainer(
+        model=str(base), reward_funcs=redness, train_dataset=make_cases(), peft_config=peft_config,
+        args=make_config(tmp_path / "out", save_strategy="steps", save_steps=2),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    call = dict(
+        image=[photo(64, 64)], prompt="Blur it", negative_prompt=" ", height=64, width=64, num_inference_steps=2,
+        output_type="np",
+    )  # fmt: skip
+    trained = trainer.policy.pipeline
+    trained.transformer.eval()
+    expected = trained(**call, generator=torch.Generator().manual_seed(0)).images
+    plain = QwenImageEditPlusPipeline.from_pretrained(base)
+    without = plain(**call, generator=torch.Generator().manual_seed(0)).images
+    assert np.abs(without - expected).max() > 1e-4
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        plain = QwenImageEditPlusPipeline.from_pretrained(base)
+        plain.load_lora_weights(str(folder))
+        assert np.array_equal(plain(**call, generator=torch.Generator().manual_seed(0)).images, expected)
+    config = plain.transformer.peft_config["default_0"]
+    assert (config.r, config.lora_alpha) == ((4, 8) if peft_config else (32, 64))
+
+
+def test_a_hub_style_folder_a_pipeline_and_defaults(tmp_path, monkeypatch):
+    # The script of the README, with a local folder as the model.
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained("Qwen-Image-Edit-Tiny")
+    judge = tiny_judge("judge")
+    trainer = FlowGRPOEditTrainer(
+        model="Qwen-Image-Edit-Tiny",
+        reward_funcs=HPScorerReward(judge, score_mode="expected"),
+        args=FlowGRPOEditConfig(output_dir="qwen-edit-hp", resolution=64, max_steps=1, use_cpu=True, report_to="none"),
+        train_dataset=make_cases(),
+        peft_config=LoraConfig(r=32, lora_alpha=64),
+    )
+    assert trainer.policy.pipeline.transformer.dtype == torch.bfloat16
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert 0 < log["rewards/HPScorerReward/mean"] < 1 and 0 < log["hp_score"] < 5 and log["hp_score_failed"] == 0
+    # bfloat16 in rollout and in training alike: still the same policy.
+    assert max(value for name, value in log.items() if name.startswith("logp_diff")) < 1e-4
+
+
+def test_groups_shuffled_and_split_keep_case_and_advantage_together(make_trainer):
+    # The reward is a number that belongs to the case, plus one that belongs to the completion.
+    seen = {}
+
+    def planted(prompts, completions, id, image, task, **kwargs):
+        rewards = [10 * int(case.split("-")[1]) + i for i, case in enumerate(id)]
+        for case, prompt, source, name in zip(id, prompts, image, task, strict=True):
+            number = int(case.split("-")[1])
+            assert prompt.endswith(f"number {number}")
+            assert name == make_cases()[number]["task"]
+            assert np.array_equal(np.asarray(source), np.asarray(photo(*source.size, seed=number)))
+        seen.update({(case, round(r, 3)): r for case, r in zip(id, rewards, strict=True)})
+        return rewards
+
+    trainer = make_trainer(planted, max_steps=1)
+    trainer.train()
+    groups = {}
+    for sample in trainer._buffered_samples:
+        groups.setdefault(sample.case_id, []).append(sample.advantage)
+        bright = 1 + int(sample.case_id.split("-")[1]) % 2
+        assert sample.conditions.width == 64 * math.sqrt(bright) // 16 * 16 or sample.conditions.width == 96
+    values = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    expected = sorted(((values - values.mean()) / (values.std() + 1e-4)).tolist())
+    assert len(groups) == 2
+    for advantages in groups.values():
+        assert sorted(advantages) == pytest.approx(expected, abs=1e-5)
+
+
+def test_advantages(make_trainer):
+    nan = math.nan
+    rewards = torch.tensor([[1.0, nan], [2.0, nan], [3.0, nan], [6.0, nan], [5.0, 1.0], [5.0, 1.0], [nan, nan], [5.0, 1.0]])  # fmt: skip
+    for scale in ("group", "batch", "none"):
+        trainer = make_trainer([redness, lambda **kwargs: None], scale_rewards=scale, reward_weights=[1.0, 2.0])
+        total, advantages, flat = trainer._compute_advantages(rewards.clone())
+        expected_total = [1, 2, 3, 6, 7, 7, nan, 7]
+        assert total.tolist() == pytest.approx(expected_total, nan_ok=True)
+        std = {"group": np.std([1, 2, 3, 6], ddof=1) + 1e-4, "none": 1.0}.get(
+            scale, np.std([1, 2, 3, 6, 7, 7, 7], ddof=1) + 1e-4
+        )
+        assert advantages.tolist() == pytest.approx([-2 / std, -1 / std, 0, 3 / std, 0, 0, 0, 0], abs=1e-5)
+        # A group without spread, and a sample without reward, teach nothing; their KL is masked as well.
+        assert flat.tolist() == [False] * 4 + [True] * 4
+
+
+def test_missing_rewards_are_missing_and_not_zero(make_trainer, caplog):
+    def partial(completions, **kwargs):
+        return [None if i % 2 else float(i) for i in range(len(completions))]
+
+    trainer = make_trainer([partial], max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["reward"] == pytest.approx(3.0)  # of 0, 2, 4, 6
+    by_advantage = [sample for sample in trainer._buffered_samples if sample.advantage == 0]
+    assert len(by_advantage) == 4 and all(sample.kl_weight == 0 for sample in by_advantage)
+
+
+def test_async_rewards_weights_and_logging_hooks(make_trainer):
+    async def slow(completions, log_metric, log_extra, **kwargs):
+        log_metric("slow_metric", 3.0)
+        log_extra("note", ["x"] * len(completions))
+        return [1.0] * len(completions)
+
+    def constant(prompts, trainer_state, **kwargs):
+        assert trainer_state.max_steps == 1
+        return [0.5] * len(prompts)
+
+    trainer = make_trainer([slow, constant], reward_weights=[2.0, 4.0], max_steps=1, beta=0.5, log_completions=True)
+    before = adapter_weights(trainer)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["reward"] == 4.0 and log["frac_reward_zero_std"] == 1.0 and log["slow_metric"] == 3.0
+    # Groups without spread: no advantage and no KL, so nothing moves.
+    assert_equal_weights(before, adapter_weights(trainer))
+    table = load_dataset("parquet", data_files=f"{trainer.args.output_dir}/completions/*.parquet", split="train")
+    assert len(table) == 8 and table[0]["note"] == "x" and table[0]["completion"].size == table[0]["source"].size
+
+
+def test_a_reward_of_the_wrong_length(make_trainer):
+    with pytest.raises(ValueError, match="'short' returned 1 rewards for 8 completions"):
+
+        def short(**kwargs):
+            return [1.0]
+
+        make_trainer(short).train()
+
+
+def test_evaluation(make_trainer):
+    held_out = make_cases(5)
+    trainer = make_trainer(eval_dataset=held_out, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2)
+    first = trainer.evaluate()
+    assert first == pytest.approx({**trainer.evaluate(), **{k: v for k, v in first.items() if "per_second" in k or "runtime" in k}})  # fmt: skip
+    # The mean over the cases, each once, each with its own noise, however they are batched.
+    cases = [trainer._read_case(trainer.eval_dataset, i) for i in range(5)]
+    rewards = [redness(trainer.sample_edits([case]))[0] for case in cases]
+    assert first["eval_reward"] == pytest.approx(np.mean(rewards), abs=2e-4)
+    assert first["eval_reward/remove"] == pytest.approx(rewards[1], abs=1e-3)
+    trainer.train()
+    assert len([log for log in trainer.state.log_history if "eval_reward" in log]) >= 2
+
+
+def test_load_best_model_at_end_and_several_eval_sets(make_trainer):
+    trainer = make_trainer(
+        eval_dataset={"a": make_cases(2), "b": make_cases(3)}, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_a_reward",
+        greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    assert any("eval_b_reward" in log for log in trainer.state.log_history)
+
+
+def test_several_references(make_trainer):
+    rows = [
+        {"id": str(i), "prompt": f"Put picture {i} into picture 2", "images": [photo(64, 64, i), photo(64, 128, i)]}
+        for i in range(4)
+    ]
+    features = Features({"id": Value("string"), "prompt": Value("string"), "images": List(Image())})
+
+    def check(images, completions, **kwargs):
+        assert [len(sources) for sources in images] == [2] * len(completions)
+        return redness(completions)
+
+    trainer = make_trainer(check, dataset=Dataset.from_list(rows, features=features))
+    trainer.train()
+    assert trainer._buffered_samples[0].conditions.reference_sizes == ((64, 64), (96, 48))
+
+
+def test_bad_images(make_trainer):
+    rows = make_cases(4)
+    broken = rows.cast_column("image", Image(decode=False)).map(
+        lambda row, i: {"image": {"bytes": b"no image", "path": None}} if i == 1 else row, with_indices=True
+    )
+    with pytest.raises(ValueError, match="case 'case-1' cannot be decoded.*on_bad_image='skip'"):
+        make_trainer(dataset=broken, max_steps=2).train()
+    trainer = make_trainer(dataset=broken, max_steps=2, on_bad_image="skip")
+    trainer.train()
+    assert sum(log.get("bad_images", 0) for log in trainer.state.log_history) == 1
+
+
+def test_bad_arguments(make_trainer, tmp_path):
+    cases = make_cases()
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        make_trainer(dataset=cases.remove_columns("prompt"))
+    with pytest.raises(ValueError, match="no column 'image'"):
+        make_trainer(dataset=cases.remove_columns("image"))
+    with pytest.raises(TypeError, match="must be a datasets.Dataset"):
+        make_trainer(dataset=cases.to_iterable_dataset())
+    with pytest.raises(ValueError, match="eval_dataset has no column 'prompt'"):
+        make_trainer(eval_dataset=cases.remove_columns("prompt"))
+    with pytest.raises(ValueError, match="has 6 cases, but one generation batch takes 8"):
+        make_trainer(gradient_accumulation_steps=8)
+    with pytest.raises(ValueError, match="reward_weights has 2 entries"):
+        make_trainer(reward_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="lora_dropout=0.1 must be 0"):
+        make_trainer(peft_config=LoraConfig(lora_dropout=0.1))
+    with pytest.raises(ValueError, match="not_a_module"):
+        make_trainer(peft_config=LoraConfig(target_modules=["not_a_module"]))
+    with pytest.raises(ValueError, match="not a diffusers pipeline"):
+        make_trainer(pipeline=str(tmp_path))
+    with pytest.raises(TypeError, match="plain callable"):
+        make_trainer(torch.nn.Linear(1, 1))
+
+
+def test_unknown_tasks_and_dead_judges_show_before_the_policy_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "diffusers.DiffusionPipeline.from_pretrained", lambda *a, **k: pytest.fail("loaded the policy")
+    )
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    scorer = HPScorerReward(tiny_judge(str(tmp_path / "judge")), score_mode="expected")
+    wrong = make_cases().map(lambda row: {"task": "removal"})
+    with pytest.raises(ValueError, match="No scoring prompt for the task 'removal'. There are prompts for: add, "):
+        FlowGRPOEditTrainer(str(base), scorer, make_config(tmp_path / "out"), wrong)
+    dead = HPScorerReward("some-model", base_url="http://127.0.0.1:9/v1")
+    with pytest.raises(ConnectionError, match="'some-model' at http://127.0.0.1:9/v1 gives no judgements"):
+        FlowGRPOEditTrainer(str(base), dead, make_config(tmp_path / "out"), make_cases())
+
+
+def test_a_pipeline_with_a_lora_loaded(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.save_model(str(tmp_path / "lora"))
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(str(tmp_path / "lora"))
+    with pytest.raises(ValueError, match="has a LoRA loaded already"):
+        make_trainer(pipeline=pipeline)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    make_trainer(pipeline=pipeline, max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_generations=5), "8 edits .* must be divisible by num_generations=5"),
+        (dict(generation_batch_size=10), "generation_batch_size=10 must be divisible by .* = 4"),
+        (dict(generation_batch_size=8, steps_per_generation=2), "cannot both be set"),
+        (dict(num_generations=1), "num_generations=1 must be at least 2"),
+        (dict(sde_window_range=[2, 4]), r"range must lie within \[0, 3\), because the last step is never stochastic"),
+        (dict(sde_window_range=[0, 1]), "SDE window does not fit"),
+        (dict(sde_window_range=[-1, 2]), "SDE window does not fit"),
+        (dict(sde_window_size=4), "SDE window does not fit"),
+        (dict(sde_window_range=[1]), "must be two numbers"),
+        (dict(dynamics="ode"), "dynamics='ode' is not known"),
+        (dict(sde_window_mode="x"), "sde_window_mode='x' is not known"),
+        (dict(scale_rewards="x"), "scale_rewards='x' is not known"),
+        (dict(on_bad_image="x"), "on_bad_image='x' is not known"),
+        (dict(epsilon=0.0), "epsilon=0.0 must be above 0"),
+        (dict(resolution=0), "resolution=0 must be at least 1"),
+        (dict(auto_find_batch_size=True), "would break groups apart"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **options)
+
+
+def test_defaults_fit_together(tmp_path):
+    config = FlowGRPOEditConfig(str(tmp_path), use_cpu=True)
+    assert (config.learning_rate, config.num_generations, config.generation_batch_size) == (3e-4, 16, 16)
+    assert config.sde_window_range == [0, 5] and config.bf16 and config.steps_per_generation == 16
+
+
+def test_the_model_card_and_the_pictures(make_trainer):
+    trainer = make_trainer(eval_dataset=make_cases(2))
+    trainer.train()
+    trainer.save_model()
+    folder = trainer.args.output_dir
+    from huggingface_hub import ModelCard
+    from PIL import Image as PILImage
+
+    card = ModelCard.load(f"{folder}/README.md")
+    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "image-to-image"
+    assert {"hp-edit-trl", "flow-grpo", "lora", "trl"} <= set(card.data.tags)
+    assert card.data.widget[1]["output"]["url"] == "images/1_after.png"
+    assert "| `num_generations` | 4 |" in card.text and "before_after.png" in card.text and "bibtex" in card.text
+    for name in ("reward_curve.png", "before_after.png", "images/0_before.png", "images/1_after.png"):
+        assert PILImage.open(f"{folder}/{name}").size[0] > 1
+    shutil.rmtree(folder)
