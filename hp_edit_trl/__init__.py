@@ -16,7 +16,14 @@ _MODULES = {
     "load_scorer_prompts": "rewards",
 }
 
-__all__ = ["__version__", *_MODULES]
+__all__ = [
+    "FlowGRPOEditConfig",
+    "FlowGRPOEditTrainer",
+    "HPScorerReward",
+    "ServerJudge",
+    "TransformersJudge",
+    "load_scorer_prompts",
+]
 
 if TYPE_CHECKING:
     from .rewards import HPScorerReward, ServerJudge, TransformersJudge, load_scorer_prompts

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -153,7 +154,7 @@ class EditPolicy(ABC):
                 module.to(self.device)
 
     @contextmanager
-    def loaded(self, name: str) -> Iterator[nn.Module]:
+    def loaded(self, name: str) -> Iterator[Any]:
         """The encoder `name` on the policy's device; it goes back to the CPU afterwards if encoders are offloaded."""
         module = self.encoders[name]
         if self.offload_encoders:

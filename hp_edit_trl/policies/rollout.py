@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import nn
 
 from ..flow.dynamics import log_prob, transition
@@ -114,9 +115,11 @@ def rollout(
     return [trajectories[index] for index in range(len(conditions))]
 
 
-def decode(policy: EditPolicy, latents: list[torch.Tensor], conditions: list[EditConditions], batch_size: int) -> list:
+def decode(
+    policy: EditPolicy, latents: list[torch.Tensor], conditions: list[EditConditions], batch_size: int
+) -> list[Image.Image]:
     """Decodes final latents to PIL images, batched with others of their size; in the order of `conditions`."""
-    images = {}
+    images: dict[int, Image.Image] = {}
     for members in bucketed(conditions, batch_size):
         decoded = policy.decode(torch.stack([latents[i] for i in members]), conditions[members[0]])
         images.update(zip(members, decoded, strict=True))

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import (
@@ -45,8 +45,8 @@ from .hub import prepare_lora, save_lora, save_pictures, write_model_card
 
 logger = get_logger(__name__)
 
-# One reward function takes prompts, completions and the dataset's columns as lists, and returns a reward per completion.
-RewardFunc = Callable[..., list[float | None]]
+# Takes prompts, completions and the dataset's columns as lists; returns, or awaits, a list[float | None].
+RewardFunc = Callable[..., Any]
 
 
 @dataclass
@@ -176,6 +176,11 @@ class FlowGRPOEditTrainer(_BaseTrainer):
     _tag_names = ["hp-edit-trl", "flow-grpo"]
     _name = "Flow-GRPO"
 
+    args: FlowGRPOEditConfig
+    control: TrainerControl
+    train_dataset: Dataset
+    _signature_columns: list[str] | None
+
     def __init__(
         self,
         model: str | DiffusionPipeline,
@@ -219,10 +224,19 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             for func in self.reward_funcs:
                 if isinstance(func, HPScorerReward) and func.task is None and "task" in dataset.column_names:
                     func.check_tasks(dataset.unique("task"))
-        cases_per_batch = args.generation_batch_size // args.num_generations
-        if len(train_dataset) < cases_per_batch:
+        assert (
+            args.generation_batch_size and args.steps_per_generation and args.sde_window_range
+        )  # the config saw to it
+        self.num_generations = args.num_generations  # = G in the paper
+        self.cases_per_batch = args.generation_batch_size // args.num_generations
+        self.steps_per_generation = args.steps_per_generation
+        self.generate_every = args.steps_per_generation * args.num_iterations  # in microbatches
+        self.sde_window_range = (args.sde_window_range[0], args.sde_window_range[1])
+        self.epsilon_low = args.epsilon
+        self.epsilon_high = args.epsilon_high if args.epsilon_high is not None else args.epsilon
+        if len(train_dataset) < self.cases_per_batch:
             raise ValueError(
-                f"train_dataset has {len(train_dataset)} cases, but one generation batch takes {cases_per_batch} "
+                f"train_dataset has {len(train_dataset)} cases, but one generation batch takes {self.cases_per_batch} "
                 f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations})."
             )
         train_dataset = without_decoding(train_dataset)
@@ -232,7 +246,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             eval_dataset = without_decoding(eval_dataset)
 
         # Policy. Its class is found, and the judges are asked, before its weights are loaded.
-        init_kwargs = dict(args.model_init_kwargs or {})
+        init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         hub_kwargs = {k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")}
         policy_type = policy_class(model, **hub_kwargs)
         for func in self.reward_funcs:
@@ -247,10 +261,6 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             base_model = model.config.get("_name_or_path") or "base-model"
         self.policy = policy_type(pipeline, offload_encoders=args.offload_encoders)
         peft_model = prepare_lora(self.policy, peft_config, base_model, args.seed)
-
-        self.num_generations = args.num_generations  # = G in the paper
-        self.epsilon_low = args.epsilon
-        self.epsilon_high = args.epsilon_high if args.epsilon_high is not None else args.epsilon
 
         super().__init__(
             model=peft_model,
@@ -305,7 +315,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         return self._get_dataloader(
             dataset=range(len(self.train_dataset)),
             description="Training",
-            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            batch_size=self._train_batch_size * self.steps_per_generation,
             sampler_fn=self._get_train_sampler,
             is_training=True,
         )
@@ -314,8 +324,8 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         return GroupSampler(
             num_cases=len(self.train_dataset),
             num_generations=self.num_generations,
-            cases_per_batch=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.args.num_iterations * self.args.steps_per_generation,
+            cases_per_batch=self.cases_per_batch,
+            repeat_count=self.generate_every,
             shuffle=self.args.shuffle_dataset,
             seed=self.args.seed,
             epoch=lambda: int(self.state.epoch or 0),
@@ -343,14 +353,14 @@ class FlowGRPOEditTrainer(_BaseTrainer):
     def _prepare_inputs(self, indices: list[int]) -> list[Sample]:
         # Samples are drawn once for a whole generation batch, shuffled, and handed out microbatch by microbatch, as
         # often as `num_iterations` says.
-        generation, microbatch = divmod(self._step, self.args.steps_per_generation * self.args.num_iterations)
+        generation, microbatch = divmod(self._step, self.generate_every)
         if microbatch == 0 or self._buffered_samples is None:
             samples = self._generate_and_score(indices, generation)
             generator = seeded_generator(self.args.seed, "shuffle", generation, self.accelerator.process_index)
             order = torch.randperm(len(samples), generator=generator).tolist()
             self._buffered_samples = [samples[i] for i in order]
         size = self.args.per_device_train_batch_size
-        start = size * (microbatch % self.args.steps_per_generation)
+        start = size * (microbatch % self.steps_per_generation)
         return self._buffered_samples[start : start + size]
 
     def _read_case(self, dataset: Dataset, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
@@ -390,7 +400,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         steps = sde_window(
             args.sde_window_mode,
             args.sde_window_size,
-            tuple(args.sde_window_range),
+            self.sde_window_range,
             generation,
             seeded_generator(seed, "window", generation),
         )
@@ -466,7 +476,9 @@ class FlowGRPOEditTrainer(_BaseTrainer):
 
     def _calculate_rewards(self, rows: list[dict[str, Any]], images: list[Image.Image]) -> torch.Tensor:
         """Rewards of this process's samples, of shape `(num_samples, num_reward_funcs)`; NaN where not applicable."""
-        kwargs = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        kwargs: dict[str, Any] = {
+            name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")
+        }
         kwargs |= {
             "prompts": [row["prompt"] for row in rows],
             "completions": images,
@@ -475,7 +487,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             "log_metric": lambda name, value: self._pending_metrics[name].append(value),
         }
         outputs: dict[int, list[float | None]] = {}
-        waiting = {}
+        waiting: dict[int, Any] = {}
         for i, func in enumerate(self.reward_funcs):
             if is_async_callable(func):
                 waiting[i] = asyncio.run_coroutine_threadsafe(func(**kwargs), self.async_loop)
@@ -714,7 +726,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         state: dict[str, Any] = {"step": self._step, "samples": None}
-        if self._step % (self.args.steps_per_generation * self.args.num_iterations):
+        if self._step % self.generate_every:
             state["samples"] = [
                 {
                     "case_id": sample.case_id,
@@ -726,7 +738,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                     "advantage": sample.advantage,
                     "kl_weight": sample.kl_weight,
                 }
-                for sample in self._buffered_samples
+                for sample in self._buffered_samples or []
             ]
         torch.save(state, os.path.join(output_dir, f"rollouts_{self.accelerator.process_index}.pt"))
 
@@ -747,7 +759,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         self._step = state["step"]
         if state["samples"] is not None:
-            expected = self.args.per_device_train_batch_size * self.args.steps_per_generation
+            expected = self.args.per_device_train_batch_size * self.steps_per_generation
             if len(state["samples"]) != expected:
                 raise ValueError(
                     f"{checkpoint} was saved in the middle of a generation batch of {len(state['samples'])} samples "

@@ -96,14 +96,14 @@ def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:
         folder (`str`):
             Where to save it.
     """
-    prefix = "base_model.model."
     state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
-    weights = {name.removeprefix(prefix): weight for name, weight in state_dict.items()}
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in state_dict.items()}
+    # Without this metadata diffusers takes alpha to be r, silently. The modules are named one by one: diffusers does not
+    # know of those that were excluded.
+    adapted = sorted({name.rpartition(".lora_")[0] for name in weights})
+    config = {**model.peft_config["default"].to_dict(), "target_modules": adapted, "exclude_modules": None}
     type(policy.pipeline).save_lora_weights(
-        folder,
-        transformer_lora_layers=weights,
-        # Without it diffusers takes alpha to be r, silently. The modules to adapt it reads off the weights themselves.
-        transformer_lora_adapter_metadata={**model.peft_config["default"].to_dict(), "exclude_modules": None},
+        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config
     )
 
 

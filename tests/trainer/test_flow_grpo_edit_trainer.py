@@ -119,7 +119,7 @@ def test_the_gradient_is_that_of_the_clipped_objective(make_trainer):
         beta=0.3, epsilon=1e-3, epsilon_high=2e-3, sde_window_size=3, max_steps=1, learning_rate=1e-2
     )
     trainer.train()
-    samples, args = trainer._buffered_samples, trainer.args
+    samples = trainer._buffered_samples
     ratios = trainer_ratios(trainer)
     assert (ratios > 1 + 2e-3).any() and (ratios < 1 - 1e-3).any()  # both clips are at work
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
