@@ -8,6 +8,7 @@ __version__ = "0.1.0.dev0"
 
 # Public names and the modules that define them. They are imported when first asked for: torch takes its time.
 _MODULES = {
+    "EditModelConfig": "trainer.model_config",
     "FlowGRPOEditConfig": "trainer.flow_grpo_edit_config",
     "FlowGRPOEditTrainer": "trainer.flow_grpo_edit_trainer",
     "HPScorerReward": "rewards",
@@ -17,6 +18,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "EditModelConfig",
     "FlowGRPOEditConfig",
     "FlowGRPOEditTrainer",
     "HPScorerReward",
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .rewards import HPScorerReward, ServerJudge, TransformersJudge, load_scorer_prompts
     from .trainer.flow_grpo_edit_config import FlowGRPOEditConfig
     from .trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+    from .trainer.model_config import EditModelConfig
 
 
 def __getattr__(name: str):

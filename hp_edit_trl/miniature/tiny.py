@@ -130,6 +130,10 @@ def tiny_pipeline(
                 vision_end_token_id=special["<|vision_end|>"],
             )
         )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(
+            4
+        )  # a random VAE decodes to near grey: with more contrast there is more to see
     processor = Qwen2VLProcessor(
         # Few pixels, so that a picture is a handful of tokens and not two hundred.
         image_processor=Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56),

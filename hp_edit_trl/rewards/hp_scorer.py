@@ -1,17 +1,17 @@
 """HP-Scorer: a judge's score of an edit, and the reward that is made of it."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from PIL import Image
-from transformers.utils import logging
 
 from .judges import Judge, Judgement, ScoreMode, ServerJudge, TransformersJudge
 from .prompts import load_scorer_prompts
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class HPScorerReward:

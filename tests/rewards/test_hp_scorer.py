@@ -1,0 +1,91 @@
+import math
+
+import pytest
+
+from hp_edit_trl import HPScorerReward
+from hp_edit_trl.rewards import Judgement
+from tests.helpers import photo
+
+
+class ScriptedJudge:
+    """Answers from a list and keeps what it was shown."""
+
+    def __init__(self, scores):
+        self.scores = scores
+        self.seen = []
+
+    def load(self):
+        pass
+
+    def __call__(self, conversations):
+        self.seen += conversations
+        return [Judgement(self.scores[i], "scripted") for i in range(len(conversations))]
+
+
+def test_reward_of_each_score():
+    reward = HPScorerReward(ScriptedJudge([0, 1, 2, 3, 4, 5, 4.5, None]))
+    images = [photo(32, 32)] * 8
+    values = reward(prompts=["x"] * 8, completions=images, image=images)
+    assert values[:6] == pytest.approx([0.0067, 0.0474, 0.2689, 0.7311, 0.9526, 0.9933], abs=1e-4)
+    assert values[6] == pytest.approx(1 / (1 + math.exp(-2 * 4.5 + 5)))
+    assert values[7] is None
+    other = HPScorerReward(ScriptedJudge([3]), alpha=1.0, beta=0.0)
+    assert other(prompts=["x"], completions=images[:1], image=images[:1])[0] == pytest.approx(1 / (1 + math.exp(-3)))
+
+
+def test_what_the_judge_is_shown():
+    judge = ScriptedJudge([5, 5, 5])
+    source, second, edit = photo(32, 32, 1), photo(32, 32, 2), photo(32, 32, 3)
+    reward = HPScorerReward(judge)
+    reward(
+        prompts=["Add a cat", "Blur it", "Do it"],
+        completions=[edit] * 3,
+        images=[[source], [source], [source, second]],
+        task=["add", "bokeh", None],
+        requirement=["black", None, None],
+    )
+    add, bokeh, plain = judge.seen
+    assert add[0]["role"] == "system" and "adding an object" in add[0]["content"][0]["text"]
+    assert "Instruction: Add a cat\nRequirements: black" in add[0]["content"][0]["text"]
+    assert "Requirements: none" in bokeh[0]["content"][0]["text"]
+    assert [part.get("text") or part["image"] for part in add[1]["content"]] == ["Image A:", source, "Image B:", edit]
+    assert [part.get("text") or part["image"] for part in plain[1]["content"]] == [
+        "Image A, picture 1:", source, "Image A, picture 2:", second, "Image B:", edit,
+    ]  # fmt: skip
+    assert plain[0]["content"][0]["text"].startswith("You grade one example of an edited picture")
+
+
+def test_one_prompt_for_all_tasks():
+    judge = ScriptedJudge([5])
+    HPScorerReward(judge, task="base")(prompts=["x"], completions=[photo(8, 8)], image=[photo(8, 8)], task=["add"])
+    assert "adding an object" not in judge.seen[0][0]["content"][0]["text"]
+
+
+def test_missing_scores_are_counted_and_logged_with_their_case(caplog):
+    reward = HPScorerReward(ScriptedJudge([4, None]))
+    metrics, extra = {}, {}
+    images = [photo(32, 32)] * 2
+    values = reward(
+        prompts=["x", "y"], completions=images, image=images, id=["first", "second"],
+        log_metric=metrics.__setitem__, log_extra=extra.__setitem__,
+    )  # fmt: skip
+    assert values[1] is None
+    assert metrics == {"hp_score": 4.0, "hp_score_failed": 0.5} and extra == {"hp_score": [4, None]}
+    assert "No score for case second ('y'): the judge answered 'scripted'" in caplog.text
+    metrics.clear()
+    HPScorerReward(ScriptedJudge([None]))(["x"], images[:1], image=images[:1], log_metric=metrics.__setitem__)
+    assert metrics == {"hp_score_failed": 1.0}  # no mean of nothing
+
+
+def test_bad_input():
+    reward = HPScorerReward(ScriptedJudge([5]))
+    with pytest.raises(ValueError, match="No scoring prompt for the task 'removal'. There are prompts for: add,"):
+        reward(prompts=["x"], completions=[photo(8, 8)], image=[photo(8, 8)], task=["removal"])
+    with pytest.raises(ValueError, match="column `image` or `images`"):
+        reward(prompts=["x"], completions=[photo(8, 8)])
+    with pytest.raises(ValueError, match="No scoring prompt for the task 'x'"):
+        HPScorerReward(ScriptedJudge([]), task="x")
+    with pytest.raises(ValueError, match="score_mode='mean' is not known"):
+        HPScorerReward(ScriptedJudge([]), score_mode="mean")
+    with pytest.raises(ValueError, match="The judge .* has no processor"):
+        HPScorerReward("/no/such/folder")

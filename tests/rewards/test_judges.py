@@ -1,0 +1,248 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hp_edit_trl import HPScorerReward, ServerJudge, TransformersJudge
+from hp_edit_trl.miniature.tiny import tiny_judge
+from hp_edit_trl.rewards import parse_score
+from tests.helpers import photo
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("4", 4), (" 0\n", 0), ("5.", 5), ("3.0", 3), ("Score: 2", 2), ("score is 2", 2), ("**4**", 4), ("4/5", 4),
+        ("Final score = 1", 1), ("4 / 5", 4), ("<think>maybe 2 or 3</think>\n\n3", 3),
+        ("6", None), ("-1", None), ("45", None), ("3.5", None), ("4/10", None), ("4-5", None), ("", None),
+        ("I give it 4 out of 5 since 2 objects", None), ("four", None), ("<think>it is a 4", None),
+    ],
+)  # fmt: skip
+def test_parsing_takes_one_score_or_none(answer, score):
+    assert parse_score(answer) == score
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory):
+    return tiny_judge(str(tmp_path_factory.mktemp("judge")))
+
+
+def conversation(text="Score it", sizes=((64, 64), (96, 64)), seed=0):
+    images = [{"type": "image", "image": photo(*size, seed=seed + i)} for i, size in enumerate(sizes)]
+    return [
+        {"role": "system", "content": [{"type": "text", "text": text}]},
+        {"role": "user", "content": [{"type": "text", "text": "Image A:"}, images[0], *images[1:]]},
+    ]
+
+
+def test_expected_score_against_the_model_itself(judge_folder):
+    # Batched with others of other lengths and sizes, against a plain forward pass of the single conversation.
+    conversations = [conversation("Score it"), conversation("A much longer text to pad against", seed=5)]
+    judge = TransformersJudge(judge_folder, "expected", batch_size=2)
+    scores = [judgement.score for judgement in judge(conversations)]
+    model, processor = AutoModelForImageTextToText.from_pretrained(judge_folder), AutoProcessor.from_pretrained(judge_folder)  # fmt: skip
+    for chat, score in zip(conversations, scores, strict=True):
+        text = processor.apply_chat_template([chat], tokenize=False, add_generation_prompt=True)
+        pictures = [part["image"] for part in chat[1]["content"] if part["type"] == "image"]
+        inputs = processor(text=text, images=pictures, return_tensors="pt")
+        logits = model(**inputs).logits[0, -1].double()
+        digits = torch.stack([logits[processor.tokenizer.convert_tokens_to_ids(str(d))] for d in range(6)])
+        expected = sum(d * p for d, p in enumerate(digits.softmax(0).tolist()))
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_integer_mode_reads_the_answer(judge_folder, monkeypatch):
+    judge = TransformersJudge(judge_folder, "integer", batch_size=2, max_new_tokens=3)
+    assert all(judgement.score is None and judgement.answer for judgement in judge([conversation()] * 3))
+    four = judge.processor.tokenizer("4")["input_ids"]
+    monkeypatch.setattr(
+        judge.model,
+        "generate",
+        lambda input_ids, **kwargs: torch.cat([input_ids, torch.tensor([four] * len(input_ids))], dim=1),
+    )
+    assert [judgement.score for judgement in judge([conversation()] * 3)] == [4.0] * 3
+
+
+def test_a_vocabulary_without_scores(judge_folder, monkeypatch):
+    original = AutoProcessor.from_pretrained
+
+    def merged(*args, **kwargs):
+        processor = original(*args, **kwargs)
+        processor.tokenizer.add_tokens(["three"])
+        plain = type(processor.tokenizer).__call__
+        monkeypatch.setattr(
+            type(processor.tokenizer), "__call__",
+            lambda self, text, **kw: {"input_ids": [1, 2]} if text == "3" else plain(self, text, **kw),
+        )  # fmt: skip
+        return processor
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", merged)
+    with pytest.raises(ValueError, match="no single token for the score '3'"):
+        TransformersJudge(judge_folder)
+
+
+class FakeServer(ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint whose replies, delays and errors are scripted."""
+
+    def __init__(self, reply):
+        server = self
+        self.reply, self.requests, self.now, self.most = reply, [], 0, 0
+        self.lock = threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server.lock:
+                    server.requests.append(body)
+                    server.now += 1
+                    server.most = max(server.most, server.now)
+                status, payload = server.reply(body, len(server.requests))
+                with server.lock:
+                    server.now -= 1
+                data = json.dumps(payload).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(reply):
+        servers.append(FakeServer(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def completion(text, logprobs=None):
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}, "logprobs": logprobs}  # fmt: skip
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+
+
+def top_logprobs(probabilities):
+    import math
+
+    entries = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in probabilities.items()]
+    return {"content": [{**entries[0], "top_logprobs": entries}], "refusal": None}
+
+
+def test_server_integer_mode(serve):
+    server = serve(lambda body, n: (200, completion(body["messages"][0]["content"][0]["text"][-1])))
+    judge = ServerJudge("m", server.url, max_concurrency=3)
+    judgements = judge([conversation(f"answer {i % 6}") for i in range(12)])
+    assert [judgement.score for judgement in judgements] == [float(i % 6) for i in range(12)]
+    request = server.requests[0]
+    assert request["model"] == "m" and request["temperature"] == 0
+    assert [part["type"] for part in request["messages"][1]["content"]] == ["text", "image_url", "image_url"]
+    assert request["messages"][1]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_server_expected_mode(serve):
+    probabilities = {"4": 0.5, " 4": 0.1, "3": 0.2, "The": 0.2}
+    server = serve(lambda body, n: (200, completion("4", top_logprobs(probabilities))))
+    (judgement,) = ServerJudge("m", server.url, "expected")([conversation()])
+    assert judgement.score == pytest.approx((4 * 0.6 + 3 * 0.2) / 0.8)
+    assert server.requests[0]["logprobs"] is True and server.requests[0]["top_logprobs"] == 20
+    none = serve(lambda body, n: (200, completion("The", top_logprobs({"The": 1.0}))))
+    (judgement,) = ServerJudge("m", none.url, "expected")([conversation()])
+    assert judgement.score is None and "no digit among the likeliest tokens ['The']" in judgement.answer
+
+
+def test_server_without_logprobs_is_noticed_at_start_up(serve):
+    server = serve(lambda body, n: (200, completion("4")))
+    with pytest.raises(ConnectionError, match="returned no top_logprobs.*use 'integer'"):
+        ServerJudge("m", server.url, "expected").load()
+    ServerJudge("m", server.url, "integer").load()
+
+
+def test_server_retries_bounds_concurrency_and_gives_up_on_single_cases(serve):
+    def reply(body, count):
+        time.sleep(0.05)
+        text = body["messages"][0]["content"][0]["text"]
+        if text == "always broken":
+            return 500, {"error": {"message": "out of order"}}
+        if text == "busy once" and sum("busy once" in json.dumps(r["messages"][0]) for r in server.requests) == 1:
+            return 429, {"error": {"message": "slow down"}}
+        return 200, completion("5")
+
+    server = serve(reply)
+    judge = ServerJudge("m", server.url, max_retries=1, max_concurrency=2)
+    texts = ["fine", "busy once", "always broken", "fine", "fine", "fine"]
+    judgements = judge([conversation(text) for text in texts])
+    assert [judgement.score for judgement in judgements] == [5, 5, None, 5, 5, 5]
+    assert "out of order" in judgements[2].answer
+    assert server.most == 2
+
+
+def test_server_timeouts_and_dead_addresses(serve):
+    slow = serve(lambda body, n: (time.sleep(1.5), (200, completion("5")))[1])
+    (judgement,) = ServerJudge("m", slow.url, timeout=0.2, max_retries=0)([conversation()])
+    assert judgement.score is None and "Timeout" in judgement.answer
+    with pytest.raises(ConnectionError, match=r"'m' at http://127.0.0.1:9/v1 gives no judgements: APIConnectionError"):
+        ServerJudge("m", "http://127.0.0.1:9/v1").load()
+    missing = serve(lambda body, n: (404, {"error": {"message": "model m does not exist"}}))
+    with pytest.raises(ConnectionError, match="model m does not exist"):
+        ServerJudge("m", missing.url).load()
+
+
+def test_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r'pip install "hp-edit-trl\[server\]"'):
+        HPScorerReward("m", base_url="http://127.0.0.1:9/v1")
+
+
+@pytest.mark.slow
+def test_transformers_serve(judge_folder, tmp_path):
+    """A real OpenAI-compatible server with a real, tiny Qwen3-VL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", judge_folder, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        reward = HPScorerReward(judge_folder, base_url=f"http://127.0.0.1:{port}/v1")
+        reward.load()
+        server, local = reward.judge, TransformersJudge(judge_folder, "integer", max_new_tokens=16)
+        chats = [conversation("Score it"), conversation("Or this", seed=3)]
+        answers = [judgement.answer for judgement in server(chats)]
+        assert answers == [judgement.answer for judgement in local(chats)]
+        images = [photo(64, 64)] * 2
+        assert reward(prompts=["x", "y"], completions=images, image=images, task=["add", "style"]) == [None, None]
+        # This server takes `logprobs` without a word and returns none: that must not pass unnoticed.
+        with pytest.raises(ConnectionError, match="returned no top_logprobs"):
+            ServerJudge(judge_folder, f"http://127.0.0.1:{port}/v1", "expected").load()
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -1,0 +1,80 @@
+import pytest
+
+from hp_edit_trl.rewards import TASKS, load_scorer_prompts
+
+
+# One word or phrase for each criterion of the paper's figures S2 to S9. A prompt that loses one has lost a criterion.
+CRITERIA = {
+    "remove": ["main object or subject", "very thing", "really gone", "differ in a way that matters", "artifacts", "blur", "shadow"],
+    "add": ["usable picture", "is the object that was asked for now present", "differ in a way that matters", "artifacts", "softness", "impossible shadows", "category", "attributes", "place"],
+    "swap": ["word for word", "which object is to disappear", "take its place", "clearly identified", "logically possible", "without ambiguity", "vanished", "no part missing", "misshapen", "category, attributes, pose, position", "additional objects", "background of image a fully kept", "does not speak of", "without support", "passing through", "compositing"],
+    "background": ["foreground subject", "meaningful replacement", "another one than that of image a", "survive intact", "visible artifacts", "blended"],
+    "color": ["strict", "composition", "identity and shape", "mirrored side", "accessories", "logos", "patterns", "hue, saturation and brightness", "gradients", "glossy", "metallic", "woven", "wooden", "grained", "highlights", "shadows", "reflections", "translucency", "flat coat of paint", "halo", "bleeding", "fringe", "banding", "posterised", "tint"],
+    "bokeh": ["strict", "weigh the same", "crop, scale and rotation", "colour cast", "identity and pose", "facial features, edges and textures", "truly blurred", "strongly", "hair and fur", "halo", "double contour", "bleeding", "cut-out", "holes", "ringing", "grain and noise", "gradually with distance", "middle ground", "uniform", "disqualified"],
+    "relight": ["come from where it should", "every object", "soft or as hard", "warm or as cool", "shadows and highlights", "halos", "geometry of the scene", "textures", "composition", "physically plausible", "pleasing", "invalid"],
+    "style": ["word for word", "palette", "textures", "brushwork", "objects it contains", "sensible", "without ambiguity", "features of that style", "none added and none taken away", "background all there", "structure did not", "coherent or realistic", "without support", "passing through", "machine's hand"],
+}  # fmt: skip
+
+
+def flat(text):
+    return " ".join(text.lower().split())
+
+
+def test_there_is_a_prompt_for_every_task_and_the_base_prompt():
+    prompts = load_scorer_prompts()
+    assert set(prompts) == {*TASKS, "base"}
+    for task, prompt in prompts.items():
+        assert prompt.revision == f"hp-edit-trl:{task}:1"
+        text = flat(prompt.text)
+        assert all(f"- {score}:" in text for score in range(6)), task
+        assert "image a" in text and "image b" in text and "answer with the digit alone" in text
+
+
+@pytest.mark.parametrize("task", sorted(CRITERIA))
+def test_every_criterion_of_the_paper_is_kept(task):
+    prompts = load_scorer_prompts()
+    text = flat(prompts[task].text)
+    assert [criterion for criterion in CRITERIA[task] if criterion not in text] == []
+    # and the base prompt has none of the questions
+    assert len(prompts["base"].text) < 0.75 * len(prompts[task].text)
+
+
+def test_filling_in():
+    prompt = load_scorer_prompts()["add"]
+    text = prompt.fill("Add {requirement} and {prompt} and {x}", "a {prompt}")
+    assert "Instruction: Add {requirement} and {prompt} and {x}\n" in text
+    assert "Requirements: a {prompt}\n" in text
+    assert "Requirements: none\n" in prompt.fill("Add a cat")
+
+
+def test_a_folder(tmp_path):
+    (tmp_path / "README.md").write_text("not a prompt")
+    (tmp_path / "crop.md").write_text("---\ntask: crop\nrevision: b2\n---\nWas {prompt} done? Keep {this}.\n")
+    prompts = load_scorer_prompts(str(tmp_path))
+    assert list(prompts) == ["crop"] and prompts["crop"].revision == f"{tmp_path}:crop:b2"
+    assert prompts["crop"].fill("cropping") == "Was cropping done? Keep {this}."
+    with pytest.raises(ValueError, match="pins a Hub repository, but prompts=.* is a local folder"):
+        load_scorer_prompts(str(tmp_path), revision="main")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no header", "does not begin with a header"),
+        ("---\ntask: x\n---\n{prompt}", "does not begin with a header"),
+        ("---\ntask: x\nrevision: 1\n---\nno place", "has no {prompt}"),
+        (None, "No scorer prompts"),
+    ],
+)
+def test_bad_folders(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "x.md").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_scorer_prompts(str(tmp_path))
+
+
+def test_two_prompts_for_a_task(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.md").write_text("---\ntask: x\nrevision: 1\n---\n{prompt}")
+    with pytest.raises(ValueError, match="b.md is a second one for the task 'x'"):
+        load_scorer_prompts(str(tmp_path))
