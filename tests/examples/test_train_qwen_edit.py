@@ -1,0 +1,56 @@
+"""The example as a user runs it: as a script in its own process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
+from PIL import Image
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(*arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, str(EXAMPLES / "train_qwen_edit.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_embedded_default(tmp_path):
+    done = run("--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--log_completions", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    output = tmp_path / "outputs" / "qwen-edit-embedded"
+    assert "3/3" in done.stderr  # the progress bar
+    state = QwenImageLoraLoaderMixin.lora_state_dict(str(output))
+    assert any(key.endswith("to_q.lora_B.weight") and value.abs().max() > 0 for key, value in state.items())
+    assert "qwen-edit-embedded" in (output / "README.md").read_text()
+    for name in ("reward_curve.png", "before_after.png"):
+        assert min(Image.open(output / name).size) > 100
+    # It goes on where it was.
+    again = run("--max_steps", "4", "--resume_from_checkpoint", str(output / "checkpoint-3"), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-4000:]
+
+
+def test_short_and_documented():
+    lines = (EXAMPLES / "train_qwen_edit.py").read_text().splitlines()
+    assert len(lines) < 100
+
+
+@pytest.mark.parametrize("config", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_parses(config, monkeypatch):
+    # All options exist and fit together; the launch line is in the header.
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from train_qwen_edit import EditModelConfig, EditScriptArguments, FlowGRPOEditConfig, TrlParser
+    finally:
+        sys.path.pop(0)
+    parser = TrlParser((EditScriptArguments, FlowGRPOEditConfig, EditModelConfig))
+    arguments = ["--config", str(config), "--use_cpu", "true", "--optim", "adamw_torch"]
+    script_args, args, model_args = parser.parse_args_and_config(arguments)
+    assert args.generation_batch_size % args.num_generations == 0
+    if model_args.model_name_or_path:
+        assert config.read_text().startswith("#") and "accelerate launch" in config.read_text().split("\n\n")[0]
