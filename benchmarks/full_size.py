@@ -66,7 +66,9 @@ def build_trainer(tiny: bool, device: torch.device) -> FlowGRPOEditTrainer:
     )  # fmt: skip
     cases = Dataset.from_list([{"prompt": "unused", "image": Image.new("RGB", (64, 64))}])
     lora = LoraConfig(r=32, lora_alpha=64)
-    trainer = FlowGRPOEditTrainer(pipeline, lambda completions, **_: [0.0] * len(completions), args, cases, peft_config=lora)
+    trainer = FlowGRPOEditTrainer(
+        pipeline, lambda completions, **_: [0.0] * len(completions), args, cases, peft_config=lora
+    )
     transformer.enable_gradient_checkpointing()
     trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
     trainer.current_gradient_accumulation_steps = 1

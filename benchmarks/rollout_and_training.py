@@ -20,17 +20,17 @@ import time
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
+from peft import LoraConfig
+from PIL import Image
 
-from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer  # noqa: E402
-from hp_edit_trl.miniature.tiny import tiny_pipeline  # noqa: E402
-from hp_edit_trl.policies import decode, rollout  # noqa: E402
-from hp_edit_trl.seeding import seeded_generator  # noqa: E402
+from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
+from hp_edit_trl.miniature.tiny import tiny_pipeline
+from hp_edit_trl.policies import decode, rollout
+from hp_edit_trl.seeding import seeded_generator
 
 
 torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def build_trainer(size: int, cfg: float, steps: int = 3, batch: int = 8, max_ste
 def measure(size: int, cfg: float, batch: int, repeats: int) -> dict[str, float]:
     trainer = build_trainer(size, cfg, batch=batch)
     trainer.train()  # as prepared by the Trainer, with warm caches
-    policy, model, args = trainer.policy, trainer.model, trainer.args
+    policy, model = trainer.policy, trainer.model
     pipeline, vae = policy.pipeline, policy.pipeline.vae
     cases = [trainer._read_case(trainer.train_dataset, i) for i in range(2)]
     model.eval()

@@ -70,8 +70,6 @@ class HPScorerReward:
         alpha: float = 2.0,
         beta: float = 5.0,
     ):
-        if score_mode not in ("integer", "expected"):
-            raise ValueError(f"score_mode={score_mode!r} is not known: use 'integer' or 'expected'.")
         self.prompts = load_scorer_prompts(prompts, prompts_revision)
         self.task = task
         self.alpha = alpha

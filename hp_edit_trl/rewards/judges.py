@@ -6,6 +6,7 @@ server. A judge is the only place that knows how its model is reached.
 import base64
 import io
 import math
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,6 +65,19 @@ def parse_score(answer: str) -> float | None:
     return float(match[1]) if match else None
 
 
+def _check_score_mode(score_mode: str) -> None:
+    if score_mode not in ("integer", "expected"):
+        raise ValueError(f"score_mode={score_mode!r} is not known: use 'integer' or 'expected'.")
+
+
+def _fitted(image: Image.Image, max_pixels: int) -> Image.Image:
+    """The image in RGB, scaled down to `max_pixels` if it is larger."""
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    if scale < 1:
+        image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+    return image.convert("RGB")
+
+
 class TransformersJudge:
     """
     A chat vision-language model in this process: anything that `AutoModelForImageTextToText` loads.
@@ -78,8 +92,8 @@ class TransformersJudge:
             Number of cases judged together.
         max_new_tokens (`int`, *optional*, defaults to `16`):
             Longest answer in the mode `"integer"`; raise it for models that reason aloud.
-        max_pixels (`int`, *optional*):
-            Larger images are scaled down to this area for the judge.
+        max_pixels (`int`, *optional*, defaults to `1048576`):
+            Larger images are scaled down to this area before the judge sees them.
         device (`torch.device` or `str`, *optional*):
             Where it runs. By default this process's accelerator.
         model_init_kwargs (`dict`, *optional*):
@@ -95,10 +109,11 @@ class TransformersJudge:
         score_mode: ScoreMode = "integer",
         batch_size: int = 8,
         max_new_tokens: int = 16,
-        max_pixels: int | None = None,
+        max_pixels: int = 1024 * 1024,
         device: torch.device | str | None = None,
         model_init_kwargs: dict | None = None,
     ):
+        _check_score_mode(score_mode)
         self.name = model
         self.score_mode = score_mode
         self.batch_size = batch_size
@@ -148,19 +163,18 @@ class TransformersJudge:
         return judgements
 
     def _prepare(self, conversations: list[list[dict[str, Any]]]):
-        limit = {} if self.max_pixels is None else {"max_pixels": self.max_pixels}
         patch_size = getattr(self.processor.image_processor, "patch_size", 14)
+
+        def fit(part: dict[str, Any]) -> dict[str, Any]:
+            if part["type"] != "image":
+                return part
+            fitted = _fitted(part["image"], self.max_pixels)
+            return {"type": "image", "image": fetch_image({"image": fitted}, image_patch_size=patch_size)}
+
         resized = [
-            [
-                {**message, "content": [
-                    {"type": "image", "image": fetch_image({**part, **limit}, image_patch_size=patch_size)}
-                    if part["type"] == "image" else part
-                    for part in message["content"]
-                ]}
-                for message in conversation
-            ]
+            [{**message, "content": [fit(part) for part in message["content"]]} for message in conversation]
             for conversation in conversations
-        ]  # fmt: skip
+        ]
         inputs = self.processor.apply_chat_template(
             resized,
             tokenize=True,
@@ -197,6 +211,8 @@ class ServerJudge:
             Largest number of requests under way at once, from this process.
         max_new_tokens (`int`, *optional*, defaults to `16`):
             Longest answer in the mode `"integer"`; raise it for models that reason aloud.
+        max_pixels (`int`, *optional*, defaults to `1048576`):
+            Larger images are scaled down to this area before they are sent.
 
     Raises:
         `ImportError`: If the extra is not installed.
@@ -212,18 +228,19 @@ class ServerJudge:
         max_retries: int = 4,
         max_concurrency: int = 16,
         max_new_tokens: int = 16,
+        max_pixels: int = 1024 * 1024,
     ):
+        _check_score_mode(score_mode)
         try:
             import openai
         except ImportError as error:
             raise ImportError('A judge on a server needs the extra: pip install "hp-edit-trl[server]"') from error
-        import os
-
         self.name = model
         self.base_url = base_url
         self.score_mode = score_mode
         self.max_concurrency = max_concurrency
         self.max_new_tokens = max_new_tokens
+        self.max_pixels = max_pixels
         self._errors = (openai.APIError,)
         self._client = openai.OpenAI(
             base_url=base_url,
@@ -259,7 +276,7 @@ class ServerJudge:
 
     def _ask(self, conversation: list[dict[str, Any]], client) -> Judgement:
         messages = [
-            {"role": message["role"], "content": [_as_openai(part) for part in message["content"]]}
+            {"role": message["role"], "content": [self._as_openai(part) for part in message["content"]]}
             for message in conversation
         ]
         if self.score_mode == "integer":
@@ -281,11 +298,10 @@ class ServerJudge:
         score = sum(value * weight for value, weight in enumerate(weights)) / sum(weights)
         return Judgement(score, f"expected {score:.3f}")
 
-
-def _as_openai(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] != "image":
-        return part
-    buffer = io.BytesIO()
-    part["image"].save(buffer, "PNG", compress_level=1)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    def _as_openai(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return part
+        buffer = io.BytesIO()
+        _fitted(part["image"], self.max_pixels).save(buffer, "PNG", compress_level=1)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}

@@ -64,7 +64,12 @@ def load_scorer_prompts(source: str | None = None, revision: str | None = None) 
         folder, origin = Path(source), source
     else:
         repo_type, repo_id = ("dataset", source[9:]) if source.startswith("datasets/") else ("model", source)
-        folder = Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns="*.md"))
+        try:
+            folder = Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns="*.md"))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"prompts={source!r} is neither a local folder nor a Hub repository that can be read: {error}"
+            ) from error
         origin = f"{source}@{folder.name}"
     if revision is not None and origin == source:
         raise ValueError(f"revision={revision!r} pins a Hub repository, but prompts={source!r} is a local folder.")

@@ -3,6 +3,7 @@ import atexit
 import contextlib
 import math
 import os
+import shutil
 import time
 import warnings
 from collections import defaultdict
@@ -16,6 +17,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from PIL import Image
 from torch import nn
@@ -553,6 +555,8 @@ class FlowGRPOEditTrainer(_BaseTrainer):
     def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch=None) -> torch.Tensor:
         samples = self._prepare_inputs(inputs)
         model.train()
+        if hasattr(self.optimizer, "train"):  # schedule-free optimizers
+            self.optimizer.train()
         with self._timed("train"):
             loss = self._accumulate_gradients(model, samples)
         self._step += 1
@@ -621,6 +625,8 @@ class FlowGRPOEditTrainer(_BaseTrainer):
     ) -> EvalLoopOutput:
         self.callback_handler.eval_dataloader = dataloader
         dataset, was_training = self._current_eval_dataset, self.model.training
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
         results: list[tuple[Any, list[float]]] = []
         for indices in dataloader:
             cases = [self._read_case(dataset, index) for index in indices]
@@ -784,13 +790,15 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             save_lora(self.policy, self.accelerator.unwrap_model(self.model), folder)
             write_model_card(self, Path(folder))  # in place of PEFT's
 
-    def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies PEFT's files to the output folder, which is what it uploads, unless an upload is still reading
+        # there. So does this with the rest.
         if self.is_world_process_zero():
-            save_lora(self.policy, self.accelerator.unwrap_model(self.model), self.args.output_dir)
+            uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
+            if self.args.hub_always_push or not uploading:
+                for name in (LORA_WEIGHT_NAME_SAFE, "README.md", "reward_curve.png"):
+                    if os.path.isfile(os.path.join(checkpoint_folder, name)):
+                        shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -15,6 +15,7 @@ import torch
 import transformers
 import trl
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import PreTrainedConfig
@@ -139,7 +140,8 @@ def reward_curve(log_history: list[dict[str, Any]], path: Path) -> bool:
         width = max(1, len(values) // 20)
         smooth = [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]  # fmt: skip
         if key == "eval_reward" or width == 1:
-            axes.plot(steps, values, color=color, label=label, marker="o" if key == "eval_reward" else None)
+            marker = "o" if key == "eval_reward" or len(values) == 1 else None
+            axes.plot(steps, values, color=color, label=label, marker=marker)
         else:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, smooth, color=color, label=f"{label} (mean of {width})")
@@ -222,11 +224,14 @@ def save_pictures(
 
 
 def hub_dataset(dataset: datasets.Dataset) -> tuple[str | None, str | None]:
-    """Repository and revision that a dataset was loaded from, as far as it knows."""
-    for url in dataset.info.download_checksums or {}:
-        match = re.match(r"hf://datasets/([^@]+)@([0-9a-f]+)/", str(url))
-        if match:
-            return match[1], match[2]
+    """Repository and commit that a dataset was loaded from, as far as its files in the cache tell."""
+    # `load_dataset` prepares a dataset in a folder named after the commit. That path changes the repository's name
+    # ("50K" becomes "50_k"), so the name is taken from the Hub cache, where the same commit was downloaded to.
+    for file in dataset.cache_files:
+        for part in Path(file["filename"]).parts:
+            if re.fullmatch(r"[0-9a-f]{40}", part):
+                for snapshot in Path(HF_HUB_CACHE).glob(f"datasets--*/snapshots/{part}"):
+                    return snapshot.parent.parent.name.removeprefix("datasets--").replace("--", "/"), part
     return None, None
 
 
@@ -294,7 +299,8 @@ def write_model_card(
         model_name=name,
         repo_id=trainer.hub_model_id or args.hub_model_id or name,
         base_model_name=base_model,
-        dataset=dataset_name or (f"{repository} at revision {revision}" if repository else None),
+        dataset=dataset_name or repository,
+        dataset_revision=revision if dataset_name in (None, repository) else None,
         num_cases=len(trainer.train_dataset),
         pipeline_class=type(trainer.policy.pipeline).__name__,
         true_cfg_scale=args.true_cfg_scale,

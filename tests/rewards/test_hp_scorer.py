@@ -86,6 +86,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match="No scoring prompt for the task 'x'"):
         HPScorerReward(ScriptedJudge([]), task="x")
     with pytest.raises(ValueError, match="score_mode='mean' is not known"):
-        HPScorerReward(ScriptedJudge([]), score_mode="mean")
+        HPScorerReward("m", base_url="http://127.0.0.1:9/v1", score_mode="mean")
     with pytest.raises(ValueError, match="The judge .* has no processor"):
         HPScorerReward("/no/such/folder")

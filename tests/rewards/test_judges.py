@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 import os
 import socket
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hp_edit_trl import HPScorerReward, ServerJudge, TransformersJudge
@@ -158,6 +161,14 @@ def test_server_integer_mode(serve):
     assert request["model"] == "m" and request["temperature"] == 0
     assert [part["type"] for part in request["messages"][1]["content"]] == ["text", "image_url", "image_url"]
     assert request["messages"][1]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_server_is_sent_large_pictures_scaled_down(serve):
+    server = serve(lambda body, n: (200, completion("5")))
+    ServerJudge("m", server.url, max_pixels=64 * 32)([conversation(sizes=((640, 320), (32, 32)))])
+    urls = [part["image_url"]["url"] for part in server.requests[0]["messages"][1]["content"][1:]]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size for url in urls]
+    assert sizes == [(64, 32), (32, 32)]
 
 
 def test_server_expected_mode(serve):

@@ -73,6 +73,11 @@ def test_bad_folders(tmp_path, text, message):
         load_scorer_prompts(str(tmp_path))
 
 
+def test_neither_folder_nor_repository():
+    with pytest.raises(FileNotFoundError, match="'./missing' is neither a local folder nor a Hub repository"):
+        load_scorer_prompts("./missing")
+
+
 def test_two_prompts_for_a_task(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.md").write_text("---\ntask: x\nrevision: 1\n---\n{prompt}")
