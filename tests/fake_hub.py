@@ -26,6 +26,7 @@ ROUTES = {
     r"POST /api/validate-yaml": "validate_yaml",
     rf"GET {API}(?:/revision/(?P<revision>[^/]+))?": "info",
     rf"GET {API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?": "tree",
+    rf"POST {API}/paths-info/(?P<revision>[^/]+)": "paths_info",
     rf"POST {API}/preupload/(?P<revision>[^/]+)": "preupload",
     rf"POST {API}/commit/(?P<revision>[^/]+)": "commit",
     rf"POST {GIT}\.git/info/lfs/objects/batch": "lfs_batch",
@@ -154,9 +155,15 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in commit.files]
         return {"id": repo.partition("/")[2], "sha": commit.oid, "private": False, "tags": [], "siblings": siblings}
 
+    def paths_info(self, repo: str, revision: str) -> list[dict[str, Any]]:
+        wanted = parse_qs(self.body.decode())["paths"]
+        return [entry for entry in self.entries(repo, revision, "", recursive=True) if entry["path"] in wanted]
+
     def tree(self, repo: str, revision: str, folder: str = "") -> list[dict[str, Any]]:
+        return self.entries(repo, revision, folder, recursive=self.query.get("recursive") == ["true"])
+
+    def entries(self, repo: str, revision: str, folder: str, recursive: bool) -> list[dict[str, Any]]:
         start = f"{folder}/" if folder else ""
-        recursive = self.query.get("recursive") == ["true"]
         entries = {}
         for path, file in self.hub.find(repo, revision).files.items():
             for name in [path, *map(str, PurePosixPath(path).parents)][:-1]:
