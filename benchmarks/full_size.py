@@ -116,7 +116,6 @@ def measure(trainer, resolution: int, cfg: float, batch: int, peak: float, repea
 
     def train():
         trainer._accumulate_gradients(trainer.model_wrapped, [sample])
-        trainer._sample_stats.clear()
 
     model.train()
     train_seconds = timed(train, device, repeats)

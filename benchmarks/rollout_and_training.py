@@ -106,7 +106,6 @@ def measure(size: int, cfg: float, batch: int, repeats: int) -> dict[str, float]
         for start in range(0, 8, batch):
             trainer._accumulate_gradients(model, samples[start : start + batch])
         trainer.optimizer.step()
-        trainer._sample_stats.clear()
 
     model.train()
     own["train"] = cpu_seconds(train, repeats)
@@ -177,15 +176,22 @@ def peak_memory(steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--quick", action="store_true", help="two cases, no memory")
+    options = parser.parse_args()
+    settings = [(64, 1.0, 8), (64, 1.0, 4), (64, 1.0, 1), (64, 4.0, 4)]
+    settings += [(128, 1.0, 8), (128, 1.0, 4), (128, 1.0, 1), (128, 4.0, 4)]
+    if options.quick:
+        settings = settings[2:4]
     rows = {
-        f"{size} px, {'CFG 4' if cfg > 1 else 'no CFG'}, batch {batch}": measure(size, cfg, batch, repeats)
-        for size, cfg, batch in [(64, 1.0, 8), (64, 1.0, 4), (64, 1.0, 1), (64, 4.0, 4), (128, 1.0, 8), (128, 1.0, 4), (128, 1.0, 1), (128, 4.0, 4)]
-    }  # fmt: skip
+        f"{size} px, {'CFG 4' if cfg > 1 else 'no CFG'}, batch {batch}": measure(size, cfg, batch, options.repeats)
+        for size, cfg, batch in settings
+    }
     names = list(next(iter(rows.values())))
     print("| case | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
     for label, row in rows.items():
         print(f"| {label} | " + " | ".join(f"{row[name]:.3g}" for name in names) + " |")
+    if options.quick:
+        return
     for size in (64, 128):
         one, four = (rows[f"{size} px, no CFG, batch {b}"]["rollout s"] for b in (1, 4))
         print(f"{size} px: batch 4 costs {four / one:.2f} of the CPU time per image that batch 1 costs in rollout")

@@ -23,18 +23,30 @@ import numpy as np
 from datasets import load_dataset
 from trl import ScriptArguments, TrlParser, get_peft_config
 
-from hp_edit_trl import EditModelConfig, FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward
+from hp_edit_trl import (
+    EditModelConfig,
+    FlowGRPOEditConfig,
+    FlowGRPOEditTrainer,
+    HPScorerReward,
+    ServerJudge,
+    TransformersJudge,
+)
 
 
 @dataclass
 class EditScriptArguments(ScriptArguments):
-    judge: str | None = field(default=None, metadata={"help": "Hub id or folder of the judge, or its server's name."})
+    judge: str = field(default="Qwen/Qwen3-VL-32B-Instruct", metadata={"help": "The judge's Hub id, folder or name."})
     judge_base_url: str | None = field(
         default=None, metadata={"help": "Address of the judge's server, if it has one."}
     )
+    judge_timeout: float = field(default=120.0, metadata={"help": "Seconds for one request to the judge's server."})
+    judge_concurrency: int = field(default=16, metadata={"help": "Requests under way at once, per process."})
     score_mode: str = field(default="integer", metadata={"help": "'integer' or 'expected'."})
     scorer_prompts: str | None = field(default=None, metadata={"help": "Folder or Hub repository of scorer prompts."})
+    scorer_prompts_revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
     scorer_task: str | None = field(default=None, metadata={"help": "One prompt for all cases, e.g. 'base'."})
+    reward_alpha: float = field(default=2.0, metadata={"help": "Scale of the reward's sigmoid."})
+    reward_beta: float = field(default=5.0, metadata={"help": "Shift of the reward's sigmoid."})
 
 
 def warmth(completions, **kwargs):
@@ -43,46 +55,43 @@ def warmth(completions, **kwargs):
     return [float(image[..., 0].mean() - image[..., 2].mean()) for image in pixels]
 
 
-def main(script_args: EditScriptArguments, args: FlowGRPOEditConfig, model_args: EditModelConfig):
-    model, judge = model_args.model_name_or_path, script_args.judge
-    reward_funcs = []
-    if model is None:
+def main(script: EditScriptArguments, args: FlowGRPOEditConfig, model_args: EditModelConfig):
+    extra_rewards = []
+    if model_args.model_name_or_path is None:
         from hp_edit_trl.miniature.photographs import load_photographs
         from hp_edit_trl.miniature.tiny import tiny_judge, tiny_pipeline
 
         model, train_dataset, eval_dataset = tiny_pipeline(), load_photographs(), load_photographs()
-        judge = judge or tiny_judge(tempfile.mkdtemp())
-        reward_funcs.append(warmth)
+        # A random judge hardly ever means to answer with a digit; its scores are taken all the same.
+        judge = TransformersJudge(tiny_judge(tempfile.mkdtemp()), "expected", min_digit_mass=0.0)
+        extra_rewards.append(warmth)
     else:
-        args.model_init_kwargs = {"revision": model_args.model_revision, **(args.model_init_kwargs or {})}
-        splits = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
-        train_dataset = splits[script_args.dataset_train_split]
-        eval_dataset = splits.get(script_args.dataset_test_split) if args.eval_strategy != "no" else None
+        model = model_args.model_name_or_path
+        dtype = {} if model_args.dtype is None else {"dtype": model_args.dtype}
+        args.model_init_kwargs = {"revision": model_args.model_revision, **dtype, **(args.model_init_kwargs or {})}
+        if script.dataset_name is None:
+            raise SystemExit("--dataset_name is needed: a Hub id or a folder with the training cases.")
+        splits = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
+        train_dataset = splits[script.dataset_train_split]
+        eval_dataset = splits[script.dataset_test_split] if args.eval_strategy != "no" else None
+        if script.judge_base_url is None:
+            judge = TransformersJudge(script.judge, script.score_mode)
+        else:
+            options = {"timeout": script.judge_timeout, "max_concurrency": script.judge_concurrency}
+            judge = ServerJudge(script.judge, script.judge_base_url, script.score_mode, **options)
+    prompts = {"prompts": script.scorer_prompts, "prompts_revision": script.scorer_prompts_revision}
     scorer = HPScorerReward(
-        judge or "Qwen/Qwen3-VL-32B-Instruct",
-        base_url=script_args.judge_base_url,
-        prompts=script_args.scorer_prompts,
-        task=script_args.scorer_task,
-        score_mode=script_args.score_mode,
+        judge, task=script.scorer_task, alpha=script.reward_alpha, beta=script.reward_beta, **prompts
     )
-
-    trainer = FlowGRPOEditTrainer(
-        model=model,
-        reward_funcs=[scorer, *reward_funcs],
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
-    )
+    reward_funcs = [scorer, *extra_rewards]
+    peft_config = get_peft_config(model_args)
+    trainer = FlowGRPOEditTrainer(model, reward_funcs, args, train_dataset, eval_dataset, peft_config=peft_config)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
+    trainer.save_model()  # and pushes it, with --push_to_hub
     print(f"The LoRA, its card, reward_curve.png and before_after.png are in {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
 
 
 if __name__ == "__main__":
-    if not {"--config", "--model_name_or_path"} & set(sys.argv):
+    if not {"--config", "--model_name_or_path"} & {argument.split("=")[0] for argument in sys.argv}:
         sys.argv[1:1] = ["--config", str(Path(__file__).parent / "configs" / "embedded.yaml")]
-    parser = TrlParser((EditScriptArguments, FlowGRPOEditConfig, EditModelConfig))
-    main(*parser.parse_args_and_config())
+    main(*TrlParser((EditScriptArguments, FlowGRPOEditConfig, EditModelConfig)).parse_args_and_config())

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from datasets import Dataset, Image, List
+from datasets import Dataset, Image, List, Value
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 
 class UnreadableImageError(ValueError):
@@ -22,8 +23,11 @@ def check_columns(dataset: Dataset, name: str) -> None:
 
     Raises:
         `TypeError`: If it is not a map-style [`~datasets.Dataset`].
-        `ValueError`: If it is empty, or a column is missing or not of the right type.
+        `ValueError`: If it is empty, a column is missing or not of the right type, a prompt is missing, or an id is
+            missing or not unique.
     """
+    if isinstance(dataset, dict):
+        raise TypeError(f"{name} is a dictionary of splits {list(dataset)}: choose one, e.g. {name}['train'].")
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} must be a datasets.Dataset, whose rows can be drawn in any order, but is a "
@@ -31,16 +35,34 @@ def check_columns(dataset: Dataset, name: str) -> None:
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty.")
-    columns = dataset.column_names
-    if "prompt" not in columns:
-        raise ValueError(f"{name} has no column 'prompt' with the instruction; its columns are {columns}.")
-    if dataset.features["prompt"].dtype not in ("string", "large_string"):
-        raise ValueError(f"The column 'prompt' of {name} must hold strings, but is {dataset.features['prompt']}.")
-    if "image" not in columns and "images" not in columns:
+    features = dataset.features
+
+    def is_text(feature: Any) -> bool:
+        return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+    if "prompt" not in features:
+        raise ValueError(f"{name} has no column 'prompt' with the instruction; its columns are {list(features)}.")
+    if not is_text(features["prompt"]):
+        raise ValueError(f"The column 'prompt' of {name} must hold strings, but is {features['prompt']}.")
+    if "image" not in features and "images" not in features:
         raise ValueError(
             f"{name} has no column 'image' (one source image per case) or 'images' (a list of them); its columns are "
-            f"{columns}."
+            f"{list(features)}."
         )
+    for column in ("image", "images"):
+        feature = features.get(column)
+        item = feature.feature if column == "images" and isinstance(feature, List) else feature
+        if feature is not None and not (isinstance(item, Image) or is_text(item) or isinstance(item, dict)):
+            raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
+    if None in (prompts := dataset["prompt"][:]):
+        raise ValueError(f"Row {prompts.index(None)} of {name} has no prompt.")
+    if "id" in features:
+        seen: dict[Any, int] = {}
+        for row, case_id in enumerate(dataset["id"][:]):
+            if case_id is None or case_id in seen:
+                what = "has no id" if case_id is None else f"has the id {case_id!r} of row {seen[case_id]}"
+                raise ValueError(f"Row {row} of {name} {what}. Ids must be there and unique, or leave the column out.")
+            seen[case_id] = row
 
 
 def without_decoding(dataset: Dataset) -> Dataset:
@@ -75,7 +97,7 @@ def case_images(row: dict[str, Any], case_id: Any) -> list[PILImage.Image]:
             if isinstance(value, str):
                 value = {"path": value, "bytes": None}
             image = value if isinstance(value, PILImage.Image) else Image().decode_example(value)
-            images.append(image.convert("RGB"))
+            images.append(ImageOps.exif_transpose(image).convert("RGB"))
         except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
             raise UnreadableImageError(
                 f"An image of case {case_id!r} cannot be decoded: {type(error).__name__}: {error}"

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -45,19 +44,12 @@ class EditConditions:
         """Cases with equal buckets may share a batch: all image tokens line up."""
         return (self.height, self.width, self.reference_sizes)
 
-    def to(self, device: torch.device | str) -> "EditConditions":
-        """A copy whose tensors are on `device`."""
-        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return EditConditions(
-            self.height, self.width, self.num_tokens, self.num_channels, self.reference_sizes, tensors
-        )
-
 
 class EditPolicy(ABC):
     """
     A diffusers edit pipeline seen as a policy: it encodes a case, predicts a velocity, and decodes the result.
 
-    A subclass is the only place that knows its pipeline's class. It adds no behaviour of its own: denoising with
+    What is particular to a pipeline's class stays in a subclass. It adds no behaviour of its own: denoising with
     [`~EditPolicy.velocity`] along [`~EditPolicy.sigmas`] gives what the pipeline gives.
 
     Args:
@@ -73,6 +65,8 @@ class EditPolicy(ABC):
         self.pipeline = pipeline
         self.offload_encoders = offload_encoders
         self.device = torch.device("cpu")
+        self.dtype = pipeline.transformer.dtype
+        self._loaded: set[str] = set()
         for module in self.encoders.values():
             module.requires_grad_(False).eval()
 
@@ -147,23 +141,27 @@ class EditPolicy(ABC):
         """Decodes latents of shape `(batch_size, num_tokens, num_channels)` that share one bucket into images."""
 
     def place(self, device: torch.device | str) -> None:
-        """Chooses the device of the encodings, and moves the encoders there unless they are offloaded."""
+        """Chooses the device of the encodings, and moves the encoders there, or to the CPU if they are offloaded."""
         self.device = torch.device(device)
-        if not self.offload_encoders:
-            for module in self.encoders.values():
-                module.to(self.device)
+        for module in self.encoders.values():
+            module.to("cpu" if self.offload_encoders else self.device)
 
     @contextmanager
-    def loaded(self, name: str) -> Iterator[Any]:
-        """The encoder `name` on the policy's device; it goes back to the CPU afterwards if encoders are offloaded."""
-        module = self.encoders[name]
-        if self.offload_encoders:
-            module.to(self.device)
+    def loaded(self, *names: str) -> Iterator[None]:
+        """
+        Within it the named encoders are on the policy's device. If encoders are offloaded, they go back to the CPU
+        afterwards; wrapped around a loop, that happens once and not in every turn.
+        """
+        moved = [name for name in names if self.offload_encoders and name not in self._loaded]
+        for name in moved:
+            self.encoders[name].to(self.device)
+        self._loaded |= set(moved)
         try:
-            yield module
+            yield
         finally:
-            if self.offload_encoders:
-                module.to("cpu")
+            for name in moved:
+                self.encoders[name].to("cpu")
+            self._loaded -= set(moved)
 
 
 def bucketed(conditions: list[EditConditions], batch_size: int) -> list[list[int]]:

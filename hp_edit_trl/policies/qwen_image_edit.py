@@ -73,10 +73,10 @@ class QwenImageEditPolicy(EditPolicy):
 
         sizes = tuple(self._size(image, resolution) for image in images)
         latents = []
-        with self.loaded("vae") as vae:
+        with self.loaded("vae"):
             for image, (height, width) in zip(images, sizes, strict=True):
                 pixels = pipeline.image_processor.preprocess(image, height, width).unsqueeze(2)
-                latent = pipeline._encode_vae_image(pixels.to(self.device, vae.dtype), generator=None)
+                latent = pipeline._encode_vae_image(pixels.to(self.device, pipeline.vae.dtype), generator=None)
                 channels, rows, columns = latent.shape[1], latent.shape[3], latent.shape[4]
                 latents.append(pipeline._pack_latents(latent, 1, channels, rows, columns)[0])
         tensors["image_latents"] = torch.cat(latents)
@@ -115,8 +115,7 @@ class QwenImageEditPolicy(EditPolicy):
     def velocity(
         self, model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, batch: dict, true_cfg_scale: float
     ) -> torch.Tensor:
-        dtype = self.pipeline.transformer.dtype
-        num_tokens = latents.shape[1]
+        dtype, num_tokens = self.dtype, latents.shape[1]
         hidden_states = torch.cat([latents.to(dtype), batch["image_latents"].to(dtype)], dim=1)
         # The pipeline passes on its scheduler's timesteps; the detour keeps even the rounding the same.
         scale = self.pipeline.scheduler.config.num_train_timesteps
@@ -143,8 +142,8 @@ class QwenImageEditPolicy(EditPolicy):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, conditions: EditConditions) -> list[Image.Image]:
-        pipeline = self.pipeline
-        with self.loaded("vae") as vae:
+        pipeline, vae = self.pipeline, self.pipeline.vae
+        with self.loaded("vae"):
             latents = pipeline._unpack_latents(
                 latents, conditions.height, conditions.width, pipeline.vae_scale_factor
             ).to(self.device, vae.dtype)

@@ -120,7 +120,8 @@ def decode(
 ) -> list[Image.Image]:
     """Decodes final latents to PIL images, batched with others of their size; in the order of `conditions`."""
     images: dict[int, Image.Image] = {}
-    for members in bucketed(conditions, batch_size):
-        decoded = policy.decode(torch.stack([latents[i] for i in members]), conditions[members[0]])
-        images.update(zip(members, decoded, strict=True))
+    with policy.loaded("vae"):
+        for members in bucketed(conditions, batch_size):
+            decoded = policy.decode(torch.stack([latents[i] for i in members]), conditions[members[0]])
+            images.update(zip(members, decoded, strict=True))
     return [images[index] for index in range(len(conditions))]

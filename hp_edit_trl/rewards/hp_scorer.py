@@ -84,8 +84,8 @@ class HPScorerReward:
             self.judge = TransformersJudge(judge, score_mode)
 
     def check_tasks(self, tasks: Iterable[str | None]) -> None:
-        """Raises `ValueError` if there is no prompt for one of `tasks`. Cases without a task use the base prompt."""
-        unknown = sorted({repr(task) for task in tasks if task is not None and task not in self.prompts})
+        """Raises `ValueError` if there is no prompt for one of `tasks`; `None` stands for the base prompt."""
+        unknown = sorted({repr(task or "base") for task in tasks if (task or "base") not in self.prompts})
         if unknown:
             raise ValueError(
                 f"No scoring prompt for the task {', '.join(unknown)}. There are prompts for: "
@@ -174,13 +174,14 @@ class HPScorerReward:
         Returns:
             `list[float | None]`: the rewards in (0, 1), `None` where there is no score.
         """
-        if images is None:
-            if image is None:
-                raise ValueError("HPScorerReward needs the source images: a column `image` or `images`.")
-            images = [[source] for source in image]
         count = len(prompts)
+        several: list = images or [None] * count
+        single: list = image or [None] * count
+        sources = [many if many is not None else [one] for many, one in zip(several, single, strict=True)]
+        if any(source is None for references in sources for source in references):
+            raise ValueError("HPScorerReward needs the source images of every case: a column `image` or `images`.")
         judgements = self.judge_cases(
-            prompts, completions, images, task or [None] * count, requirement or [None] * count
+            prompts, completions, sources, task or [None] * count, requirement or [None] * count
         )
         ids = columns.get("id") or range(count)
         for case, prompt, judgement in zip(ids, prompts, judgements, strict=True):

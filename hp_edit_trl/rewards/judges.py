@@ -1,10 +1,11 @@
 """
 Judges: vision-language models that answer a scorer prompt. One runs in this process, one behind an OpenAI-compatible
-server. A judge is the only place that knows how its model is reached.
+server. How a model is reached is nobody else's business.
 """
 
 import base64
 import io
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from PIL import Image
 from qwen_vl_utils import fetch_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+
+logger = logging.getLogger(__name__)
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
 ScoreMode = Literal["integer", "expected"]
@@ -78,6 +81,25 @@ def _fitted(image: Image.Image, max_pixels: int) -> Image.Image:
     return image.convert("RGB")
 
 
+def _expected_score(weights: list[float], min_digit_mass: float) -> Judgement:
+    """Expectation over the probabilities of the digits 0 to 5 as the next token."""
+    mass = sum(weights)
+    if mass == 0 or mass < min_digit_mass:
+        return Judgement(None, f"the digits 0 to 5 together have a probability of only {mass:.3g}")
+    score = sum(digit * weight for digit, weight in enumerate(weights)) / mass
+    return Judgement(score, f"expected {score:.3f}, digits have a probability of {mass:.3g}")
+
+
+def _trial() -> list[dict[str, Any]]:
+    """A conversation that any judge must be able to answer."""
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    pictures = [{"type": "image", "image": grey}, {"type": "image", "image": grey}]
+    return [
+        {"role": "system", "content": [{"type": "text", "text": "Answer with one digit from 0 to 5."}]},
+        {"role": "user", "content": [{"type": "text", "text": "How alike are these two images?"}, *pictures]},
+    ]
+
+
 class TransformersJudge:
     """
     A chat vision-language model in this process: anything that `AutoModelForImageTextToText` loads.
@@ -94,6 +116,9 @@ class TransformersJudge:
             Longest answer in the mode `"integer"`; raise it for models that reason aloud.
         max_pixels (`int`, *optional*, defaults to `1048576`):
             Larger images are scaled down to this area before the judge sees them.
+        min_digit_mass (`float`, *optional*, defaults to `0.5`):
+            In the mode `"expected"`: where the digits together are less probable than this, the model is not about to
+            answer with a score, and there is none.
         device (`torch.device` or `str`, *optional*):
             Where it runs. By default this process's accelerator.
         model_init_kwargs (`dict`, *optional*):
@@ -110,6 +135,7 @@ class TransformersJudge:
         batch_size: int = 8,
         max_new_tokens: int = 16,
         max_pixels: int = 1024 * 1024,
+        min_digit_mass: float = 0.5,
         device: torch.device | str | None = None,
         model_init_kwargs: dict | None = None,
     ):
@@ -119,12 +145,17 @@ class TransformersJudge:
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.max_pixels = max_pixels
+        self.min_digit_mass = min_digit_mass
         self.device = device
         self.model_init_kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
         try:
             self.processor = AutoProcessor.from_pretrained(model, revision=self.model_init_kwargs.get("revision"))
         except (OSError, ValueError) as error:
             raise ValueError(f"The judge {model!r} has no processor that transformers can load: {error}") from error
+        if not hasattr(self.processor, "image_processor"):
+            raise ValueError(f"The judge {model!r} takes no images: use a vision-language model.")
+        if self.processor.chat_template is None:
+            raise ValueError(f"The judge {model!r} has no chat template: use an instruction-tuned model.")
         self.digit_ids = []
         for digit in DIGITS:
             ids = self.processor.tokenizer(digit, add_special_tokens=False)["input_ids"]
@@ -142,48 +173,51 @@ class TransformersJudge:
         return model.requires_grad_(False).eval().to(device)
 
     def load(self) -> None:
-        _ = self.model
+        """Loads the weights and asks for one judgement of two grey squares."""
+        self([_trial()])
 
     @torch.no_grad()
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
-        judgements: list[Judgement] = []
-        for start in range(0, len(conversations), self.batch_size):
-            inputs = self._prepare(conversations[start : start + self.batch_size])
-            if self.score_mode == "expected":
-                logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
-                probabilities = logits[:, self.digit_ids].softmax(-1)
-                scores = probabilities @ torch.arange(6.0, device=probabilities.device)
-                judgements += [Judgement(score, f"expected {score:.3f}") for score in scores.tolist()]
-            else:
-                tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-                answers = self.processor.batch_decode(
-                    tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-                )
-                judgements += [Judgement(parse_score(answer), answer) for answer in answers]
-        return judgements
+        judgements: dict[int, Judgement] = {}
+        fitted = {}
+        for index, conversation in enumerate(conversations):
+            try:
+                fitted[index] = self._fit(conversation)
+            except ValueError as error:  # e.g. an image a hundred times as wide as high
+                judgements[index] = Judgement(None, f"{type(error).__name__}: {error}")
+        readable = list(fitted)
+        for start in range(0, len(readable), self.batch_size):
+            members = readable[start : start + self.batch_size]
+            judged = self._judge([fitted[index] for index in members])
+            judgements.update(zip(members, judged, strict=True))
+        return [judgements[index] for index in range(len(conversations))]
 
-    def _prepare(self, conversations: list[list[dict[str, Any]]]):
-        patch_size = getattr(self.processor.image_processor, "patch_size", 14)
-
-        def fit(part: dict[str, Any]) -> dict[str, Any]:
-            if part["type"] != "image":
-                return part
-            fitted = _fitted(part["image"], self.max_pixels)
-            return {"type": "image", "image": fetch_image({"image": fitted}, image_patch_size=patch_size)}
-
-        resized = [
-            [{**message, "content": [fit(part) for part in message["content"]]} for message in conversation]
-            for conversation in conversations
-        ]
+    def _judge(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         inputs = self.processor.apply_chat_template(
-            resized,
+            conversations,
             tokenize=True,
             add_generation_prompt=True,
             return_dict=True,
             # A reloaded tokenizer may pad on the right, where the next token would be predicted from padding.
             processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
-        )
-        return inputs.to(self.model.device)
+        ).to(self.model.device)
+        if self.score_mode == "expected":
+            probabilities = self.model(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1)
+            return [_expected_score(row, self.min_digit_mass) for row in probabilities[:, self.digit_ids].tolist()]
+        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        answers = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [Judgement(parse_score(answer), answer) for answer in answers]
+
+    def _fit(self, conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        patch_size = getattr(self.processor.image_processor, "patch_size", 14)
+
+        def fit(part: dict[str, Any]) -> dict[str, Any]:
+            if part["type"] != "image":
+                return part
+            image = _fitted(part["image"], self.max_pixels)
+            return {"type": "image", "image": fetch_image({"image": image}, image_patch_size=patch_size)}
+
+        return [{**message, "content": [fit(part) for part in message["content"]]} for message in conversation]
 
 
 class ServerJudge:
@@ -213,6 +247,8 @@ class ServerJudge:
             Longest answer in the mode `"integer"`; raise it for models that reason aloud.
         max_pixels (`int`, *optional*, defaults to `1048576`):
             Larger images are scaled down to this area before they are sent.
+        min_digit_mass (`float`, *optional*, defaults to `0.5`):
+            As in [`TransformersJudge`].
 
     Raises:
         `ImportError`: If the extra is not installed.
@@ -229,6 +265,7 @@ class ServerJudge:
         max_concurrency: int = 16,
         max_new_tokens: int = 16,
         max_pixels: int = 1024 * 1024,
+        min_digit_mass: float = 0.5,
     ):
         _check_score_mode(score_mode)
         try:
@@ -241,6 +278,7 @@ class ServerJudge:
         self.max_concurrency = max_concurrency
         self.max_new_tokens = max_new_tokens
         self.max_pixels = max_pixels
+        self.min_digit_mass = min_digit_mass
         self._errors = (openai.APIError,)
         self._client = openai.OpenAI(
             base_url=base_url,
@@ -255,14 +293,14 @@ class ServerJudge:
         wrong key, a model that takes no images or a server that returns no probabilities all show before the training
         starts.
         """
-        grey = Image.new("RGB", (64, 64), (128, 128, 128))
-        content = [{"type": "text", "text": "Answer with one digit."}, *({"type": "image", "image": grey},) * 2]
         try:
-            self._ask([{"role": "user", "content": content}], self._client.with_options(max_retries=0))
+            judgement = self._ask(_trial(), self._client.with_options(max_retries=0))
         except (*self._errors, ValueError) as error:
             raise ConnectionError(
                 f"The judge {self.name!r} at {self.base_url} gives no judgements: {type(error).__name__}: {error}"
             ) from error
+        if judgement.score is None:
+            logger.warning(f"The judge {self.name!r} answered a trial without a score: {judgement.answer!r}.")
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         def judge(conversation: list[dict[str, Any]]) -> Judgement:
@@ -279,24 +317,25 @@ class ServerJudge:
             {"role": message["role"], "content": [self._as_openai(part) for part in message["content"]]}
             for message in conversation
         ]
-        if self.score_mode == "integer":
-            reply = client.chat.completions.create(
-                model=self.name, messages=messages, temperature=0, max_tokens=self.max_new_tokens
-            )
-            answer = reply.choices[0].message.content or ""
-            return Judgement(parse_score(answer), answer)
-        reply = client.chat.completions.create(
-            model=self.name, messages=messages, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20
+        options: dict[str, Any] = (
+            {"max_tokens": self.max_new_tokens}
+            if self.score_mode == "integer"
+            else {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
         )
-        logprobs = reply.choices[0].logprobs
-        if logprobs is None or not logprobs.content or not logprobs.content[0].top_logprobs:
+        reply = client.chat.completions.create(model=self.name, messages=messages, temperature=0, **options)
+        try:
+            choice = reply.choices[0]
+            content = choice.message.content or ""
+            answer = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"the server's reply is no chat completion: {str(reply)[:200]}") from error
+        if self.score_mode == "integer":
+            return Judgement(parse_score(answer), answer)
+        if choice.logprobs is None or not choice.logprobs.content or not choice.logprobs.content[0].top_logprobs:
             raise ValueError("the server returned no top_logprobs, which score_mode='expected' needs; use 'integer'")
-        likeliest = logprobs.content[0].top_logprobs
+        likeliest = choice.logprobs.content[0].top_logprobs
         weights = [sum(math.exp(t.logprob) for t in likeliest if t.token.strip() == digit) for digit in DIGITS]
-        if not any(weights):
-            return Judgement(None, f"no digit among the likeliest tokens {[token.token for token in likeliest]}")
-        score = sum(value * weight for value, weight in enumerate(weights)) / sum(weights)
-        return Judgement(score, f"expected {score:.3f}")
+        return _expected_score(weights, self.min_digit_mass)
 
     def _as_openai(self, part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "image":

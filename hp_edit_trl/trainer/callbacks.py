@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.integrations import TensorBoardCallback
 
 
@@ -24,17 +25,25 @@ def log_completions_table(trainer: "FlowGRPOEditTrainer", rows: list[dict[str, A
             The trainer.
         rows (`list[dict]`):
             The edits: `step`, `id`, `prompt`, `source` and `completion` (PIL images), a column per reward function,
-            further columns that reward functions logged, and `advantage`.
+            `advantage`, and further columns that reward functions logged, which not every row needs to have.
     """
     step = trainer.state.global_step
     images = ("source", "completion")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if len({type(value) for value in values if value is not None}) > 1:  # a column of a table has one type
+            values = [None if value is None else str(value) for value in values]
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
 
     table = Table(title=f"Edits, step {step}", show_lines=True)
-    columns = [name for name in rows[0] if name not in (*images, "step")]
+    columns = [name for name in names if name not in (*images, "step")]
     for name in columns:
-        table.add_column(name, justify="left" if name in ("id", "prompt") else "right")
+        table.add_column(Text(name), justify="left" if name in ("id", "prompt") else "right")
     for row in rows:
-        table.add_row(*(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in columns))
+        # As text, because a prompt may hold what rich takes for markup
+        table.add_row(*(Text(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n])) for n in columns))
     Console().print(table)
 
     folder = Path(trainer.args.output_dir) / "completions"
@@ -43,10 +52,9 @@ def log_completions_table(trainer: "FlowGRPOEditTrainer", rows: list[dict[str, A
 
     for tracker in set(trainer.args.report_to) & {"wandb", "trackio"}:
         module = __import__(tracker)
-        names = list(rows[0])
         data = [[module.Image(row[n]) if n in images else row[n] for n in names] for row in rows]
         if tracker == "wandb":
-            module.log({"completions": module.Table(columns=names, data=data)}, step=step)
+            module.log({"completions": module.Table(columns=names, data=data)})
         else:
             import pandas
 

@@ -12,9 +12,8 @@ class FlowGRPOEditConfig(_BaseConfig):
     r"""
     Configuration class for the [`FlowGRPOEditTrainer`].
 
-    This class includes only the parameters that are specific to Flow-GRPO training of editors. For a full list of
-    training arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values
-    in this class may differ from those in [`~transformers.TrainingArguments`].
+    What is described here is specific to training editors with Flow-GRPO. All of [`~transformers.TrainingArguments`] is
+    there as well; the note at the end names those with other defaults.
 
     The HP-Edit paper gives the learning rate, the LoRA rank, the optimizer and the reward's sigmoid. It does not give
     group size, steps, resolution, noise level, clip range or KL weight: those defaults are what public trainers use for
@@ -62,7 +61,8 @@ class FlowGRPOEditConfig(_BaseConfig):
         dynamics (`str`, *optional*, defaults to `"flow_sde"`):
             How the stochastic steps add noise: `"flow_sde"` (the paper's equation 6), `"cps"` or `"dance_sde"`.
         noise_level (`float`, *optional*, defaults to `1.0`):
-            How much noise they add (\\( \eta \\), *field*).
+            How much noise they add (\\( \eta \\), *field*). For `"cps"` at most 1.0, which replaces all noise; its authors
+            use 0.7 to 0.9.
         sde_window_size (`int`, *optional*, defaults to `4`):
             Number of consecutive steps that are stochastic and trained. The others follow the ODE (*field*).
         sde_window_range (`list[int]`, *optional*):
@@ -238,12 +238,23 @@ class FlowGRPOEditConfig(_BaseConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
-        for name in ("rollout_batch_size", "resolution", "num_iterations", "sde_window_size"):
-            if getattr(self, name) < 1:
+        for name in (
+            "rollout_batch_size", "resolution", "num_iterations", "sde_window_size", "num_completions_to_log",
+            "true_cfg_scale", "eval_num_inference_steps",
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("epsilon", "noise_level"):
-            if getattr(self, name) <= 0:
+        for name in ("epsilon", "epsilon_high", "noise_level"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.dynamics == "cps" and self.noise_level > 1:
+            raise ValueError(f"noise_level={self.noise_level} must be at most 1 for dynamics='cps'.")
+        if self.beta < 0:
+            raise ValueError(f"beta={self.beta} must not be negative.")
+        if self.true_cfg_scale > 1 and self.negative_prompt is None:
+            raise ValueError(
+                f"true_cfg_scale={self.true_cfg_scale} needs a negative_prompt for its second pass; ' ' is usual."
+            )
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations} must be at least 2: an advantage compares a sample with the "

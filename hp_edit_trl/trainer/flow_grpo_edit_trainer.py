@@ -42,7 +42,7 @@ from ..rewards import HPScorerReward
 from ..seeding import seeded_generator
 from .callbacks import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
-from .hub import prepare_lora, save_lora, save_pictures, write_model_card
+from .hub import check_lora, prepare_lora, save_lora, save_pictures, write_model_card
 
 
 logger = get_logger(__name__)
@@ -213,6 +213,13 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             )
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
 
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to a single process, for which Trainer would use nn.DataParallel. "
+                "Launch with `accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+        check_lora(peft_config)
+
         # Data
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
@@ -224,8 +231,8 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         for name, dataset in datasets.items():
             check_columns(dataset, name)
             for func in self.reward_funcs:
-                if isinstance(func, HPScorerReward) and func.task is None and "task" in dataset.column_names:
-                    func.check_tasks(dataset.unique("task"))
+                if isinstance(func, HPScorerReward) and func.task is None:
+                    func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
         assert (
             args.generation_batch_size and args.steps_per_generation and args.sde_window_range
         )  # the config saw to it
@@ -255,7 +262,11 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             if isinstance(func, HPScorerReward):
                 func.load()
         if isinstance(model, str):
-            init_kwargs.setdefault("torch_dtype", torch.bfloat16 if args.bf16 else torch.float32)
+            dtype = init_kwargs.pop("torch_dtype", None) or init_kwargs.get("dtype")
+            if dtype is None:
+                dtype = torch.bfloat16 if args.bf16 else torch.float32
+            # From YAML or the command line it is a name.
+            init_kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) else dtype
             pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
             base_model = model
         else:
@@ -274,11 +285,6 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to a single process, for which Trainer would use nn.DataParallel. "
-                "Launch with `accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
-            )
         self.policy.place(self.accelerator.device)
         self.base_model = base_model
 
@@ -288,12 +294,13 @@ class FlowGRPOEditTrainer(_BaseTrainer):
 
         # What has been measured since the last log
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._sample_stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._sample_stats: dict[str, torch.Tensor] = {}
+        self._bad_cases: set[tuple[int, str]] = set()
         self._phase_seconds: dict[str, float] = defaultdict(float)
         self._num_sampled = 0
         self._logged_steps = 0
         self._completions: list[dict[str, Any]] = []
-        self._pending_metrics: dict[str, list[float]] = defaultdict(list)
+        self._pending_metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._pending_extra: dict[str, list] = {}
 
         if any(is_async_callable(func) for func in self.reward_funcs):
@@ -352,6 +359,11 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             torch.cuda.synchronize()
         self._phase_seconds[phase] += time.perf_counter() - start
 
+    def train(self, *args: Any, **kwargs: Any):
+        # A run starts with a generation batch of its own, whatever an earlier run of this trainer has left over.
+        self._step, self._buffered_samples = 0, None
+        return super().train(*args, **kwargs)
+
     def _prepare_inputs(self, indices: list[int]) -> list[Sample]:
         # Samples are drawn once for a whole generation batch, shuffled, and handed out microbatch by microbatch, as
         # often as `num_iterations` says.
@@ -365,18 +377,22 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         start = size * (microbatch % self.steps_per_generation)
         return self._buffered_samples[start : start + size]
 
-    def _read_case(self, dataset: Dataset, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
-        """Row and images of a case; of the next one whose images can be decoded, if bad images are to be skipped."""
+    def _read_case(
+        self, dataset: Dataset, index: int, replace: bool = True
+    ) -> tuple[dict[str, Any], list[Image.Image]]:
+        """Row and images of a case; of the next one that can be decoded, if bad images are to be skipped."""
         for offset in range(len(dataset)):
             row = dict(dataset[(index + offset) % len(dataset)])
             row.setdefault("id", (index + offset) % len(dataset))
             try:
                 images = case_images(row, row["id"])
             except UnreadableImageError as error:
+                if not replace:
+                    raise
                 if self.args.on_bad_image == "error":
                     raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
                 logger.warning(f"{error} The next case takes its place.")
-                self._sample_stats["bad_images"].append(torch.ones(1))
+                self._bad_cases.add((self._step, str(row["id"])))
                 continue
             row |= {"images": images} if row.get("images") is not None else {"image": images[0]}
             return row, images
@@ -387,16 +403,17 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         seed = args.seed
         self.model.eval()
 
-        with self._timed("encode"):
+        with self._timed("encode"), policy.loaded("text_encoder", "vae"):
             cases = {index: self._read_case(self.train_dataset, index) for index in dict.fromkeys(indices)}
             encoded = {index: self._encode(*case) for index, case in cases.items()}
         rows = [cases[index][0] for index in indices]
         conditions = [encoded[index] for index in indices]
 
-        # The place of a sample in its group does not depend on how the groups are spread over processes.
+        # The place of a sample in the whole batch does not depend on how the groups are spread over processes. The group
+        # is part of the key, because a case that stands in for an unreadable one may have a group of its own already.
         first = self.accelerator.process_index * len(indices)
         generators = [
-            seeded_generator(seed, "rollout", generation, str(row["id"]), (first + i) % self.num_generations)
+            seeded_generator(seed, "rollout", generation, str(row["id"]), *divmod(first + i, self.num_generations))
             for i, row in enumerate(rows)
         ]
         steps = sde_window(
@@ -442,7 +459,9 @@ class FlowGRPOEditTrainer(_BaseTrainer):
 
         local_advantages, local_zero_std = advantages[local].tolist(), zero_std[local].tolist()
         if args.log_completions and self.accelerator.is_main_process:
-            for i in range(min(len(rows), args.num_completions_to_log - len(self._completions))):
+            # The first sample of each case, then the second of each, as far as there is room
+            by_turn = sorted(range(len(rows)), key=lambda i: (first + i) % self.num_generations)
+            for i in sorted(by_turn[: args.num_completions_to_log - len(self._completions)]):
                 self._completions.append(
                     {
                         "step": self.state.global_step,
@@ -451,8 +470,8 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                         "source": cases[indices[i]][1][0],
                         "completion": images[i],
                         **dict(zip(self.reward_func_names, rewards_per_func[i].tolist(), strict=True)),
-                        **{column: values[i] for column, values in self._pending_extra.items()},
                         "advantage": local_advantages[i],
+                        **{column: values[i] for column, values in self._pending_extra.items()},
                     }
                 )
         self._pending_extra.clear()
@@ -486,7 +505,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             "completions": images,
             "trainer_state": self.state,
             "log_extra": self._log_extra,
-            "log_metric": lambda name, value: self._pending_metrics[name].append(value),
+            "log_metric": lambda name, value: self._pending_metrics[name].append((value, len(rows))),
         }
         outputs: dict[int, list[float | None]] = {}
         waiting: dict[int, Any] = {}
@@ -506,6 +525,9 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                 )
             values = [math.nan if reward is None else float(reward) for reward in outputs[i]]
             rewards_per_func[:, i] = torch.tensor(values, device=self.accelerator.device)
+        for column, values in self._pending_extra.items():
+            if len(values) != len(rows):
+                raise ValueError(f"log_extra({column!r}, ...) got {len(values)} values for {len(rows)} completions.")
         for row, unscored in zip(rows, rewards_per_func.isnan().all(1).tolist(), strict=True):
             if unscored:
                 logger.warning(
@@ -517,13 +539,16 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         self._pending_extra[column] = values
 
     def _flush_pending_metrics(self) -> dict[str, float]:
-        """Metrics logged by reward functions, averaged over processes."""
-        collected: dict[str, list[float]] = defaultdict(list)
+        """Metrics logged by reward functions: their mean over all calls and processes, weighted by numbers of samples."""
+        collected: dict[str, list[tuple[float, int]]] = defaultdict(list)
         for metrics in gather_object([dict(self._pending_metrics)]):
             for name, values in metrics.items():
                 collected[name] += values
         self._pending_metrics.clear()
-        return {name: sum(values) / len(values) for name, values in collected.items()}
+        return {
+            name: sum(value * count for value, count in values) / sum(count for _, count in values)
+            for name, values in collected.items()
+        }
 
     def _compute_advantages(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
@@ -543,9 +568,11 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         rewards[unscored] = math.nan
         groups = rewards.view(-1, self.num_generations)
         centred = (groups - groups.nanmean(1, keepdim=True)).flatten()
-        # nanstd has no meaning where fewer than two samples of a group are scored: that group has no spread.
         group_std = torch.nan_to_num(nanstd(groups, dim=1)).repeat_interleave(self.num_generations)
-        flat = torch.isclose(group_std, torch.zeros_like(group_std)) | unscored
+        # By the range, because the standard deviation of equal numbers is not always 0 in floating point. A group of
+        # which fewer than two samples are scored has none either.
+        spread = groups.nan_to_num(-math.inf).amax(1) - groups.nan_to_num(math.inf).amin(1)
+        flat = (spread <= 1e-6).repeat_interleave(self.num_generations) | unscored
         if self.args.scale_rewards == "group":
             centred = centred / (group_std + 1e-4)
         elif self.args.scale_rewards == "batch":
@@ -553,10 +580,10 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         return rewards, centred.masked_fill(flat, 0.0), flat
 
     def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch=None) -> torch.Tensor:
+        if hasattr(self.optimizer, "train"):  # schedule-free optimizers: sample from the weights that are trained
+            self.optimizer.train()
         samples = self._prepare_inputs(inputs)
         model.train()
-        if hasattr(self.optimizer, "train"):  # schedule-free optimizers
-            self.optimizer.train()
         with self._timed("train"):
             loss = self._accumulate_gradients(model, samples)
         self._step += 1
@@ -593,16 +620,25 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                             mean_ref, _ = self._transition(self.model, latents[k], path, step, batch)
                         kl = kl_divergence(mean, mean_ref, std)
                         losses = losses + self.args.beta * kl_weights * kl
-                        self._sample_stats["kl"].append(kl.detach())
+                        self._record("kl", kl)
                     loss = losses.sum() / num_terms
                     self.accelerator.backward(loss)
                 total += loss.detach()
-                self._sample_stats[f"logp_diff/step_{step}"].append(log_ratio.detach().abs())
+                self._record(f"logp_diff/step_{step}", log_ratio.abs())
                 clipped_low.append((ratio < 1 - self.epsilon_low) & (advantages < 0))
                 clipped_high.append((ratio > 1 + self.epsilon_high) & (advantages > 0))
-            self._sample_stats["clip_low"].append(torch.stack(clipped_low).float().mean(0))
-            self._sample_stats["clip_high"].append(torch.stack(clipped_high).float().mean(0))
+            self._record("clip_low", torch.stack(clipped_low).float().mean(0))
+            self._record("clip_high", torch.stack(clipped_high).float().mean(0))
         return total
+
+    def _record(self, name: str, values: torch.Tensor) -> None:
+        """Adds to the sum, number, minimum and maximum of a statistic, on the device: nothing waits for it."""
+        values = values.detach()
+        new = torch.stack([values.sum(), values.new_tensor(len(values)), values.min(), values.max()])
+        old = self._sample_stats.get(name)
+        if old is not None:
+            new = torch.stack([*(old[:2] + new[:2]), torch.minimum(old[2], new[2]), torch.maximum(old[3], new[3])])
+        self._sample_stats[name] = new
 
     def _transition(
         self, model: nn.Module, latents: torch.Tensor, path: Trajectory, step: int, batch: dict
@@ -627,39 +663,50 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         dataset, was_training = self._current_eval_dataset, self.model.training
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
-        results: list[tuple[Any, list[float]]] = []
+        weights = self.reward_weights.tolist()
+        results: list[dict[str, Any]] = []
         for indices in dataloader:
-            cases = [self._read_case(dataset, index) for index in indices]
-            images = self.sample_edits(cases)
-            rewards_per_func = self._calculate_rewards([row for row, _ in cases], images)
+            # One entry per index, also where an image is broken: a case is never judged in the place of another.
+            local: list[dict[str, Any]] = [{} for _ in indices]
+            cases = {}
+            for place, index in enumerate(indices):
+                try:
+                    cases[place] = self._read_case(dataset, index, replace=False)
+                except UnreadableImageError as error:
+                    if self.args.on_bad_image == "error":
+                        raise
+                    logger.warning(f"{error} It is left out of the evaluation.")
+                    local[place]["bad_images"] = 1
+            if cases:
+                images = self.sample_edits(list(cases.values()))
+                rewards_per_func = self._calculate_rewards([row for row, _ in cases.values()], images)
+                for i, (place, (row, _)) in enumerate(cases.items()):
+                    rewards = rewards_per_func[i].tolist()
+                    terms = [w * r for w, r in zip(weights, rewards, strict=True) if not math.isnan(r)]
+                    local[place]["reward"] = sum(terms) if terms else None
+                    local[place] |= {
+                        f"rewards/{name}/mean": r for name, r in zip(self.reward_func_names, rewards, strict=True)
+                    }
+                    if row.get("task") is not None:
+                        local[place][f"reward/{row['task']}"] = local[place]["reward"]
+                    local[place] |= {name: values[i] for name, values in self._pending_extra.items()}
             self._pending_extra.clear()
-            tasks = [row.get("task") for row, _ in cases]
-            local = list(zip(tasks, rewards_per_func.tolist(), strict=True))
             # The last batch may be filled up with repeated cases to keep the processes level; they are dropped here.
             results += self.accelerator.gather_for_metrics(local, use_gather_object=True)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(was_training)
 
-        def mean(values: list[float]) -> float | None:
-            known = [value for value in values if not math.isnan(value)]
-            return sum(known) / len(known) if known else None
-
-        weights = self.reward_weights.tolist()
-
-        def total(rewards: list[float]) -> float:
-            terms = [w * r for w, r in zip(weights, rewards, strict=True) if not math.isnan(r)]
-            return sum(terms) if terms else math.nan
-
-        metrics: dict[str, float | None] = {"reward": mean([total(rewards) for _, rewards in results])}
-        for i, name in enumerate(self.reward_func_names):
-            metrics[f"rewards/{name}/mean"] = mean([rewards[i] for _, rewards in results])
-        for task in sorted({str(task) for task, _ in results if task is not None}):
-            metrics[f"reward/{task}"] = mean([total(rewards) for name, rewards in results if str(name) == task])
-        metrics |= self._flush_pending_metrics()
+        # What reward functions logged per batch, and over it what is known per case: that knows of no batches
+        metrics: dict[str, float] = self._flush_pending_metrics()
+        for name in sorted({name for result in results for name in result}):
+            values = [result[name] for result in results if isinstance(result.get(name), int | float)]
+            values = [value for value in values if not math.isnan(value)]
+            if values:
+                metrics[name] = sum(values) if name == "bad_images" else sum(values) / len(values)
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items() if value is not None},
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(results),
         )
 
@@ -677,7 +724,8 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         """
         args = self.args
         self.model.eval()
-        conditions = [self._encode(row, images) for row, images in cases]
+        with self.policy.loaded("text_encoder", "vae"):
+            conditions = [self._encode(row, images) for row, images in cases]
         base = contextlib.nullcontext() if adapter else use_adapter(self.model, None)
         with self.accelerator.autocast(), base:
             trajectories = rollout(
@@ -694,24 +742,23 @@ class FlowGRPOEditTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a log of training, not of evaluation
             # All processes log together, so this is where what they measured apart is put together.
-            stats: dict[str, list[float]] = defaultdict(list)
-            local = {name: torch.cat(values).tolist() for name, values in self._sample_stats.items()}
-            for other in gather_object([local]):
-                for name, values in other.items():
-                    stats[name] += values
+            local = {name: values.tolist() for name, values in self._sample_stats.items()}
+            gathered = gather_object([(local, self._bad_cases)])
+            names = sorted({name for stats, _ in gathered for name in stats})
+            stats = {name: list(zip(*(s[name] for s, _ in gathered if name in s), strict=True)) for name in names}
+            means = {name: sum(values[0]) / sum(values[1]) for name, values in stats.items()}
+            bad_cases = set().union(*(bad for _, bad in gathered))
             for name, values in self._metrics.items():
                 known = [value for value in values if not math.isnan(value)]
                 if known:
                     logs[name] = sum(known) / len(known)
-            if "bad_images" in stats:
-                logs["bad_images"] = len(stats.pop("bad_images"))
-            low, high = stats.pop("clip_low", []), stats.pop("clip_high", [])
-            if low:
-                logs["clip_ratio/low_mean"], logs["clip_ratio/low_min"] = sum(low) / len(low), min(low)
-                logs["clip_ratio/high_mean"], logs["clip_ratio/high_max"] = sum(high) / len(high), max(high)
-                logs["clip_ratio/region_mean"] = logs["clip_ratio/low_mean"] + logs["clip_ratio/high_mean"]
-            for name, values in sorted(stats.items()):
-                logs[name] = sum(values) / len(values)
+            if bad_cases:
+                logs["bad_images"] = len(bad_cases)
+            if stats:
+                low, high = means.pop("clip_low"), means.pop("clip_high")
+                logs |= {"clip_ratio/low_mean": low, "clip_ratio/low_min": min(stats["clip_low"][2])}
+                logs |= {"clip_ratio/high_mean": high, "clip_ratio/high_max": max(stats["clip_high"][3])}
+                logs |= {"clip_ratio/region_mean": low + high, **means}
             seconds = sum(self._phase_seconds.values())
             logs |= {f"time/{phase}": value for phase, value in self._phase_seconds.items()}
             logs["step_time"] = seconds / max(self.state.global_step - self._logged_steps, 1)
@@ -721,6 +768,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             self._num_sampled = 0
             self._metrics.clear()
             self._sample_stats.clear()
+            self._bad_cases.clear()
             self._phase_seconds.clear()
         super().log(logs, start_time)
         if "loss" in logs and self._completions:
@@ -748,8 +796,8 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             ]
         torch.save(state, os.path.join(output_dir, f"rollouts_{self.accelerator.process_index}.pt"))
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
@@ -802,10 +850,11 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # `push_to_hub`, which a save may call, makes the pictures and the card itself.
+        super().save_model(output_dir, _internal_call)
+        # The weights first. A push, which a save may end with, has made the pictures and the card itself.
         if not _internal_call and output_dir in (None, self.args.output_dir) and not self.args.push_to_hub:
             self.save_sample_edits()
-        super().save_model(output_dir, _internal_call)
+            self.create_model_card()
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs):
         """
@@ -817,13 +866,14 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             **kwargs:
                 Passed to [`~transformers.Trainer.push_to_hub`].
         """
+        self.save_model(_internal_call=True)
         self.save_sample_edits()
         return super().push_to_hub(commit_message, **kwargs)
 
     def save_sample_edits(self, num_cases: int = 4) -> None:
         """
         Saves edits before and after training, of the first cases of the evaluation set (or else of the training set),
-        to `output_dir/images`. They illustrate the model card.
+        to `output_dir/images`. They illustrate the model card; where they cannot be made, a warning says why.
 
         Args:
             num_cases (`int`, *optional*, defaults to `4`):
@@ -834,11 +884,14 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
-        cases = [self._read_case(dataset, index) for index in range(min(num_cases, len(dataset)))]
         was_training = self.model.training
-        before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
+        try:
+            cases = [self._read_case(dataset, index) for index in range(min(num_cases, len(dataset)))]
+            before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
+            save_pictures(Path(self.args.output_dir), cases, before, after)
+        except Exception as error:  # a picture must not be what a trained model is lost over
+            logger.warning(f"No sample edits for the model card: {type(error).__name__}: {error}")
         self.model.train(was_training)
-        save_pictures(Path(self.args.output_dir), cases, before, after)
 
     def create_model_card(
         self,

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,35 @@ if TYPE_CHECKING:
     from .flow_grpo_edit_trainer import FlowGRPOEditTrainer
 
 
+def check_lora(peft_config: LoraConfig | None) -> None:
+    """
+    Raises an error for a LoRA that could be trained but not be used afterwards.
+
+    Args:
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The user's configuration.
+
+    Raises:
+        `TypeError`: If it is not a `LoraConfig`.
+        `ValueError`: If it has dropout, trains biases, or trains whole modules beside the LoRA.
+    """
+    if peft_config is None:
+        return
+    if not isinstance(peft_config, LoraConfig):
+        raise TypeError(f"peft_config must be a LoraConfig, but is a {type(peft_config).__name__}.")
+    if peft_config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={peft_config.lora_dropout} must be 0: dropout would make the policy that is trained another "
+            "one than the policy that sampled."
+        )
+    if peft_config.bias != "none":
+        raise ValueError(f"bias={peft_config.bias!r} must be 'none': diffusers loads no biases with a LoRA.")
+    if peft_config.modules_to_save:
+        raise ValueError(
+            f"modules_to_save={peft_config.modules_to_save} must be empty: diffusers loads no whole modules with a LoRA."
+        )
+
+
 def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model: str, seed: int) -> PeftModel:
     """
     Wraps the policy's transformer with the LoRA that is to be trained.
@@ -43,7 +73,7 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
             Seed of the LoRA's initial weights.
 
     Raises:
-        `ValueError`: If the transformer has an adapter already, or the configuration has dropout.
+        `ValueError`: If the transformer has an adapter already.
     """
     transformer = policy.pipeline.transformer
     if hasattr(transformer, "peft_config"):
@@ -56,11 +86,6 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
         if peft_config is not None
         else LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian")
     )
-    if config.lora_dropout:
-        raise ValueError(
-            f"lora_dropout={config.lora_dropout} must be 0: dropout would make the policy that is trained another one "
-            "than the policy that sampled."
-        )
     config.task_type = None  # image editors are none of PEFT's language tasks
     if config.target_modules is None:
         config.target_modules = policy.lora_target_modules
@@ -264,7 +289,8 @@ def write_model_card(
     base_model = trainer.base_model
     on_hub = not Path(base_model).is_dir() and "/" in base_model
     prompts = {
-        int(path.name.split("_")[0]): path.read_text() for path in sorted((folder / "images").glob("*_prompt.txt"))
+        int(path.name.split("_")[0]): path.read_text(encoding="utf-8")
+        for path in sorted((folder / "images").glob("*_prompt.txt"))
     }
     card_data = ModelCardData(
         base_model=base_model if on_hub else None,
@@ -299,12 +325,13 @@ def write_model_card(
         model_name=name,
         repo_id=trainer.hub_model_id or args.hub_model_id or name,
         base_model_name=base_model,
+        base_model_revision=dict(args.model_init_kwargs or {}).get("revision"),  # type: ignore[arg-type]
         dataset=dataset_name or repository,
         dataset_revision=revision if dataset_name in (None, repository) else None,
         num_cases=len(trainer.train_dataset),
         pipeline_class=type(trainer.policy.pipeline).__name__,
         true_cfg_scale=args.true_cfg_scale,
-        negative_prompt=args.negative_prompt,
+        negative_prompt=json.dumps(args.negative_prompt, ensure_ascii=False),
         num_inference_steps=args.eval_num_inference_steps or args.num_inference_steps,
         resolution=args.resolution,
         has_curve=reward_curve(trainer.state.log_history, folder / "reward_curve.png"),

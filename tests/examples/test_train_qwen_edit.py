@@ -35,6 +35,17 @@ def test_embedded_default(tmp_path):
     assert again.returncode == 0, again.stderr[-4000:]
 
 
+@pytest.mark.parametrize("form", ["--model_name_or_path=somewhere", "--model_name_or_path somewhere"])
+def test_a_model_of_ones_own_is_not_trained_with_the_embedded_config(tmp_path, form):
+    done = run(*form.split(), "--output_dir", "x", "--use_cpu", "true", cwd=tmp_path)
+    assert done.returncode == 1 and "--dataset_name is needed" in done.stderr
+
+
+def test_options_of_language_models(tmp_path):
+    done = run("--load_in_4bit", "true", cwd=tmp_path)
+    assert "load_in_4bit is not supported for image editors" in done.stderr
+
+
 def test_short_and_documented():
     lines = (EXAMPLES / "train_qwen_edit.py").read_text().splitlines()
     assert len(lines) < 100

@@ -55,6 +55,16 @@ def test_what_the_judge_is_shown():
     assert plain[0]["content"][0]["text"].startswith("You grade one example of an edited picture")
 
 
+def test_rows_with_one_image_beside_rows_with_several():
+    judge = ScriptedJudge([5, 5])
+    one, two = photo(32, 32, 1), photo(32, 32, 2)
+    reward = HPScorerReward(judge)
+    reward(prompts=["x"] * 2, completions=[one] * 2, image=[one, None], images=[None, [one, two]])
+    assert [sum("image" in part for part in chat[1]["content"]) for chat in judge.seen] == [2, 3]
+    with pytest.raises(ValueError, match="of every case"):
+        reward(prompts=["x"], completions=[one], image=[None], images=[None])
+
+
 def test_one_prompt_for_all_tasks():
     judge = ScriptedJudge([5])
     HPScorerReward(judge, task="base")(prompts=["x"], completions=[photo(8, 8)], image=[photo(8, 8)], task=["add"])

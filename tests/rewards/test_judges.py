@@ -50,7 +50,7 @@ def conversation(text="Score it", sizes=((64, 64), (96, 64)), seed=0):
 def test_expected_score_against_the_model_itself(judge_folder):
     # Batched with others of other lengths and sizes, against a plain forward pass of the single conversation.
     conversations = [conversation("Score it"), conversation("A much longer text to pad against", seed=5)]
-    judge = TransformersJudge(judge_folder, "expected", batch_size=2)
+    judge = TransformersJudge(judge_folder, "expected", batch_size=2, min_digit_mass=0.0)
     scores = [judgement.score for judgement in judge(conversations)]
     model, processor = AutoModelForImageTextToText.from_pretrained(judge_folder), AutoProcessor.from_pretrained(judge_folder)  # fmt: skip
     for chat, score in zip(conversations, scores, strict=True):
@@ -61,6 +61,36 @@ def test_expected_score_against_the_model_itself(judge_folder):
         digits = torch.stack([logits[processor.tokenizer.convert_tokens_to_ids(str(d))] for d in range(6)])
         expected = sum(d * p for d, p in enumerate(digits.softmax(0).tolist()))
         assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_expected_mode_scores_nothing_that_is_not_about_to_be_a_score(judge_folder):
+    # A random model gives the six digits about a hundredth of its probability.
+    (judgement,) = TransformersJudge(judge_folder, "expected")([conversation()])
+    assert judgement.score is None
+    assert "digits 0 to 5 together have a probability of only 0.01" in judgement.answer
+
+
+def test_a_case_that_cannot_be_shown_is_one_missing_score(judge_folder):
+    judge = TransformersJudge(judge_folder, "expected", min_digit_mass=0.0)
+    chats = [conversation(), conversation(sizes=((2000, 4), (64, 64))), conversation(seed=3)]
+    judgements = judge(chats)
+    assert [judgement.score is None for judgement in judgements] == [False, True, False]
+    assert "aspect ratio" in judgements[1].answer
+
+
+def test_models_that_cannot_judge(judge_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(judge_folder).save_pretrained(tmp_path / "text")
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="takes no images|has no processor"):
+        TransformersJudge(str(tmp_path / "text"))
+    processor = AutoProcessor.from_pretrained(judge_folder)
+    processor.chat_template = processor.tokenizer.chat_template = None
+    processor.save_pretrained(tmp_path / "mute")
+    (tmp_path / "mute" / "config.json").write_text((Path(judge_folder) / "config.json").read_text())
+    with pytest.raises(ValueError, match="has no chat template"):
+        TransformersJudge(str(tmp_path / "mute"))
 
 
 def test_integer_mode_reads_the_answer(judge_folder, monkeypatch):
@@ -179,7 +209,38 @@ def test_server_expected_mode(serve):
     assert server.requests[0]["logprobs"] is True and server.requests[0]["top_logprobs"] == 20
     none = serve(lambda body, n: (200, completion("The", top_logprobs({"The": 1.0}))))
     (judgement,) = ServerJudge("m", none.url, "expected")([conversation()])
-    assert judgement.score is None and "no digit among the likeliest tokens ['The']" in judgement.answer
+    assert judgement.score is None and "probability of only 0" in judgement.answer
+    # A model that is about to reason, and gives a digit next to nothing
+    thinks = serve(lambda body, n: (200, completion("<think>", top_logprobs({"<think>": 0.999, "3": 0.001}))))
+    (judgement,) = ServerJudge("m", thinks.url, "expected")([conversation()])
+    assert judgement.score is None
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"choices": []}, {"choices": None, "error": "overloaded"}, {"choices": [{"message": None}]}, {}, [1, 2],
+        {"choices": [{"message": {"role": "assistant", "content": [{"type": "image"}]}}]},
+    ],
+)  # fmt: skip
+def test_server_replies_of_an_unexpected_shape_are_missing_scores(serve, payload):
+    server = serve(lambda body, n: (200, payload))
+    (judgement,) = ServerJudge("m", server.url)([conversation()])
+    assert judgement.score is None and "no chat completion" in judgement.answer
+    with pytest.raises(ConnectionError, match="no chat completion"):
+        ServerJudge("m", server.url).load()
+
+
+def test_server_replies_in_parts_are_read(serve):
+    parts = [{"type": "text", "text": "Score: "}, {"type": "text", "text": "4"}]
+    server = serve(lambda body, n: (200, completion(parts)))
+    assert ServerJudge("m", server.url)([conversation()])[0].score == 4.0
+
+
+def test_a_trial_without_a_score_is_a_warning(serve, caplog):
+    server = serve(lambda body, n: (200, completion("I cannot")))
+    ServerJudge("m", server.url).load()
+    assert "answered a trial without a score: 'I cannot'" in caplog.text
 
 
 def test_server_without_logprobs_is_noticed_at_start_up(serve):
@@ -248,7 +309,7 @@ def test_transformers_serve(judge_folder, tmp_path):
         server, local = reward.judge, TransformersJudge(judge_folder, "integer", max_new_tokens=16)
         chats = [conversation("Score it"), conversation("Or this", seed=3)]
         answers = [judgement.answer for judgement in server(chats)]
-        assert answers == [judgement.answer for judgement in local(chats)]
+        assert answers == [judgement.answer for judgement in local(chats)]  # the same model, the same words
         images = [photo(64, 64)] * 2
         assert reward(prompts=["x", "y"], completions=images, image=images, task=["add", "style"]) == [None, None]
         # This server takes `logprobs` without a word and returns none: that must not pass unnoticed.

@@ -54,7 +54,7 @@ def run(tmp_path, name, processes, per_device, accumulation, *arguments):
     script.write_text(SCRIPT)
     output.mkdir()
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29611"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
     command += [str(output), str(per_device), str(accumulation), *map(str, arguments)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)

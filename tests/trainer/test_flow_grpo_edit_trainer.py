@@ -6,11 +6,11 @@ import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as pipeline_mo
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset
 from diffusers import QwenImageEditPlusPipeline
 from peft import LoraConfig
 
-from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward
+from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward, TransformersJudge
 from hp_edit_trl.flow.dynamics import log_prob, transition
 from hp_edit_trl.miniature.tiny import tiny_judge, tiny_pipeline
 from tests.helpers import make_cases, make_config, photo, redness
@@ -236,7 +236,7 @@ def test_a_hub_style_folder_a_pipeline_and_defaults(tmp_path, monkeypatch):
     judge = tiny_judge("judge")
     trainer = FlowGRPOEditTrainer(
         model="Qwen-Image-Edit-Tiny",
-        reward_funcs=HPScorerReward(judge, score_mode="expected"),
+        reward_funcs=HPScorerReward(TransformersJudge(judge, "expected", min_digit_mass=0.0)),
         args=FlowGRPOEditConfig(output_dir="qwen-edit-hp", resolution=64, max_steps=1, use_cpu=True, report_to="none"),
         train_dataset=make_cases(),
         peft_config=LoraConfig(r=32, lora_alpha=64),
@@ -252,7 +252,7 @@ def test_a_hub_style_folder_a_pipeline_and_defaults(tmp_path, monkeypatch):
 
 def test_groups_shuffled_and_split_keep_case_and_advantage_together(make_trainer):
     # The reward is a number that belongs to the case, plus one that belongs to the completion.
-    seen = {}
+    pictures = {}
 
     def planted(prompts, completions, id, image, task, **kwargs):
         rewards = [10 * int(case.split("-")[1]) + i for i, case in enumerate(id)]
@@ -261,7 +261,8 @@ def test_groups_shuffled_and_split_keep_case_and_advantage_together(make_trainer
             assert prompt.endswith(f"number {number}")
             assert name == make_cases()[number]["task"]
             assert np.array_equal(np.asarray(source), np.asarray(photo(*source.size, seed=number)))
-        seen.update({(case, round(r, 3)): r for case, r in zip(id, rewards, strict=True)})
+        for case, completion in zip(id, completions, strict=True):
+            pictures.setdefault(case, []).append(completion)
         return rewards
 
     trainer = make_trainer(planted, max_steps=1)
@@ -269,13 +270,19 @@ def test_groups_shuffled_and_split_keep_case_and_advantage_together(make_trainer
     groups = {}
     for sample in trainer._buffered_samples:
         groups.setdefault(sample.case_id, []).append(sample.advantage)
-        bright = 1 + int(sample.case_id.split("-")[1]) % 2
-        assert sample.conditions.width == 64 * math.sqrt(bright) // 16 * 16 or sample.conditions.width == 96
+        wide = int(sample.case_id.split("-")[1]) % 2
+        assert (sample.conditions.width, sample.conditions.height) == ((96, 48) if wide else (64, 64))
     values = torch.tensor([0.0, 1.0, 2.0, 3.0])
     expected = sorted(((values - values.mean()) / (values.std() + 1e-4)).tolist())
     assert len(groups) == 2
     for advantages in groups.values():
         assert sorted(advantages) == pytest.approx(expected, abs=1e-5)
+    # Within a group, each advantage belongs to the very sample: decoded again, its latents give the picture rewarded.
+    for sample in trainer._buffered_samples:
+        (image,) = trainer.policy.decode(sample.trajectory.final[None], sample.conditions)
+        rank = round(sample.advantage * (values.std().item() + 1e-4) + 1.5)
+        difference = np.asarray(image, dtype=int) - np.asarray(pictures[sample.case_id][rank], dtype=int)
+        assert np.abs(difference).max() <= 1
 
 
 def test_advantages(make_trainer):
@@ -292,6 +299,18 @@ def test_advantages(make_trainer):
         assert advantages.tolist() == pytest.approx([-2 / std, -1 / std, 0, 3 / std, 0, 0, 0, 0], abs=1e-5)
         # A group without spread, and a sample without reward, teach nothing; their KL is masked as well.
         assert flat.tolist() == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("group", [6, 7, 12, 16, 21])
+def test_equal_rewards_have_no_spread(make_trainer, group):
+    # In floating point the standard deviation of equal numbers need not be 0.
+    trainer = make_trainer()
+    trainer.num_generations = group
+    rewards = torch.full((2 * group, 1), 1 / (1 + math.exp(-3)))
+    rewards[group:, 0] += torch.arange(group) * 0.04 / group
+    _, advantages, flat = trainer._compute_advantages(rewards)
+    assert flat[:group].all() and (advantages[:group] == 0).all()
+    assert not flat[group:].any() and (advantages[group:] != 0).sum() >= group - 1
 
 
 def test_missing_rewards_are_missing_and_not_zero(make_trainer, caplog):
@@ -349,6 +368,20 @@ def test_evaluation(make_trainer):
     assert len([log for log in trainer.state.log_history if "eval_reward" in log]) >= 2
 
 
+def test_evaluation_of_logged_columns_knows_no_batches(make_trainer):
+    def scored(completions, id, log_extra, log_metric, **kwargs):
+        scores = [float(case.split("-")[1]) if case != "case-1" else None for case in id]
+        log_extra("hp_score", scores)
+        log_metric("hp_score", 99.0)  # per batch; what is known per case is better
+        log_metric("share", len(id))
+        return scores
+
+    trainer = make_trainer(scored, eval_dataset=make_cases(5), per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    assert metrics["eval_hp_score"] == pytest.approx((0 + 2 + 3 + 4) / 4) == metrics["eval_reward"]
+    assert metrics["eval_share"] == pytest.approx((4 * 4 + 1 * 1) / 5)
+
+
 def test_load_best_model_at_end_and_several_eval_sets(make_trainer):
     trainer = make_trainer(
         eval_dataset={"a": make_cases(2), "b": make_cases(3)}, eval_strategy="steps", eval_steps=1,
@@ -383,9 +416,102 @@ def test_bad_images(make_trainer):
     )
     with pytest.raises(ValueError, match="case 'case-1' cannot be decoded.*on_bad_image='skip'"):
         make_trainer(dataset=broken, max_steps=2).train()
-    trainer = make_trainer(dataset=broken, max_steps=2, on_bad_image="skip")
+    seen = []
+
+    def keep(completions, **kwargs):
+        seen.extend(np.asarray(image).tobytes() for image in completions)
+        return redness(completions)
+
+    trainer = make_trainer(
+        keep, dataset=broken, max_steps=1, on_bad_image="skip", gradient_accumulation_steps=4, shuffle_dataset=False,
+        eval_dataset=broken,
+    )  # fmt: skip
     trainer.train()
-    assert sum(log.get("bad_images", 0) for log in trainer.state.log_history) == 1
+    assert trainer.state.log_history[0]["bad_images"] == 1
+    # Its place is taken by case-2, which is in the batch already: with other noise, or half of that work were for nothing.
+    assert len(seen) == len(set(seen)) == 16
+    # In evaluation no case stands in for another.
+    metrics = trainer.evaluate()
+    good = make_trainer(eval_dataset=rows.select([0, 2, 3]))
+    good.model.load_state_dict(trainer.model.state_dict())
+    assert metrics["eval_bad_images"] == 1
+    assert metrics["eval_reward"] == pytest.approx(good.evaluate()["eval_reward"], abs=1e-6)
+
+
+def test_what_is_trained_is_saved_even_if_no_picture_can_be_made(make_trainer, tmp_path):
+    broken = make_cases(2).cast_column("image", Image(decode=False))
+    broken = broken.map(lambda row: {"image": {"bytes": b"no image", "path": None}})
+    trainer = make_trainer(eval_dataset=broken, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "before_after.png" not in card and "reward_curve.png" in card
+
+
+def test_a_second_run_starts_with_samples_of_its_own(make_trainer):
+    trainer = make_trainer(max_steps=1, gradient_accumulation_steps=1, steps_per_generation=2)
+    trainer.train()
+    left_over = trainer._buffered_samples
+    trainer.train()
+    assert trainer._buffered_samples is not left_over and trainer._step == 1
+
+
+def test_the_table_of_edits(make_trainer, capsys, tmp_path):
+    turn = []
+
+    def chatty(completions, log_extra, **kwargs):
+        turn.append(1)
+        if len(turn) > 1:  # not in every batch, and not of one type
+            log_extra("note [/bold]", [1.5, "two", None, 4] * (len(completions) // 4))
+        return redness(completions)
+
+    cases = make_cases().map(lambda row: {"prompt": "do [/bold] [red]it[/red]"})
+    trainer = make_trainer(
+        chatty, dataset=cases, log_completions=True, num_completions_to_log=6, logging_steps=2,
+        report_to="tensorboard", max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert "[red]it[/red]" in capsys.readouterr().out
+    table = load_dataset("parquet", data_files=f"{trainer.args.output_dir}/completions/*.parquet", split="train")
+    assert len(table) == 6 and len(set(table["id"])) == 2  # some of each case
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    board = EventAccumulator(str(events)).Reload()
+    assert {"completion/0", "source/5"} <= set(board.Tags()["images"])
+    assert "train/reward" in board.Tags()["scalars"]
+
+    def wrong(completions, log_extra, **kwargs):
+        log_extra("note", [1])
+        return redness(completions)
+
+    with pytest.raises(ValueError, match=r"log_extra\('note', ...\) got 1 values for 8 completions"):
+        make_trainer(wrong).train()
+
+
+def test_statistics_do_not_pile_up_where_nothing_is_logged(make_trainer):
+    trainer = make_trainer(logging_strategy="no", max_steps=3)
+    trainer.train()
+    assert {tuple(stats.shape) for stats in trainer._sample_stats.values()} == {(4,)}
+
+
+def test_offloaded_encoders_move_once_per_phase(make_trainer):
+    trainer = make_trainer(offload_encoders=True, max_steps=1)
+    moves = []
+    encoders = trainer.policy.encoders
+    for name, module in encoders.items():
+        module.to = lambda device, name=name: moves.append((name, str(device)))
+    trainer.train()
+    there_and_back = [("text_encoder", "cpu"), ("vae", "cpu")] * 2
+    assert moves == [*there_and_back, ("vae", "cpu"), ("vae", "cpu")]
+
+
+def test_the_dtype_may_be_a_name(make_trainer, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    for option in ({"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}, {"dtype": torch.bfloat16}):
+        trainer = make_trainer(pipeline=str(tmp_path / "base"), model_init_kwargs=option)
+        assert trainer.policy.dtype == trainer.policy.pipeline.vae.dtype == torch.bfloat16
 
 
 def test_bad_arguments(make_trainer, tmp_path):
@@ -404,6 +530,24 @@ def test_bad_arguments(make_trainer, tmp_path):
         make_trainer(reward_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="lora_dropout=0.1 must be 0"):
         make_trainer(peft_config=LoraConfig(lora_dropout=0.1))
+    with pytest.raises(ValueError, match="bias='lora_only' must be 'none'"):
+        make_trainer(peft_config=LoraConfig(bias="lora_only"))
+    with pytest.raises(ValueError, match="modules_to_save=.* must be empty"):
+        make_trainer(peft_config=LoraConfig(modules_to_save=["proj_out"]))
+    with pytest.raises(TypeError, match="must be a LoraConfig, but is a str"):
+        make_trainer(peft_config="lora")
+    with pytest.raises(TypeError, match=r"dictionary of splits \['train'\]: choose one"):
+        make_trainer(dataset=DatasetDict(train=cases))
+    with pytest.raises(ValueError, match="'prompt' of train_dataset must hold strings"):
+        make_trainer(dataset=cases.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}))
+    with pytest.raises(ValueError, match="Row 1 of train_dataset has no prompt"):
+        make_trainer(dataset=cases.map(lambda row, i: {"prompt": None if i == 1 else "x"}, with_indices=True))
+    with pytest.raises(ValueError, match="'image' of train_dataset must hold images or their paths"):
+        make_trainer(dataset=cases.remove_columns("image").add_column("image", list(range(6))))
+    with pytest.raises(ValueError, match="Row 3 of train_dataset has the id 'a' of row 0"):
+        make_trainer(dataset=cases.remove_columns("id").add_column("id", list("abcade")))
+    with pytest.raises(ValueError, match="Row 2 of train_dataset has no id"):
+        make_trainer(dataset=cases.remove_columns("id").add_column("id", ["a", "b", None, "c", "d", "e"]))
     with pytest.raises(ValueError, match="not_a_module"):
         make_trainer(peft_config=LoraConfig(target_modules=["not_a_module"]))
     with pytest.raises(ValueError, match="not a diffusers pipeline"):
@@ -419,10 +563,15 @@ def test_unknown_tasks_and_dead_judges_show_before_the_policy_is_loaded(tmp_path
     base = tmp_path / "base"
     base.mkdir()
     (base / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
-    scorer = HPScorerReward(tiny_judge(str(tmp_path / "judge")), score_mode="expected")
+    scorer = HPScorerReward(tiny_judge(str(tmp_path / "judge")))
     wrong = make_cases().map(lambda row: {"task": "removal"})
     with pytest.raises(ValueError, match="No scoring prompt for the task 'removal'. There are prompts for: add, "):
         FlowGRPOEditTrainer(str(base), scorer, make_config(tmp_path / "out"), wrong)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "add.md").write_text("---\ntask: add\nrevision: 1\n---\n{prompt}")
+    no_base = HPScorerReward(str(tmp_path / "judge"), prompts=str(tmp_path / "prompts"))
+    with pytest.raises(ValueError, match="No scoring prompt for the task 'base'"):
+        FlowGRPOEditTrainer(str(base), no_base, make_config(tmp_path / "out"), make_cases().remove_columns("task"))
     dead = HPScorerReward("some-model", base_url="http://127.0.0.1:9/v1")
     with pytest.raises(ConnectionError, match="'some-model' at http://127.0.0.1:9/v1 gives no judgements"):
         FlowGRPOEditTrainer(str(base), dead, make_config(tmp_path / "out"), make_cases())
@@ -458,6 +607,13 @@ def test_a_pipeline_with_a_lora_loaded(make_trainer, tmp_path):
         (dict(on_bad_image="x"), "on_bad_image='x' is not known"),
         (dict(epsilon=0.0), "epsilon=0.0 must be above 0"),
         (dict(resolution=0), "resolution=0 must be at least 1"),
+        (dict(eval_num_inference_steps=0), "eval_num_inference_steps=0 must be at least 1"),
+        (dict(true_cfg_scale=0.5), "true_cfg_scale=0.5 must be at least 1"),
+        (dict(num_completions_to_log=0), "num_completions_to_log=0 must be at least 1"),
+        (dict(epsilon_high=-1.0), "epsilon_high=-1.0 must be above 0"),
+        (dict(beta=-0.1), "beta=-0.1 must not be negative"),
+        (dict(negative_prompt=None), "true_cfg_scale=4.0 needs a negative_prompt"),
+        (dict(dynamics="cps", noise_level=1.5), "noise_level=1.5 must be at most 1 for dynamics='cps'"),
         (dict(auto_find_batch_size=True), "would break groups apart"),
     ],
 )
