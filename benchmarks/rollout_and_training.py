@@ -36,14 +36,16 @@ from hp_edit_trl.seeding import seeded_generator
 torch.set_num_threads(1)
 
 
-def cpu_seconds(function, repeats: int) -> float:
-    function()
-    times = []
+def cpu_seconds(own, bare, repeats: int) -> tuple[float, float]:
+    """Median CPU seconds of two functions, in turns, so that a machine that slows down slows both down."""
+    own(), bare()
+    times: dict = {own: [], bare: []}
     for _ in range(repeats):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
+        for function in (own, bare):
+            start = time.process_time()
+            function()
+            times[function].append(time.process_time() - start)
+    return statistics.median(times[own]), statistics.median(times[bare])
 
 
 def build_trainer(size: int, cfg: float, steps: int = 3, batch: int = 8, max_steps: int = 1, inference_steps: int = 4):
@@ -97,7 +99,6 @@ def measure(size: int, cfg: float, batch: int, repeats: int) -> dict[str, float]
         return decode(policy, [t.final for t in trajectories], conditions, batch)
 
     encoded = encode()
-    own = {"encode": cpu_seconds(encode, repeats), "rollout": cpu_seconds(lambda: roll(encoded), repeats)}
     samples = trainer._buffered_samples
     trainer.current_gradient_accumulation_steps = 8 // batch
 
@@ -106,9 +107,6 @@ def measure(size: int, cfg: float, batch: int, repeats: int) -> dict[str, float]
         for start in range(0, 8, batch):
             trainer._accumulate_gradients(model, samples[start : start + batch])
         trainer.optimizer.step()
-
-    model.train()
-    own["train"] = cpu_seconds(train, repeats)
 
     # The same model calls, with nothing around them
     collated = policy.collate([c for c in encoded for _ in range(4)][:batch])
@@ -147,17 +145,17 @@ def measure(size: int, cfg: float, batch: int, repeats: int) -> dict[str, float]
         trainer.optimizer.step()
 
     model.eval()
-    bare = {"encode": cpu_seconds(bare_encode, repeats), "rollout": cpu_seconds(bare_rollout, repeats)}
+    encode_own, encode_bare = cpu_seconds(encode, bare_encode, repeats)
+    rollout_own, rollout_bare = cpu_seconds(lambda: roll(encoded), bare_rollout, repeats)
     model.train()
-    bare["train"] = cpu_seconds(bare_train, repeats)
+    train_own, train_bare = cpu_seconds(train, bare_train, repeats)
     return {
-        "rollout s": own["rollout"],
-        "of bare": own["rollout"] / bare["rollout"],
-        "encode s": own["encode"],
-        "VAE part": bare["encode"] / own["encode"],
-        "rollout + encode s": own["rollout"] + own["encode"],
-        "train s": own["train"],
-        "train of bare": own["train"] / bare["train"],
+        "rollout s": rollout_own,
+        "of bare": rollout_own / rollout_bare,
+        "encode s": encode_own,
+        "of it VAE": encode_bare / encode_own,
+        "train s": train_own,
+        "train of bare": train_own / train_bare,
     }
 
 
