@@ -1,1 +1,7 @@
-"""Floor 3: small stand-ins for the real models, built on the spot. Nothing in the rest of the library knows them."""
+"""Floor 3: small stand-ins for the real models and data. Nothing in the rest of the library knows them."""
+
+from .scorers import CoarseScorer, RuleScorer
+from .world import load_dataset
+
+
+__all__ = ["CoarseScorer", "RuleScorer", "load_dataset"]
