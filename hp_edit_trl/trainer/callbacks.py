@@ -58,7 +58,7 @@ def log_completions_table(trainer: "FlowGRPOEditTrainer", rows: list[dict[str, A
         else:
             import pandas
 
-            module.log({"completions": module.Table(dataframe=pandas.DataFrame(data, columns=names))}, step=step)
+            module.log({"completions": module.Table(dataframe=pandas.DataFrame(data, columns=names))})
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             for i, row in enumerate(rows):
