@@ -387,10 +387,10 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             try:
                 images = case_images(row, row["id"])
             except UnreadableImageError as error:
-                if not replace:
-                    raise
                 if self.args.on_bad_image == "error":
                     raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
+                if not replace:
+                    raise
                 logger.warning(f"{error} The next case takes its place.")
                 self._bad_cases.add((self._step, str(row["id"])))
                 continue

@@ -105,7 +105,7 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
     def enable_checkpointing(*args: Any, **kwargs: Any) -> None:
         transformer.enable_gradient_checkpointing()
 
-    # The name that Trainer looks for, and the one it looked for before transformers 5.20.
+    # The name that Trainer looks for, and the one that it used to look for.
     model.activation_checkpointing_enable = model.gradient_checkpointing_enable = enable_checkpointing
     return model
 
