@@ -122,6 +122,35 @@ def log_prob(dynamics: str, next_latents: torch.Tensor, mean: torch.Tensor, std:
     return density.flatten(1).mean(1)
 
 
+def normalized_log_ratio(
+    next_latents: torch.Tensor, mean: torch.Tensor, old_mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    r"""
+    Logarithm of the ratio of two transitions of the same standard deviation, normalised as in
+    [GRPO-Guard](https://huggingface.co/papers/2510.22319) (equation 8 there), averaged over the latent's dimensions.
+
+    The plain log-ratio is \\( (\overline{2 \, \delta (x' - \mu_\text{old})} - \overline{\delta^2}) / (2 \,
+    \text{std}^2) \\) with \\( \delta = \mu - \mu_\text{old} \\): its expectation is below 0, and its spread depends on the
+    step's `std`. Adding back the second term and multiplying by `std` gives \\( \overline{\delta \, \epsilon} \\) with the
+    noise \\( \epsilon \\) that was drawn, whose expectation is 0 at every step.
+
+    Args:
+        next_latents (`torch.Tensor` of shape `(batch_size, ...)`):
+            The latents that were drawn.
+        mean (`torch.Tensor` of shape `(batch_size, ...)`):
+            Mean of the policy's transition.
+        old_mean (`torch.Tensor` of shape `(batch_size, ...)`):
+            Mean of the transition that they were drawn from.
+        std (`torch.Tensor`):
+            Standard deviation of the noise that was added; broadcasts against `mean`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    noise = (next_latents.to(mean.dtype) - old_mean) / std
+    return ((mean - old_mean) * noise).flatten(1).mean(1)
+
+
 def kl_divergence(mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     r"""
     KL divergence between two transitions of the same standard deviation, averaged over the latent's dimensions:

@@ -24,6 +24,8 @@ class Trajectory:
             float32 latents before each of those steps and after the last. Empty where no step is stochastic.
         log_probs (`torch.Tensor` of shape `(len(steps),)`):
             Log-probability of each of those steps under the policy that took it.
+        means (`torch.Tensor` of shape `(len(steps), num_tokens, num_channels)`):
+            float32 means that those steps' next latents were drawn around.
         final (`torch.Tensor` of shape `(num_tokens, num_channels)`):
             float32 latents at noise level 0.
     """
@@ -32,6 +34,7 @@ class Trajectory:
     steps: range
     latents: torch.Tensor
     log_probs: torch.Tensor
+    means: torch.Tensor
     final: torch.Tensor
 
 
@@ -93,6 +96,7 @@ def rollout(
         latents = noise()
         stored: list[torch.Tensor] = []
         log_probs: list[torch.Tensor] = []
+        means: list[torch.Tensor] = []
         for step in range(num_inference_steps):
             velocity = policy.velocity(model, latents, sigmas[step], batch, true_cfg_scale)
             if step not in steps:
@@ -100,6 +104,7 @@ def rollout(
                 continue
             mean, std = transition(dynamics, latents, velocity, sigmas[step], sigmas[step + 1], noise_level, sigmas[1])
             stored.append(latents)
+            means.append(mean)
             latents = mean + std * noise()
             log_probs.append(log_prob(dynamics, latents, mean, std))
             if step == steps[-1]:
@@ -110,6 +115,7 @@ def rollout(
                 steps=steps,
                 latents=torch.stack([x[row] for x in stored]) if stored else latents.new_empty((0, *shape)),
                 log_probs=torch.stack([x[row] for x in log_probs]) if stored else latents.new_empty(0),
+                means=torch.stack([x[row] for x in means]) if stored else latents.new_empty((0, *shape)),
                 final=latents[row],
             )
     return [trajectories[index] for index in range(len(conditions))]

@@ -88,6 +88,10 @@ class FlowGRPOEditConfig(_BaseConfig):
             small.
         epsilon_high (`float`, *optional*):
             Upper clip range. Defaults to `epsilon`.
+        normalize_ratio (`bool`, *optional*, defaults to `False`):
+            Normalise the probability ratio, and weight each step by \\( 1 / |dt| \\), as
+            [GRPO-Guard](https://huggingface.co/papers/2510.22319) does, so that clipping works alike at every step. The
+            normalised ratio is closer to 1: `epsilon` should be smaller with it.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             Divide advantages by the standard deviation of the `"group"`, as in the paper's equation 3, of the
             `"batch"`, or not at all (`"none"`).
@@ -211,6 +215,9 @@ class FlowGRPOEditConfig(_BaseConfig):
     epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
     epsilon_high: float | None = field(
         default=None, metadata={"help": "Upper clip range of the probability ratio. Defaults to `epsilon`."}
+    )
+    normalize_ratio: bool = field(
+        default=False, metadata={"help": "Normalise the probability ratio, and weight steps, as GRPO-Guard does."}
     )
     scale_rewards: str = field(
         default="group",

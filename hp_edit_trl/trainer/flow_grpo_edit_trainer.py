@@ -36,7 +36,7 @@ from trl.trainer.utils import (
 )
 
 from ..cases import UnreadableImageError, case_images, check_columns, without_decoding
-from ..flow.dynamics import kl_divergence, log_prob, sde_window, transition
+from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..policies import EditConditions, Trajectory, bucketed, decode, policy_class, rollout
 from ..rewards import HPScorerReward
 from ..seeding import seeded_generator
@@ -602,6 +602,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             path = bucket[0].trajectory
             latents = torch.stack([sample.trajectory.latents for sample in bucket], dim=1)
             old_log_probs = torch.stack([sample.trajectory.log_probs for sample in bucket], dim=1)
+            old_means = torch.stack([sample.trajectory.means for sample in bucket], dim=1)
             advantages = torch.tensor([sample.advantage for sample in bucket], device=latents.device)
             kl_weights = torch.tensor([sample.kl_weight for sample in bucket], device=latents.device)
             clipped_low, clipped_high = [], []
@@ -612,9 +613,14 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                     mean, std = self._transition(model, latents[k], path, step, batch)
                     log_probs = log_prob(self.args.dynamics, latents[k + 1], mean, std)
                     log_ratio = log_probs - old_log_probs[k]
-                    ratio = torch.exp(log_ratio)
+                    if self.args.normalize_ratio:
+                        ratio = torch.exp(normalized_log_ratio(latents[k + 1], mean, old_means[k], std))
+                    else:
+                        ratio = torch.exp(log_ratio)
                     clipped = torch.clamp(ratio, 1 - self.epsilon_low, 1 + self.epsilon_high)
                     losses = -torch.min(ratio * advantages, clipped * advantages)
+                    if self.args.normalize_ratio:
+                        losses = losses / (path.sigmas[step] - path.sigmas[step + 1])
                     if self.args.beta != 0.0:
                         with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), None):
                             mean_ref, _ = self._transition(self.model, latents[k], path, step, batch)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hp_edit_trl.flow.dynamics import kl_divergence, log_prob, sde_window, transition
+from hp_edit_trl.flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 
 
 SIGMAS = torch.tensor([1.0, 0.92, 0.71, 0.43, 0.02, 0.0], dtype=torch.float64)
@@ -87,6 +87,31 @@ def test_log_prob_against_torch_distributions(dynamics, step):
     torch.testing.assert_close(
         log_prob(dynamics, drawn, mean, std), reference.flatten(1).mean(1), rtol=1e-12, atol=1e-13
     )
+
+
+@pytest.mark.parametrize("dynamics", STOCHASTIC)
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_normalized_log_ratio_against_torch_distributions(dynamics, step):
+    generator = torch.Generator().manual_seed(step)
+    x, v, v_new = (torch.randn(3, 6, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    old_mean, std = transition(dynamics, x, v, SIGMAS[step], SIGMAS[step + 1], 0.8, SIGMAS[1])
+    mean, _ = transition(dynamics, x, v_new, SIGMAS[step], SIGMAS[step + 1], 0.8, SIGMAS[1])
+    drawn = old_mean + std * torch.randn(mean.shape, generator=generator, dtype=torch.float64)
+    new, old = torch.distributions.Normal(mean, std), torch.distributions.Normal(old_mean, std)
+    log_ratio = (new.log_prob(drawn) - old.log_prob(drawn)).flatten(1).mean(1)
+    expected = std * (log_ratio + ((mean - old_mean) ** 2).flatten(1).mean(1) / (2 * std**2))
+    torch.testing.assert_close(normalized_log_ratio(drawn, mean, old_mean, std), expected)
+
+
+def test_the_normalized_log_ratio_has_no_drift():
+    generator = torch.Generator().manual_seed(0)
+    old_mean, std = torch.zeros(20_000, 4), torch.tensor(0.3)
+    drawn = old_mean + std * torch.randn(old_mean.shape, generator=generator)
+    normalized = normalized_log_ratio(drawn, old_mean + 0.2, old_mean, std)
+    plain = log_prob("flow_sde", drawn, old_mean + 0.2, std) - log_prob("flow_sde", drawn, old_mean, std)
+    error = normalized.std() / len(normalized) ** 0.5
+    assert abs(normalized.mean()) < 4 * error
+    assert plain.mean() < -0.2  # the left shift that clipping then misses
 
 
 @pytest.mark.parametrize("dynamics", STOCHASTIC)

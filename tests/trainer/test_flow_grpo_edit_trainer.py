@@ -113,22 +113,20 @@ def test_an_update_raises_the_log_probability_of_better_samples(make_trainer):
     assert torch.corrcoef(torch.stack([gains, advantages]))[0, 1] > 0.5
 
 
-def test_the_gradient_is_that_of_the_clipped_objective(make_trainer):
+@pytest.mark.parametrize("normalize_ratio, low, high", [(False, 1e-3, 2e-3), (True, 5e-4, 6e-4)])
+def test_the_gradient_is_that_of_the_clipped_objective(make_trainer, normalize_ratio, low, high):
     # Against an objective written in one piece, over all steps at once, for a batch of mixed sizes.
-    trainer = make_trainer(
-        beta=0.3, epsilon=1e-3, epsilon_high=2e-3, sde_window_size=3, max_steps=1, learning_rate=1e-2
-    )
+    options = dict(beta=0.3, sde_window_size=3, max_steps=1, learning_rate=1e-2, normalize_ratio=normalize_ratio)
+    trainer = make_trainer(epsilon=low, epsilon_high=high, **options)
     trainer.train()
     samples = trainer._buffered_samples
-    ratios = trainer_ratios(trainer)
-    assert (ratios > 1 + 2e-3).any() and (ratios < 1 - 1e-3).any()  # both clips are at work
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.model.zero_grad()
     trainer.current_gradient_accumulation_steps = 2
     loss = trainer._accumulate_gradients(trainer.model, samples)
     gradients = [p.grad.clone() for p in parameters]
 
-    terms = []
+    terms, ratios = [], []
     for sample in samples:
         path, batch = sample.trajectory, trainer.policy.collate([sample.conditions])
         for k, step in enumerate(path.steps):
@@ -142,10 +140,19 @@ def test_the_gradient_is_that_of_the_clipped_objective(make_trainer):
             with torch.no_grad(), trainer.model.disable_adapter():
                 reference, _ = step_mean()
             normal = torch.distributions.Normal(mean, std)
-            ratio = (normal.log_prob(path.latents[k + 1][None]).mean() - path.log_probs[k]).exp()
-            surrogate = torch.minimum(ratio * sample.advantage, ratio.clamp(1 - 1e-3, 1 + 2e-3) * sample.advantage)
+            log_ratio = normal.log_prob(path.latents[k + 1][None]).mean() - path.log_probs[k]
+            weight = 1.0
+            if normalize_ratio:  # GRPO-Guard's equation 8, from the plain log-ratio
+                drift = mean - path.means[k][None]
+                log_ratio = (log_ratio + (drift**2).mean() / (2 * std**2)) * std
+                weight = 1 / (sigmas[step] - sigmas[step + 1])
+            ratio = log_ratio.exp()
+            ratios.append(ratio.item())
+            clipped = ratio.clamp(1 - low, 1 + high)
+            surrogate = torch.minimum(ratio * sample.advantage, clipped * sample.advantage) * weight
             kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(reference, std)).mean()
             terms.append(-surrogate + 0.3 * kl)
+    assert max(ratios) > 1 + high and min(ratios) < 1 - low  # both clips are at work
     expected = torch.stack(terms).mean() / 2
     trainer.model.zero_grad()
     expected.backward()
