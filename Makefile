@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick check format wheel clean
+.PHONY: demo test test-slow quick check format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_qwen_edit.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
 
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"

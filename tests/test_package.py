@@ -33,7 +33,7 @@ def test_every_public_name_is_there():
 
 def test_floors():
     """A module imports only from floors below its own (docs/design.md)."""
-    floors = {"flow": 1, "seeding": 1, "cases": 1, "policies": 2, "rewards": 2, "trainer": 3, "miniature": 3}
+    floors = {"flow": 1, "seeding": 1, "cases": 1, "policies": 2, "rewards": 2, "trainer": 3, "miniature": 4}
     for path in (ROOT / "hp_edit_trl").rglob("*.py"):
         parts = path.relative_to(ROOT / "hp_edit_trl").with_suffix("").parts
         if parts[0] not in floors:
@@ -46,7 +46,7 @@ def test_floors():
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_prompts(tmp_path):
+def test_the_wheel_holds_the_prompts_and_the_miniature(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -56,10 +56,15 @@ def test_the_wheel_holds_the_prompts(tmp_path):
     assert {f"hp_edit_trl/prompts/{name}" for name in prompts} <= set(names)
     assert "hp_edit_trl/py.typed" in names and "hp_edit_trl/trainer/model_card.md" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "examples/")) for name in names)
-    # Unpacked elsewhere, away from the repository, the prompts load.
+    weights = [info for info in zipfile.ZipFile(wheel).infolist() if "/miniature/weights/" in info.filename]
+    assert weights and sum(info.compress_size for info in weights) < 15e6
+    # Unpacked elsewhere, away from the repository, both load.
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
-    code = "import hp_edit_trl; print(hp_edit_trl.__file__, len(hp_edit_trl.load_scorer_prompts()))"
+    code = (
+        "import hp_edit_trl; from hp_edit_trl.miniature import load_pipeline; load_pipeline();"
+        "print(hp_edit_trl.__file__, len(hp_edit_trl.load_scorer_prompts()))"
+    )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(target), "PATH": ""},
         capture_output=True, text=True,

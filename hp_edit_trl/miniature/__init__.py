@@ -1,7 +1,20 @@
-"""Floor 3: small stand-ins for the real models and data. Nothing in the rest of the library knows them."""
+"""Floor 4: a small world, a small policy and a scorer that knows the answers. Nothing else in the library knows them."""
 
+from .policy import load_pipeline
+from .report import before_after_sheet, comparison_table, edit_dataset, paired_difference, report, score_edits
 from .scorers import CoarseScorer, RuleScorer
 from .world import load_dataset
 
 
-__all__ = ["CoarseScorer", "RuleScorer", "load_dataset"]
+__all__ = [
+    "CoarseScorer",
+    "RuleScorer",
+    "before_after_sheet",
+    "comparison_table",
+    "edit_dataset",
+    "load_dataset",
+    "load_pipeline",
+    "paired_difference",
+    "report",
+    "score_edits",
+]

@@ -1,4 +1,4 @@
-"""Real photographs with instructions, from what scikit-image brings along (extra `demo`)."""
+"""Real photographs with instructions, from what scikit-image brings along."""
 
 from datasets import Dataset
 from PIL import Image
@@ -34,7 +34,7 @@ def load_photographs() -> Dataset:
     try:
         from skimage import data
     except ImportError as error:
-        raise ImportError('The photographs need the extra: pip install "hp-edit-trl[demo]"') from error
+        raise ImportError("The photographs come with scikit-image: pip install scikit-image") from error
     images = {name: Image.fromarray(getattr(data, name)()) for name, *_ in CASES}
     return Dataset.from_list(
         [

@@ -37,10 +37,16 @@ CHAT_TEMPLATE = """\
 {% endif %}"""
 
 
-def tiny_tokenizer() -> Qwen2TokenizerFast:
-    """A byte-level tokenizer with Qwen's special tokens, trained so that the pipeline's template has its 64 tokens."""
+def tiny_tokenizer(texts: list[str] | None = None) -> Qwen2TokenizerFast:
+    """
+    A byte-level tokenizer with Qwen's special tokens, trained so that the pipeline's template has its 64 tokens.
+
+    Args:
+        texts (`list[str]`, *optional*):
+            Texts whose words become tokens too.
+    """
     template = QwenImageEditPlusPipeline(*[None] * 6).prompt_template_encode
-    lines = [template.replace("<|im_start|>", "").replace("<|im_end|>", ""), "Picture 1: Picture 2:"]
+    lines = [template.replace("<|im_start|>", "").replace("<|im_end|>", ""), "Picture 1: Picture 2:", *(texts or [])]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = Qwen2TokenizerFast().backend_tokenizer.pre_tokenizer
     bpe.decoder = decoders.ByteLevel()
@@ -50,6 +56,98 @@ def tiny_tokenizer() -> Qwen2TokenizerFast:
     tokenizer = Qwen2TokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL_TOKENS})
     return tokenizer
+
+
+def tiny_text_encoder(tokenizer: Qwen2TokenizerFast, hidden_size: int = 16) -> Qwen2_5_VLForConditionalGeneration:
+    """
+    A random Qwen2.5-VL.
+
+    Args:
+        tokenizer (`Qwen2TokenizerFast`):
+            What [`tiny_tokenizer`] returned.
+        hidden_size (`int`, *optional*, defaults to `16`):
+            Size of the embeddings, a multiple of 16.
+    """
+    special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    unit = hidden_size // 16
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "hidden_size": hidden_size,
+                "intermediate_size": 2 * hidden_size,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "vocab_size": len(tokenizer),
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e6,
+                    "mrope_section": [unit, unit, 2 * unit],
+                },
+                "bos_token_id": special["<|endoftext|>"],
+                "eos_token_id": special["<|im_end|>"],
+                "pad_token_id": special["<|endoftext|>"],
+            },
+            vision_config={
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": hidden_size,
+                "fullatt_block_indexes": [1],
+                "window_size": 112,
+            },
+            image_token_id=special["<|image_pad|>"],
+            video_token_id=special["<|video_pad|>"],
+            vision_start_token_id=special["<|vision_start|>"],
+            vision_end_token_id=special["<|vision_end|>"],
+        )
+    )
+
+
+def assemble(
+    transformer: QwenImageTransformer2DModel,
+    vae: AutoencoderKLQwenImage,
+    text_encoder: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: Qwen2TokenizerFast,
+    pixels: int = 56 * 56,
+) -> QwenImageEditPlusPipeline:
+    """
+    A pipeline of the given models.
+
+    Args:
+        transformer (`QwenImageTransformer2DModel`):
+            The transformer.
+        vae (`AutoencoderKLQwenImage`):
+            The VAE.
+        text_encoder (`Qwen2_5_VLForConditionalGeneration`):
+            The text encoder.
+        tokenizer (`Qwen2TokenizerFast`):
+            Its tokenizer.
+        pixels (`int`, *optional*, defaults to `3136`):
+            Number of pixels of an image as the text encoder sees it. Few, so that it is a handful of tokens and not two
+            hundred: each 28 x 28 pixels are one.
+    """
+    processor = Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=pixels, max_pixels=pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+        shift_terminal=0.02, time_shift_type="exponential",
+    )  # fmt: skip
+    pipeline = QwenImageEditPlusPipeline(
+        scheduler=scheduler,
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        processor=processor,
+        transformer=transformer.eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tiny_pipeline(
@@ -78,7 +176,6 @@ def tiny_pipeline(
             Seed of the weights.
     """
     tokenizer = tiny_tokenizer()
-    special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = QwenImageTransformer2DModel(
@@ -101,60 +198,11 @@ def tiny_pipeline(
             latents_mean=[0.1, -0.2, 0.0, 0.3],
             latents_std=[1.1, 0.9, 1.0, 1.2],
         )
-        text_encoder = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(
-                text_config={
-                    "hidden_size": 16,
-                    "intermediate_size": 32,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 2,
-                    "num_key_value_heads": 2,
-                    "vocab_size": len(tokenizer),
-                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-                    "bos_token_id": special["<|endoftext|>"],
-                    "eos_token_id": special["<|im_end|>"],
-                    "pad_token_id": special["<|endoftext|>"],
-                },
-                vision_config={
-                    "depth": 2,
-                    "hidden_size": 16,
-                    "intermediate_size": 16,
-                    "num_heads": 2,
-                    "out_hidden_size": 16,
-                    "fullatt_block_indexes": [1],
-                    "window_size": 112,
-                },
-                image_token_id=special["<|image_pad|>"],
-                video_token_id=special["<|video_pad|>"],
-                vision_start_token_id=special["<|vision_start|>"],
-                vision_end_token_id=special["<|vision_end|>"],
-            )
-        )
+        text_encoder = tiny_text_encoder(tokenizer)
     with torch.no_grad():
-        vae.decoder.conv_out.weight.mul_(
-            4
-        )  # a random VAE decodes to near grey: with more contrast there is more to see
-    processor = Qwen2VLProcessor(
-        # Few pixels, so that a picture is a handful of tokens and not two hundred.
-        image_processor=Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
-        shift_terminal=0.02, time_shift_type="exponential",
-    )  # fmt: skip
-    pipeline = QwenImageEditPlusPipeline(
-        scheduler=scheduler,
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        processor=processor,
-        transformer=transformer.eval(),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        # A random VAE decodes to near grey; with more contrast there is more to see.
+        vae.decoder.conv_out.weight.mul_(4)
+    return assemble(transformer, vae, text_encoder, tokenizer)
 
 
 def tiny_judge(folder: str, seed: int = 0) -> str:

@@ -1,0 +1,87 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from hp_edit_trl.miniature import experiments
+from hp_edit_trl.miniature.experiments import Arm, learning_curve, run_experiment, summarise
+
+
+CONFIG = Path(__file__).parents[2] / "examples" / "miniature" / "experiment.yaml"
+
+
+@pytest.fixture
+def config(tmp_path):
+    values = yaml.safe_load(CONFIG.read_text()) | {
+        "num_generations": 4, "per_device_train_batch_size": 4, "steps_per_generation": 1, "max_steps": 1,
+        "eval_steps": 1, "num_inference_steps": 3, "sde_window_size": 1, "sde_window_range": [0, 1],
+    }  # fmt: skip
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.mark.slow
+def test_an_experiment_writes_its_results_and_goes_on_where_it_was(config, tmp_path):
+    arms = [
+        Arm("plain"),
+        Arm("filtered, coarse", {"lora_r": 4, "lora_alpha": 8}, task_aware=False, filtered=True),
+    ]
+    where = {"results": tmp_path / "results", "folder": tmp_path / "runs", "num_cases": 16}
+    runs = run_experiment("trial", arms, [0, 1], config, **where)
+    assert [(run["arm"], run["seed"]) for run in runs] == [(arm.name, seed) for arm in arms for seed in (0, 1)]
+    assert runs[0]["train_cases"] == 16 and 0 < runs[2]["train_cases"] < 16
+    assert all(0 < run["score"] < 5 and len(run["curve"]) == 2 for run in runs)
+    record = json.loads((tmp_path / "results" / "trial.json").read_text())
+    assert record["runs"] == runs and record["config"]["max_steps"] == 1
+    assert {"command", "commit", "versions", "machine"} <= set(record)
+    with (tmp_path / "results" / "trial.csv").open() as file:
+        assert [row["arm"] for row in csv.DictReader(file)] == [run["arm"] for run in runs]
+    assert "| filtered, coarse | 2 |" in (tmp_path / "results" / "trial.md").read_text()
+    assert min(Image.open(tmp_path / "results" / "trial.png").size) > 300
+
+    # What is there is not done again, unless what it was made with has changed.
+    done = {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("result.json")}
+    run_experiment("trial", arms, [0, 1], config, **where)
+    assert {path: path.stat().st_mtime for path in done} == done
+    other = [arms[0], Arm(arms[1].name, {"lora_r": 8, "lora_alpha": 8}, task_aware=False, filtered=True)]
+    run_experiment("trial", other, [0, 1], config, **where)
+    changed = [path.parent.name for path in done if path.stat().st_mtime != done[path]]
+    assert sorted(changed) == ["filtered,_coarse-0", "filtered,_coarse-1"]
+
+
+def test_a_summary_is_over_seeds():
+    runs = [
+        {"arm": arm, "seed": seed, "before": 4.0, "score": 4.0 + gain, "difference": gain, "share_of_5": 0.5}
+        | dict.fromkeys([*experiments.TASKS, "wall_seconds"], 1.0)
+        for arm, gains in (("a", (0.1, 0.3)), ("b", (0.2,)))
+        for seed, gain in enumerate(gains)
+    ]
+    a, b = summarise(runs)
+    assert (a["seeds"], a["score"], a["difference_se"]) == (2, 4.2, 0.1)
+    assert b["seeds"] == 1 and "score_se" not in b
+
+
+def test_passes_are_counted(config, tmp_path):
+    # One generation batch of 8 edits, trained on twice in microbatches of 4: 8 * 3 passes to sample, 2 * 8 * 1 to train.
+    options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "eval_steps": 4, "save_strategy": "no"}
+    data = experiments.load_dataset("train", 8)
+    trainer = experiments.make_trainer(
+        config, options, tmp_path / "run", 0, experiments.RuleScorer(), data, data.select(range(4))
+    )
+    passes = 0
+
+    def count(module, inputs, output):
+        nonlocal passes
+        passes += len(output[0])
+
+    handle = trainer.policy.pipeline.transformer.register_forward_hook(count)
+    trainer.args.eval_on_start = False
+    trainer.train()
+    handle.remove()
+    evaluation = 4 * 3
+    (point,) = learning_curve(trainer)
+    assert point["thousand_passes"] * 1000 == passes - evaluation

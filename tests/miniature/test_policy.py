@@ -1,0 +1,78 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as pipeline_module
+
+from hp_edit_trl.miniature import RuleScorer, edit_dataset, load_dataset, load_pipeline, score_edits
+from hp_edit_trl.miniature.policy import WEIGHTS
+from hp_edit_trl.policies import policy_class
+from hp_edit_trl.policies.rollout import decode, rollout
+from hp_edit_trl.seeding import seeded_generator
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline()
+
+
+def sampler(pipeline):
+    """The policy as `edit_dataset` wants it, without a trainer."""
+    policy = policy_class(pipeline)(pipeline)
+
+    def sample_edits(cases):
+        conditions = [policy.encode(images, row["prompt"], None, 32) for row, images in cases]
+        generators = [seeded_generator("test", row["id"]) for row, _ in cases]
+        paths = rollout(
+            policy, pipeline.transformer, conditions, generators, num_inference_steps=8, true_cfg_scale=1.0, batch_size=50
+        )  # fmt: skip
+        return decode(policy, [path.final for path in paths], conditions, 50)
+
+    return sample_edits
+
+
+def test_stock_classes_of_the_promised_size(pipeline):
+    assert type(pipeline) is QwenImageEditPlusPipeline
+    index = json.loads((WEIGHTS / "model_index.json").read_text())
+    assert {value[0] for name, value in index.items() if name[0] != "_"} == {"diffusers", "transformers"}
+    assert 2e6 < sum(p.numel() for p in pipeline.transformer.parameters()) < 5e6
+    assert {p.dtype for p in pipeline.transformer.parameters()} == {torch.float32}
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 15e6
+    assert not [path for path in WEIGHTS.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_the_policy_edits_decently_and_not_perfectly(pipeline):
+    dataset = load_dataset("validation", 80)
+    scores = score_edits(edit_dataset(sampler(pipeline), dataset), dataset)
+    assert 3.5 < np.mean(scores) < 4.8
+
+
+def test_the_plain_pipeline_edits_alike(pipeline, monkeypatch):
+    # The pipeline sees references at a megapixel; at the miniature's size the two are the same computation.
+    monkeypatch.setattr(pipeline_module, "VAE_IMAGE_SIZE", 32 * 32)
+    (row,) = load_dataset("validation", 1)
+    generator = seeded_generator("test", row["id"])
+    (image,) = pipeline(
+        row["image"],
+        row["prompt"],
+        true_cfg_scale=1.0,
+        height=32,
+        width=32,
+        num_inference_steps=8,
+        generator=generator,
+    ).images
+    (ours,) = sampler(pipeline)([(row, [row["image"]])])
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(ours, dtype=int)).max() <= 1
+
+
+def test_the_vae_keeps_what_the_scorer_looks_at(pipeline):
+    dataset = load_dataset("validation", 40)
+    images = pipeline.image_processor.preprocess([row["target"] for row in dataset], 32, 32).unsqueeze(2)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(pipeline.vae.encode(images).latent_dist.mode()).sample[:, :, 0]
+    scorer = RuleScorer()
+    edits = pipeline.image_processor.postprocess(decoded)
+    scores = [scorer.score(edit, row["image"], row["target"]) for edit, row in zip(edits, dataset, strict=True)]
+    assert np.mean(scores) > 4.3
