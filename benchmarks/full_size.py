@@ -92,7 +92,7 @@ def random_conditions(resolution: int, device: torch.device, text_tokens: int) -
 
 def measure(trainer, resolution: int, cfg: float, batch: int, peak: float, repeats: int, text_tokens: int) -> list:
     policy, model, device, steps = trainer.policy, trainer.model, trainer.accelerator.device, 10
-    trainer.args.true_cfg_scale = cfg
+    trainer.true_cfg_scale = cfg
     conditions = random_conditions(resolution, device, text_tokens)
     if device.type == "cuda":
         torch.cuda.empty_cache()

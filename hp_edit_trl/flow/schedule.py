@@ -6,12 +6,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 def pipeline_sigmas(
-    scheduler: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, num_tokens: int
+    scheduler: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, num_tokens: int, mu: float | None = None
 ) -> torch.Tensor:
     """
     The noise levels that a pipeline with dynamic shifting visits.
 
-    The shift grows linearly with the number of noisy tokens, so images of different sizes have different schedules.
+    The shift grows with the number of noisy tokens, so images of different sizes have different schedules.
 
     Args:
         scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`]):
@@ -20,13 +20,17 @@ def pipeline_sigmas(
             Number of denoising steps.
         num_tokens (`int`):
             Number of packed latent tokens of the target image, the references not counted.
+        mu (`float`, *optional*):
+            The shift. By default it grows linearly with `num_tokens`, as most pipelines have it.
 
     Returns:
         `torch.Tensor` of shape `(num_inference_steps + 1,)`: decreasing, the last one 0; float32 on the CPU.
     """
     config = scheduler.config
-    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
-    mu = num_tokens * slope + config["base_shift"] - slope * config["base_image_seq_len"]
+    if mu is None:
+        shifts = config["max_shift"] - config["base_shift"]
+        slope = shifts / (config["max_image_seq_len"] - config["base_image_seq_len"])
+        mu = num_tokens * slope + config["base_shift"] - slope * config["base_image_seq_len"]
     fresh = FlowMatchEulerDiscreteScheduler.from_config(config)
     fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
     return fresh.sigmas.to("cpu", torch.float32)

@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from ..policies import EditConditions
-from ..policies.qwen_image_edit import QwenImageEditPolicy
+from ..policies.qwen_image_edit import QwenImageEditPlusPolicy
 from ..policies.rollout import decode, rollout
 from ..seeding import seeded_generator
 from .scorers import RuleScorer
@@ -276,7 +276,7 @@ def encode_shard(folder: Path, shard: int, size: int) -> Path:
     file = folder / "pool" / f"{shard:03d}.pt"
     if file.exists():
         return file
-    policy = QwenImageEditPolicy(new_pipeline(load_vae(folder)))
+    policy = QwenImageEditPlusPolicy(new_pipeline(load_vae(folder)))
     indices = range(shard * size, (shard + 1) * size)
     cases = [draw_case(TASKS[i % len(TASKS)], "train", 2, i) for i in indices]
     rng = np.random.default_rng(shard)
@@ -295,7 +295,7 @@ def encode_shard(folder: Path, shard: int, size: int) -> Path:
     return file.with_suffix(".part").rename(file)
 
 
-def encode_pictures(policy: QwenImageEditPolicy, images: list[Image.Image]) -> torch.Tensor:
+def encode_pictures(policy: QwenImageEditPlusPolicy, images: list[Image.Image]) -> torch.Tensor:
     """Packed latents of shape `(num_pictures, num_tokens, num_channels)`, as the pipeline encodes them."""
     pipeline = policy.pipeline
     pixels = torch.cat([pipeline.image_processor.preprocess(image, SIZE, SIZE) for image in images]).unsqueeze(2)
@@ -303,7 +303,7 @@ def encode_pictures(policy: QwenImageEditPolicy, images: list[Image.Image]) -> t
     return pipeline._pack_latents(latents, len(images), *latents.shape[1:2], *latents.shape[3:])
 
 
-def encode_texts(policy: QwenImageEditPolicy, prompts: list[str], images: list[Image.Image]) -> list[torch.Tensor]:
+def encode_texts(policy: QwenImageEditPlusPolicy, prompts: list[str], images: list[Image.Image]) -> list[torch.Tensor]:
     """Embeddings of prompts with one image each, as `policy.encode` makes them one at a time, ten times faster."""
     pipeline = policy.pipeline
     template, skipped = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
@@ -323,7 +323,7 @@ def encode_texts(policy: QwenImageEditPolicy, prompts: list[str], images: list[I
 
 
 @torch.no_grad()
-def policy_scores(policy: QwenImageEditPolicy, model: nn.Module) -> dict[str, float]:
+def policy_scores(policy: QwenImageEditPlusPolicy, model: nn.Module) -> dict[str, float]:
     """RuleScorer's means over held-out cases, edited along the ODE in 8 steps from fixed noise."""
     cases = list(itertools.islice(stream("validation"), EVALUATION_CASES))
     conditions = [policy.encode([to_image(case.source)], case.prompt, None, SIZE) for case in cases]
@@ -350,7 +350,7 @@ def train_transformer(folder: Path, steps: int, num_cases: int, compiled: bool, 
     sources, targets, careless = (
         torch.cat([p[name] for p in parts]) for name in ("image_latents", "targets", "sloppy")
     )
-    policy = QwenImageEditPolicy(new_pipeline(load_vae(folder)))
+    policy = QwenImageEditPlusPolicy(new_pipeline(load_vae(folder)))
     transformer = policy.pipeline.transformer
     average = new_transformer().eval()
     average.load_state_dict(transformer.state_dict())

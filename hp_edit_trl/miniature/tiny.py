@@ -1,24 +1,41 @@
 """Tiny, randomly initialised models of the real classes: for tests, benchmarks and a demo without downloads."""
 
+import string
+
 import torch
 from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2TokenizerFast,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 
 
@@ -203,6 +220,138 @@ def tiny_pipeline(
         # A random VAE decodes to near grey; with more contrast there is more to see.
         vae.decoder.conv_out.weight.mul_(4)
     return assemble(transformer, vae, text_encoder, tokenizer)
+
+
+def tiny_qwen_image_edit_pipeline(seed: int = 0) -> QwenImageEditPipeline:
+    """A random `QwenImageEditPipeline`, of the parts of [`tiny_pipeline`]."""
+    pipeline = QwenImageEditPipeline(**tiny_pipeline(seed=seed).components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKontextPipeline:
+    """
+    A random `FluxKontextPipeline` of 1 MB. Its VAE divides each side by 8, as the real one.
+
+    Args:
+        guidance_embeds (`bool`, *optional*, defaults to `True`):
+            Whether the transformer takes guidance as an input, as FLUX.1-Kontext-dev does.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights.
+    """
+    # Tokenizers of single characters
+    characters = sorted(set(string.printable) - set(string.whitespace))
+    words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    clip_tokenizer = CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in characters)]
+    t5_tokenizer = T5TokenizerFast(pieces, extra_ids=0, additional_special_tokens=[])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 16, 16),
+            latent_channels=4,
+            norm_num_groups=4,
+            shift_factor=0.1,
+            scaling_factor=0.5,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(words),
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                projection_dim=16,
+                bos_token_id=len(words) - 2,
+                eos_token_id=len(words) - 1,
+            )  # fmt: skip
+        )
+        text_encoder_2 = T5EncoderModel(
+            T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        )
+    pipeline = FluxKontextPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+        ),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer.eval(),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
+    """
+    A random `Flux2KleinPipeline` of 2 MB. Its VAE divides each side by 8, as the real one.
+
+    Args:
+        is_distilled (`bool`, *optional*, defaults to `False`):
+            Whether it is one of the models for four steps, without a second pass.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights.
+    """
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        )
+        vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 16, 16), latent_channels=4, norm_num_groups=4)
+        # As if it had been trained: latents are normalised by what its batch norm remembers.
+        vae.bn.running_mean.normal_(0, 0.2)
+        vae.bn.running_var.uniform_(0.5, 1.5)
+        text_encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=28,
+                num_attention_heads=1,
+                num_key_value_heads=1,
+                head_dim=8,
+            )  # fmt: skip
+        )
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+        ),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+        is_distilled=is_distilled,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def tiny_judge(folder: str, seed: int = 0) -> str:

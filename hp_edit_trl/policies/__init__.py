@@ -3,13 +3,18 @@
 from diffusers import DiffusionPipeline
 
 from .edit_policy import EditConditions, EditPolicy, bucketed
-from .qwen_image_edit import QwenImageEditPolicy
+from .flux2_klein import Flux2KleinPolicy
+from .flux_kontext import FluxKontextPolicy
+from .qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
 from .rollout import Trajectory, decode, rollout
 
 
 # The pipelines that can be trained, by the class name in their `model_index.json`.
 POLICIES: dict[str, type[EditPolicy]] = {
-    "QwenImageEditPlusPipeline": QwenImageEditPolicy,
+    "QwenImageEditPlusPipeline": QwenImageEditPlusPolicy,
+    "QwenImageEditPipeline": QwenImageEditPolicy,
+    "FluxKontextPipeline": FluxKontextPolicy,
+    "Flux2KleinPipeline": Flux2KleinPolicy,
 }
 
 
@@ -39,7 +44,7 @@ def policy_class(model: str | DiffusionPipeline, **kwargs) -> type[EditPolicy]:
     if name not in POLICIES:
         raise ValueError(
             f"model={model if isinstance(model, str) else name!r} is a {name}, which is not an edit pipeline that "
-            f"can be trained here. Known are: {', '.join(POLICIES)}."
+            f"can be trained here. Known are: {', '.join(POLICIES)}. docs/adding_a_policy.md shows how to add one."
         )
     return POLICIES[name]
 
@@ -48,6 +53,9 @@ __all__ = [
     "POLICIES",
     "EditConditions",
     "EditPolicy",
+    "Flux2KleinPolicy",
+    "FluxKontextPolicy",
+    "QwenImageEditPlusPolicy",
     "QwenImageEditPolicy",
     "Trajectory",
     "bucketed",

@@ -1,5 +1,6 @@
 """What a policy is: a diffusers edit pipeline, seen as something that can be rolled out and trained."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,13 +58,35 @@ class EditPolicy(ABC):
             The loaded pipeline. Its transformer is the module that is trained.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
+        guidance_scale (`float`, *optional*, defaults to `2.5`):
+            Guidance that the transformer takes as an input, if it does.
+
+    Class attributes:
+        lora_target_modules (`list[str]` or `str`):
+            The modules that a LoRA adapts by default, as PEFT's `target_modules`.
+        lora_exclude_modules (`str` or `None`):
+            Regular expression of modules among them that never receive a gradient.
+        max_references (`int` or `None`):
+            The largest number of reference images of a case, if there is one.
+        has_true_cfg (`bool`):
+            Whether the pipeline knows a second, unconditional pass.
+        default_true_cfg_scale (`float`):
+            The guidance scale that the pipeline is meant to be used with; at 1.0 there is no second pass.
+        default_negative_prompt (`str`):
+            The prompt of that second pass.
     """
 
-    lora_target_modules: list[str]
+    lora_target_modules: list[str] | str
+    lora_exclude_modules: str | None = None
+    max_references: int | None = None
+    has_true_cfg: bool = True
+    default_true_cfg_scale: float
+    default_negative_prompt: str
 
-    def __init__(self, pipeline: DiffusionPipeline, offload_encoders: bool = False):
+    def __init__(self, pipeline: DiffusionPipeline, offload_encoders: bool = False, guidance_scale: float = 2.5):
         self.pipeline = pipeline
         self.offload_encoders = offload_encoders
+        self.guidance_scale = guidance_scale
         self.device = torch.device("cpu")
         self.dtype = pipeline.transformer.dtype
         self._loaded: set[str] = set()
@@ -74,11 +97,6 @@ class EditPolicy(ABC):
     @abstractmethod
     def encoders(self) -> dict[str, nn.Module]:
         """The frozen modules that run before and after denoising, by name."""
-
-    @property
-    @abstractmethod
-    def lora_exclude_modules(self) -> str:
-        """Regular expression of modules that `lora_target_modules` matches but that never receive a gradient."""
 
     @abstractmethod
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
@@ -140,6 +158,23 @@ class EditPolicy(ABC):
     def decode(self, latents: torch.Tensor, conditions: EditConditions) -> list[Image.Image]:
         """Decodes latents of shape `(batch_size, num_tokens, num_channels)` that share one bucket into images."""
 
+    def check_bucket(self, conditions: list[EditConditions]) -> EditConditions:
+        """The first of the conditions. Raises `ValueError` if another is not of its sizes."""
+        first = conditions[0]
+        for other in conditions[1:]:
+            if other.bucket != first.bucket:
+                raise ValueError(
+                    f"A batch needs cases of equal sizes, but got {first.bucket} and {other.bucket} "
+                    "(height, width, sizes of the references)."
+                )
+        return first
+
+    def timestep(self, sigma: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """A noise level as pipelines hand it to their transformer, of shape `(batch_size,)`."""
+        # Pipelines pass on their scheduler's timesteps; the detour keeps even the rounding the same.
+        scale = self.pipeline.scheduler.config.num_train_timesteps
+        return (sigma.to(latents.device) * scale).expand(len(latents)).to(self.dtype) / 1000
+
     def place(self, device: torch.device | str) -> None:
         """Chooses the device of the encodings, and moves the encoders there, or to the CPU if they are offloaded."""
         self.device = torch.device(device)
@@ -162,6 +197,13 @@ class EditPolicy(ABC):
             for name in moved:
                 self.encoders[name].to("cpu")
             self._loaded -= set(moved)
+
+
+def fitted_size(image: Image.Image, resolution: int, multiple: int) -> tuple[int, int]:
+    """Height and width of about `resolution`² in area, multiples of `multiple`, in the image's aspect ratio."""
+    ratio = image.width / image.height
+    height, width = resolution / math.sqrt(ratio), resolution * math.sqrt(ratio)
+    return max(multiple, round(height / multiple) * multiple), max(multiple, round(width / multiple) * multiple)
 
 
 def bucketed(conditions: list[EditConditions], batch_size: int) -> list[list[int]]:

@@ -1,18 +1,16 @@
-"""Qwen-Image-Edit-2509 and 2511 (`QwenImageEditPlusPipeline`) as a policy."""
-
-import math
+"""Qwen-Image-Edit as a policy: 2509 and 2511 (`QwenImageEditPlusPipeline`), and the first (`QwenImageEditPipeline`)."""
 
 import torch
-from diffusers import QwenImageEditPlusPipeline
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
 from PIL import Image
 from torch import nn
 
 from ..flow.schedule import pipeline_sigmas
-from .edit_policy import EditConditions, EditPolicy
+from .edit_policy import EditConditions, EditPolicy, fitted_size
 
 
-class QwenImageEditPolicy(EditPolicy):
+class QwenImageEditPlusPolicy(EditPolicy):
     """
     Policy of `QwenImageEditPlusPipeline`, with one or several reference images.
 
@@ -26,32 +24,37 @@ class QwenImageEditPolicy(EditPolicy):
             The loaded pipeline.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
+        guidance_scale (`float`, *optional*, defaults to `2.5`):
+            Not read: these models take no guidance as an input.
     """
 
     lora_target_modules = [
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     ]  # fmt: skip
-    pipeline: QwenImageEditPlusPipeline
+    default_true_cfg_scale = 4.0
+    default_negative_prompt = " "
+    shown_area = CONDITION_IMAGE_SIZE  # pixels of a reference as the text encoder sees it
+    pipeline: QwenImageEditPlusPipeline | QwenImageEditPipeline
+
+    def __init__(
+        self,
+        pipeline: QwenImageEditPlusPipeline | QwenImageEditPipeline,
+        offload_encoders: bool = False,
+        guidance_scale: float = 2.5,
+    ):
+        super().__init__(pipeline, offload_encoders, guidance_scale)
+        # Nothing reads the text stream after the last block, so what only feeds its output cannot learn.
+        last = pipeline.transformer.config.num_layers - 1
+        self.lora_exclude_modules = rf".*transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
         return {"text_encoder": self.pipeline.text_encoder, "vae": self.pipeline.vae}
 
-    @property
-    def lora_exclude_modules(self) -> str:
-        # Nothing reads the text stream after the last block, so what only feeds its output cannot learn.
-        last = self.pipeline.transformer.config.num_layers - 1
-        return rf".*transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
-
-    def _size(self, image: Image.Image, resolution: int) -> tuple[int, int]:
-        multiple = 2 * self.pipeline.vae_scale_factor
-        ratio = image.width / image.height
-        height, width = resolution / math.sqrt(ratio), resolution * math.sqrt(ratio)
-        return max(multiple, round(height / multiple) * multiple), max(multiple, round(width / multiple) * multiple)
-
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
-        return self._size(images[-1], resolution)  # as the pipeline: the last reference gives the aspect ratio
+        # As in the pipeline the last reference gives the aspect ratio.
+        return fitted_size(images[-1], resolution, 2 * self.pipeline.vae_scale_factor)
 
     @torch.no_grad()
     def encode(
@@ -63,7 +66,7 @@ class QwenImageEditPolicy(EditPolicy):
         # One prompt at a time: with several the pipeline mixes up the images of the prompts.
         shown = []
         for image in images:
-            width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, image.width / image.height)
+            width, height = calculate_dimensions(self.shown_area, image.width / image.height)
             shown.append(pipeline.image_processor.resize(image, height, width))
         with self.loaded("text_encoder"):
             tensors["prompt_embeds"] = pipeline.encode_prompt(prompt, shown, device=self.device)[0][0]
@@ -71,7 +74,7 @@ class QwenImageEditPolicy(EditPolicy):
                 negative = pipeline.encode_prompt(negative_prompt, shown, device=self.device)[0][0]
                 tensors["negative_prompt_embeds"] = negative
 
-        sizes = tuple(self._size(image, resolution) for image in images)
+        sizes = tuple(fitted_size(image, resolution, 2 * pipeline.vae_scale_factor) for image in images)
         latents = []
         with self.loaded("vae"):
             for image, (height, width) in zip(images, sizes, strict=True):
@@ -89,13 +92,7 @@ class QwenImageEditPolicy(EditPolicy):
         return pipeline_sigmas(self.pipeline.scheduler, num_inference_steps, conditions.num_tokens)
 
     def collate(self, conditions: list[EditConditions]) -> dict:
-        first = conditions[0]
-        for other in conditions[1:]:
-            if other.bucket != first.bucket:
-                raise ValueError(
-                    f"A batch needs cases of equal sizes, but got {first.bucket} and {other.bucket} "
-                    "(height, width, sizes of the references)."
-                )
+        first = self.check_bucket(conditions)
         packed = 2 * self.pipeline.vae_scale_factor
         shapes = [(1, h // packed, w // packed) for h, w in ((first.height, first.width), *first.reference_sizes)]
         batch = {
@@ -117,14 +114,11 @@ class QwenImageEditPolicy(EditPolicy):
     ) -> torch.Tensor:
         dtype, num_tokens = self.dtype, latents.shape[1]
         hidden_states = torch.cat([latents.to(dtype), batch["image_latents"].to(dtype)], dim=1)
-        # The pipeline passes on its scheduler's timesteps; the detour keeps even the rounding the same.
-        scale = self.pipeline.scheduler.config.num_train_timesteps
-        timestep = (sigma.to(latents.device) * scale).expand(len(latents)).to(dtype) / 1000
 
         def predict(name: str) -> torch.Tensor:
             prediction = model(
                 hidden_states=hidden_states,
-                timestep=timestep,
+                timestep=self.timestep(sigma, latents),
                 encoder_hidden_states=batch[name].to(dtype),
                 encoder_hidden_states_mask=batch[f"{name}_mask"],
                 img_shapes=batch["img_shapes"],
@@ -152,3 +146,23 @@ class QwenImageEditPolicy(EditPolicy):
             std = torch.tensor(vae.config.latents_std).view(shape).to(latents)
             pixels = vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
         return pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+
+class QwenImageEditPolicy(QwenImageEditPlusPolicy):
+    """
+    Policy of the first Qwen-Image-Edit (`QwenImageEditPipeline`), with one reference image.
+
+    It shares its transformer, VAE and text encoder with the later ones. Its prompt template is another, and the text
+    encoder sees the reference at one megapixel, which makes some 1,300 text tokens.
+
+    Args:
+        pipeline ([`~diffusers.QwenImageEditPipeline`]):
+            The loaded pipeline.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
+        guidance_scale (`float`, *optional*, defaults to `2.5`):
+            Not read: this model takes no guidance as an input.
+    """
+
+    max_references = 1
+    shown_area = 1024 * 1024

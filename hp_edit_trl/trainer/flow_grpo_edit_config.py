@@ -53,11 +53,14 @@ class FlowGRPOEditConfig(_BaseConfig):
             (*field*).
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Number of denoising steps of a rollout (*field*).
-        true_cfg_scale (`float`, *optional*, defaults to `4.0`):
-            Scale of classifier-free guidance, in sampling and in training alike (*field*). At 1.0 there is no second
-            pass: training is faster and tends to be more stable.
-        negative_prompt (`str`, *optional*, defaults to `" "`):
-            Prompt of the second pass.
+        true_cfg_scale (`float`, *optional*):
+            Scale of classifier-free guidance, in sampling and in training alike. Defaults to what the pipeline is meant
+            to be used with: 4.0 for Qwen-Image-Edit and the base models of FLUX.2-klein, 1.0 for FLUX.1-Kontext and the
+            distilled models. At 1.0 there is no second pass: training is faster and tends to be more stable.
+        negative_prompt (`str`, *optional*):
+            Prompt of the second pass. Defaults to the one that the pipeline is meant to be used with.
+        guidance_scale (`float`, *optional*, defaults to `2.5`):
+            Guidance that the transformer takes as an input, which only FLUX.1-Kontext does (*field*).
         dynamics (`str`, *optional*, defaults to `"flow_sde"`):
             How the stochastic steps add noise: `"flow_sde"` (the paper's equation 6), `"cps"` or `"dance_sde"`.
         noise_level (`float`, *optional*, defaults to `1.0`):
@@ -176,10 +179,18 @@ class FlowGRPOEditConfig(_BaseConfig):
         metadata={"help": "Side in pixels of the square whose area every edit has; aspect ratios are kept."},
     )
     num_inference_steps: int = field(default=10, metadata={"help": "Number of denoising steps of a rollout."})
-    true_cfg_scale: float = field(
-        default=4.0, metadata={"help": "Guidance scale, in sampling and in training. 1.0 means no second pass."}
+    true_cfg_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Guidance scale, in sampling and in training. 1.0 means no second pass. Defaults to the policy's."
+        },
     )
-    negative_prompt: str = field(default=" ", metadata={"help": "Prompt of the unconditional pass."})
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "Prompt of the unconditional pass. Defaults to the policy's."}
+    )
+    guidance_scale: float = field(
+        default=2.5, metadata={"help": "Guidance that the transformer takes as an input, if it does."}
+    )
     dynamics: str = field(
         default="flow_sde",
         metadata={
@@ -258,10 +269,6 @@ class FlowGRPOEditConfig(_BaseConfig):
             raise ValueError(f"noise_level={self.noise_level} must be at most 1 for dynamics='cps'.")
         if self.beta < 0:
             raise ValueError(f"beta={self.beta} must not be negative.")
-        if self.true_cfg_scale > 1 and self.negative_prompt is None:
-            raise ValueError(
-                f"true_cfg_scale={self.true_cfg_scale} needs a negative_prompt for its second pass; ' ' is usual."
-            )
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations} must be at least 2: an advantage compares a sample with the "

@@ -272,7 +272,17 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         else:
             pipeline = model
             base_model = model.config.get("_name_or_path") or "base-model"
-        self.policy = policy_type(pipeline, offload_encoders=args.offload_encoders)
+        self.policy = policy_type(pipeline, args.offload_encoders, args.guidance_scale)
+        if args.true_cfg_scale is None:
+            args.true_cfg_scale = self.policy.default_true_cfg_scale
+        if args.negative_prompt is None:
+            args.negative_prompt = self.policy.default_negative_prompt
+        if args.true_cfg_scale > 1 and not self.policy.has_true_cfg:
+            raise ValueError(
+                f"true_cfg_scale={args.true_cfg_scale}, but this pipeline was distilled and knows no second pass: leave it "
+                "out, or set it to 1.0."
+            )
+        self.true_cfg_scale = args.true_cfg_scale
         peft_model = prepare_lora(self.policy, peft_config, base_model, args.seed)
 
         super().__init__(
@@ -430,7 +440,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                 conditions,
                 generators,
                 num_inference_steps=args.num_inference_steps,
-                true_cfg_scale=args.true_cfg_scale,
+                true_cfg_scale=self.true_cfg_scale,
                 batch_size=args.rollout_batch_size,
                 dynamics=args.dynamics,
                 noise_level=args.noise_level,
@@ -484,7 +494,13 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         ]
 
     def _encode(self, row: dict[str, Any], images: list[Image.Image]) -> EditConditions:
-        negative_prompt = self.args.negative_prompt if self.args.true_cfg_scale > 1 else None
+        limit = self.policy.max_references
+        if limit is not None and len(images) > limit:
+            raise ValueError(
+                f"Case {row['id']!r} has {len(images)} reference images, but {type(self.policy.pipeline).__name__} takes "
+                f"at most {limit}: leave the case out, or train a pipeline that takes several."
+            )
+        negative_prompt = self.args.negative_prompt if self.true_cfg_scale > 1 else None
         return self.policy.encode(images, row["prompt"], negative_prompt, self.args.resolution)
 
     def _check_groups(self, case_ids: list[Any]) -> None:
@@ -650,7 +666,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         self, model: nn.Module, latents: torch.Tensor, path: Trajectory, step: int, batch: dict
     ) -> tuple[torch.Tensor, torch.Tensor]:
         sigmas = path.sigmas
-        velocity = self.policy.velocity(model, latents, sigmas[step], batch, self.args.true_cfg_scale)
+        velocity = self.policy.velocity(model, latents, sigmas[step], batch, self.true_cfg_scale)
         return transition(
             self.args.dynamics, latents, velocity, sigmas[step], sigmas[step + 1], self.args.noise_level, sigmas[1]
         )
@@ -740,7 +756,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                 conditions,
                 [seeded_generator(args.seed, "eval", str(row["id"])) for row, _ in cases],
                 num_inference_steps=args.eval_num_inference_steps or args.num_inference_steps,
-                true_cfg_scale=args.true_cfg_scale,
+                true_cfg_scale=self.true_cfg_scale,
                 batch_size=args.rollout_batch_size,
             )
         return decode(self.policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)

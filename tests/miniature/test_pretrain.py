@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 
 from hp_edit_trl.miniature import pretrain
 from hp_edit_trl.miniature.world import SIZE, draw_case, to_image
-from hp_edit_trl.policies.qwen_image_edit import QwenImageEditPolicy
+from hp_edit_trl.policies.qwen_image_edit import QwenImageEditPlusPolicy
 
 
 def test_one_frame_is_convolved_as_the_vae_does():
@@ -37,7 +37,7 @@ def test_all_stages_stop_and_go_on(tmp_path, monkeypatch):
     pretrain.export(tmp_path)
     loaded = QwenImageEditPlusPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float32)
     case = draw_case("add", "test", 0, 0)
-    latents = QwenImageEditPolicy(loaded).encode([to_image(case.source)], case.prompt, None, SIZE)
+    latents = QwenImageEditPlusPolicy(loaded).encode([to_image(case.source)], case.prompt, None, SIZE)
     # The statistics that it was saved with make the latents that it sees near unit variance.
     assert latents.tensors["image_latents"].shape == (16, 64)
     assert 0.2 < latents.tensors["image_latents"].std() < 3

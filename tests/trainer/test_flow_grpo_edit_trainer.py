@@ -619,7 +619,6 @@ def test_a_pipeline_with_a_lora_loaded(make_trainer, tmp_path):
         (dict(num_completions_to_log=0), "num_completions_to_log=0 must be at least 1"),
         (dict(epsilon_high=-1.0), "epsilon_high=-1.0 must be above 0"),
         (dict(beta=-0.1), "beta=-0.1 must not be negative"),
-        (dict(negative_prompt=None), "true_cfg_scale=4.0 needs a negative_prompt"),
         (dict(dynamics="cps", noise_level=1.5), "noise_level=1.5 must be at most 1 for dynamics='cps'"),
         (dict(auto_find_batch_size=True), "would break groups apart"),
     ],

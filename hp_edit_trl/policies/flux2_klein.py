@@ -1,0 +1,123 @@
+"""FLUX.2-klein (`Flux2KleinPipeline`) as a policy."""
+
+import torch
+from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from PIL import Image
+from torch import nn
+
+from ..flow.schedule import pipeline_sigmas
+from .edit_policy import EditConditions, EditPolicy, fitted_size
+
+
+class Flux2KleinPolicy(EditPolicy):
+    """
+    Policy of `Flux2KleinPipeline`, with one or several reference images.
+
+    `true_cfg_scale` is what the pipeline calls `guidance_scale`. The models distilled to four steps know no second pass;
+    the base models do. References are fitted to the resolution of the target, where the pipeline takes them as large as
+    they are, up to one megapixel.
+
+    Args:
+        pipeline ([`~diffusers.Flux2KleinPipeline`]):
+            The loaded pipeline.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
+        guidance_scale (`float`, *optional*, defaults to `2.5`):
+            Not read: these models take no guidance as an input.
+    """
+
+    # By a regular expression, because `to_out` is a linear layer in one kind of block and a list of layers in the other.
+    lora_target_modules = (
+        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
+        r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+    )
+    default_negative_prompt = ""
+    pipeline: Flux2KleinPipeline
+
+    def __init__(self, pipeline: Flux2KleinPipeline, offload_encoders: bool = False, guidance_scale: float = 2.5):
+        super().__init__(pipeline, offload_encoders, guidance_scale)
+        self.has_true_cfg = not pipeline.config.is_distilled
+        self.default_true_cfg_scale = 4.0 if self.has_true_cfg else 1.0
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"text_encoder": self.pipeline.text_encoder, "vae": self.pipeline.vae}
+
+    def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
+        # As in the pipeline the first reference gives the aspect ratio.
+        return fitted_size(images[0], resolution, 2 * self.pipeline.vae_scale_factor)
+
+    @torch.no_grad()
+    def encode(
+        self, images: list[Image.Image], prompt: str, negative_prompt: str | None, resolution: int
+    ) -> EditConditions:
+        pipeline = self.pipeline
+        tensors = {}
+        with self.loaded("text_encoder"):
+            for name, text in (("prompt_embeds", prompt), ("negative_prompt_embeds", negative_prompt)):
+                if text is not None:
+                    tensors[name] = pipeline.encode_prompt(text, device=self.device)[0][0]
+        sizes = tuple(fitted_size(image, resolution, 2 * pipeline.vae_scale_factor) for image in images)
+        latents = []
+        with self.loaded("vae"):
+            for image, (height, width) in zip(images, sizes, strict=True):
+                pixels = pipeline.image_processor.preprocess(image, height, width, resize_mode="crop")
+                latent = pipeline._encode_vae_image(pixels.to(self.device, pipeline.vae.dtype), generator=None)
+                latents.append(pipeline._pack_latents(latent)[0])
+        tensors["image_latents"] = torch.cat(latents)
+        num_tokens, num_channels = latents[0].shape
+        return EditConditions(*sizes[0], num_tokens, num_channels, sizes, tensors)
+
+    def sigmas(self, num_inference_steps: int, conditions: EditConditions) -> torch.Tensor:
+        mu = compute_empirical_mu(conditions.num_tokens, num_inference_steps)
+        return pipeline_sigmas(self.pipeline.scheduler, num_inference_steps, conditions.num_tokens, mu)
+
+    def collate(self, conditions: list[EditConditions]) -> dict:
+        first, pipeline = self.check_bucket(conditions), self.pipeline
+        batch = {name: torch.stack([c.tensors[name] for c in conditions]) for name in first.tensors}
+        packed = 2 * pipeline.vae_scale_factor
+        target, *references = (
+            torch.empty(1, 1, height // packed, width // packed)
+            for height, width in ((first.height, first.width), *first.reference_sizes)
+        )
+        ids = torch.cat([pipeline._prepare_latent_ids(target), pipeline._prepare_image_ids(references)], dim=1)
+        batch["img_ids"] = ids.expand(len(conditions), -1, -1).to(self.device)
+        batch["txt_ids"] = pipeline._prepare_text_ids(batch["prompt_embeds"]).to(self.device)
+        return batch
+
+    def velocity(
+        self, model: nn.Module, latents: torch.Tensor, sigma: torch.Tensor, batch: dict, true_cfg_scale: float
+    ) -> torch.Tensor:
+        dtype, num_tokens = self.dtype, latents.shape[1]
+        hidden_states = torch.cat([latents.to(dtype), batch["image_latents"].to(dtype)], dim=1)
+
+        def predict(name: str) -> torch.Tensor:
+            prediction = model(
+                hidden_states=hidden_states,
+                timestep=self.timestep(sigma, latents),
+                guidance=None,
+                encoder_hidden_states=batch[name].to(dtype),
+                txt_ids=batch["txt_ids"],
+                img_ids=batch["img_ids"],
+                return_dict=False,
+            )[0]
+            return prediction[:, :num_tokens].float()
+
+        conditional = predict("prompt_embeds")
+        if true_cfg_scale <= 1:
+            return conditional
+        unconditional = predict("negative_prompt_embeds")
+        return unconditional + true_cfg_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, conditions: EditConditions) -> list[Image.Image]:
+        pipeline, vae = self.pipeline, self.pipeline.vae
+        packed = 2 * pipeline.vae_scale_factor
+        rows, columns = conditions.height // packed, conditions.width // packed
+        with self.loaded("vae"):
+            latents = latents.transpose(1, 2).unflatten(2, (rows, columns)).to(self.device, vae.dtype)
+            mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents)
+            std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latents)
+            pixels = vae.decode(pipeline._unpatchify_latents(latents * std + mean), return_dict=False)[0]
+        return pipeline.image_processor.postprocess(pixels, output_type="pil")

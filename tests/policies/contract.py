@@ -1,0 +1,213 @@
+"""What every policy has to keep to. A policy's tests subclass `PolicyContract` and say how its pipeline is called."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from hp_edit_trl import FlowGRPOEditTrainer
+from hp_edit_trl.flow.dynamics import log_prob, transition
+from hp_edit_trl.policies import EditConditions, bucketed, decode, policy_class, rollout
+from tests.helpers import make_cases, make_config, photo, redness
+
+
+STEPS = 3
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+class PolicyContract:
+    """
+    Class attributes:
+        several_references: Whether a case may have more than one.
+        resolution, square, wide: Sizes at which the pipeline takes references as they are.
+    """
+
+    several_references = False
+    resolution, square, wide = 64, (64, 64), (128, 32)
+
+    def make_pipeline(self):
+        raise NotImplementedError
+
+    def call(self, pipeline, images, prompt, negative_prompt, cfg, height, width, steps=STEPS, **kwargs):
+        """The image that the pipeline itself gives at this size, with references at the target's resolution."""
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    def policy(self):
+        pipeline = self.make_pipeline()
+        return policy_class(pipeline)(pipeline)
+
+    def guidance_scales(self, policy):
+        return (1.0, 3.0) if policy.has_true_cfg else (1.0,)
+
+    def roll(self, policy, conditions, generators, cfg, batch_size=1, **kwargs):
+        return rollout(
+            policy, policy.pipeline.transformer, conditions, generators,
+            num_inference_steps=STEPS, true_cfg_scale=cfg, batch_size=batch_size, **kwargs,
+        )  # fmt: skip
+
+    # The policy is the pipeline
+
+    @pytest.mark.parametrize("names", [["square"], ["wide"], ["square", "wide"]], ids="-".join)
+    def test_own_loop_equals_the_pipeline(self, policy, names):
+        if len(names) > 1 and not self.several_references:
+            pytest.skip("takes one reference")
+        images = [photo(*getattr(self, name), seed=i) for i, name in enumerate(names)]
+        for cfg in self.guidance_scales(policy):
+            negative = policy.default_negative_prompt if cfg > 1 else None
+            conditions = policy.encode(images, "Make the sky red", negative, self.resolution)
+            (path,) = self.roll(policy, [conditions], [generator(5)], cfg)
+            noise = torch.randn(1, conditions.num_tokens, conditions.num_channels, generator=generator(5))
+            size = conditions.height, conditions.width
+            expected = self.call(policy.pipeline, images, "Make the sky red", negative, cfg, *size, latents=noise)
+            (image,) = decode(policy, [path.final], [conditions], 1)
+            assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1, cfg
+
+    def test_a_step_in_half_precision_is_the_pipelines(self):
+        # Of several steps only the first is the same: the pipeline rounds its latents after each, which the policy does not.
+        pipeline = self.make_pipeline().to(torch.bfloat16)
+        policy = policy_class(pipeline)(pipeline)
+        images = [photo(*self.square)]
+        conditions = policy.encode(images, "Make the sky red", None, self.resolution)
+        noise = torch.randn(1, conditions.num_tokens, conditions.num_channels, generator=generator(5)).bfloat16()
+        size = conditions.height, conditions.width
+        expected = self.call(pipeline, images, "Make the sky red", None, 1.0, *size, latents=noise, steps=1)
+        sigma, end = policy.sigmas(1, conditions)
+        with torch.no_grad():
+            batch = policy.collate([conditions])
+            velocity = policy.velocity(pipeline.transformer, noise.float(), sigma, batch, 1.0)
+        assert velocity.dtype == torch.float32
+        (image,) = policy.decode(noise.float() + velocity * (end - sigma), conditions)
+        assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 2
+
+    def test_sigmas_are_the_pipelines(self, policy):
+        image = photo(*self.square)
+        conditions = policy.encode([image], "x", None, self.resolution)
+        self.call(policy.pipeline, [image], "x", None, 1.0, conditions.height, conditions.width)
+        assert torch.equal(policy.sigmas(STEPS, conditions), policy.pipeline.scheduler.sigmas)
+
+    # Batches
+
+    def test_batches_equal_single_runs(self, policy):
+        cfg = self.guidance_scales(policy)[-1]
+        negative = policy.default_negative_prompt if cfg > 1 else None
+        cases = [
+            policy.encode([photo(width, height, seed=i)], prompt, negative, 64)
+            for i, (width, height, prompt) in enumerate(
+                [(64, 64, "Add a red balloon to the left of the cat"), (64, 64, "Blur"), (128, 64, "Blur"), (96, 96, "Go")]
+            )
+        ]  # fmt: skip
+        options = dict(dynamics="flow_sde", noise_level=0.7, steps=range(0, 2))
+        together = self.roll(policy, cases, [generator(i) for i in range(4)], cfg, batch_size=3, **options)
+        for i, case in enumerate(cases):
+            (alone,) = self.roll(policy, [case], [generator(i)], cfg, **options)
+            for name in ("latents", "log_probs", "means", "final"):
+                torch.testing.assert_close(getattr(together[i], name), getattr(alone, name), rtol=1e-4, atol=2e-5)
+
+    def test_different_sizes_never_share_a_batch(self, policy):
+        cases = [policy.encode([photo(width, 64)], "x", None, 64) for width in (64, 128, 64, 64)]
+        assert bucketed(cases, 2) == [[0, 2], [3], [1]]
+        with pytest.raises(ValueError, match=r"equal sizes, but got \(64, 64"):
+            policy.collate(cases[:2])
+
+    def test_sizes_keep_the_aspect_ratio_and_the_area(self, policy):
+        for width, height in [(640, 480), (480, 640), (1000, 300), (333, 777)]:
+            rows, columns = policy.target_size([photo(width, height)], 512)
+            assert rows % 16 == columns % 16 == 0
+            assert columns / rows == pytest.approx(width / height, rel=0.06)
+            assert rows * columns == pytest.approx(512 * 512, rel=0.06)
+
+    # Conditions
+
+    def test_kept_conditions_equal_fresh_ones(self, policy, tmp_path):
+        negative = policy.default_negative_prompt if policy.has_true_cfg else None
+        first, again = (policy.encode([photo(80, 64)], "Blur it", negative, 64) for _ in range(2))
+        torch.save(vars(first), tmp_path / "conditions.pt")
+        kept = EditConditions(**torch.load(tmp_path / "conditions.pt", weights_only=True))
+        assert kept.bucket == again.bucket and kept.tensors.keys() == again.tensors.keys()
+        assert all(torch.equal(kept.tensors[name], again.tensors[name]) for name in kept.tensors)
+        other = policy.encode([photo(80, 64)], "Paint it", negative, 64)
+        assert any(not torch.equal(kept.tensors[name], other.tensors[name]) for name in kept.tensors)
+
+    def test_encoders_are_moved_only_while_in_use(self):
+        pipeline = self.make_pipeline()
+        policy = policy_class(pipeline)(pipeline, offload_encoders=True)
+        policy.place("cpu")
+        moves = []
+        for name, module in policy.encoders.items():
+            module.to = lambda device, name=name: moves.append(name)
+        conditions = policy.encode([photo(64, 64)], "x", None, 64)
+        assert sorted(moves) == sorted(2 * [*policy.encoders])
+        moves.clear()
+        policy.decode(torch.randn(1, conditions.num_tokens, conditions.num_channels), conditions)
+        assert moves == ["vae", "vae"]
+
+    # Training
+
+    def test_the_first_ratio_is_one_and_the_gradient_reaches_the_whole_lora(self, tmp_path):
+        trainer = self.make_trainer(tmp_path, max_steps=1)
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1, generator=generator(len(name)))
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert max(log["logp_diff/step_0"], log["logp_diff/step_1"]) < 1e-5
+        after = dict(trainer.model.named_parameters())
+        assert [name for name, weight in before.items() if torch.equal(weight, after[name])] == []
+        # The ratio of what has been trained is that of the same computation, and by now it is another.
+        (sample, *_) = trainer._buffered_samples
+        path, batch = sample.trajectory, trainer.policy.collate([sample.conditions])
+        sigmas = path.sigmas
+        with torch.no_grad():
+            velocity = trainer.policy.velocity(
+                trainer.model, path.latents[0][None], sigmas[0], batch, trainer.true_cfg_scale
+            )
+        mean, std = transition("flow_sde", path.latents[0][None], velocity, sigmas[0], sigmas[1], 0.7, sigmas[1])
+        assert abs(log_prob("flow_sde", path.latents[1][None], mean, std) - path.log_probs[0]) > 1e-5
+
+    def test_the_saved_lora_loads_in_the_plain_pipeline(self, tmp_path):
+        base = tmp_path / "base"
+        self.make_pipeline().save_pretrained(base)
+        trainer = self.make_trainer(tmp_path, model=str(base))
+        trainer.train()
+        trainer.save_model()
+        weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+        assert len(weights) == sum(p.requires_grad for p in trainer.model.parameters())
+        call = ([photo(64, 64)], "Blur it", None, 1.0, 64, 64)
+        trained = trainer.policy.pipeline
+        trained.transformer.eval()
+        expected = np.asarray(self.call(trained, *call, generator=generator(0), output_type="np"))
+        plain = type(trained).from_pretrained(base)
+        without = np.asarray(self.call(plain, *call, generator=generator(0), output_type="np"))
+        assert np.abs(without - expected).max() > 1e-4
+        plain.load_lora_weights(str(tmp_path / "out"))
+        assert np.array_equal(np.asarray(self.call(plain, *call, generator=generator(0), output_type="np")), expected)
+
+    def test_too_many_references(self, tmp_path):
+        rows = [row | {"images": [photo(64, 64), photo(64, 64)]} for row in make_cases(4).remove_columns("image")]
+        dataset = Dataset.from_list(rows)
+        trainer = self.make_trainer(tmp_path, train_dataset=dataset, max_steps=1)
+        if self.several_references:
+            trainer.train()
+        else:
+            with pytest.raises(ValueError, match=r"Case 'case-\d' has 2 reference images.*takes at most 1"):
+                trainer.train()
+
+    def make_trainer(self, tmp_path, model=None, train_dataset=None, **options):
+        options = {"noise_level": 0.7, "num_inference_steps": STEPS, "max_steps": 2, "report_to": "none"} | options
+        return FlowGRPOEditTrainer(
+            model=model or self.make_pipeline(),
+            reward_funcs=redness,
+            args=make_config(tmp_path / "out", **options),
+            train_dataset=make_cases() if train_dataset is None else train_dataset,
+            peft_config=copy.deepcopy(LoraConfig(r=4, lora_alpha=8)),
+        )
