@@ -13,9 +13,9 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(*arguments, cwd):
+def run(*arguments, cwd, script="train_qwen_edit.py"):
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, str(EXAMPLES / "train_qwen_edit.py"), *arguments]
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -56,10 +56,12 @@ def test_every_config_parses(config, monkeypatch):
     # All options exist and fit together; the launch line is in the header.
     sys.path.insert(0, str(EXAMPLES))
     try:
+        from train_kontext import KontextScriptArguments
         from train_qwen_edit import EditModelConfig, EditScriptArguments, FlowGRPOEditConfig, TrlParser
     finally:
         sys.path.pop(0)
-    parser = TrlParser((EditScriptArguments, FlowGRPOEditConfig, EditModelConfig))
+    script = KontextScriptArguments if "kontext" in config.name else EditScriptArguments
+    parser = TrlParser((script, FlowGRPOEditConfig, EditModelConfig))
     arguments = ["--config", str(config), "--use_cpu", "true", "--optim", "adamw_torch"]
     script_args, args, model_args = parser.parse_args_and_config(arguments)
     assert args.generation_batch_size % args.num_generations == 0

@@ -1,0 +1,20 @@
+import pytest
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+
+from .test_train_qwen_edit import EXAMPLES, run
+
+
+@pytest.mark.slow
+def test_embedded_default(tmp_path):
+    done = run("--max_steps", "2", cwd=tmp_path, script="train_kontext.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+    output = tmp_path / "outputs" / "kontext-embedded"
+    state = FluxLoraLoaderMixin.lora_state_dict(str(output))
+    assert any(
+        "single_transformer_blocks.1.proj_mlp.lora_B" in key and value.abs().max() > 0 for key, value in state.items()
+    )
+    assert (output / "README.md").exists()
+
+
+def test_short_and_documented():
+    assert len((EXAMPLES / "train_kontext.py").read_text().splitlines()) < 100
