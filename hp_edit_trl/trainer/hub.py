@@ -73,7 +73,7 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
             Seed of the LoRA's initial weights.
 
     Raises:
-        `ValueError`: If the transformer has an adapter already.
+        `ValueError`: If the transformer has an adapter already, or `target_modules` match nothing.
     """
     transformer = policy.pipeline.transformer
     if hasattr(transformer, "peft_config"):
@@ -93,7 +93,13 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
             config.exclude_modules = policy.lora_exclude_modules
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(transformer, config)
+        try:
+            model = get_peft_model(transformer, config)
+        except ValueError as error:
+            raise ValueError(
+                f"No LoRA with target_modules={config.target_modules!r} can be put on a {type(transformer).__name__}: "
+                f"{str(error).strip()} Leave target_modules out for the modules that the policy names."
+            ) from error
     config.base_model_name_or_path = base_model  # `get_peft_model` resets it
     # Trainer wants a transformers config, and a diffusers model has a FrozenDict.
     model.config = PreTrainedConfig(**dict(transformer.config))

@@ -202,6 +202,11 @@ class PolicyContract:
             with pytest.raises(ValueError, match=r"Case 'case-\d' has 2 reference images.*takes at most 1"):
                 trainer.train()
 
+    def test_target_modules_that_match_nothing(self, tmp_path):
+        config = LoraConfig(target_modules=["to_query"])
+        with pytest.raises(ValueError, match="(?s)to_query.*Leave target_modules out"):
+            FlowGRPOEditTrainer(self.make_pipeline(), redness, make_config(tmp_path), make_cases(), peft_config=config)
+
     def make_trainer(self, tmp_path, model=None, train_dataset=None, **options):
         options = {"noise_level": 0.7, "num_inference_steps": STEPS, "max_steps": 2, "report_to": "none"} | options
         return FlowGRPOEditTrainer(

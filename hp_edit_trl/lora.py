@@ -1,0 +1,458 @@
+"""LoRA files between tools: read, written, checked and merged."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from huggingface_hub import snapshot_download
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+FORMATS = ("diffusers", "peft", "comfyui", "kohya")
+
+# What sd-scripts and musubi-tuner call the modules of FLUX transformers, which they know in their original layout. Modules
+# with the same name are one module there, stacked in this order.
+FLUX_BLOCKS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
+FLUX_NAMES = {
+    "double_blocks": {
+        "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+        "txt_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+        "img_attn_proj": ["attn.to_out.0"],
+        "txt_attn_proj": ["attn.to_add_out"],
+    },
+    "single_blocks": {},
+}
+KONTEXT_NAMES = {
+    "double_blocks": FLUX_NAMES["double_blocks"]
+    | {
+        "img_mlp_0": ["ff.net.0.proj"],
+        "img_mlp_2": ["ff.net.2"],
+        "txt_mlp_0": ["ff_context.net.0.proj"],
+        "txt_mlp_2": ["ff_context.net.2"],
+        "img_mod_lin": ["norm1.linear"],
+        "txt_mod_lin": ["norm1_context.linear"],
+    },
+    "single_blocks": {
+        "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+        "linear2": ["proj_out"],
+        "modulation_lin": ["norm.linear"],
+    },
+}
+KLEIN_NAMES = {
+    "double_blocks": FLUX_NAMES["double_blocks"]
+    | {
+        "img_mlp_0": ["ff.linear_in"],
+        "img_mlp_2": ["ff.linear_out"],
+        "txt_mlp_0": ["ff_context.linear_in"],
+        "txt_mlp_2": ["ff_context.linear_out"],
+    },
+    "single_blocks": {"linear1": ["attn.to_qkv_mlp_proj"], "linear2": ["attn.to_out"]},
+}
+# Qwen-Image keeps its names, with underscores for dots. These are what they can end in.
+QWEN_SUFFIXES = [
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+    "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1",
+    "txt_mod.1",
+]  # fmt: skip
+
+
+@dataclass
+class Lora:
+    """
+    A LoRA of a transformer, independent of any file format.
+
+    Args:
+        down (`dict[str, torch.Tensor]`):
+            The weight of shape `(rank, in_features)` of each adapted module, by the module's name in diffusers.
+        up (`dict[str, torch.Tensor]`):
+            The weight of shape `(out_features, rank)` of each.
+        alpha (`dict[str, float]`):
+            The alpha of each: what it adds is `alpha / rank * up @ down`.
+        source (`str`):
+            The format it was read from.
+        base_model (`str`, *optional*):
+            Hub id or folder of the model that it was trained on, if the file says so.
+    """
+
+    down: dict[str, torch.Tensor]
+    up: dict[str, torch.Tensor]
+    alpha: dict[str, float]
+    source: str
+    base_model: str | None = None
+    names: list[str] = field(init=False)
+
+    def __post_init__(self):
+        self.names = sorted(self.down)
+
+    def scale(self, name: str) -> float:
+        return self.alpha[name] / len(self.down[name])
+
+
+def read_lora(source: str | Path) -> Lora:
+    """
+    Reads a LoRA in any of `FORMATS`.
+
+    Args:
+        source (`str` or `Path`):
+            A safetensors file, a folder (as `trainer.save_model()` writes it, or PEFT), or a Hub repository.
+
+    Raises:
+        `ValueError`: If there is no LoRA, it cannot be read, or it is of a kind that is not known here.
+    """
+    path = Path(source)
+    if not path.exists():
+        try:
+            patterns = ["*.safetensors", "adapter_config.json"]
+            path = Path(snapshot_download(str(source), allow_patterns=patterns))
+        except Exception as error:
+            raise ValueError(f"{source} is neither a file, a folder, nor a Hub repository: {error}") from error
+    if path.is_dir():
+        known = [path / name for name in (LORA_WEIGHT_NAME_SAFE, SAFETENSORS_WEIGHTS_NAME)]
+        files = [file for file in known if file.exists()] or sorted(path.glob("*.safetensors"))
+        if len(files) == 0:
+            raise ValueError(f"{source} has no safetensors file, so no LoRA.")
+        if len(files) > 1 and files[0] not in known:
+            names = ", ".join(file.name for file in files)
+            raise ValueError(f"{source} has several safetensors files ({names}): name one of them.")
+        path = files[0]
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}). Pickled LoRAs are not opened.") from error
+    if not state:
+        raise ValueError(f"{path} is empty.")
+
+    if all(name.startswith("lora_unet_") for name in state):
+        return _from_kohya(state, path)
+    config: dict[str, Any] = {}
+    if all(name.startswith("base_model.model.") for name in state):
+        prefix, kind = "base_model.model.", "peft"
+        file = path.with_name("adapter_config.json")
+        if not file.exists():
+            raise ValueError(
+                f"{path} is a PEFT adapter without adapter_config.json beside it: its alpha is not known."
+            )
+        config = json.loads(file.read_text())
+    elif all(name.startswith(("transformer.", "diffusion_model.")) for name in state):
+        prefix = next(iter(state)).split(".")[0] + "."
+        kind = "comfyui" if any(name.endswith(".alpha") for name in state) else "diffusers"
+        stored = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        config = {
+            name.removeprefix("transformer."): value
+            for name, value in stored.items()
+            if name.startswith("transformer.")
+        }
+    else:
+        raise ValueError(
+            f"{path} is no LoRA of a transformer in a known format ({', '.join(FORMATS)}): it has weights such as "
+            f"{sorted(state)[0]!r}."
+        )
+    if config.get("use_dora") or any("magnitude" in name for name in state):
+        raise ValueError(f"{path} is a DoRA, which only PEFT itself can load.")
+
+    state = {name.removeprefix(prefix): weight for name, weight in state.items()}
+    down, up, alpha = {}, {}, {}
+    for name, weight in state.items():
+        module, _, part = name.rpartition(".lora_")
+        if part == "A.weight":
+            down[module] = weight
+        elif part == "B.weight":
+            up[module] = weight
+        elif not name.endswith(".alpha"):
+            raise ValueError(f"{path}: {name!r} is no weight of a LoRA.")
+    for module, weight in down.items():
+        if f"{module}.alpha" in state:
+            alpha[module] = float(state[f"{module}.alpha"])
+        else:
+            alpha[module] = _alpha_of(module, len(weight), config)
+    return _checked(Lora(down, up, alpha, kind, config.get("base_model_name_or_path")), path)
+
+
+def _alpha_of(module: str, rank: int, config: dict[str, Any]) -> float:
+    """Alpha of a module by PEFT's configuration; without one it is the rank, as all tools take it."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+    return alpha * rank**0.5 if config.get("use_rslora") else alpha
+
+
+def _checked(lora: Lora, path: Path) -> Lora:
+    unpaired = set(lora.down) ^ set(lora.up)
+    if unpaired:
+        raise ValueError(f"{path}: {sorted(unpaired)[0]!r} has only one of its two weights.")
+    for name in lora.names:
+        if lora.down[name].shape[0] != lora.up[name].shape[1]:
+            shapes = tuple(lora.down[name].shape), tuple(lora.up[name].shape)
+            raise ValueError(f"{path}: the two weights of {name!r} do not fit together: {shapes[0]} and {shapes[1]}.")
+    return lora
+
+
+def _is_qwen(modules: list[str]) -> bool:
+    """Whether modules are of Qwen-Image: FLUX has single blocks and other MLPs."""
+    return not any(name.startswith("single_transformer_blocks.") or ".ff" in name for name in modules)
+
+
+def _kohya_names(modules: list[str]) -> dict[str, list[str]]:
+    """For each module name of sd-scripts the diffusers modules that it consists of, given those that are adapted."""
+    if _is_qwen(modules):
+        return {f"lora_unet_{name.replace('.', '_')}": [name] for name in modules}
+    table = KLEIN_NAMES if any("qkv_mlp" in name or ".linear_" in name for name in modules) else KONTEXT_NAMES
+    groups = {}
+    for name in modules:
+        block, _, rest = name.partition(".")
+        number, _, suffix = rest.partition(".")
+        kind = FLUX_BLOCKS.get(block, "")
+        target = next((key for key, parts in table.get(kind, {}).items() if suffix in parts), None)
+        if target is None:
+            raise ValueError(f"sd-scripts has no name for {name!r}: leave it out of the LoRA, or use another format.")
+        groups[f"lora_unet_{kind}_{number}_{target}"] = [f"{block}.{number}.{part}" for part in table[kind][target]]
+    return groups
+
+
+def _to_kohya(lora: Lora) -> dict[str, torch.Tensor]:
+    state = {}
+    for target, parts in _kohya_names(lora.names).items():
+        missing = [name for name in parts if name not in lora.down]
+        if missing:
+            raise ValueError(
+                f"sd-scripts keeps {', '.join(parts)} in one module, but the LoRA does not adapt {missing[0]!r}: use another "
+                "format, or adapt all of them."
+            )
+        scales = {lora.scale(name) for name in parts}
+        ranks = {len(lora.down[name]) for name in parts}
+        if len(scales) > 1 or len(ranks) > 1:
+            raise ValueError(f"sd-scripts keeps {', '.join(parts)} in one module, but their rank or alpha differ.")
+        # Stacked modules: the ranks one after the other, each for the outputs of its own part.
+        state[f"{target}.lora_down.weight"] = torch.cat([lora.down[name] for name in parts])
+        state[f"{target}.lora_up.weight"] = torch.block_diag(*[lora.up[name] for name in parts])
+        state[f"{target}.alpha"] = torch.tensor(float(sum(lora.alpha[name] for name in parts)))
+    return state
+
+
+def _is_klein(state: dict[str, torch.Tensor]) -> bool:
+    """Whether the modules have the widths of FLUX.2-klein, whose MLPs are gated, and not those of FLUX.1."""
+    widths = {"linear1": (9, 1), "linear2": (1, 4), "mlp_0": (6, 1), "mlp_2": (1, 3)}
+    for name, down in state.items():
+        for suffix, (outputs, inputs) in widths.items():
+            if name.endswith(f"_{suffix}.lora_down.weight"):
+                up = state.get(name.replace("lora_down", "lora_up"))
+                return up is not None and len(up) * inputs == down.shape[1] * outputs
+    return False
+
+
+def _from_kohya(state: dict[str, torch.Tensor], path: Path) -> Lora:
+    down, up, alpha = {}, {}, {}
+    table = KLEIN_NAMES if _is_klein(state) else KONTEXT_NAMES
+    for name, weight in state.items():
+        target, _, part = name.partition(".")
+        if part != "lora_down.weight":
+            if part not in ("lora_up.weight", "alpha"):
+                raise ValueError(f"{path}: {name!r} is no weight of a LoRA.")
+            continue
+        if f"{target}.lora_up.weight" not in state:
+            raise ValueError(f"{path}: {target!r} has only one of its two weights.")
+        whole_up = state[f"{target}.lora_up.weight"]
+        whole_alpha = float(state.get(f"{target}.alpha", torch.tensor(float(len(weight)))))
+        match = re.fullmatch(r"lora_unet_(double_blocks|single_blocks|transformer_blocks)_(\d+)_(\w+)", target)
+        if match is None:
+            raise ValueError(f"{path}: {target!r} is not a module of a transformer that is known here.")
+        kind, number, suffix = match.groups()
+        if kind == "transformer_blocks":
+            suffixes = {known.replace(".", "_"): known for known in QWEN_SUFFIXES}
+            if suffix not in suffixes:
+                raise ValueError(f"{path}: {target!r} is not a module of Qwen-Image.")
+            parts = [f"{kind}.{number}.{suffixes[suffix]}"]
+        else:
+            block = {value: key for key, value in FLUX_BLOCKS.items()}[kind]
+            if suffix not in table[kind]:
+                raise ValueError(f"{path}: {target!r} is not a module of FLUX.")
+            parts = [f"{block}.{number}.{part}" for part in table[kind][suffix]]
+        # Queries, keys and values are as wide as the input; an MLP beside them takes the rest.
+        sizes = [len(whole_up)] if len(parts) == 1 else [len(whole_up) // 3] * 3
+        if len(parts) == 4:
+            sizes = [weight.shape[1]] * 3 + [len(whole_up) - 3 * weight.shape[1]]
+        rank, blocks = len(weight) // len(parts), whole_up.split(sizes)
+        diagonal = [b[:, i * rank : (i + 1) * rank] for i, b in enumerate(blocks)]
+        stacked = len(parts) > 1 and len(weight) % len(parts) == 0
+        if stacked and torch.equal(torch.block_diag(*diagonal), whole_up):
+            downs, ups, share = weight.split(rank), diagonal, whole_alpha / len(parts)
+        else:  # one LoRA over all parts: each of them takes its whole down weight
+            downs, ups, share = (weight,) * len(parts), blocks, whole_alpha
+        for part, part_down, part_up in zip(parts, downs, ups, strict=True):
+            down[part], up[part], alpha[part] = part_down.contiguous(), part_up.contiguous(), share
+    return _checked(Lora(down, up, alpha, "kohya"), path)
+
+
+def write_lora(lora: Lora, out: str | Path, file_format: str) -> Path:
+    """
+    Writes a LoRA.
+
+    Args:
+        lora ([`Lora`]):
+            The LoRA.
+        out (`str` or `Path`):
+            For `"peft"` a folder; else a safetensors file, or a folder for one of the usual name.
+        file_format (`str`):
+            - `"diffusers"`: `transformer.<module>.lora_A.weight`, and alpha in the file's metadata.
+            - `"peft"`: `base_model.model.<module>.lora_A.weight`, and `adapter_config.json`.
+            - `"comfyui"`: `diffusion_model.<module>.lora_A.weight` for Qwen-Image, whose modules ComfyUI names as diffusers
+              does, `transformer.<module>.lora_A.weight` for FLUX, and a tensor `.alpha` for each module, because ComfyUI
+              does not read the metadata.
+            - `"kohya"`: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`, as sd-scripts and
+              musubi-tuner name the modules; FLUX's queries, keys and values are stacked.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: If the format is not known, or cannot hold this LoRA.
+    """
+    if file_format not in FORMATS:
+        raise ValueError(f"format={file_format!r} is not known: use one of {', '.join(FORMATS)}.")
+    out = Path(out)
+    if file_format == "kohya":
+        state = _to_kohya(lora)
+    else:
+        prefix = "base_model.model." if file_format == "peft" else "transformer."
+        if file_format == "comfyui" and _is_qwen(lora.names):
+            prefix = "diffusion_model."
+        state = {f"{prefix}{name}.lora_A.weight": weight for name, weight in lora.down.items()}
+        state |= {f"{prefix}{name}.lora_B.weight": weight for name, weight in lora.up.items()}
+        if file_format == "comfyui":
+            state |= {f"{prefix}{name}.alpha": torch.tensor(float(alpha)) for name, alpha in lora.alpha.items()}
+    state = {name: weight.contiguous().clone() for name, weight in state.items()}
+    metadata = {"format": "pt"}
+    if file_format == "diffusers":
+        config = {f"transformer.{name}": value for name, value in _peft_config(lora).items()}
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(config, indent=2, sort_keys=True)
+    if file_format == "peft":
+        file = out / SAFETENSORS_WEIGHTS_NAME
+    else:
+        file = out if out.suffix == ".safetensors" else out / LORA_WEIGHT_NAME_SAFE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, file, metadata)
+    if file_format == "peft":
+        config = {"peft_type": "LORA", "base_model_name_or_path": lora.base_model, **_peft_config(lora)}
+        (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    return file
+
+
+def _peft_config(lora: Lora) -> dict[str, Any]:
+    """Rank and alpha as `LoraConfig` has them: the most frequent ones, and patterns for the rest."""
+    ranks = {name: len(weight) for name, weight in lora.down.items()}
+    ((rank, _),) = Counter(ranks.values()).most_common(1)
+    ((alpha, _),) = Counter(lora.alpha.values()).most_common(1)
+    return {
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(name): a for name, a in lora.alpha.items() if a != alpha},
+        "target_modules": lora.names,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+    }
+
+
+def base_transformer(base: str) -> nn.Module:
+    """The transformer of a pipeline without its weights: names and shapes only. `base` is a Hub id or a folder."""
+    try:
+        index = DiffusionPipeline.load_config(base)
+        class_name = index["transformer"][1]
+    except Exception as error:
+        raise ValueError(f"{base!r} is not a diffusers pipeline with a transformer: {error}") from error
+    import diffusers
+
+    transformer = getattr(diffusers, class_name)
+    with init_empty_weights():
+        return transformer.from_config(transformer.load_config(base, subfolder="transformer"))
+
+
+def misfits(lora: Lora, transformer: nn.Module) -> list[str]:
+    """What of a LoRA does not fit a transformer: one line for each module that is missing or of another shape."""
+    modules = dict(transformer.named_modules())
+    lines = []
+    for name in lora.names:
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            lines.append(f"{name}: the model has no such linear layer")
+            continue
+        wanted = (module.out_features, module.in_features)
+        found = (lora.up[name].shape[0], lora.down[name].shape[1])
+        if wanted != found:
+            lines.append(f"{name}: {found[0]} x {found[1]} in the LoRA, {wanted[0]} x {wanted[1]} in the model")
+    return lines
+
+
+def describe_lora(lora: Lora) -> str:
+    """Format, rank, alpha and type of a LoRA, and the modules that it touches, numbers of blocks put together."""
+    kinds: dict[str, list[str]] = {}
+    for name in lora.names:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(name)
+    ranks = sorted({len(weight) for weight in lora.down.values()})
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in lora.down.values()})
+    untrained = [name for name in lora.names if not lora.up[name].any()]
+    lines = [
+        f"format      {lora.source}",
+        f"base model  {lora.base_model or 'not said'}",
+        f"rank        {', '.join(map(str, ranks))}",
+        f"alpha       {', '.join(f'{alpha:g}' for alpha in sorted(set(lora.alpha.values())))}",
+        f"dtype       {', '.join(dtypes)}",
+        f"modules     {len(lora.names)}",
+        *(f"  {len(names):4d}  {kind}" for kind, names in kinds.items()),
+    ]
+    if untrained:
+        lines.append(f"untrained   {len(untrained)} modules, e.g. {untrained[0]}: they change nothing")
+    return "\n".join(lines)
+
+
+def merge_lora(base: str, lora: Lora, out: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """
+    Adds a LoRA to the weights of a pipeline and saves the whole.
+
+    Args:
+        base (`str`):
+            Hub id or folder of the pipeline.
+        lora ([`Lora`]):
+            The LoRA.
+        out (`str` or `Path`):
+            Folder for the merged pipeline.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
+            Type of the merged weights. The sum itself is computed in float32.
+
+    Raises:
+        `ValueError`: If the LoRA does not fit the pipeline's transformer.
+    """
+    check_fit(lora, base_transformer(base), base)
+    pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype)
+    modules = dict(pipeline.transformer.named_modules())
+    with torch.no_grad():
+        for name in lora.names:
+            weight = modules[name].weight
+            change = lora.scale(name) * lora.up[name].float() @ lora.down[name].float()
+            weight.copy_(weight.float() + change)
+    pipeline.save_pretrained(out)
+
+
+def check_fit(lora: Lora, transformer: nn.Module, base: str) -> None:
+    """Raises `ValueError` if a LoRA is not one for this transformer."""
+    lines = misfits(lora, transformer)
+    if lines:
+        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        raise ValueError(
+            f"The LoRA was not trained on {base}: {'; '.join(lines[:3])}{more}."
+            + (f" It says that its base model is {lora.base_model}." if lora.base_model else "")
+        )
