@@ -271,7 +271,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             base_model = model
         else:
             pipeline = model
-            base_model = model.config.get("_name_or_path") or "base-model"
+            base_model = str(model.config.get("_name_or_path") or "base-model")  # it may have been loaded from a Path
         self.policy = policy_type(pipeline, args.offload_encoders, args.guidance_scale)
         if args.true_cfg_scale is None:
             args.true_cfg_scale = self.policy.default_true_cfg_scale
