@@ -19,6 +19,6 @@ def load_pipeline() -> QwenImageEditPlusPipeline:
     Returns:
         [`~diffusers.QwenImageEditPlusPipeline`], in float32, on the CPU.
     """
-    pipeline = QwenImageEditPlusPipeline.from_pretrained(WEIGHTS, dtype=torch.float32, local_files_only=True)
+    pipeline = QwenImageEditPlusPipeline.from_pretrained(str(WEIGHTS), dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
