@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -63,6 +64,35 @@ def check_columns(dataset: Dataset, name: str) -> None:
                 what = "has no id" if case_id is None else f"has the id {case_id!r} of row {seen[case_id]}"
                 raise ValueError(f"Row {row} of {name} {what}. Ids must be there and unique, or leave the column out.")
             seen[case_id] = row
+
+
+def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
+    """
+    Raises an error if a case has more reference images than a pipeline takes. No image is read.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        name (`str`):
+            What the error calls it.
+        limit (`int`, *optional*):
+            The largest number of references, if there is one.
+
+    Raises:
+        `ValueError`: If a case has more.
+    """
+    if limit is None or "images" not in dataset.features:
+        return
+    counts = pc.list_value_length(dataset.data.column("images"))
+    if dataset._indices is not None:  # rows were selected or shuffled
+        counts = counts.take(dataset._indices.column(0))
+    for row, count in enumerate(counts.to_pylist()):
+        if count is not None and count > limit:
+            case = f"Case {dataset['id'][row]!r}" if "id" in dataset.features else f"Row {row}"
+            raise ValueError(
+                f"{case} of {name} has {count} reference images, but the pipeline takes at most {limit}: leave it out, or "
+                "train a pipeline that takes several."
+            )
 
 
 def without_decoding(dataset: Dataset) -> Dataset:

@@ -17,7 +17,7 @@ def check_lora(args: argparse.Namespace) -> None:
     print(describe_lora(lora))
     if args.base is not None:
         check_fit(lora, base_transformer(args.base), args.base)
-        print(f"fits        {args.base}")
+        print(f"fits        {args.base}, by the shapes of its modules")
 
 
 def merge(args: argparse.Namespace) -> None:

@@ -1,12 +1,15 @@
 """LoRA files between tools: read, written, checked and merged."""
 
+import contextlib
 import json
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
@@ -17,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("diffusers", "peft", "comfyui", "kohya")
 
@@ -66,6 +71,14 @@ QWEN_SUFFIXES = [
 ]  # fmt: skip
 
 
+# The first part of the name of a linear layer, in any of the transformers
+TRANSFORMER_PARTS = {
+    "transformer_blocks", "single_transformer_blocks", "img_in", "txt_in", "x_embedder", "context_embedder",
+    "time_text_embed", "time_guidance_embed", "norm_out", "proj_out", "double_stream_modulation_img",
+    "double_stream_modulation_txt", "single_stream_modulation",
+}  # fmt: skip
+
+
 @dataclass
 class Lora:
     """
@@ -113,7 +126,8 @@ def read_lora(source: str | Path) -> Lora:
     if not path.exists():
         try:
             patterns = ["*.safetensors", "adapter_config.json"]
-            path = Path(snapshot_download(str(source), allow_patterns=patterns))
+            # Subfolders are the parts of a whole pipeline, or checkpoints.
+            path = Path(snapshot_download(str(source), allow_patterns=patterns, ignore_patterns=["*/*"]))
         except Exception as error:
             raise ValueError(f"{source} is neither a file, a folder, nor a Hub repository: {error}") from error
     if path.is_dir():
@@ -136,6 +150,9 @@ def read_lora(source: str | Path) -> Lora:
 
     if all(name.startswith("lora_unet_") for name in state):
         return _from_kohya(state, path)
+    if any(re.match(r"(diffusion_model\.)?(double|single)_blocks\.", name) for name in state):
+        # FLUX in its original layout, as ai-toolkit and others write it: sd-scripts' names with dots.
+        return _from_kohya({_kohya_key(name): weight for name, weight in state.items()}, path)
     config: dict[str, Any] = {}
     if all(name.startswith("base_model.model.") for name in state):
         prefix, kind = "base_model.model.", "peft"
@@ -163,6 +180,9 @@ def read_lora(source: str | Path) -> Lora:
         raise ValueError(f"{path} is a DoRA, which only PEFT itself can load.")
 
     state = {name.removeprefix(prefix): weight for name, weight in state.items()}
+    foreign = [name for name in state if name.partition(".")[0] not in TRANSFORMER_PARTS]
+    if foreign:
+        raise ValueError(f"{path}: {foreign[0]!r} is not a module of a transformer that is known here.")
     down, up, alpha = {}, {}, {}
     for name, weight in state.items():
         module, _, part = name.rpartition(".lora_")
@@ -190,6 +210,8 @@ def _alpha_of(module: str, rank: int, config: dict[str, Any]) -> float:
 
 
 def _checked(lora: Lora, path: Path) -> Lora:
+    if not lora.down and not lora.up:
+        raise ValueError(f"{path} has no weights of a LoRA.")
     unpaired = set(lora.down) ^ set(lora.up)
     if unpaired:
         raise ValueError(f"{path}: {sorted(unpaired)[0]!r} has only one of its two weights.")
@@ -200,18 +222,37 @@ def _checked(lora: Lora, path: Path) -> Lora:
     return lora
 
 
-def _is_qwen(modules: list[str]) -> bool:
-    """Whether modules are of Qwen-Image: FLUX has single blocks and other MLPs."""
-    return not any(name.startswith("single_transformer_blocks.") or ".ff" in name for name in modules)
+def _family(lora: Lora) -> str | None:
+    """`"qwen"`, `"kontext"` or `"klein"`: by the modules, and where those are in several, by the base model. None if unknown."""
+    names = " ".join(lora.names)
+    if re.search(r"\.(img|txt)_(mlp|mod)\.", names):
+        return "qwen"
+    if re.search(r"\.linear_(in|out)|\.to_qkv_mlp_proj|single_transformer_blocks\.\d+\.attn\.to_out( |$)", names):
+        return "klein"
+    if re.search(r"single_transformer_blocks\.|\.ff(_context)?\.", names):
+        return "kontext"
+    if lora.base_model is None:
+        return None
+    kind = lora.base_model
+    with contextlib.suppress(Exception):  # a folder or repository says more than its name
+        kind = DiffusionPipeline.load_config(lora.base_model)["_class_name"]
+    kind = kind.lower().replace(".", "").replace("-", "")
+    return "qwen" if "qwen" in kind else "klein" if "flux2" in kind else "kontext" if "flux" in kind else None
 
 
-def _kohya_names(modules: list[str]) -> dict[str, list[str]]:
-    """For each module name of sd-scripts the diffusers modules that it consists of, given those that are adapted."""
-    if _is_qwen(modules):
-        return {f"lora_unet_{name.replace('.', '_')}": [name] for name in modules}
-    table = KLEIN_NAMES if any("qkv_mlp" in name or ".linear_" in name for name in modules) else KONTEXT_NAMES
+def _kohya_names(lora: Lora) -> dict[str, list[str]]:
+    """For each module name of sd-scripts the diffusers modules that it consists of."""
+    family = _family(lora)
+    if family is None:
+        raise ValueError(
+            "The LoRA adapts attention alone, which many transformers have, and does not say what it was trained on, so its "
+            "names in sd-scripts are not known: use another format."
+        )
+    if family == "qwen":
+        return {f"lora_unet_{name.replace('.', '_')}": [name] for name in lora.names}
+    table = KLEIN_NAMES if family == "klein" else KONTEXT_NAMES
     groups = {}
-    for name in modules:
+    for name in lora.names:
         block, _, rest = name.partition(".")
         number, _, suffix = rest.partition(".")
         kind = FLUX_BLOCKS.get(block, "")
@@ -224,7 +265,7 @@ def _kohya_names(modules: list[str]) -> dict[str, list[str]]:
 
 def _to_kohya(lora: Lora) -> dict[str, torch.Tensor]:
     state = {}
-    for target, parts in _kohya_names(lora.names).items():
+    for target, parts in _kohya_names(lora).items():
         missing = [name for name in parts if name not in lora.down]
         if missing:
             raise ValueError(
@@ -240,6 +281,15 @@ def _to_kohya(lora: Lora) -> dict[str, torch.Tensor]:
         state[f"{target}.lora_up.weight"] = torch.block_diag(*[lora.up[name] for name in parts])
         state[f"{target}.alpha"] = torch.tensor(float(sum(lora.alpha[name] for name in parts)))
     return state
+
+
+def _kohya_key(name: str) -> str:
+    """`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight` as sd-scripts would call it."""
+    module, _, part = name.removeprefix("diffusion_model.").rpartition(".lora_")
+    if not module:
+        module, _, part = name.removeprefix("diffusion_model.").rpartition(".")
+    part = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(part, part)
+    return f"lora_unet_{module.replace('.', '_')}.{part}"
 
 
 def _is_klein(state: dict[str, torch.Tensor]) -> bool:
@@ -261,9 +311,11 @@ def _from_kohya(state: dict[str, torch.Tensor], path: Path) -> Lora:
         if part != "lora_down.weight":
             if part not in ("lora_up.weight", "alpha"):
                 raise ValueError(f"{path}: {name!r} is no weight of a LoRA.")
+            if f"{target}.lora_down.weight" not in state:
+                raise ValueError(f"{path}: {target!r} has no lora_down.")
             continue
         if f"{target}.lora_up.weight" not in state:
-            raise ValueError(f"{path}: {target!r} has only one of its two weights.")
+            raise ValueError(f"{path}: {target!r} has no lora_up.")
         whole_up = state[f"{target}.lora_up.weight"]
         whole_alpha = float(state.get(f"{target}.alpha", torch.tensor(float(len(weight)))))
         match = re.fullmatch(r"lora_unet_(double_blocks|single_blocks|transformer_blocks)_(\d+)_(\w+)", target)
@@ -284,6 +336,10 @@ def _from_kohya(state: dict[str, torch.Tensor], path: Path) -> Lora:
         sizes = [len(whole_up)] if len(parts) == 1 else [len(whole_up) // 3] * 3
         if len(parts) == 4:
             sizes = [weight.shape[1]] * 3 + [len(whole_up) - 3 * weight.shape[1]]
+        if sum(sizes) != len(whole_up) or min(sizes) < 1:
+            raise ValueError(
+                f"{path}: {target!r} has {len(whole_up)} outputs, which {len(parts)} modules cannot share."
+            )
         rank, blocks = len(weight) // len(parts), whole_up.split(sizes)
         diagonal = [b[:, i * rank : (i + 1) * rank] for i, b in enumerate(blocks)]
         stacked = len(parts) > 1 and len(weight) % len(parts) == 0
@@ -323,11 +379,13 @@ def write_lora(lora: Lora, out: str | Path, file_format: str) -> Path:
     if file_format not in FORMATS:
         raise ValueError(f"format={file_format!r} is not known: use one of {', '.join(FORMATS)}.")
     out = Path(out)
+    if file_format == "peft" and out.suffix == ".safetensors":
+        raise ValueError(f"PEFT's format is a folder, but {out} is the name of a file.")
     if file_format == "kohya":
         state = _to_kohya(lora)
     else:
         prefix = "base_model.model." if file_format == "peft" else "transformer."
-        if file_format == "comfyui" and _is_qwen(lora.names):
+        if file_format == "comfyui" and _family(lora) == "qwen":
             prefix = "diffusion_model."
         state = {f"{prefix}{name}.lora_A.weight": weight for name, weight in lora.down.items()}
         state |= {f"{prefix}{name}.lora_B.weight": weight for name, weight in lora.up.items()}
@@ -345,7 +403,7 @@ def write_lora(lora: Lora, out: str | Path, file_format: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, file, metadata)
     if file_format == "peft":
-        config = {"peft_type": "LORA", "base_model_name_or_path": lora.base_model, **_peft_config(lora)}
+        config = {"peft_type": "LORA", **_peft_config(lora)}
         (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     return file
 
@@ -360,6 +418,7 @@ def _peft_config(lora: Lora) -> dict[str, Any]:
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(name): a for name, a in lora.alpha.items() if a != alpha},
+        "base_model_name_or_path": lora.base_model,
         "target_modules": lora.names,
         "use_rslora": False,
         "use_dora": False,
@@ -371,14 +430,12 @@ def base_transformer(base: str) -> nn.Module:
     """The transformer of a pipeline without its weights: names and shapes only. `base` is a Hub id or a folder."""
     try:
         index = DiffusionPipeline.load_config(base)
-        class_name = index["transformer"][1]
+        transformer = getattr(diffusers, index["transformer"][1])
+        config = transformer.load_config(base, subfolder="transformer")
     except Exception as error:
         raise ValueError(f"{base!r} is not a diffusers pipeline with a transformer: {error}") from error
-    import diffusers
-
-    transformer = getattr(diffusers, class_name)
     with init_empty_weights():
-        return transformer.from_config(transformer.load_config(base, subfolder="transformer"))
+        return transformer.from_config(config)
 
 
 def misfits(lora: Lora, transformer: nn.Module) -> list[str]:
@@ -431,11 +488,14 @@ def merge_lora(base: str, lora: Lora, out: str | Path, dtype: torch.dtype = torc
         out (`str` or `Path`):
             Folder for the merged pipeline.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
-            Type of the merged weights. The sum itself is computed in float32.
+            Type of the whole merged pipeline. The sum itself is computed in float32, but what is small beside a weight is
+            lost when the sum is rounded to bfloat16.
 
     Raises:
-        `ValueError`: If the LoRA does not fit the pipeline's transformer.
+        `ValueError`: If the LoRA does not fit the pipeline's transformer, or `out` is `base`.
     """
+    if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
+        raise ValueError(f"{out} is the folder of the base model itself: name another.")
     check_fit(lora, base_transformer(base), base)
     pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype)
     modules = dict(pipeline.transformer.named_modules())
@@ -448,7 +508,7 @@ def merge_lora(base: str, lora: Lora, out: str | Path, dtype: torch.dtype = torc
 
 
 def check_fit(lora: Lora, transformer: nn.Module, base: str) -> None:
-    """Raises `ValueError` if a LoRA is not one for this transformer."""
+    """Raises `ValueError` if a LoRA does not fit a transformer, and warns if it says that its base model is another."""
     lines = misfits(lora, transformer)
     if lines:
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
@@ -456,3 +516,6 @@ def check_fit(lora: Lora, transformer: nn.Module, base: str) -> None:
             f"The LoRA was not trained on {base}: {'; '.join(lines[:3])}{more}."
             + (f" It says that its base model is {lora.base_model}." if lora.base_model else "")
         )
+    if lora.base_model is not None and lora.base_model.rstrip("/") != base.rstrip("/"):
+        # Models of one family have the same shapes.
+        logger.warning(f"The LoRA fits {base} by its shapes, but says that it was trained on {lora.base_model}.")

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -179,6 +180,41 @@ def test_merging(saved, tmp_path, family):
         torch.testing.assert_close(after[name].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_flux_in_its_original_layout(saved, tmp_path):
+    # As ai-toolkit writes it: sd-scripts' modules, with dots.
+    lora = read_lora(saved["kontext"] / "lora")
+    kohya = load_file(write_lora(lora, tmp_path / "kohya.safetensors", "kohya"))
+    original = {}
+    for name, weight in kohya.items():
+        target, _, part = name.removeprefix("lora_unet_").partition(".")
+        kind, number, suffix = target.split("_blocks_")[0] + "_blocks", *target.split("_blocks_")[1].split("_", 1)
+        suffix = suffix.replace("attn_", "attn.").replace("mlp_", "mlp.")
+        part = part.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
+        original[f"diffusion_model.{kind}.{number}.{suffix}.{part}"] = weight
+    assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in original
+    save_file(original, tmp_path / "original.safetensors")
+    assert_equal(lora, read_lora(tmp_path / "original.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["qwen", "klein"])
+def test_attention_alone_is_told_apart_by_the_base_model(saved, tmp_path, family):
+    lora = read_lora(saved[family] / "lora")
+    names = [name for name in lora.names if re.match(r"transformer_blocks\.\d+\.attn\.to_[qkv]$", name)]
+    parts = [{name: values[name] for name in names} for values in (lora.down, lora.up, lora.alpha)]
+    known = Lora(*parts, "diffusers", lora.base_model)
+    again = read_lora(write_lora(known, tmp_path / "diffusers", "diffusers"))
+    assert again.base_model == lora.base_model
+    first = sorted(load_file(write_lora(again, tmp_path / "kohya", "kohya")))[0]
+    assert first.startswith(
+        "lora_unet_" + ("transformer_blocks_0" if family == "qwen" else "double_blocks_0_img_attn_qkv")
+    )
+    assert_equal(known, read_lora(tmp_path / "kohya"))
+    unknown = Lora(*parts, "diffusers", None)
+    with pytest.raises(ValueError, match="does not say what it was trained on"):
+        write_lora(unknown, tmp_path, "kohya")
+    assert all(name.startswith("transformer.") for name in load_file(write_lora(unknown, tmp_path / "c", "comfyui")))
+
+
 def test_ranks_and_alphas_may_differ(tmp_path):
     names = [f"transformer_blocks.{i}.attn.to_q" for i in range(3)]
     lora = Lora(
@@ -186,6 +222,7 @@ def test_ranks_and_alphas_may_differ(tmp_path):
         {name: torch.randn(8, 2 + i) for i, name in enumerate(names)},
         {names[0]: 4, names[1]: 4, names[2]: 2.5},
         "diffusers",
+        "Qwen/Qwen-Image-Edit-2509",
     )
     for file_format in FORMATS:
         assert_equal(lora, read_lora(write_lora(lora, tmp_path / file_format, file_format)))
@@ -202,12 +239,18 @@ def test_what_a_lora_touches(saved, capsys):
     assert f"untrained   1 modules, e.g. {lora.names[0]}" in describe_lora(lora)
 
 
-def test_a_lora_for_another_model(saved, tmp_path):
+def test_a_lora_for_another_model(saved, tmp_path, capsys, caplog):
     for command in (["check-lora", str(saved["kontext"] / "lora"), "--base", str(saved["qwen"] / "base")],
                     ["merge-lora", str(saved["qwen"] / "base"), str(saved["kontext"] / "lora"), str(tmp_path / "x")]):  # fmt: skip
         with pytest.raises(SystemExit, match="was not trained on .*the model has no such linear layer.*and .* more"):
             main(command)
     assert not (tmp_path / "x").exists()
+    # Of the same shapes, and trained on another
+    tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    main(["check-lora", str(saved["qwen"] / "lora"), "--base", str(tmp_path / "other")])
+    assert "fits" in capsys.readouterr().out and "says that it was trained on" in caplog.text
+    with pytest.raises(SystemExit, match="is the folder of the base model itself"):
+        main(["merge-lora", str(tmp_path / "other"), str(saved["qwen"] / "lora"), str(tmp_path / "other")])
     lora = read_lora(saved["qwen"] / "lora")
     lora.down[lora.names[0]] = torch.zeros(32, 7)
     assert misfits(lora, base_transformer(str(saved["qwen"] / "base"))) == [
@@ -215,6 +258,9 @@ def test_a_lora_for_another_model(saved, tmp_path):
     ]
     with pytest.raises(SystemExit, match="is not a diffusers pipeline"):
         main(["check-lora", str(saved["qwen"] / "lora"), "--base", str(tmp_path)])
+    (tmp_path / "other" / "transformer" / "config.json").unlink()
+    with pytest.raises(SystemExit, match="is not a diffusers pipeline"):
+        main(["check-lora", str(saved["qwen"] / "lora"), "--base", str(tmp_path / "other")])
 
 
 def test_files_that_are_no_lora(tmp_path, saved):
@@ -236,12 +282,23 @@ def test_files_that_are_no_lora(tmp_path, saved):
     assert "cannot be read as safetensors" in told(b"not a safetensors file at all")
     assert "no LoRA of a transformer in a known format" in told({"unet.down_blocks.0.to_q.lora_A.weight": weight})
     assert "has weights such as 'blocks.0.weight'" in told({"blocks.0.weight": weight})
-    assert "has only one of its two weights" in told({"transformer.a.lora_A.weight": weight})
+    assert "has only one of its two weights" in told({"transformer.proj_out.lora_A.weight": weight})
+    assert "'a.lora_A.weight' is not a module" in told({"transformer.a.lora_A.weight": weight})
+    assert "has no weights of a LoRA" in told({"transformer.proj_out.alpha": weight})
+    qkv = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert "has no lora_down" in told({f"{qkv}.lora_up.weight": weight})
+    assert "has no lora_up" in told({f"{qkv}.lora_down.weight": weight})
+    assert "has 4 outputs, which 3 modules cannot share" in told(
+        {f"{qkv}.lora_down.weight": weight, f"{qkv}.lora_up.weight": torch.zeros(4, 2)}
+    )
     assert "do not fit together" in told(
-        {"transformer.a.lora_A.weight": weight, "transformer.a.lora_B.weight": weight}
+        {"transformer.proj_out.lora_A.weight": weight, "transformer.proj_out.lora_B.weight": weight}
     )
     assert "is a DoRA" in told(
-        {f"transformer.a.{part}": weight for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+        {
+            f"transformer.proj_out.{part}": weight
+            for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        }
     )
     assert "without adapter_config.json" in told(
         {"base_model.model.a.lora_A.weight": weight}, "adapter_model.safetensors"
@@ -258,6 +315,8 @@ def test_files_that_are_no_lora(tmp_path, saved):
             "lora_unet_down_blocks_0_to_q.lora_up.weight": weight,
         }
     )
+    with pytest.raises(ValueError, match="PEFT's format is a folder"):
+        write_lora(read_lora(saved["qwen"] / "lora"), tmp_path / "x.safetensors", "peft")
     with pytest.raises(ValueError, match="format='onnx' is not known"):
         write_lora(read_lora(saved["qwen"] / "lora"), tmp_path, "onnx")
     partly = read_lora(saved["kontext"] / "lora")
@@ -276,6 +335,10 @@ def test_the_command(saved, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("adapter_model.safetensors")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 64
+    merged = run("merge-lora", str(saved["qwen"] / "base"), str(saved["qwen"] / "lora"), "merged")
+    assert merged.returncode == 0, merged.stderr
+    weights = load_file(tmp_path / "merged" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     bad = run("export-lora", "x.safetensors", "out", "--format", "kohya")
     assert (
         bad.returncode == 1

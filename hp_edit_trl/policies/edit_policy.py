@@ -58,8 +58,6 @@ class EditPolicy(ABC):
             The loaded pipeline. Its transformer is the module that is trained.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
-        guidance_scale (`float`, *optional*, defaults to `2.5`):
-            Guidance that the transformer takes as an input, if it does.
 
     Class attributes:
         lora_target_modules (`list[str]` or `str`):
@@ -74,6 +72,10 @@ class EditPolicy(ABC):
             The guidance scale that the pipeline is meant to be used with; at 1.0 there is no second pass.
         default_negative_prompt (`str`):
             The prompt of that second pass.
+        default_num_inference_steps (`int`):
+            The number of steps that the pipeline is meant to be used with.
+        guidance_scale (`float` or `None`):
+            Guidance that the transformer takes as an input; `None` where it takes none.
     """
 
     lora_target_modules: list[str] | str
@@ -82,11 +84,12 @@ class EditPolicy(ABC):
     has_true_cfg: bool = True
     default_true_cfg_scale: float
     default_negative_prompt: str
+    default_num_inference_steps: int
+    guidance_scale: float | None = None
 
-    def __init__(self, pipeline: DiffusionPipeline, offload_encoders: bool = False, guidance_scale: float = 2.5):
+    def __init__(self, pipeline: DiffusionPipeline, offload_encoders: bool = False):
         self.pipeline = pipeline
         self.offload_encoders = offload_encoders
-        self.guidance_scale = guidance_scale
         self.device = torch.device("cpu")
         self.dtype = pipeline.transformer.dtype
         self._loaded: set[str] = set()
@@ -157,6 +160,10 @@ class EditPolicy(ABC):
     @abstractmethod
     def decode(self, latents: torch.Tensor, conditions: EditConditions) -> list[Image.Image]:
         """Decodes latents of shape `(batch_size, num_tokens, num_channels)` that share one bucket into images."""
+
+    def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
+        """What the pipeline has to be called with to edit as the policy does, beside image, prompt and steps."""
+        return {"negative_prompt": negative_prompt, "true_cfg_scale": true_cfg_scale} if true_cfg_scale > 1 else {}
 
     def check_bucket(self, conditions: list[EditConditions]) -> EditConditions:
         """The first of the conditions. Raises `ValueError` if another is not of its sizes."""

@@ -23,8 +23,6 @@ class Flux2KleinPolicy(EditPolicy):
             The loaded pipeline.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
-        guidance_scale (`float`, *optional*, defaults to `2.5`):
-            Not read: these models take no guidance as an input.
     """
 
     # By a regular expression, because `to_out` is a linear layer in one kind of block and a list of layers in the other.
@@ -35,14 +33,18 @@ class Flux2KleinPolicy(EditPolicy):
     default_negative_prompt = ""
     pipeline: Flux2KleinPipeline
 
-    def __init__(self, pipeline: Flux2KleinPipeline, offload_encoders: bool = False, guidance_scale: float = 2.5):
-        super().__init__(pipeline, offload_encoders, guidance_scale)
+    def __init__(self, pipeline: Flux2KleinPipeline, offload_encoders: bool = False):
+        super().__init__(pipeline, offload_encoders)
         self.has_true_cfg = not pipeline.config.is_distilled
         self.default_true_cfg_scale = 4.0 if self.has_true_cfg else 1.0
+        self.default_num_inference_steps = 50 if self.has_true_cfg else 4
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
         return {"text_encoder": self.pipeline.text_encoder, "vae": self.pipeline.vae}
+
+    def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
+        return {"guidance_scale": true_cfg_scale}  # its negative prompt is always empty
 
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
         # As in the pipeline the first reference gives the aspect ratio.

@@ -22,8 +22,6 @@ class FluxKontextPolicy(EditPolicy):
             The loaded pipeline.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoders and the VAE in CPU memory and move them to the device only while they are used.
-        guidance_scale (`float`, *optional*, defaults to `2.5`):
-            The guidance that the transformer takes as an input.
     """
 
     lora_target_modules = [
@@ -34,16 +32,22 @@ class FluxKontextPolicy(EditPolicy):
     max_references = 1
     default_true_cfg_scale = 1.0
     default_negative_prompt = ""
+    default_num_inference_steps = 28
     pipeline: FluxKontextPipeline
 
-    def __init__(self, pipeline: FluxKontextPipeline, offload_encoders: bool = False, guidance_scale: float = 2.5):
-        super().__init__(pipeline, offload_encoders, guidance_scale)
-        self.has_guidance = pipeline.transformer.config.guidance_embeds
+    def __init__(self, pipeline: FluxKontextPipeline, offload_encoders: bool = False):
+        super().__init__(pipeline, offload_encoders)
+        if pipeline.transformer.config.guidance_embeds:
+            self.guidance_scale = 2.5
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
         pipeline = self.pipeline
         return {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2, "vae": pipeline.vae}
+
+    def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
+        guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return guidance | super().call_arguments(true_cfg_scale, negative_prompt)
 
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
         return fitted_size(images[0], resolution, 2 * self.pipeline.vae_scale_factor)
@@ -86,13 +90,15 @@ class FluxKontextPolicy(EditPolicy):
     ) -> torch.Tensor:
         dtype, num_tokens = self.dtype, latents.shape[1]
         hidden_states = torch.cat([latents.to(dtype), batch["image_latents"].to(dtype)], dim=1)
-        guidance = torch.full((len(latents),), self.guidance_scale, device=latents.device)
+        guidance = None
+        if self.guidance_scale is not None:
+            guidance = torch.full((len(latents),), self.guidance_scale, device=latents.device)
 
         def predict(name: str) -> torch.Tensor:
             prediction = model(
                 hidden_states=hidden_states,
                 timestep=self.timestep(sigma, latents),
-                guidance=guidance if self.has_guidance else None,
+                guidance=guidance,
                 pooled_projections=batch[f"{name}pooled_prompt_embeds"].to(dtype),
                 encoder_hidden_states=batch[f"{name}prompt_embeds"].to(dtype),
                 txt_ids=batch["txt_ids"],

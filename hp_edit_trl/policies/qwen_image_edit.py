@@ -24,8 +24,6 @@ class QwenImageEditPlusPolicy(EditPolicy):
             The loaded pipeline.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
-        guidance_scale (`float`, *optional*, defaults to `2.5`):
-            Not read: these models take no guidance as an input.
     """
 
     lora_target_modules = [
@@ -34,16 +32,12 @@ class QwenImageEditPlusPolicy(EditPolicy):
     ]  # fmt: skip
     default_true_cfg_scale = 4.0
     default_negative_prompt = " "
+    default_num_inference_steps = 40
     shown_area = CONDITION_IMAGE_SIZE  # pixels of a reference as the text encoder sees it
     pipeline: QwenImageEditPlusPipeline | QwenImageEditPipeline
 
-    def __init__(
-        self,
-        pipeline: QwenImageEditPlusPipeline | QwenImageEditPipeline,
-        offload_encoders: bool = False,
-        guidance_scale: float = 2.5,
-    ):
-        super().__init__(pipeline, offload_encoders, guidance_scale)
+    def __init__(self, pipeline: QwenImageEditPlusPipeline | QwenImageEditPipeline, offload_encoders: bool = False):
+        super().__init__(pipeline, offload_encoders)
         # Nothing reads the text stream after the last block, so what only feeds its output cannot learn.
         last = pipeline.transformer.config.num_layers - 1
         self.lora_exclude_modules = rf".*transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
@@ -51,6 +45,10 @@ class QwenImageEditPlusPolicy(EditPolicy):
     @property
     def encoders(self) -> dict[str, nn.Module]:
         return {"text_encoder": self.pipeline.text_encoder, "vae": self.pipeline.vae}
+
+    def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
+        # The pipeline's own default is a second pass at 4.0, so 1.0 has to be said.
+        return super().call_arguments(true_cfg_scale, negative_prompt) or {"true_cfg_scale": 1.0}
 
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
         # As in the pipeline the last reference gives the aspect ratio.
@@ -160,8 +158,6 @@ class QwenImageEditPolicy(QwenImageEditPlusPolicy):
             The loaded pipeline.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
-        guidance_scale (`float`, *optional*, defaults to `2.5`):
-            Not read: this model takes no guidance as an input.
     """
 
     max_references = 1

@@ -59,8 +59,9 @@ class FlowGRPOEditConfig(_BaseConfig):
             distilled models. At 1.0 there is no second pass: training is faster and tends to be more stable.
         negative_prompt (`str`, *optional*):
             Prompt of the second pass. Defaults to the one that the pipeline is meant to be used with.
-        guidance_scale (`float`, *optional*, defaults to `2.5`):
-            Guidance that the transformer takes as an input, which only FLUX.1-Kontext does (*field*).
+        guidance_scale (`float`, *optional*):
+            Guidance that the transformer takes as an input, which only FLUX.1-Kontext does. Defaults to 2.5 there
+            (*field*). What FLUX.2-klein's pipeline calls so is `true_cfg_scale` here.
         dynamics (`str`, *optional*, defaults to `"flow_sde"`):
             How the stochastic steps add noise: `"flow_sde"` (the paper's equation 6), `"cps"` or `"dance_sde"`.
         noise_level (`float`, *optional*, defaults to `1.0`):
@@ -188,8 +189,8 @@ class FlowGRPOEditConfig(_BaseConfig):
     negative_prompt: str | None = field(
         default=None, metadata={"help": "Prompt of the unconditional pass. Defaults to the policy's."}
     )
-    guidance_scale: float = field(
-        default=2.5, metadata={"help": "Guidance that the transformer takes as an input, if it does."}
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance that the transformer takes as an input, if it does."}
     )
     dynamics: str = field(
         default="flow_sde",

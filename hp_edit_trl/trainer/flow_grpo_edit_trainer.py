@@ -35,7 +35,7 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from ..cases import UnreadableImageError, case_images, check_columns, without_decoding
+from ..cases import UnreadableImageError, case_images, check_columns, check_references, without_decoding
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..policies import EditConditions, Trajectory, bucketed, decode, policy_class, rollout
 from ..rewards import HPScorerReward
@@ -258,6 +258,8 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         hub_kwargs = {k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")}
         policy_type = policy_class(model, **hub_kwargs)
+        for name, dataset in datasets.items():
+            check_references(dataset, name, policy_type.max_references)
         for func in self.reward_funcs:
             if isinstance(func, HPScorerReward):
                 func.load()
@@ -272,7 +274,14 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         else:
             pipeline = model
             base_model = str(model.config.get("_name_or_path") or "base-model")  # it may have been loaded from a Path
-        self.policy = policy_type(pipeline, args.offload_encoders, args.guidance_scale)
+        self.policy = policy_type(pipeline, args.offload_encoders)
+        if args.guidance_scale is not None:
+            if self.policy.guidance_scale is None:
+                raise ValueError(
+                    f"guidance_scale={args.guidance_scale}, but the transformer of this {type(pipeline).__name__} takes no "
+                    "guidance as an input: leave it out. The scale of a second pass is true_cfg_scale."
+                )
+            self.policy.guidance_scale = args.guidance_scale
         if args.true_cfg_scale is None:
             args.true_cfg_scale = self.policy.default_true_cfg_scale
         if args.negative_prompt is None:
@@ -413,7 +422,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         seed = args.seed
         self.model.eval()
 
-        with self._timed("encode"), policy.loaded("text_encoder", "vae"):
+        with self._timed("encode"), policy.loaded(*policy.encoders):
             cases = {index: self._read_case(self.train_dataset, index) for index in dict.fromkeys(indices)}
             encoded = {index: self._encode(*case) for index, case in cases.items()}
         rows = [cases[index][0] for index in indices]
@@ -494,12 +503,6 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         ]
 
     def _encode(self, row: dict[str, Any], images: list[Image.Image]) -> EditConditions:
-        limit = self.policy.max_references
-        if limit is not None and len(images) > limit:
-            raise ValueError(
-                f"Case {row['id']!r} has {len(images)} reference images, but {type(self.policy.pipeline).__name__} takes "
-                f"at most {limit}: leave the case out, or train a pipeline that takes several."
-            )
         negative_prompt = self.args.negative_prompt if self.true_cfg_scale > 1 else None
         return self.policy.encode(images, row["prompt"], negative_prompt, self.args.resolution)
 
@@ -746,7 +749,7 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         """
         args = self.args
         self.model.eval()
-        with self.policy.loaded("text_encoder", "vae"):
+        with self.policy.loaded(*self.policy.encoders):
             conditions = [self._encode(row, images) for row, images in cases]
         base = contextlib.nullcontext() if adapter else use_adapter(self.model, None)
         with self.accelerator.autocast(), base:

@@ -39,7 +39,8 @@ def check_lora(peft_config: LoraConfig | None) -> None:
 
     Raises:
         `TypeError`: If it is not a `LoraConfig`.
-        `ValueError`: If it has dropout, trains biases, or trains whole modules beside the LoRA.
+        `ValueError`: If it has dropout, trains biases, trains whole modules beside the LoRA, or starts from weights that
+            change the base model.
     """
     if peft_config is None:
         return
@@ -52,6 +53,11 @@ def check_lora(peft_config: LoraConfig | None) -> None:
         )
     if peft_config.bias != "none":
         raise ValueError(f"bias={peft_config.bias!r} must be 'none': diffusers loads no biases with a LoRA.")
+    if peft_config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"init_lora_weights={peft_config.init_lora_weights!r} may change the weights of the base model, on which the LoRA "
+            "would then not fit: use True or 'gaussian'."
+        )
     if peft_config.modules_to_save:
         raise ValueError(
             f"modules_to_save={peft_config.modules_to_save} must be empty: diffusers loads no whole modules with a LoRA."
@@ -89,8 +95,16 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
     config.task_type = None  # image editors are none of PEFT's language tasks
     if config.target_modules is None:
         config.target_modules = policy.lora_target_modules
-        if config.exclude_modules is None:
-            config.exclude_modules = policy.lora_exclude_modules
+    if config.exclude_modules is None:
+        config.exclude_modules = policy.lora_exclude_modules
+    if not isinstance(config.target_modules, str):
+        names = [f".{name}" for name, _ in transformer.named_modules()]
+        unknown = [t for t in config.target_modules if not any(name.endswith(f".{t}") for name in names)]
+        if unknown:
+            raise ValueError(
+                f"target_modules={sorted(unknown)} match no module of {type(transformer).__name__}. Leave target_modules out "
+                "for the modules that the policy names."
+            )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -321,7 +335,7 @@ def write_model_card(
     }  # fmt: skip
     for option in (
         "learning_rate", "num_generations", "generation_batch_size", "num_iterations", "resolution",
-        "num_inference_steps", "true_cfg_scale", "dynamics", "noise_level", "sde_window_size", "sde_window_range",
+        "num_inference_steps", "true_cfg_scale", "guidance_scale", "dynamics", "noise_level", "sde_window_size", "sde_window_range",
         "sde_window_mode", "epsilon", "beta", "scale_rewards", "seed",
     ):  # fmt: skip
         shown[f"`{option}`"] = str(getattr(args, option))
@@ -336,8 +350,11 @@ def write_model_card(
         dataset_revision=revision if dataset_name in (None, repository) else None,
         num_cases=len(trainer.train_dataset),
         pipeline_class=type(trainer.policy.pipeline).__name__,
-        true_cfg_scale=args.true_cfg_scale,
-        negative_prompt=json.dumps(args.negative_prompt, ensure_ascii=False),
+        call_arguments={
+            name: json.dumps(value, ensure_ascii=False)
+            for name, value in trainer.policy.call_arguments(trainer.true_cfg_scale, args.negative_prompt or "").items()
+        },
+        default_num_inference_steps=trainer.policy.default_num_inference_steps,
         num_inference_steps=args.eval_num_inference_steps or args.num_inference_steps,
         resolution=args.resolution,
         has_curve=reward_curve(trainer.state.log_history, folder / "reward_curve.png"),

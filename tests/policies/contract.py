@@ -1,6 +1,9 @@
 """What every policy has to keep to. A policy's tests subclass `PolicyContract` and say how its pipeline is called."""
 
+import ast
 import copy
+import inspect
+import re
 
 import numpy as np
 import pytest
@@ -146,13 +149,23 @@ class PolicyContract:
         conditions = policy.encode([photo(64, 64)], "x", None, 64)
         assert sorted(moves) == sorted(2 * [*policy.encoders])
         moves.clear()
+        with policy.loaded(*policy.encoders):  # once for many cases
+            for _ in range(3):
+                policy.encode([photo(64, 64)], "x", None, 64)
+        assert sorted(moves) == sorted(2 * [*policy.encoders])
+        moves.clear()
         policy.decode(torch.randn(1, conditions.num_tokens, conditions.num_channels), conditions)
         assert moves == ["vae", "vae"]
 
     # Training
 
-    def test_the_first_ratio_is_one_and_the_gradient_reaches_the_whole_lora(self, tmp_path):
-        trainer = self.make_trainer(tmp_path, max_steps=1)
+    @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16-checkpointing"])
+    def test_the_first_ratio_is_one_and_the_gradient_reaches_the_whole_lora(self, tmp_path, half):
+        # In half precision other batch shapes give other roundings, so the batches of sampling and training are equal.
+        options = dict(bf16=True, gradient_checkpointing=True, rollout_batch_size=1, per_device_train_batch_size=1,
+                       gradient_accumulation_steps=8) if half else {}  # fmt: skip
+        model = self.make_pipeline().to(torch.bfloat16) if half else None
+        trainer = self.make_trainer(tmp_path, model, max_steps=1, **options)
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
                 if "lora_B" in name:
@@ -195,17 +208,35 @@ class PolicyContract:
     def test_too_many_references(self, tmp_path):
         rows = [row | {"images": [photo(64, 64), photo(64, 64)]} for row in make_cases(4).remove_columns("image")]
         dataset = Dataset.from_list(rows)
-        trainer = self.make_trainer(tmp_path, train_dataset=dataset, max_steps=1)
         if self.several_references:
-            trainer.train()
+            self.make_trainer(tmp_path, train_dataset=dataset, max_steps=1).train()
         else:
-            with pytest.raises(ValueError, match=r"Case 'case-\d' has 2 reference images.*takes at most 1"):
-                trainer.train()
+            with pytest.raises(ValueError, match=r"Case 'case-3' of train_dataset has 2 reference images.*at most 1"):
+                self.make_trainer(tmp_path, train_dataset=dataset.select([3, 1]))
 
-    def test_target_modules_that_match_nothing(self, tmp_path):
-        config = LoraConfig(target_modules=["to_query"])
+    @pytest.mark.parametrize("targets", [["to_query"], ["to_q", "to_query"], ".*to_query"])
+    def test_target_modules_that_match_nothing(self, tmp_path, targets):
+        config = LoraConfig(target_modules=targets)
         with pytest.raises(ValueError, match="(?s)to_query.*Leave target_modules out"):
             FlowGRPOEditTrainer(self.make_pipeline(), redness, make_config(tmp_path), make_cases(), peft_config=config)
+
+    def test_the_card_calls_the_pipeline_as_it_can_be_called(self, tmp_path):
+        trainer = self.make_trainer(tmp_path, max_steps=1)
+        trainer.train()
+        trainer.create_model_card()
+        (code,) = re.findall(r"edited = (pipeline\(.*?\))\.images", (tmp_path / "out" / "README.md").read_text(), re.S)
+        keywords = {keyword.arg: keyword.value for keyword in ast.parse(code).body[0].value.keywords}
+        accepted = inspect.signature(type(trainer.policy.pipeline).__call__).parameters
+        assert set(keywords) <= set(accepted) and {"image", "prompt", "num_inference_steps"} <= set(keywords)
+        scale = keywords.get("true_cfg_scale", keywords.get("guidance_scale"))
+        assert ast.literal_eval(scale) in (trainer.true_cfg_scale, trainer.policy.guidance_scale)
+
+    def test_guidance_where_it_is_no_input(self, tmp_path, policy):
+        if policy.guidance_scale is not None:
+            assert self.make_trainer(tmp_path, guidance_scale=3.0).policy.guidance_scale == 3.0
+        else:
+            with pytest.raises(ValueError, match="guidance_scale=3.0, but .* takes no guidance"):
+                self.make_trainer(tmp_path, guidance_scale=3.0)
 
     def make_trainer(self, tmp_path, model=None, train_dataset=None, **options):
         options = {"noise_level": 0.7, "num_inference_steps": STEPS, "max_steps": 2, "report_to": "none"} | options

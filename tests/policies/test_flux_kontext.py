@@ -29,7 +29,10 @@ def test_guidance_is_an_input_where_the_transformer_takes_it(guidance_embeds):
     pipeline = tiny_kontext_pipeline(guidance_embeds)
     velocities = []
     for scale in (2.5, 3.5):
-        policy = FluxKontextPolicy(pipeline, guidance_scale=scale)
+        policy = FluxKontextPolicy(pipeline)
+        assert policy.guidance_scale == (2.5 if guidance_embeds else None)
+        if guidance_embeds:
+            policy.guidance_scale = scale
         conditions = policy.encode([photo(64, 64)], "Blur", None, 64)
         noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
