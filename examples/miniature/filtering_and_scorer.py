@@ -8,10 +8,9 @@ Three recipes, each with several seeds; the task-aware scorer evaluates all of t
 stopped at any time and goes on with the runs that are missing.
 """
 
-import argparse
 from pathlib import Path
 
-from hp_edit_trl.miniature.experiments import Arm, run_experiment
+from hp_edit_trl.miniature.experiments import Arm, command
 
 
 ARMS = [
@@ -22,10 +21,4 @@ ARMS = [
 ]
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "experiment.yaml")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"))
-    args = parser.parse_args()
-    run_experiment("filtering_and_scorer", ARMS, args.seeds, args.config, args.results, processes=args.processes)
+    command("filtering_and_scorer", ARMS, Path(__file__).parent / "experiment.yaml", __doc__)

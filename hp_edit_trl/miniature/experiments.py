@@ -1,5 +1,6 @@
 """Comparisons in miniature: several recipes, several seeds each, and results that the script itself writes down."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -103,7 +104,7 @@ def run_arm(arm: Arm, seed: int, config: Path, num_cases: int, folder: Path) -> 
         if result["key"] == key:
             return result
     torch.set_num_threads(1)
-    train, validation, test = load_dataset("train", num_cases), load_dataset("validation", 200), load_dataset("test")
+    train, validation, test = load_dataset("train", num_cases), load_dataset("validation", 100), load_dataset("test")
     if arm.filtered:
         train = train.select(hard_cases(config, num_cases, folder))
     reward = [RuleScorer()] if arm.task_aware else [CoarseScorer(), RuleScorer()]
@@ -191,6 +192,17 @@ def run_experiment(
     draw_figure(runs, summary, x, results / f"{name}.png")
     print(summary_table(summary))
     return runs
+
+
+def command(name: str, arms: Sequence[Arm], config: Path, description: str, x: str = "step") -> None:
+    """Runs an experiment from the command line: its options are seeds, processes, config and the folder of results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=config, help="the recipe that the arms have in common")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder for the results")
+    args = parser.parse_args()
+    run_experiment(name, arms, args.seeds, args.config, args.results, processes=args.processes, x=x)
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -324,7 +325,7 @@ def encode_texts(policy: QwenImageEditPlusPolicy, prompts: list[str], images: li
 
 @torch.no_grad()
 def policy_scores(policy: QwenImageEditPlusPolicy, model: nn.Module) -> dict[str, float]:
-    """RuleScorer's means over held-out cases, edited along the ODE in 8 steps from fixed noise."""
+    """RuleScorer's means over validation cases, edited along the ODE in 8 steps from fixed noise."""
     cases = list(itertools.islice(stream("validation"), EVALUATION_CASES))
     conditions = [policy.encode([to_image(case.source)], case.prompt, None, SIZE) for case in cases]
     generators = [seeded_generator("evaluation", i) for i in range(len(cases))]
@@ -389,8 +390,8 @@ def train_transformer(folder: Path, steps: int, num_cases: int, compiled: bool, 
     )  # fmt: skip
 
 
-def export(folder: Path) -> QwenImageEditPlusPipeline:
-    """Saves the trained pipeline to `folder/pipeline`, its large parts in half precision."""
+def export(folder: Path) -> None:
+    """Saves the trained pipeline to `folder/pipeline`, its large parts in half precision, with its log and its scores."""
     vae = load_vae(folder)
     with torch.no_grad():
         for module in vae.modules():
@@ -401,7 +402,12 @@ def export(folder: Path) -> QwenImageEditPlusPipeline:
     for module in (vae, pipeline.transformer):
         module.half()
     pipeline.save_pretrained(folder / "pipeline")
-    return pipeline
+    shutil.copy(folder / "log.jsonl", folder / "pipeline" / "pretraining.jsonl")
+    # Scores of what was saved, as it will be loaded
+    loaded = QwenImageEditPlusPipeline.from_pretrained(str(folder / "pipeline"), dtype=torch.float32)
+    policy = QwenImageEditPlusPolicy(loaded)
+    scores = {"vae": reconstruction_scores(loaded.vae), "policy": policy_scores(policy, loaded.transformer)}
+    (folder / "pipeline" / "scores.json").write_text(json.dumps(scores, indent=1))
 
 
 if __name__ == "__main__":
