@@ -68,7 +68,8 @@ def hard_cases(config: Path, num_cases: int, folder: Path) -> list[int]:
     file = folder / f"base_scores_{num_cases}.json"
     if not file.exists():
         train = load_dataset("train", num_cases)
-        trainer = make_trainer(config, {}, folder / "base", 0, RuleScorer(), train, None)
+        options = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
+        trainer = make_trainer(config, options, folder / "base", 0, RuleScorer(), train, None)
         scores = score_edits(edit_dataset(trainer.sample_edits, train), train)
         file.write_text(json.dumps(scores))
     return [i for i, score in enumerate(json.loads(file.read_text())) if score < 4.5]
