@@ -19,13 +19,12 @@ WINDOWS = {
     "2": {"sde_window_size": 2, "sde_window_range": [0, 4], "sde_window_mode": "random"},
     "1": {"sde_window_size": 1, "sde_window_range": [0, 4], "sde_window_mode": "random"},
 }
+# Clip ranges at which some steps are clipped with each: ratios are closer to 1 with CPS, and when they are normalised.
 DYNAMICS = {
-    "Flow-SDE": {"dynamics": "flow_sde", "noise_level": 0.7},
-    "CPS": {"dynamics": "cps", "noise_level": 0.7},
+    "Flow-SDE": {"dynamics": "flow_sde", "noise_level": 0.7, "epsilon": 2e-4},
+    "CPS": {"dynamics": "cps", "noise_level": 0.7, "epsilon": 1e-4},
 }
-RATIOS = {"": {}, ", Guard": {"normalize_ratio": True}}
-
-
+RATIOS = {"": {}, ", Guard": {"normalize_ratio": True, "epsilon": 1e-4}}
 STEPS = {"max_steps": 64, "eval_steps": 16}
 ARMS = [
     Arm(f"{dynamics}, {window}{ratio}", options=a | b | c | STEPS)
@@ -35,4 +34,4 @@ ARMS = [
 ]
 
 if __name__ == "__main__":
-    command("learning_speed", ARMS, CONFIG, __doc__, x="seconds")
+    command("learning_speed", ARMS, CONFIG, __doc__)

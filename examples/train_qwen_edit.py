@@ -51,6 +51,8 @@ class EditScriptArguments(ScriptArguments):
 
 def main(script: EditScriptArguments, args: FlowGRPOEditConfig, model_args: EditModelConfig):
     embedded = model_args.model_name_or_path is None
+    if embedded and script.dataset_name is not None:
+        raise SystemExit("--dataset_name without --model_name_or_path: without a model the miniature is trained.")
     if embedded:
         torch.set_num_threads(1)  # so small a model loses by more
         model, reward_funcs = miniature.load_pipeline(), miniature.RuleScorer()
@@ -83,7 +85,7 @@ def main(script: EditScriptArguments, args: FlowGRPOEditConfig, model_args: Edit
     trainer.save_model()  # and pushes it, with --push_to_hub
     if embedded:  # scores per task on held-out scenes, before and after
         miniature.report(trainer, miniature.load_dataset("test", 400))
-    print(f"The LoRA, its card, reward_curve.png and before_after.png are in {args.output_dir}")
+    print(f"The LoRA, its card, reward_curve.png and its pictures are in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Comparisons in miniature: several recipes, several seeds each, and results that the script itself writes down."""
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -22,6 +23,7 @@ import torch
 import yaml
 from peft import LoraConfig
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 from ..trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
@@ -63,49 +65,81 @@ def make_trainer(
     return FlowGRPOEditTrainer(load_pipeline(), reward, args, train, validation, peft_config=lora)
 
 
+def fingerprint(*parts: Any) -> str:
+    """A hash of the given and of everything that a run depends on: the package's code and the miniature's weights."""
+    digest = hashlib.sha256(repr(parts).encode())
+    package = Path(__file__).parents[1]
+    for path in sorted([*package.rglob("*.py"), *WEIGHTS.rglob("*.safetensors")]):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def hard_cases(config: Path, num_cases: int, folder: Path) -> list[int]:
     """Which of the first training cases the pretrained policy does not edit well enough for a 5 (rounded)."""
-    file = folder / f"base_scores_{num_cases}.json"
+    file = folder / f"base_scores_{fingerprint(config.read_bytes(), num_cases)}.json"
     if not file.exists():
         train = load_dataset("train", num_cases)
         options = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
         trainer = make_trainer(config, options, folder / "base", 0, RuleScorer(), train, None)
         scores = score_edits(edit_dataset(trainer.sample_edits, train), train)
-        file.write_text(json.dumps(scores))
+        file.with_suffix(".part").write_text(json.dumps(scores))
+        file.with_suffix(".part").replace(file)
     return [i for i, score in enumerate(json.loads(file.read_text())) if score < 4.5]
 
 
-def learning_curve(trainer: FlowGRPOEditTrainer) -> list[dict[str, float]]:
+class CpuClock(TrainerCallback):
+    """CPU seconds of this process in the training steps, without evaluation, at each evaluation."""
+
+    def __init__(self):
+        self.seconds, self.started, self.at_step = 0.0, 0.0, {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.process_time() - self.started
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.at_step[state.global_step] = self.seconds
+
+
+def learning_curve(trainer: FlowGRPOEditTrainer, clock: CpuClock) -> list[dict[str, float]]:
     """
     Score in evaluation against the work done until then: transformer passes in thousands of images (one for each step of
-    a rollout and one for each trained step; a backward pass is not counted), and seconds of the trainer's own phases.
+    a rollout and one for each trained step; a backward pass is not counted), and CPU seconds.
     """
     args = trainer.args
     images_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     passes_per_image = args.num_inference_steps / args.num_iterations + args.sde_window_size
-    seconds, points = 0.0, []
-    for log in trainer.state.log_history:
-        seconds += sum(value for name, value in log.items() if name.startswith("time/"))
-        if "eval_score" in log:
-            passes = log["step"] * images_per_update * passes_per_image / 1000
-            points.append(
-                {"step": log["step"], "thousand_passes": passes, "seconds": seconds, "score": log["eval_score"]}
-            )
-    return points
+    return [
+        {
+            "step": log["step"],
+            "thousand_passes": log["step"] * images_per_update * passes_per_image / 1000,
+            "cpu_seconds": clock.at_step[log["step"]],
+            "score": log["eval_score"],
+        }
+        for log in trainer.state.log_history
+        if "eval_score" in log
+    ]
 
 
 def run_arm(arm: Arm, seed: int, config: Path, num_cases: int, folder: Path) -> dict[str, Any]:
     """Trains one arm with one seed, and scores it on the test cases. A finished run of just this is not done again."""
     output_dir = folder / f"{arm.name.replace(' ', '_').replace('/', '-')}-{seed}"
     file = output_dir / "result.json"
-    weights = (WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = hashlib.sha256(repr((arm, seed, num_cases)).encode() + config.read_bytes() + weights).hexdigest()
+    key = fingerprint(arm, seed, num_cases, config.read_bytes())
     if file.exists():
         result = json.loads(file.read_text())
         if result["key"] == key:
             return result
     torch.set_num_threads(1)
-    train, validation, test = load_dataset("train", num_cases), load_dataset("validation", 100), load_dataset("test")
+    where = environment()
+    # The first test cases of seed 0 are those that the recipe was looked for with.
+    train, validation, test = (
+        load_dataset("train", num_cases),
+        load_dataset("validation", 100),
+        load_dataset("test", 400, 1),
+    )
     if arm.filtered:
         train = train.select(hard_cases(config, num_cases, folder))
     reward = [RuleScorer()] if arm.task_aware else [CoarseScorer(), RuleScorer()]
@@ -113,11 +147,14 @@ def run_arm(arm: Arm, seed: int, config: Path, num_cases: int, folder: Path) -> 
     if not arm.task_aware:
         options["reward_weights"] = [1.0, 0.0]  # the second is only there to be logged in evaluation
     trainer = make_trainer(config, options, output_dir, seed, reward, train, validation)
+    clock = CpuClock()
+    trainer.add_callback(clock)
     began = time.time()
     trainer.train()
     wall_seconds = time.time() - began
     before, after = report(trainer, test)
     difference, error = paired_difference(before, after)
+    clipped = [log["clip_ratio/region_mean"] for log in trainer.state.log_history if "clip_ratio/region_mean" in log]
     result = {
         "key": key,
         "arm": arm.name,
@@ -130,8 +167,14 @@ def run_arm(arm: Arm, seed: int, config: Path, num_cases: int, folder: Path) -> 
         "share_of_5": float(np.mean(np.array(after) >= 4.5)),
         **{task: float(np.mean([s for t, s in zip(test["task"], after, strict=True) if t == task])) for task in TASKS},
         "train_cases": len(train),
+        "clip_fraction": float(np.mean(clipped)),
+        "cpu_seconds": round(clock.seconds, 1),
         "wall_seconds": round(wall_seconds, 1),
-        "curve": learning_curve(trainer),
+        "commit": where["commit"],
+        "machine": where["machine"],
+        "curve": learning_curve(trainer, clock),
+        "scores": after,
+        "environment": where,
     }
     file.write_text(json.dumps(result))
     return result
@@ -139,17 +182,18 @@ def run_arm(arm: Arm, seed: int, config: Path, num_cases: int, folder: Path) -> 
 
 def run_experiment(
     name: str, arms: Sequence[Arm], seeds: Sequence[int], config: Path, results: Path, num_cases: int = 1500,
-    processes: int = 2, folder: Path = Path("outputs/experiments"), x: str = "step",
+    processes: int = 2, folder: Path = Path("outputs/experiments"),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """
-    Runs every arm with every seed, one core each, and writes the results as `name.json`, `name.csv`, `name.md` and
-    `name.png`. It can be stopped at any time: finished runs are kept in `folder/name` and are not done again.
+    Runs every arm with every seed, one core each, and writes the results as `name.json`, `name.csv`, `name_curves.csv`,
+    `name.md` and `name.png`. It can be stopped at any time: finished runs are kept in `folder/name` and are not done again,
+    unless the code, the weights or the recipe have changed.
 
     Args:
         name (`str`):
             The experiment's name.
         arms (`Sequence[Arm]`):
-            The recipes.
+            The recipes. All are compared with the first.
         seeds (`Sequence[int]`):
             The seeds; each arm runs with each.
         config (`Path`):
@@ -162,8 +206,6 @@ def run_experiment(
             Number of runs at a time.
         folder (`Path`, *optional*, defaults to `outputs/experiments`):
             Folder for the runs themselves.
-        x (`str`, *optional*, defaults to `"step"`):
-            What the figure's curves are drawn over: `"step"`, `"thousand_passes"` or `"seconds"`.
 
     Returns:
         `list[dict]`: one per run.
@@ -181,21 +223,32 @@ def run_experiment(
             runs.append(job.result())
     order = [arm.name for arm in arms]
     runs.sort(key=lambda run: (order.index(run["arm"]), run["seed"]))
-    columns = [column for column in runs[0] if column not in ("key", "curve")]
-    with (results / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(runs)
+    columns = [column for column in runs[0] if column not in ("key", "curve", "scores", "environment")]
+    write_csv(results / f"{name}.csv", columns, runs)
+    points = [{"arm": run["arm"], "seed": run["seed"], **point} for run in runs for point in run["curve"]]
+    write_csv(results / f"{name}_curves.csv", list(points[0]), points)
     summary = summarise(runs)
-    record = {"summary": summary, "runs": runs, "config": yaml.safe_load(config.read_text()), **environment()}
+    record = {
+        "command": shown_command(),
+        "config": yaml.safe_load(config.read_text()),
+        "summary": summary,
+        "runs": runs,
+    }
     (results / f"{name}.json").write_text(json.dumps(record, indent=1))
-    (results / f"{name}.md").write_text(summary_table(summary))
-    draw_figure(runs, summary, x, results / f"{name}.png")
+    (results / f"{name}.md").write_text(summary_page(name, summary, runs))
+    draw_figure(runs, summary, results / f"{name}.png")
     print(summary_table(summary))
     return runs
 
 
-def command(name: str, arms: Sequence[Arm], config: Path, description: str, x: str = "step") -> None:
+def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def command(name: str, arms: Sequence[Arm], config: Path, description: str) -> None:
     """Runs an experiment from the command line: its options are seeds, processes, config and the folder of results."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=config, help="the recipe that the arms have in common")
@@ -203,79 +256,126 @@ def command(name: str, arms: Sequence[Arm], config: Path, description: str, x: s
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder for the results")
     args = parser.parse_args()
-    run_experiment(name, arms, args.seeds, args.config, args.results, processes=args.processes, x=x)
+    run_experiment(name, arms, args.seeds, args.config, args.results, processes=args.processes)
+
+
+def at_budget(run: dict[str, Any], budget: str, limit: float) -> float:
+    """Validation score of a run when it had used `limit` of its `budget`, between two evaluations linearly."""
+    curve = run["curve"]
+    return float(np.interp(limit, [point[budget] for point in curve], [point["score"] for point in curve]))
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each arm the mean over its seeds, and the standard error of that mean."""
+    """
+    For each arm: means over its seeds with their standard error; the difference from the first arm, paired by case and
+    averaged over seeds, with its standard error over the cases; validation scores when all arms had used as many
+    transformer passes, and as many CPU seconds, as the most frugal one in the end.
+    """
+    limits = {budget: min(run["curve"][-1][budget] for run in runs) for budget in ("thousand_passes", "cpu_seconds")}
     summary = []
+    first = None
     for arm in dict.fromkeys(run["arm"] for run in runs):
         rows = [run for run in runs if run["arm"] == arm]
         line: dict[str, Any] = {"arm": arm, "seeds": len(rows)}
-        for name in ("before", "score", "difference", "share_of_5", *TASKS, "wall_seconds"):
+        names = ("before", "score", "difference", "share_of_5", *TASKS, "clip_fraction", "cpu_seconds", "wall_seconds")
+        for name in names:
             values = np.array([row[name] for row in rows])
             line[name] = round(float(values.mean()), 4)
             if name in ("score", "difference") and len(rows) > 1:
                 line[f"{name}_se"] = round(float(values.std(ddof=1) / len(rows) ** 0.5), 4)
+        per_case = np.mean([row["scores"] for row in rows], axis=0)
+        first = per_case if first is None else first
+        line["against_first"], line["against_first_se"] = (
+            round(x, 4) for x in paired_difference(first.tolist(), per_case.tolist())
+        )
+        for budget, limit in limits.items():
+            line[f"at_{budget}"] = round(float(np.mean([at_budget(row, budget, limit) for row in rows])), 4)
         summary.append(line)
     return summary
 
 
 def summary_table(summary: list[dict[str, Any]]) -> str:
-    """Markdown table of a summary: mean scores and gains over the seeds, with the standard error of those means."""
-    lines = [
-        "| arm | seeds | before | after | gain | share of 5 | " + " | ".join(TASKS) + " | minutes |",
-        "|---" * (7 + len(TASKS)) + "|",
-    ]
+    """Markdown table of a summary."""
+    columns = ["arm", "seeds", "before", "after", "gain", "against the first", "share of 5", *TASKS]
+    columns += ["at equal passes", "at equal CPU seconds", "clipped", "CPU minutes"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for line in summary:
-        errors = [f" ± {line[f'{name}_se']:.3f}" if f"{name}_se" in line else "" for name in ("score", "difference")]
-        lines.append(
-            f"| {line['arm']} | {line['seeds']} | {line['before']:.3f} | {line['score']:.3f}{errors[0]} "
-            f"| {line['difference']:+.3f}{errors[1]} | {line['share_of_5']:.2f} | "
-            + " | ".join(f"{line[task]:.2f}" for task in TASKS)
-            + f" | {line['wall_seconds'] / 60:.1f} |"
-        )
+        seeds = {name: f" ± {line[f'{name}_se']:.3f}" if line["seeds"] > 1 else "" for name in ("score", "difference")}
+        cells = [line["arm"], str(line["seeds"]), f"{line['before']:.3f}", f"{line['score']:.3f}{seeds['score']}"]
+        cells += [f"{line['difference']:+.3f}{seeds['difference']}"]
+        cells += [f"{line['against_first']:+.3f} ± {line['against_first_se']:.3f}", f"{line['share_of_5']:.2f}"]
+        cells += [f"{line[task]:.2f}" for task in TASKS]
+        cells += [f"{line['at_thousand_passes']:.3f}", f"{line['at_cpu_seconds']:.3f}", f"{line['clip_fraction']:.3f}"]
+        cells += [f"{line['cpu_seconds'] / 60:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def draw_figure(runs: list[dict[str, Any]], summary: list[dict[str, Any]], x: str, path: Path) -> None:
-    """Validation scores over the training, mean and spread over the seeds, beside the test scores of each run."""
+def summary_page(name: str, summary: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
+    """The table with what its figures mean, and what made them."""
+    commits, machines = ({run[key] for run in runs} for key in ("commit", "machine"))
+    note = " (**runs of several commits**)" if len(commits) > 1 else ""
+    return f"""# {name}
+
+{summary_table(summary)}
+Scores are RuleScorer's (0 to 5) on {len(runs[0]["scores"])} test cases. *gain* is against the pretrained policy from the same
+noise. ± of *after* and *gain*: standard error over the seeds. *against the first*: difference from the first arm, paired by
+case, ± its standard error over the cases. *at equal passes*, *at equal CPU seconds*: validation scores when each arm had used
+as much as the most frugal one in the end. *clipped*: share of trained steps that were clipped.
+
+![Validation scores over passes and CPU seconds; test scores of each run]({name}.png)
+
+Made by `{shown_command()}` at commit {", ".join(sorted(commits))}{note} on {"; ".join(sorted(machines))}.
+"""
+
+
+def draw_figure(runs: list[dict[str, Any]], summary: list[dict[str, Any]], path: Path) -> None:
+    """Validation scores over transformer passes and CPU seconds, mean and range over the seeds, and all test scores."""
     from matplotlib.figure import Figure
 
-    label = {"step": "update", "thousand_passes": "transformer passes (thousands)", "seconds": "seconds on one core"}[
-        x
-    ]
-    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
-    curves, ends = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(15, 4.4), dpi=100, layout="constrained")
+    by_passes, by_seconds, ends = figure.subplots(1, 3)
     styles = ("-", "--", ":", "-.")
     for i, line in enumerate(summary):
         rows = [run for run in runs if run["arm"] == line["arm"]]
-        places = np.mean([[point[x] for point in run["curve"]] for run in rows], axis=0)
         scores = np.array([[point["score"] for point in run["curve"]] for run in rows])
-        style = {"color": f"C{i % 10}", "linestyle": styles[i // 4 % 4]}
-        curves.plot(places, scores.mean(0), label=line["arm"], **style)
-        curves.fill_between(places, scores.min(0), scores.max(0), color=style["color"], alpha=0.12, linewidth=0)
-        ends.plot([run["score"] for run in rows], [i] * len(rows), "o", color=style["color"], alpha=0.4)
-        ends.errorbar(line["score"], i, xerr=line.get("score_se"), fmt="D", color=style["color"], capsize=4)
-    curves.set(xlabel=label, ylabel="score on validation cases (task-aware)")
-    curves.grid(alpha=0.3)
-    curves.legend(fontsize="small")
+        color, style = f"C{i % 10}", styles[i // 4 % 4]
+        for axes, budget in ((by_passes, "thousand_passes"), (by_seconds, "cpu_seconds")):
+            places = np.mean([[point[budget] for point in run["curve"]] for run in rows], axis=0)
+            axes.plot(places, scores.mean(0), label=line["arm"], color=color, linestyle=style)
+            axes.fill_between(places, scores.min(0), scores.max(0), color=color, alpha=0.12, linewidth=0)
+        ends.plot([run["score"] for run in rows], [i] * len(rows), "o", color=color, alpha=0.4)
+        ends.errorbar(line["score"], i, xerr=line.get("score_se"), fmt="D", color=color, capsize=4)
+    by_passes.set(xlabel="transformer passes (thousands)", ylabel="score on validation cases")
+    by_seconds.set(xlabel="CPU seconds")
+    by_passes.legend(fontsize="small")
     ends.axvline(np.mean([run["before"] for run in runs]), color="grey", linestyle=":", label="before training")
     ends.set(xlabel="score on test cases: each seed, mean ± standard error", yticks=range(len(summary)))
     ends.set_yticklabels([line["arm"] for line in summary], fontsize="small")
     ends.invert_yaxis()
-    ends.grid(alpha=0.3)
     ends.legend(fontsize="small")
+    for axes in (by_passes, by_seconds, ends):
+        axes.grid(alpha=0.3)
     figure.savefig(path)
 
 
+def shown_command() -> str:
+    return " ".join(["python", *sys.argv])
+
+
 def environment() -> dict[str, Any]:
-    """What a result has to name so that it can be repeated: command, commit, versions, machine."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    """What a result has to name so that it can be repeated: commit, versions, machine."""
+    commit, root = "unknown", Path(__file__).parents[2]
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError):
+            git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        "commit": commit or "unknown",
+        "commit": commit,
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "peft", "trl")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
     }

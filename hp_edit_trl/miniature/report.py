@@ -100,13 +100,13 @@ def before_after_sheet(
             row, (old, new) = dataset[index], scores[index]
             text = f"{row['prompt']}  ({old:.1f} -> {new:.1f})"
             rows.append((text, [row["image"], before[index], after[index], row["target"]]))
-    return comparison_sheet(rows, ["source", "before training", "after training", "asked for"], height=128)
+    return comparison_sheet(rows, ["source", f"before (below {below:g})", "after", "asked for"], height=128)
 
 
 def report(trainer: FlowGRPOEditTrainer, dataset: Dataset) -> tuple[list[float], list[float]]:
     """
     Edits a dataset with and without the trained adapter, along the ODE and from the same noise; prints the scores per
-    task and writes `scores.csv` and `before_after.png` to the trainer's output folder.
+    task and writes `scores.csv` and `hard_cases.png` to the trainer's output folder.
 
     Args:
         trainer ([`FlowGRPOEditTrainer`]):
@@ -126,5 +126,5 @@ def report(trainer: FlowGRPOEditTrainer, dataset: Dataset) -> tuple[list[float],
         writer = csv.writer(file)
         writer.writerow(["id", "task", "before", "after"])
         writer.writerows(zip(dataset["id"], dataset["task"], *scores, strict=True))
-    before_after_sheet(dataset, before, after).save(folder / "before_after.png")
+    before_after_sheet(dataset, before, after).save(folder / "hard_cases.png")
     return scores

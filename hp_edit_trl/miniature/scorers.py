@@ -38,6 +38,8 @@ class RuleScorer:
             Shift of the reward's sigmoid.
     """
 
+    log_name = "score"
+
     def __init__(self, alpha: float = 2.0, beta: float = 5.0):
         self.alpha = alpha
         self.beta = beta
@@ -63,9 +65,9 @@ class RuleScorer:
     ) -> list[float]:
         scores = [self.score(*images) for images in zip(completions, image, target, strict=True)]
         if log_extra is not None:
-            log_extra("score", scores)
+            log_extra(self.log_name, scores)
         if log_metric is not None:
-            log_metric("score", sum(scores) / len(scores))
+            log_metric(self.log_name, sum(scores) / len(scores))
         return [1 / (1 + math.exp(self.beta - self.alpha * score)) for score in scores]
 
 
@@ -87,6 +89,8 @@ class CoarseScorer(RuleScorer):
         beta (`float`, *optional*, defaults to `5.0`):
             Shift of the reward's sigmoid.
     """
+
+    log_name = "coarse_score"
 
     def __init__(self, noise: float = 0.5, seed: int = 0, alpha: float = 2.0, beta: float = 5.0):
         super().__init__(alpha, beta)

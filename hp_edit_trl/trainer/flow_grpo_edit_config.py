@@ -95,7 +95,8 @@ class FlowGRPOEditConfig(_BaseConfig):
         normalize_ratio (`bool`, *optional*, defaults to `False`):
             Normalise the probability ratio, and weight each step by \\( 1 / |dt| \\), as
             [GRPO-Guard](https://huggingface.co/papers/2510.22319) does, so that clipping works alike at every step. The
-            normalised ratio is closer to 1: `epsilon` should be smaller with it.
+            normalised ratio is closer to 1: `epsilon` should be smaller with it. Its authors derive it for Flow-SDE; with
+            the other dynamics it is the same formula, without that derivation.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             Divide advantages by the standard deviation of the `"group"`, as in the paper's equation 3, of the
             `"batch"`, or not at all (`"none"`).
