@@ -1,18 +1,20 @@
 """
-Makes the weights of the miniature's policy: `python -m hp_edit_trl.miniature.pretrain`.
+Makes weights of the miniature's policy: `python -m hp_edit_trl.miniature.pretrain`.
 
-Three stages, each of which can be stopped at any time; the same command goes on where they were:
+Four stages, each of which can be stopped at any time; the same command goes on where they were:
 
 1. `vae`: encoder and decoder learn the world's pictures together;
 2. `decoder`: the encoder is frozen and the decoder goes on, which does not change the latents;
 3. `transformer`: it learns the world's edits by flow matching. A share of the targets is deliberately sloppy, which leaves
-   reinforcement learning something to improve.
+   reinforcement learning something to improve;
+4. `export`: all is saved as a pipeline.
 
-The first has to be there before the others. Run one after the other on two cores, all take about an hour and a half; the
-last two can also run at the same time, each in a process of its own.
+The second and the third can run at the same time (`--stages decoder --threads 1` and `--stages transformer --threads 1`):
+that is the faster way on two cores, and takes about an hour and a half with all the rest.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -47,7 +49,10 @@ VAE_BATCH = 32
 TRANSFORMER_BATCH = 64
 SLOPPY = 0.15  # share of sloppy targets
 EMA = 0.999
+STAGES = ["vae", "decoder", "transformer", "export"]
 EVALUATION_CASES = 400
+SHARD = 1_000  # cases that are encoded at a time
+SAVE_EVERY = 500  # steps
 VAE_CASES = 8_000  # cases whose pictures the VAE is trained on
 
 
@@ -83,7 +88,7 @@ def fit(
     every: int,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """AdamW with a one-cycle learning rate. Every 500 steps the state is saved, and it goes on with what is saved."""
+    """AdamW with a one-cycle learning rate. The state is saved now and then, and it goes on with what is saved."""
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
     schedule = OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     stateful: dict[str, Any] = {**modules, "optimizer": optimizer, "schedule": schedule}
@@ -92,6 +97,11 @@ def fit(
     if file.exists():
         state = torch.load(file)
         start, seconds = state["step"], state["seconds"]
+        if state["schedule"]["total_steps"] != steps:
+            raise ValueError(
+                f"{file} is of a training of {state['schedule']['total_steps']} steps, but {steps} are asked for: its learning "
+                "rate has another course. Ask for as many, or choose another output_dir."
+            )
         for key, thing in stateful.items():
             thing.load_state_dict(state[key])
     losses = []
@@ -105,7 +115,7 @@ def fit(
         schedule.step()
         after_step(step)
         losses.append(loss.item())
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             now = seconds + time.process_time() - began
             row = {
                 "stage": name,
@@ -175,9 +185,10 @@ def sloppy(case: Case, rng: np.random.Generator) -> np.ndarray:
 
 
 def mean_by_task(tasks: list[str], scores: list[float]) -> dict[str, float]:
-    """Mean score of each task, and over all cases as `score`."""
+    """Mean score of each task, and over all cases as `score`; the median, and the share of those that round to 5."""
     by_task = {task: [s for t, s in zip(tasks, scores, strict=True) if t == task] for task in TASKS}
     means = {"score": float(np.mean(scores))} | {task: float(np.mean(values)) for task, values in by_task.items()}
+    means |= {"median": float(np.median(scores)), "share_of_5": float(np.mean(np.array(scores) >= 4.5))}
     return {name: round(value, 3) for name, value in means.items()}
 
 
@@ -272,9 +283,9 @@ def train_decoder(folder: Path, steps: int, compiled: bool) -> None:
 
 @torch.no_grad()
 @fast_convolutions()
-def encode_shard(folder: Path, shard: int, size: int) -> Path:
+def encode_shard(folder: Path, shard: int, size: int, encoder: str) -> Path:
     """Cases of one part of the pool as the transformer takes them: text, latents of source, target and sloppy target."""
-    file = folder / "pool" / f"{shard:03d}.pt"
+    file = folder / "pool" / f"{encoder}-{size}-{shard:03d}.pt"
     if file.exists():
         return file
     policy = QwenImageEditPlusPolicy(new_pipeline(load_vae(folder)))
@@ -341,11 +352,18 @@ def policy_scores(policy: QwenImageEditPlusPolicy, model: nn.Module) -> dict[str
 
 def train_transformer(folder: Path, steps: int, num_cases: int, compiled: bool, processes: int) -> None:
     (folder / "pool").mkdir(exist_ok=True)
-    size = min(num_cases, 1000)
+    size = min(num_cases, SHARD)
+    if size < 1 or num_cases % size:
+        raise ValueError(f"{num_cases} cases are not a multiple of {SHARD}, nor fewer.")
     numbers = range(num_cases // size)
+    vae = torch.load(folder / "vae.pt")["vae"]
+    encoder = hashlib.sha256(b"".join(vae[name].numpy().tobytes() for name in sorted(vae) if "decoder" not in name))
+    key = encoder.hexdigest()[:8]  # latents of another encoder are not taken for its own
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        shards = executor.map(encode_shard, itertools.repeat(folder), numbers, itertools.repeat(size))
+        shards = executor.map(
+            encode_shard, itertools.repeat(folder), numbers, itertools.repeat(size), itertools.repeat(key)
+        )
         parts = [torch.load(file) for file in tqdm(shards, "pool", total=len(numbers))]
     embeds = [embed for part in parts for embed in part["prompt_embeds"]]
     sources, targets, careless = (
@@ -392,6 +410,10 @@ def train_transformer(folder: Path, steps: int, num_cases: int, compiled: bool, 
 
 def export(folder: Path) -> None:
     """Saves the trained pipeline to `folder/pipeline`, its large parts in half precision, with its log and its scores."""
+    for name in ("vae", "decoder", "transformer"):
+        state = torch.load(folder / f"{name}.pt")
+        if state["step"] < state["schedule"]["total_steps"]:
+            raise ValueError(f"The stage {name!r} is at step {state['step']} of {state['schedule']['total_steps']}.")
     vae = load_vae(folder)
     with torch.no_grad():
         for module in vae.modules():
@@ -413,13 +435,13 @@ def export(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/miniature"))
-    parser.add_argument("--stages", nargs="+", default=["vae", "decoder", "transformer"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--vae_steps", type=int, default=3_000)
     parser.add_argument("--decoder_steps", type=int, default=10_000)
     parser.add_argument("--transformer_steps", type=int, default=12_000)
     parser.add_argument("--cases", type=int, default=32_000, help="cases that the transformer is trained on")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler; nearly twice as fast")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
@@ -430,4 +452,5 @@ if __name__ == "__main__":
             train_decoder(args.output_dir, args.decoder_steps, args.compile)
         if "transformer" in args.stages:
             train_transformer(args.output_dir, args.transformer_steps, args.cases, args.compile, args.threads)
+        if "export" in args.stages:
             export(args.output_dir)

@@ -30,6 +30,7 @@ def test_embedded_default(tmp_path):
     assert "qwen-edit-embedded" in (output / "README.md").read_text()
     for name in ("reward_curve.png", "before_after.png"):
         assert min(Image.open(output / name).size) > 100
+    assert "| all | 400 |" in done.stdout and (output / "scores.csv").exists() and (output / "hard_cases.png").exists()
     # It goes on where it was.
     again = run("--max_steps", "4", "--resume_from_checkpoint", str(output / "checkpoint-3"), cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-4000:]
@@ -39,6 +40,11 @@ def test_embedded_default(tmp_path):
 def test_a_model_of_ones_own_is_not_trained_with_the_embedded_config(tmp_path, form):
     done = run(*form.split(), "--output_dir", "x", "--use_cpu", "true", cwd=tmp_path)
     assert done.returncode == 1 and "--dataset_name is needed" in done.stderr
+
+
+def test_a_dataset_without_a_model(tmp_path):
+    done = run("--dataset_name", "someone/cases", cwd=tmp_path)
+    assert done.returncode == 1 and "--dataset_name without --model_name_or_path" in done.stderr
 
 
 def test_options_of_language_models(tmp_path):

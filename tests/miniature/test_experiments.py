@@ -17,7 +17,7 @@ CONFIG = Path(__file__).parents[2] / "examples" / "miniature" / "experiment.yaml
 def config(tmp_path):
     values = yaml.safe_load(CONFIG.read_text()) | {
         "num_generations": 4, "per_device_train_batch_size": 4, "steps_per_generation": 1, "max_steps": 1,
-        "eval_steps": 1, "num_inference_steps": 3, "sde_window_size": 1, "sde_window_range": [0, 1],
+        "eval_steps": 1, "logging_steps": 1, "num_inference_steps": 3, "sde_window_size": 1, "sde_window_range": [0, 1],
     }  # fmt: skip
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -31,38 +31,52 @@ def test_an_experiment_writes_its_results_and_goes_on_where_it_was(config, tmp_p
         Arm("filtered, coarse", {"lora_r": 4, "lora_alpha": 8}, task_aware=False, filtered=True),
     ]
     where = {"results": tmp_path / "results", "folder": tmp_path / "runs", "num_cases": 16}
-    runs = run_experiment("trial", arms, [0, 1], config, **where)
-    assert [(run["arm"], run["seed"]) for run in runs] == [(arm.name, seed) for arm in arms for seed in (0, 1)]
-    assert runs[0]["train_cases"] == 16 and 0 < runs[2]["train_cases"] < 16
+    runs = run_experiment("trial", arms, [3], config, **where)
+    assert [(run["arm"], run["seed"]) for run in runs] == [(arm.name, 3) for arm in arms]
+    assert runs[0]["train_cases"] == 16 and 0 < runs[1]["train_cases"] < 16
     assert all(0 < run["score"] < 5 and len(run["curve"]) == 2 for run in runs)
     record = json.loads((tmp_path / "results" / "trial.json").read_text())
     assert record["runs"] == runs and record["config"]["max_steps"] == 1
-    assert {"command", "commit", "versions", "machine"} <= set(record)
+    assert all(run["commit"] and {"versions", "machine"} <= set(run["environment"]) for run in record["runs"])
+    assert all(len(run["scores"]) == 400 and run["cpu_seconds"] > 0 for run in runs)
+    with (tmp_path / "results" / "trial_curves.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 4
     with (tmp_path / "results" / "trial.csv").open() as file:
         assert [row["arm"] for row in csv.DictReader(file)] == [run["arm"] for run in runs]
-    assert "| filtered, coarse | 2 |" in (tmp_path / "results" / "trial.md").read_text()
+    assert "| filtered, coarse | 1 |" in (tmp_path / "results" / "trial.md").read_text()
     assert min(Image.open(tmp_path / "results" / "trial.png").size) > 300
 
     # What is there is not done again, unless what it was made with has changed.
     done = {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("result.json")}
-    run_experiment("trial", arms, [0, 1], config, **where)
+    run_experiment("trial", arms, [3], config, **where)
     assert {path: path.stat().st_mtime for path in done} == done
     other = [arms[0], Arm(arms[1].name, {"lora_r": 8, "lora_alpha": 8}, task_aware=False, filtered=True)]
-    run_experiment("trial", other, [0, 1], config, **where)
+    run_experiment("trial", other, [3], config, **where)
     changed = [path.parent.name for path in done if path.stat().st_mtime != done[path]]
-    assert sorted(changed) == ["filtered,_coarse-0", "filtered,_coarse-1"]
+    assert changed == ["filtered,_coarse-3"]
 
 
-def test_a_summary_is_over_seeds():
+def test_a_summary_pairs_arms_and_compares_equal_budgets():
+    def run(arm, seed, gain, scores, passes):
+        curve = [
+            {"step": 10 * i, "thousand_passes": passes * i, "cpu_seconds": 5.0 * i, "score": 4.0 + i} for i in range(3)
+        ]
+        values = {"before": 4.0, "score": 4.0 + gain, "difference": gain, "share_of_5": 0.5, "clip_fraction": 0.1}
+        values |= dict.fromkeys([*experiments.TASKS, "cpu_seconds", "wall_seconds"], 1.0)
+        return {"arm": arm, "seed": seed, "scores": scores, "curve": curve, **values}
+
     runs = [
-        {"arm": arm, "seed": seed, "before": 4.0, "score": 4.0 + gain, "difference": gain, "share_of_5": 0.5}
-        | dict.fromkeys([*experiments.TASKS, "wall_seconds"], 1.0)
-        for arm, gains in (("a", (0.1, 0.3)), ("b", (0.2,)))
-        for seed, gain in enumerate(gains)
-    ]
+        run("a", 0, 0.1, [1.0, 2.0, 3.0], 2.0), run("a", 1, 0.3, [3.0, 2.0, 3.0], 2.0), run("b", 0, 0.2, [3.0, 4.0, 4.0], 1.0),
+    ]  # fmt: skip
     a, b = summarise(runs)
-    assert (a["seeds"], a["score"], a["difference_se"]) == (2, 4.2, 0.1)
+    assert (a["seeds"], a["score"], a["difference_se"], a["against_first"]) == (2, 4.2, 0.1, 0.0)
     assert b["seeds"] == 1 and "score_se" not in b
+    # Per case: 3, 4, 4 against the means over seeds 2, 2, 3.
+    assert b["against_first"] == pytest.approx(4 / 3, abs=1e-4)
+    assert b["against_first_se"] == pytest.approx(1 / 3, abs=1e-4)
+    # b ends after 2 thousand passes, where a has made one of its two steps.
+    assert (a["at_thousand_passes"], b["at_thousand_passes"], a["at_cpu_seconds"]) == (5.0, 6.0, 6.0)
+    assert "+1.333 ± 0.333" in experiments.summary_table([a, b])
 
 
 def test_passes_are_counted(config, tmp_path):
@@ -80,8 +94,11 @@ def test_passes_are_counted(config, tmp_path):
 
     handle = trainer.policy.pipeline.transformer.register_forward_hook(count)
     trainer.args.eval_on_start = False
+    clock = experiments.CpuClock()
+    trainer.add_callback(clock)
     trainer.train()
     handle.remove()
     evaluation = 4 * 3
-    (point,) = learning_curve(trainer)
+    (point,) = learning_curve(trainer, clock)
     assert point["thousand_passes"] * 1000 == passes - evaluation
+    assert 0 < point["cpu_seconds"] == clock.seconds
