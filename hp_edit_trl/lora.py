@@ -28,17 +28,14 @@ FORMATS = ("diffusers", "peft", "comfyui", "kohya")
 # What sd-scripts and musubi-tuner call the modules of FLUX transformers, which they know in their original layout. Modules
 # with the same name are one module there, stacked in this order.
 FLUX_BLOCKS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
-FLUX_NAMES = {
-    "double_blocks": {
-        "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-        "txt_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-        "img_attn_proj": ["attn.to_out.0"],
-        "txt_attn_proj": ["attn.to_add_out"],
-    },
-    "single_blocks": {},
+FLUX_ATTENTION = {
+    "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn_qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn_proj": ["attn.to_out.0"],
+    "txt_attn_proj": ["attn.to_add_out"],
 }
 KONTEXT_NAMES = {
-    "double_blocks": FLUX_NAMES["double_blocks"]
+    "double_blocks": FLUX_ATTENTION
     | {
         "img_mlp_0": ["ff.net.0.proj"],
         "img_mlp_2": ["ff.net.2"],
@@ -54,7 +51,7 @@ KONTEXT_NAMES = {
     },
 }
 KLEIN_NAMES = {
-    "double_blocks": FLUX_NAMES["double_blocks"]
+    "double_blocks": FLUX_ATTENTION
     | {
         "img_mlp_0": ["ff.linear_in"],
         "img_mlp_2": ["ff.linear_out"],
@@ -306,6 +303,8 @@ def _is_klein(state: dict[str, torch.Tensor]) -> bool:
 def _from_kohya(state: dict[str, torch.Tensor], path: Path) -> Lora:
     down, up, alpha = {}, {}, {}
     table = KLEIN_NAMES if _is_klein(state) else KONTEXT_NAMES
+    diffusers_blocks = {theirs: ours for ours, theirs in FLUX_BLOCKS.items()}
+    qwen_suffixes = {known.replace(".", "_"): known for known in QWEN_SUFFIXES}
     for name, weight in state.items():
         target, _, part = name.partition(".")
         if part != "lora_down.weight":
@@ -323,15 +322,13 @@ def _from_kohya(state: dict[str, torch.Tensor], path: Path) -> Lora:
             raise ValueError(f"{path}: {target!r} is not a module of a transformer that is known here.")
         kind, number, suffix = match.groups()
         if kind == "transformer_blocks":
-            suffixes = {known.replace(".", "_"): known for known in QWEN_SUFFIXES}
-            if suffix not in suffixes:
+            if suffix not in qwen_suffixes:
                 raise ValueError(f"{path}: {target!r} is not a module of Qwen-Image.")
-            parts = [f"{kind}.{number}.{suffixes[suffix]}"]
+            parts = [f"{kind}.{number}.{qwen_suffixes[suffix]}"]
         else:
-            block = {value: key for key, value in FLUX_BLOCKS.items()}[kind]
             if suffix not in table[kind]:
                 raise ValueError(f"{path}: {target!r} is not a module of FLUX.")
-            parts = [f"{block}.{number}.{part}" for part in table[kind][suffix]]
+            parts = [f"{diffusers_blocks[kind]}.{number}.{part}" for part in table[kind][suffix]]
         # Queries, keys and values are as wide as the input; an MLP beside them takes the rest.
         sizes = [len(whole_up)] if len(parts) == 1 else [len(whole_up) // 3] * 3
         if len(parts) == 4:

@@ -621,7 +621,6 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             path = bucket[0].trajectory
             latents = torch.stack([sample.trajectory.latents for sample in bucket], dim=1)
             old_log_probs = torch.stack([sample.trajectory.log_probs for sample in bucket], dim=1)
-            old_means = torch.stack([sample.trajectory.means for sample in bucket], dim=1)
             advantages = torch.tensor([sample.advantage for sample in bucket], device=latents.device)
             kl_weights = torch.tensor([sample.kl_weight for sample in bucket], device=latents.device)
             clipped_low, clipped_high = [], []
@@ -633,7 +632,8 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                     log_probs = log_prob(self.args.dynamics, latents[k + 1], mean, std)
                     log_ratio = log_probs - old_log_probs[k]
                     if self.args.normalize_ratio:
-                        ratio = torch.exp(normalized_log_ratio(latents[k + 1], mean, old_means[k], std))
+                        old_mean = torch.stack([sample.trajectory.means[k] for sample in bucket])
+                        ratio = torch.exp(normalized_log_ratio(latents[k + 1], mean, old_mean, std))
                     else:
                         ratio = torch.exp(log_ratio)
                     clipped = torch.clamp(ratio, 1 - self.epsilon_low, 1 + self.epsilon_high)
