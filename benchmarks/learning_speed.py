@@ -25,7 +25,8 @@ DYNAMICS = {
     "CPS": {"dynamics": "cps", "noise_level": 0.7, "epsilon": 1e-4},
 }
 RATIOS = {"": {}, ", Guard": {"normalize_ratio": True, "epsilon": 1e-4}}
-STEPS = {"max_steps": 64, "eval_steps": 16}
+# More denoising steps than the other experiments have, so that windows differ from the whole trajectory
+STEPS = {"num_inference_steps": 8, "max_steps": 64, "eval_steps": 16}
 ARMS = [
     Arm(f"{dynamics}, {window}{ratio}", options=a | b | c | STEPS)
     for dynamics, a in DYNAMICS.items()

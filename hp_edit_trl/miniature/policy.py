@@ -13,7 +13,7 @@ def load_pipeline() -> QwenImageEditPlusPipeline:
     """
     Loads the pretrained miniature: stock classes, a transformer of 2.5 million parameters, weights from the package.
 
-    It edits scenes of [`load_dataset`] at `resolution=32`, without guidance (`true_cfg_scale=1.0`), in about 8 steps.
+    It edits scenes of [`load_dataset`] at `resolution=32`, without guidance (`true_cfg_scale=1.0`), in about 5 steps.
     `pretrain.py` made it.
 
     Returns:

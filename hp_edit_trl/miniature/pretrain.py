@@ -1,16 +1,16 @@
 """
 Makes weights of the miniature's policy: `python -m hp_edit_trl.miniature.pretrain`.
 
-Four stages, each of which can be stopped at any time; the same command goes on where they were:
+Five stages, each of which can be stopped at any time; the same command goes on where they were:
 
 1. `vae`: encoder and decoder learn the world's pictures together;
 2. `decoder`: the encoder is frozen and the decoder goes on, which does not change the latents;
 3. `transformer`: it learns the world's edits by flow matching. A share of the targets is deliberately sloppy, which leaves
    reinforcement learning something to improve;
-4. `export`: all is saved as a pipeline.
+4. `polish`: a second, gentler course of the same, with fewer sloppy targets;
+5. `export`: all is saved as a pipeline.
 
-The second and the third can run at the same time (`--stages decoder --threads 1` and `--stages transformer --threads 1`):
-that is the faster way on two cores, and takes about an hour and a half with all the rest.
+The second and the third can run at the same time (`--stages decoder --threads 1` and `--stages transformer --threads 1`).
 """
 
 import argparse
@@ -47,9 +47,10 @@ from .world import SIZE, TASKS, Case, blur, draw_case, stream, to_image
 
 VAE_BATCH = 32
 TRANSFORMER_BATCH = 64
-SLOPPY = 0.15  # share of sloppy targets
-EMA = 0.999
-STAGES = ["vae", "decoder", "transformer", "export"]
+# Of both courses of the transformer: highest learning rate, share of sloppy targets, decay of the averaged weights
+COURSES = {"transformer": (2e-3, 0.15, 0.999), "polish": (7e-4, 0.10, 0.998)}
+STAGES = ["vae", "decoder", "transformer", "polish", "export"]
+NUM_INFERENCE_STEPS = 5
 EVALUATION_CASES = 400
 SHARD = 1_000  # cases that are encoded at a time
 SAVE_EVERY = 500  # steps
@@ -336,11 +337,11 @@ def encode_texts(policy: QwenImageEditPlusPolicy, prompts: list[str], images: li
 
 @torch.no_grad()
 def policy_scores(policy: QwenImageEditPlusPolicy, model: nn.Module) -> dict[str, float]:
-    """RuleScorer's means over validation cases, edited along the ODE in 8 steps from fixed noise."""
+    """RuleScorer's means over validation cases, edited along the ODE from fixed noise."""
     cases = list(itertools.islice(stream("validation"), EVALUATION_CASES))
     conditions = [policy.encode([to_image(case.source)], case.prompt, None, SIZE) for case in cases]
     generators = [seeded_generator("evaluation", i) for i in range(len(cases))]
-    paths = rollout(policy, model, conditions, generators, num_inference_steps=8, true_cfg_scale=1.0, batch_size=100)
+    paths = rollout(policy, model, conditions, generators, num_inference_steps=NUM_INFERENCE_STEPS, true_cfg_scale=1.0, batch_size=100)
     images = decode(policy, [path.final for path in paths], conditions, 100)
     scorer = RuleScorer()
     scores = [
@@ -350,7 +351,9 @@ def policy_scores(policy: QwenImageEditPlusPolicy, model: nn.Module) -> dict[str
     return mean_by_task([case.task for case in cases], scores)
 
 
-def train_transformer(folder: Path, steps: int, num_cases: int, compiled: bool, processes: int) -> None:
+def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, compiled: bool, processes: int) -> None:
+    """One of the transformer's `COURSES`; the second begins with the averaged weights of the first."""
+    learning_rate, sloppy_share, decay = COURSES[stage]
     (folder / "pool").mkdir(exist_ok=True)
     size = min(num_cases, SHARD)
     if size < 1 or num_cases % size:
@@ -371,6 +374,8 @@ def train_transformer(folder: Path, steps: int, num_cases: int, compiled: bool, 
     )
     policy = QwenImageEditPlusPolicy(new_pipeline(load_vae(folder)))
     transformer = policy.pipeline.transformer
+    if stage == "polish":
+        transformer.load_state_dict(finished(folder, "transformer")["average"])
     average = new_transformer().eval()
     average.load_state_dict(transformer.state_dict())
     average.requires_grad_(False)
@@ -387,7 +392,7 @@ def train_transformer(folder: Path, steps: int, num_cases: int, compiled: bool, 
         generator = seeded_generator("transformer", step)
         rows = torch.randint(len(targets), (TRANSFORMER_BATCH,), generator=generator)
         wanted = targets[rows]
-        spoilt = torch.rand(TRANSFORMER_BATCH, generator=generator) < SLOPPY
+        spoilt = torch.rand(TRANSFORMER_BATCH, generator=generator) < sloppy_share
         wanted = torch.where(spoilt[:, None, None], careless[rows], wanted)
         sigma = shift[torch.randint(1000, (TRANSFORMER_BATCH,), generator=generator)]
         noise = torch.randn(wanted.shape, generator=generator)
@@ -397,30 +402,35 @@ def train_transformer(folder: Path, steps: int, num_cases: int, compiled: bool, 
         return F.mse_loss(velocity, noise - wanted)
 
     def average_weights(step: int) -> None:
-        weight = max(1 - EMA, 1 / (step + 1))
+        weight = max(1 - decay, 1 / (step + 1))
         for slow, fast in zip(average.parameters(), transformer.parameters(), strict=True):
             slow.lerp_(fast.detach(), weight)
 
     modules = {"transformer": transformer, "average": average}
     fit(
-        "transformer", loss_of_step, list(transformer.parameters()), steps, 2e-3, folder, modules,
+        stage, loss_of_step, list(transformer.parameters()), steps, learning_rate, folder, modules,
         lambda: policy_scores(policy, average), 1000, average_weights,
     )  # fmt: skip
 
 
+def finished(folder: Path, stage: str) -> dict[str, Any]:
+    """The saved state of a stage, which has to be at its end."""
+    state = torch.load(folder / f"{stage}.pt")
+    if state["step"] < state["schedule"]["total_steps"]:
+        raise ValueError(f"The stage {stage!r} is at step {state['step']} of {state['schedule']['total_steps']}.")
+    return state
+
+
 def export(folder: Path) -> None:
     """Saves the trained pipeline to `folder/pipeline`, its large parts in half precision, with its log and its scores."""
-    for name in ("vae", "decoder", "transformer"):
-        state = torch.load(folder / f"{name}.pt")
-        if state["step"] < state["schedule"]["total_steps"]:
-            raise ValueError(f"The stage {name!r} is at step {state['step']} of {state['schedule']['total_steps']}.")
+    states = {stage: finished(folder, stage) for stage in STAGES if stage != "export"}
     vae = load_vae(folder)
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, autoencoder_kl_qwenimage.QwenImageCausalConv3d):
                 module.weight[:, :, :-1] = 0  # pictures have one frame: these were never trained
     pipeline = new_pipeline(vae)
-    pipeline.transformer.load_state_dict(torch.load(folder / "transformer.pt")["average"])
+    pipeline.transformer.load_state_dict(states["polish"]["average"])
     for module in (vae, pipeline.transformer):
         module.half()
     pipeline.save_pretrained(folder / "pipeline")
@@ -439,6 +449,7 @@ if __name__ == "__main__":
     parser.add_argument("--vae_steps", type=int, default=3_000)
     parser.add_argument("--decoder_steps", type=int, default=10_000)
     parser.add_argument("--transformer_steps", type=int, default=12_000)
+    parser.add_argument("--polish_steps", type=int, default=5_000)
     parser.add_argument("--cases", type=int, default=32_000, help="cases that the transformer is trained on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
@@ -450,7 +461,8 @@ if __name__ == "__main__":
             train_vae(args.output_dir, args.vae_steps, args.compile)
         if "decoder" in args.stages:
             train_decoder(args.output_dir, args.decoder_steps, args.compile)
-        if "transformer" in args.stages:
-            train_transformer(args.output_dir, args.transformer_steps, args.cases, args.compile, args.threads)
+        for stage, steps in (("transformer", args.transformer_steps), ("polish", args.polish_steps)):
+            if stage in args.stages:
+                train_transformer(args.output_dir, stage, steps, args.cases, args.compile, args.threads)
         if "export" in args.stages:
             export(args.output_dir)

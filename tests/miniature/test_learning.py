@@ -19,7 +19,7 @@ def train_and_compare(reward, folder):
     trainer = make_trainer(CONFIG, options, folder, 0, reward, load_dataset("train", 400), None)
     assert trainer.num_generations == GROUP
     trainer.train()
-    test = load_dataset("test", 400)
+    test = load_dataset("test", 800)
     before = score_edits(edit_dataset(partial(trainer.sample_edits, adapter=False), test), test)
     after = score_edits(edit_dataset(trainer.sample_edits, test), test)
     return paired_difference(before, after)

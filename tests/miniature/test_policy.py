@@ -26,7 +26,7 @@ def sampler(pipeline):
         conditions = [policy.encode(images, row["prompt"], None, 32) for row, images in cases]
         generators = [seeded_generator("test", row["id"]) for row, _ in cases]
         paths = rollout(
-            policy, pipeline.transformer, conditions, generators, num_inference_steps=8, true_cfg_scale=1.0, batch_size=50
+            policy, pipeline.transformer, conditions, generators, num_inference_steps=5, true_cfg_scale=1.0, batch_size=50
         )  # fmt: skip
         return decode(policy, [path.final for path in paths], conditions, 50)
 
@@ -55,7 +55,7 @@ def test_the_plain_pipeline_edits_alike(pipeline, monkeypatch):
     (row,) = load_dataset("validation", 1)
     noise = torch.randn((1, 16, 64), generator=seeded_generator("test", row["id"]))
     (image,) = pipeline(
-        row["image"], row["prompt"], true_cfg_scale=1.0, height=32, width=32, num_inference_steps=8, latents=noise
+        row["image"], row["prompt"], true_cfg_scale=1.0, height=32, width=32, num_inference_steps=5, latents=noise
     ).images
     (ours,) = sampler(pipeline)([(row, [row["image"]])])
     assert np.abs(np.asarray(image, dtype=int) - np.asarray(ours, dtype=int)).max() <= 1

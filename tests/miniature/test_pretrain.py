@@ -59,10 +59,16 @@ def test_all_stages(tmp_path, monkeypatch):
     pretrain.train_vae(tmp_path, 2, compiled=False)
     pretrain.train_decoder(tmp_path, 1, compiled=False)
     with pytest.raises(ValueError, match="1500 cases are not a multiple of 1000"):
-        pretrain.train_transformer(tmp_path, 1, 1500, compiled=False, processes=1)
-    pretrain.train_transformer(tmp_path, 2, 16, compiled=False, processes=1)
+        pretrain.train_transformer(tmp_path, "transformer", 1, 1500, compiled=False, processes=1)
+    pretrain.train_transformer(tmp_path, "transformer", 2, 16, compiled=False, processes=1)
+    first = torch.load(tmp_path / "transformer.pt")["average"]
+    monkeypatch.setitem(pretrain.COURSES, "polish", (1e-9, 0.1, 0.5))  # so slow that it shows where it began
+    pretrain.train_transformer(tmp_path, "polish", 1, 16, compiled=False, processes=1)
+    polished = torch.load(tmp_path / "polish.pt")["transformer"]
+    for name, weight in first.items():
+        torch.testing.assert_close(polished[name], weight, rtol=0, atol=1e-6)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in log] == [("vae", 2), ("decoder", 1), ("transformer", 2)]
+    assert [(row["stage"], row["step"]) for row in log] == [("vae", 2), ("decoder", 1), ("transformer", 2), ("polish", 1)]
     assert all("score" in row and "remove" in row for row in log)
     pretrain.export(tmp_path)
     loaded = QwenImageEditPlusPipeline.from_pretrained(str(tmp_path / "pipeline"), dtype=torch.float32)
