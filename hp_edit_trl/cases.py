@@ -1,4 +1,7 @@
-"""What a case is: a row with `prompt`, `image` or `images`, and optionally `id`, `task`, `category`, `requirement`."""
+"""
+What a case is: a row with `prompt`, `image` or `images`, and optionally `id`, `task`, `category`, `requirement`. A preference
+pair is a case with two edits of it, `chosen` and `rejected`.
+"""
 
 from typing import Any
 
@@ -66,6 +69,32 @@ def check_columns(dataset: Dataset, name: str) -> None:
             seen[case_id] = row
 
 
+def check_pairs(dataset: Dataset, name: str) -> None:
+    """
+    Raises an error that says what is wrong with a dataset of preference pairs. No image is read.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        name (`str`):
+            What the error calls it, e.g. `"train_dataset"`.
+
+    Raises:
+        `TypeError`: If it is not a map-style [`~datasets.Dataset`].
+        `ValueError`: If it is not a dataset of cases, see [`check_columns`], or has no images `chosen` and `rejected`.
+    """
+    check_columns(dataset, name)
+    for column in ("chosen", "rejected"):
+        feature = dataset.features.get(column)
+        if feature is None:
+            raise ValueError(
+                f"{name} has no column {column!r}: a preference pair has two edits of one case, `chosen` and `rejected`; its "
+                f"columns are {list(dataset.features)}."
+            )
+        if not (isinstance(feature, Image | dict) or (isinstance(feature, Value) and feature.dtype == "string")):
+            raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
+
+
 def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
     """
     Raises an error if a case has more reference images than a pipeline takes. No image is read.
@@ -96,9 +125,10 @@ def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
 
 
 def without_decoding(dataset: Dataset) -> Dataset:
-    """The dataset with its source images left encoded, so that a broken one is met case by case by [`case_images`]."""
-    if isinstance(dataset.features.get("image"), Image):
-        dataset = dataset.cast_column("image", Image(decode=False))
+    """The dataset with its images left encoded, so that a broken one is met case by case by [`case_images`]."""
+    for column in ("image", "chosen", "rejected"):
+        if isinstance(dataset.features.get(column), Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
     images = dataset.features.get("images")
     if isinstance(images, List) and isinstance(images.feature, Image):
         dataset = dataset.cast_column("images", List(Image(decode=False)))
@@ -121,15 +151,53 @@ def case_images(row: dict[str, Any], case_id: Any) -> list[PILImage.Image]:
     values = row.get("images") if row.get("images") is not None else [row.get("image")]
     if not values or any(value is None for value in values):
         raise UnreadableImageError(f"Case {case_id!r} has no image.")
+    return [read_image(value, f"An image of case {case_id!r}") for value in values]
+
+
+def read_image(value: Any, name: str) -> PILImage.Image:
+    """
+    An image, decoded, turned upright, in RGB.
+
+    Args:
+        value (`PIL.Image.Image`, `str` or `dict`):
+            A PIL image, a path, or datasets' encoded form.
+        name (`str`):
+            What an error calls it.
+
+    Raises:
+        [`UnreadableImageError`]: If it cannot be decoded.
+    """
+    try:
+        if isinstance(value, str):
+            value = {"path": value, "bytes": None}
+        image = value if isinstance(value, PILImage.Image) else Image().decode_example(value)
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+        raise UnreadableImageError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def pair_images(row: dict[str, Any], case_id: Any) -> tuple[PILImage.Image, PILImage.Image]:
+    """
+    The chosen and the rejected edit of a preference pair: decoded, turned upright, in RGB.
+
+    Args:
+        row (`dict`):
+            The pair, with `chosen` and `rejected`.
+        case_id (`Any`):
+            What an error calls the pair.
+
+    Raises:
+        [`UnreadableImageError`]: If one is missing, cannot be decoded, or has another size than the other.
+    """
     images = []
-    for value in values:
-        try:
-            if isinstance(value, str):
-                value = {"path": value, "bytes": None}
-            image = value if isinstance(value, PILImage.Image) else Image().decode_example(value)
-            images.append(ImageOps.exif_transpose(image).convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
-            raise UnreadableImageError(
-                f"An image of case {case_id!r} cannot be decoded: {type(error).__name__}: {error}"
-            ) from error
-    return images
+    for column in ("chosen", "rejected"):
+        if row[column] is None:
+            raise UnreadableImageError(f"Pair {case_id!r} has no {column} image.")
+        images.append(read_image(row[column], f"The {column} image of pair {case_id!r}"))
+    chosen, rejected = images
+    if chosen.size != rejected.size:
+        raise UnreadableImageError(
+            f"The chosen image of pair {case_id!r} has {chosen.width} x {chosen.height} pixels and the rejected one "
+            f"{rejected.width} x {rejected.height}: two edits of one case have one size. Crop them, or leave the pair out."
+        )
+    return chosen, rejected

@@ -341,7 +341,15 @@ def policy_scores(policy: QwenImageEditPlusPolicy, model: nn.Module) -> dict[str
     cases = list(itertools.islice(stream("validation"), EVALUATION_CASES))
     conditions = [policy.encode([to_image(case.source)], case.prompt, None, SIZE) for case in cases]
     generators = [seeded_generator("evaluation", i) for i in range(len(cases))]
-    paths = rollout(policy, model, conditions, generators, num_inference_steps=NUM_INFERENCE_STEPS, true_cfg_scale=1.0, batch_size=100)
+    paths = rollout(
+        policy,
+        model,
+        conditions,
+        generators,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        true_cfg_scale=1.0,
+        batch_size=100,
+    )
     images = decode(policy, [path.final for path in paths], conditions, 100)
     scorer = RuleScorer()
     scores = [

@@ -127,6 +127,21 @@ class EditPolicy(ABC):
         """
 
     @abstractmethod
+    def encode_image(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
+        """
+        Encodes an image as references and targets are encoded: packed latents of shape `(num_tokens, num_channels)`, with
+        the noise-free `x0` of [`~EditPolicy.velocity`] as their scale.
+
+        Args:
+            image (`PIL.Image.Image`):
+                The image, RGB. It is resized if it has another size.
+            height (`int`):
+                Height in pixels, as [`~EditPolicy.target_size`] gives it.
+            width (`int`):
+                Width in pixels.
+        """
+
+    @abstractmethod
     def sigmas(self, num_inference_steps: int, conditions: EditConditions) -> torch.Tensor:
         """Noise levels of shape `(num_inference_steps + 1,)` for a case of this size, as the pipeline sets them."""
 
@@ -147,7 +162,7 @@ class EditPolicy(ABC):
             latents (`torch.Tensor` of shape `(batch_size, num_tokens, num_channels)`):
                 Noisy latents, float32.
             sigma (`torch.Tensor`):
-                Their noise level in [0, 1], a scalar.
+                Their noise level in [0, 1]: a scalar, or one for each of the batch.
             batch (`dict`):
                 What [`~EditPolicy.collate`] returned.
             true_cfg_scale (`float`):

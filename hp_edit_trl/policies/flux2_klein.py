@@ -63,13 +63,19 @@ class Flux2KleinPolicy(EditPolicy):
         sizes = tuple(fitted_size(image, resolution, 2 * pipeline.vae_scale_factor) for image in images)
         latents = []
         with self.loaded("vae"):
-            for image, (height, width) in zip(images, sizes, strict=True):
-                pixels = pipeline.image_processor.preprocess(image, height, width, resize_mode="crop")
-                latent = pipeline._encode_vae_image(pixels.to(self.device, pipeline.vae.dtype), generator=None)
-                latents.append(pipeline._pack_latents(latent)[0])
+            for image, size in zip(images, sizes, strict=True):
+                latents.append(self.encode_image(image, *size))
         tensors["image_latents"] = torch.cat(latents)
         num_tokens, num_channels = latents[0].shape
         return EditConditions(*sizes[0], num_tokens, num_channels, sizes, tensors)
+
+    @torch.no_grad()
+    def encode_image(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
+        pipeline = self.pipeline
+        pixels = pipeline.image_processor.preprocess(image, height, width, resize_mode="crop")
+        with self.loaded("vae"):
+            latent = pipeline._encode_vae_image(pixels.to(self.device, pipeline.vae.dtype), generator=None)
+        return pipeline._pack_latents(latent)[0]
 
     def sigmas(self, num_inference_steps: int, conditions: EditConditions) -> torch.Tensor:
         mu = compute_empirical_mu(conditions.num_tokens, num_inference_steps)

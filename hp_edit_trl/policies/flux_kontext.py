@@ -63,12 +63,17 @@ class FluxKontextPolicy(EditPolicy):
                 if text is not None:
                     embeds, pooled, _ = pipeline.encode_prompt(text, device=self.device)
                     tensors |= {f"{name}prompt_embeds": embeds[0], f"{name}pooled_prompt_embeds": pooled[0]}
-        with self.loaded("vae"):
-            pixels = pipeline.image_processor.preprocess(images[0], height, width)
-            latent = pipeline._encode_vae_image(pixels.to(self.device, pipeline.vae.dtype), generator=None)
-        tensors["image_latents"] = pipeline._pack_latents(latent, *latent.shape)[0]
+        tensors["image_latents"] = self.encode_image(images[0], height, width)
         num_tokens, num_channels = tensors["image_latents"].shape
         return EditConditions(height, width, num_tokens, num_channels, ((height, width),), tensors)
+
+    @torch.no_grad()
+    def encode_image(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
+        pipeline = self.pipeline
+        pixels = pipeline.image_processor.preprocess(image, height, width)
+        with self.loaded("vae"):
+            latent = pipeline._encode_vae_image(pixels.to(self.device, pipeline.vae.dtype), generator=None)
+        return pipeline._pack_latents(latent, *latent.shape)[0]
 
     def sigmas(self, num_inference_steps: int, conditions: EditConditions) -> torch.Tensor:
         return pipeline_sigmas(self.pipeline.scheduler, num_inference_steps, conditions.num_tokens)

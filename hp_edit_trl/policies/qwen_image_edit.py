@@ -75,16 +75,21 @@ class QwenImageEditPlusPolicy(EditPolicy):
         sizes = tuple(fitted_size(image, resolution, 2 * pipeline.vae_scale_factor) for image in images)
         latents = []
         with self.loaded("vae"):
-            for image, (height, width) in zip(images, sizes, strict=True):
-                pixels = pipeline.image_processor.preprocess(image, height, width).unsqueeze(2)
-                latent = pipeline._encode_vae_image(pixels.to(self.device, pipeline.vae.dtype), generator=None)
-                channels, rows, columns = latent.shape[1], latent.shape[3], latent.shape[4]
-                latents.append(pipeline._pack_latents(latent, 1, channels, rows, columns)[0])
+            for image, size in zip(images, sizes, strict=True):
+                latents.append(self.encode_image(image, *size))
         tensors["image_latents"] = torch.cat(latents)
 
         height, width = self.target_size(images, resolution)
         num_tokens = (height // pipeline.vae_scale_factor // 2) * (width // pipeline.vae_scale_factor // 2)
         return EditConditions(height, width, num_tokens, latents[0].shape[-1], sizes, tensors)
+
+    @torch.no_grad()
+    def encode_image(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
+        pipeline = self.pipeline
+        pixels = pipeline.image_processor.preprocess(image, height, width).unsqueeze(2)
+        with self.loaded("vae"):
+            latent = pipeline._encode_vae_image(pixels.to(self.device, pipeline.vae.dtype), generator=None)
+        return pipeline._pack_latents(latent, 1, *latent.shape[1:2], *latent.shape[3:])[0]
 
     def sigmas(self, num_inference_steps: int, conditions: EditConditions) -> torch.Tensor:
         return pipeline_sigmas(self.pipeline.scheduler, num_inference_steps, conditions.num_tokens)

@@ -3,13 +3,11 @@ import atexit
 import contextlib
 import math
 import os
-import shutil
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +15,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import (
     get_callable_name,
     identity,
@@ -35,14 +31,15 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from ..cases import UnreadableImageError, case_images, check_columns, check_references, without_decoding
+from ..cases import UnreadableImageError, check_columns, check_references, without_decoding
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..policies import EditConditions, Trajectory, bucketed, decode, policy_class, rollout
 from ..rewards import HPScorerReward
 from ..seeding import seeded_generator
+from .base_edit_trainer import _BaseEditTrainer, load_policy
 from .callbacks import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
-from .hub import check_lora, prepare_lora, save_lora, save_pictures, write_model_card
+from .hub import check_lora, prepare_lora
 
 
 logger = get_logger(__name__)
@@ -118,7 +115,7 @@ class GroupSampler(Sampler):
         return batches * self.cases_per_batch * self.num_generations * self.repeat_count
 
 
-class FlowGRPOEditTrainer(_BaseTrainer):
+class FlowGRPOEditTrainer(_BaseEditTrainer):
     r"""
     Trainer for Flow-GRPO on image-editing models, the third stage of HP-Edit: online reinforcement learning of a LoRA
     with group-relative advantages, on the stochastic steps of a flow-matching sampler
@@ -177,6 +174,17 @@ class FlowGRPOEditTrainer(_BaseTrainer):
 
     _tag_names = ["hp-edit-trl", "flow-grpo"]
     _name = "Flow-GRPO"
+    _paper = {
+        "title": "Flow-GRPO: Training Flow Matching Models via Online RL",
+        "id": "2505.05470",
+        "citation": """\
+@article{liu2025flowgrpo,
+    title   = {Flow-GRPO: Training Flow Matching Models via Online RL},
+    author  = {Jie Liu and Gongye Liu and Jiajun Liang and Yangguang Li and Jiaheng Liu and Xintao Wang and Pengfei Wan and Di Zhang and Wanli Ouyang},
+    journal = {arXiv preprint arXiv:2505.05470},
+    year    = {2025}
+}""",
+    }
 
     args: FlowGRPOEditConfig
     control: TrainerControl
@@ -263,36 +271,10 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         for func in self.reward_funcs:
             if isinstance(func, HPScorerReward):
                 func.load()
-        if isinstance(model, str):
-            dtype = init_kwargs.pop("torch_dtype", None) or init_kwargs.get("dtype")
-            if dtype is None:
-                dtype = torch.bfloat16 if args.bf16 else torch.float32
-            # From YAML or the command line it is a name.
-            init_kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-            pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
-            base_model = model
-        else:
-            pipeline = model
-            base_model = str(model.config.get("_name_or_path") or "base-model")  # it may have been loaded from a Path
-        self.policy = policy_type(pipeline, args.offload_encoders)
-        if args.guidance_scale is not None:
-            if self.policy.guidance_scale is None:
-                raise ValueError(
-                    f"guidance_scale={args.guidance_scale}, but the transformer of this {type(pipeline).__name__} takes no "
-                    "guidance as an input: leave it out. The scale of a second pass is true_cfg_scale."
-                )
-            self.policy.guidance_scale = args.guidance_scale
-        if args.true_cfg_scale is None:
-            args.true_cfg_scale = self.policy.default_true_cfg_scale
-        if args.negative_prompt is None:
-            args.negative_prompt = self.policy.default_negative_prompt
-        if args.true_cfg_scale > 1 and not self.policy.has_true_cfg:
-            raise ValueError(
-                f"true_cfg_scale={args.true_cfg_scale}, but this pipeline was distilled and knows no second pass: leave it "
-                "out, or set it to 1.0."
-            )
+        self.policy, self.base_model = load_policy(policy_type, model, args)
         self.true_cfg_scale = args.true_cfg_scale
-        peft_model = prepare_lora(self.policy, peft_config, base_model, args.seed)
+        self.sample_num_inference_steps = args.eval_num_inference_steps or args.num_inference_steps
+        peft_model = prepare_lora(self.policy, peft_config, self.base_model, args.seed)
 
         super().__init__(
             model=peft_model,
@@ -305,7 +287,6 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             optimizers=optimizers,
         )
         self.policy.place(self.accelerator.device)
-        self.base_model = base_model
 
         # Number of microbatches trained so far, and the samples that the present ones are taken from
         self._step = 0
@@ -327,9 +308,29 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             ready.wait()
             atexit.register(shutdown_event_loop_in_daemon, thread, self.async_loop)
 
-    def _send_telemetry(self):
-        # TRL's telemetry would count this trainer as one of its own.
-        pass
+    def _card_settings(self) -> dict[str, str]:
+        settings = {
+            "Reward functions": ", ".join(
+                f"{name} (weight {weight:g})"
+                for name, weight in zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+            ),
+            "Scorer prompts": ", ".join(
+                sorted({prompt.revision for f in self.reward_funcs for prompt in getattr(f, "prompts", {}).values()})
+            ) or "none",
+        }  # fmt: skip
+        for option in (
+            "learning_rate", "num_generations", "generation_batch_size", "num_iterations", "resolution",
+            "num_inference_steps", "true_cfg_scale", "guidance_scale", "dynamics", "noise_level", "sde_window_size",
+            "sde_window_range", "sde_window_mode", "epsilon", "beta", "scale_rewards", "seed",
+        ):  # fmt: skip
+            settings[f"`{option}`"] = str(getattr(self.args, option))
+        return settings
+
+    def _card_curves(self) -> list[tuple[str, str, str]]:
+        curves = [("reward", "training", "C0"), ("eval_reward", "evaluation", "C3")]
+        if len(self.reward_func_names) > 1:
+            curves += [(f"rewards/{name}/mean", name, f"C{i + 4}") for i, name in enumerate(self.reward_func_names)]
+        return curves
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -395,27 +396,6 @@ class FlowGRPOEditTrainer(_BaseTrainer):
         size = self.args.per_device_train_batch_size
         start = size * (microbatch % self.steps_per_generation)
         return self._buffered_samples[start : start + size]
-
-    def _read_case(
-        self, dataset: Dataset, index: int, replace: bool = True
-    ) -> tuple[dict[str, Any], list[Image.Image]]:
-        """Row and images of a case; of the next one that can be decoded, if bad images are to be skipped."""
-        for offset in range(len(dataset)):
-            row = dict(dataset[(index + offset) % len(dataset)])
-            row.setdefault("id", (index + offset) % len(dataset))
-            try:
-                images = case_images(row, row["id"])
-            except UnreadableImageError as error:
-                if self.args.on_bad_image == "error":
-                    raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
-                if not replace:
-                    raise
-                logger.warning(f"{error} The next case takes its place.")
-                self._bad_cases.add((self._step, str(row["id"])))
-                continue
-            row |= {"images": images} if row.get("images") is not None else {"image": images[0]}
-            return row, images
-        raise UnreadableImageError("Not one case of the dataset has images that can be decoded.")
 
     def _generate_and_score(self, indices: list[int], generation: int) -> list[Sample]:
         args, policy = self.args, self.policy
@@ -501,10 +481,6 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                 rows, conditions, trajectories, local_advantages, local_zero_std, strict=True
             )
         ]
-
-    def _encode(self, row: dict[str, Any], images: list[Image.Image]) -> EditConditions:
-        negative_prompt = self.args.negative_prompt if self.true_cfg_scale > 1 else None
-        return self.policy.encode(images, row["prompt"], negative_prompt, self.args.resolution)
 
     def _check_groups(self, case_ids: list[Any]) -> None:
         """Every group must consist of one case. Ids are compared as 64-bit hashes, which floats could not hold."""
@@ -735,35 +711,6 @@ class FlowGRPOEditTrainer(_BaseTrainer):
             num_samples=len(results),
         )
 
-    def sample_edits(
-        self, cases: list[tuple[dict[str, Any], list[Image.Image]]], adapter: bool = True
-    ) -> list[Image.Image]:
-        """
-        Samples an edit of each case as evaluation does: along the ODE, from a noise that belongs to the case.
-
-        Args:
-            cases (`list[tuple[dict, list[PIL.Image.Image]]]`):
-                Row and images of each case; a row has `prompt` and `id`.
-            adapter (`bool`, *optional*, defaults to `True`):
-                Whether to sample from the trained policy or from the model without its adapter.
-        """
-        args = self.args
-        self.model.eval()
-        with self.policy.loaded(*self.policy.encoders):
-            conditions = [self._encode(row, images) for row, images in cases]
-        base = contextlib.nullcontext() if adapter else use_adapter(self.model, None)
-        with self.accelerator.autocast(), base:
-            trajectories = rollout(
-                self.policy,
-                self.model,
-                conditions,
-                [seeded_generator(args.seed, "eval", str(row["id"])) for row, _ in cases],
-                num_inference_steps=args.eval_num_inference_steps or args.num_inference_steps,
-                true_cfg_scale=self.true_cfg_scale,
-                batch_size=args.rollout_batch_size,
-            )
-        return decode(self.policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a log of training, not of evaluation
             # All processes log together, so this is where what they measured apart is put together.
@@ -854,87 +801,3 @@ class FlowGRPOEditTrainer(_BaseTrainer):
                 )
                 for sample in state["samples"]
             ]
-
-    # Every folder that is saved can be resumed from (PEFT's files) and loaded with `pipeline.load_lora_weights`.
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            save_lora(self.policy, self.accelerator.unwrap_model(self.model), folder)
-            write_model_card(self, Path(folder))  # in place of PEFT's
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies PEFT's files to the output folder, which is what it uploads, unless an upload is still reading
-        # there. So does this with the rest.
-        if self.is_world_process_zero():
-            uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            if self.args.hub_always_push or not uploading:
-                for name in (LORA_WEIGHT_NAME_SAFE, "README.md", "reward_curve.png"):
-                    if os.path.isfile(os.path.join(checkpoint_folder, name)):
-                        shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        # The weights first. A push, which a save may end with, has made the pictures and the card itself.
-        if not _internal_call and output_dir in (None, self.args.output_dir) and not self.args.push_to_hub:
-            self.save_sample_edits()
-            self.create_model_card()
-
-    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs):
-        """
-        Uploads the LoRA, its model card and the pictures to the Hub.
-
-        Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`):
-                Message of the commit.
-            **kwargs:
-                Passed to [`~transformers.Trainer.push_to_hub`].
-        """
-        self.save_model(_internal_call=True)
-        self.save_sample_edits()
-        return super().push_to_hub(commit_message, **kwargs)
-
-    def save_sample_edits(self, num_cases: int = 4) -> None:
-        """
-        Saves edits before and after training, of the first cases of the evaluation set (or else of the training set),
-        to `output_dir/images`. They illustrate the model card; where they cannot be made, a warning says why.
-
-        Args:
-            num_cases (`int`, *optional*, defaults to `4`):
-                Number of cases.
-        """
-        if not self.is_world_process_zero():
-            return
-        dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        was_training = self.model.training
-        try:
-            cases = [self._read_case(dataset, index) for index in range(min(num_cases, len(dataset)))]
-            before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
-            save_pictures(Path(self.args.output_dir), cases, before, after)
-        except Exception as error:  # a picture must not be what a trained model is lost over
-            logger.warning(f"No sample edits for the model card: {type(error).__name__}: {error}")
-        self.model.train(was_training)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """
-        Writes `README.md` and the reward curve to `output_dir`.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model. Defaults to the last part of the output folder.
-            dataset_name (`str`, *optional*):
-                Name of the training dataset. By default what the dataset knows of itself.
-            tags (`str` or `list[str]`, *optional*):
-                Further tags.
-        """
-        if self.is_world_process_zero():
-            tags = [tags] if isinstance(tags, str) else tags or []
-            write_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)

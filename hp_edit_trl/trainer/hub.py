@@ -26,7 +26,7 @@ from ..policies import EditPolicy
 
 
 if TYPE_CHECKING:
-    from .flow_grpo_edit_trainer import FlowGRPOEditTrainer
+    from .base_edit_trainer import _BaseEditTrainer
 
 
 def check_lora(peft_config: LoraConfig | None) -> None:
@@ -153,13 +153,15 @@ def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:
     )
 
 
-def reward_curve(log_history: list[dict[str, Any]], path: Path) -> bool:
+def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str, str]], path: Path) -> bool:
     """
     Draws the rewards over the steps.
 
     Args:
         log_history (`list[dict]`):
             The trainer's `state.log_history`.
+        curves (`list[tuple[str, str, str]]`):
+            Name in the log, label and colour of each curve. Those of an evaluation are drawn with markers, others smoothed.
         path (`Path`):
             PNG file to write.
 
@@ -171,10 +173,6 @@ def reward_curve(log_history: list[dict[str, Any]], path: Path) -> bool:
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="reward")
-    names = sorted({name for log in log_history for name in log if re.fullmatch(r"rewards/.+/mean", name)})
-    curves = [("reward", "training", "C0"), ("eval_reward", "evaluation", "C3")]
-    if len(names) > 1:
-        curves += [(name, name.split("/")[1], f"C{i + 4}") for i, name in enumerate(names)]
     drawn = False
     for key, label, color in curves:
         points = [(log["step"], log[key]) for log in log_history if log.get(key) is not None]
@@ -184,8 +182,9 @@ def reward_curve(log_history: list[dict[str, Any]], path: Path) -> bool:
         steps, values = zip(*points, strict=True)
         width = max(1, len(values) // 20)
         smooth = [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]  # fmt: skip
-        if key == "eval_reward" or width == 1:
-            marker = "o" if key == "eval_reward" or len(values) == 1 else None
+        evaluation = key.startswith("eval_")
+        if evaluation or width == 1:
+            marker = "o" if evaluation or len(values) == 1 else None
             axes.plot(steps, values, color=color, label=label, marker=marker)
         else:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
@@ -281,7 +280,7 @@ def hub_dataset(dataset: datasets.Dataset) -> tuple[str | None, str | None]:
 
 
 def write_model_card(
-    trainer: "FlowGRPOEditTrainer",
+    trainer: "_BaseEditTrainer",
     folder: Path,
     model_name: str | None = None,
     dataset_name: str | None = None,
@@ -291,7 +290,7 @@ def write_model_card(
     Writes `README.md`, and `reward_curve.png` if there is one to draw.
 
     Args:
-        trainer ([`FlowGRPOEditTrainer`]):
+        trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
             The trainer.
         folder (`Path`):
             Where to write them. The card shows `before_after.png` and `images` if they are there.
@@ -324,25 +323,15 @@ def write_model_card(
     lora = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
     shown = {
         "LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}",
-        "Reward functions": ", ".join(
-            f"{name} (weight {weight:g})"
-            for name, weight in zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
-        ),
-        "Scorer prompts": ", ".join(
-            sorted({prompt.revision for f in trainer.reward_funcs for prompt in getattr(f, "prompts", {}).values()})
-        ) or "none",
+        **trainer._card_settings(),
         "Steps trained": str(trainer.state.global_step),
-    }  # fmt: skip
-    for option in (
-        "learning_rate", "num_generations", "generation_batch_size", "num_iterations", "resolution",
-        "num_inference_steps", "true_cfg_scale", "guidance_scale", "dynamics", "noise_level", "sde_window_size", "sde_window_range",
-        "sde_window_mode", "epsilon", "beta", "scale_rewards", "seed",
-    ):  # fmt: skip
-        shown[f"`{option}`"] = str(getattr(args, option))
+    }
     card = ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).parent / "model_card.md"),
         model_name=name,
+        method=trainer._name,
+        paper=trainer._paper,
         repo_id=trainer.hub_model_id or args.hub_model_id or name,
         base_model_name=base_model,
         base_model_revision=dict(args.model_init_kwargs or {}).get("revision"),  # type: ignore[arg-type]
@@ -355,9 +344,9 @@ def write_model_card(
             for name, value in trainer.policy.call_arguments(trainer.true_cfg_scale, args.negative_prompt or "").items()
         },
         default_num_inference_steps=trainer.policy.default_num_inference_steps,
-        num_inference_steps=args.eval_num_inference_steps or args.num_inference_steps,
+        num_inference_steps=trainer.sample_num_inference_steps,
         resolution=args.resolution,
-        has_curve=reward_curve(trainer.state.log_history, folder / "reward_curve.png"),
+        has_curve=reward_curve(trainer.state.log_history, trainer._card_curves(), folder / "reward_curve.png"),
         has_sheet=(folder / "before_after.png").is_file(),
         options=shown,
         versions={
