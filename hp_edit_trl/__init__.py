@@ -8,6 +8,8 @@ __version__ = "0.1.0.dev0"
 
 # Public names and the modules that define them. They are imported when first asked for: torch takes its time.
 _MODULES = {
+    "DPOEditConfig": "trainer.dpo_edit_config",
+    "DPOEditTrainer": "trainer.dpo_edit_trainer",
     "EditModelConfig": "trainer.model_config",
     "FlowGRPOEditConfig": "trainer.flow_grpo_edit_config",
     "FlowGRPOEditTrainer": "trainer.flow_grpo_edit_trainer",
@@ -18,6 +20,8 @@ _MODULES = {
 }
 
 __all__ = [
+    "DPOEditConfig",
+    "DPOEditTrainer",
     "EditModelConfig",
     "FlowGRPOEditConfig",
     "FlowGRPOEditTrainer",
@@ -29,6 +33,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .rewards import HPScorerReward, ServerJudge, TransformersJudge, load_scorer_prompts
+    from .trainer.dpo_edit_config import DPOEditConfig
+    from .trainer.dpo_edit_trainer import DPOEditTrainer
     from .trainer.flow_grpo_edit_config import FlowGRPOEditConfig
     from .trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
     from .trainer.model_config import EditModelConfig

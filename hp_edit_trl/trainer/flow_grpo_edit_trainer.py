@@ -272,6 +272,7 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
             if isinstance(func, HPScorerReward):
                 func.load()
         self.policy, self.base_model = load_policy(policy_type, model, args)
+        assert args.true_cfg_scale is not None  # the policy saw to it
         self.true_cfg_scale = args.true_cfg_scale
         self.sample_num_inference_steps = args.eval_num_inference_steps or args.num_inference_steps
         peft_model = prepare_lora(self.policy, peft_config, self.base_model, args.seed)

@@ -1,0 +1,196 @@
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from trl.trainer.base_config import _BaseConfig
+
+
+LOSS_TYPES = ["sigmoid", "ipo", "hinge", "sft"]
+
+
+@dataclass
+class DPOEditConfig(_BaseConfig):
+    r"""
+    Configuration class for the [`DPOEditTrainer`].
+
+    What is described here is specific to training editors with Diffusion-DPO. All of [`~transformers.TrainingArguments`]
+    is there as well; the note at the end names those with other defaults.
+
+    The HP-Edit paper compares with DPO but gives no setting of it. The defaults are what public Diffusion-DPO trainers use
+    for flow-matching models with a LoRA, and are marked *field*.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`str`, `dict[str, Any]`, *optional*):
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
+            the trainer is a string, e.g. `{"revision": "..."}`. Weights are loaded in bfloat16 if `bf16` is set, unless
+            `torch_dtype` is given here.
+        offload_encoders (`bool`, *optional*, defaults to `True`):
+            Keep the text encoder and the VAE in CPU memory while they are not used: here that is all the time after the
+            pairs were encoded. Saves about 17 GB with Qwen-Image-Edit.
+
+        > Parameters that control the data
+
+        resolution (`int`, *optional*, defaults to `512`):
+            Side in pixels of the square whose area every edit and every reference has; aspect ratios are kept. The edits
+            of a pair are resized to it.
+        shuffle_dataset (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle the training dataset, differently in each epoch.
+        on_bad_image (`str`, *optional*, defaults to `"error"`):
+            What to do with a pair of which an image cannot be decoded, or whose edits differ in size or shape: `"error"`
+            stops, `"skip"` leaves the pair out with a warning.
+        latents_cache_dir (`str`, *optional*):
+            Folder for the encoded pairs: every pair is encoded once, and found again by its content, whatever the run.
+            Defaults to `output_dir/latents`. Takes about 3 MB per pair with Qwen-Image-Edit at 512 pixels.
+
+        > Parameters that control the training
+
+        beta (`float`, *optional*, defaults to `2000.0`):
+            Scale \\( \beta \\) of the implicit rewards; the higher, the closer the policy stays to the reference. Errors are
+            means over latent dimensions, hence so large (*field*).
+        loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
+            One or several of `"sigmoid"` ([Diffusion-DPO](https://huggingface.co/papers/2311.12908)), `"ipo"`
+            ([IPO](https://huggingface.co/papers/2310.12036), times \\( \beta^2 \\) so that its scale is that of the others),
+            `"hinge"` ([SLiC](https://huggingface.co/papers/2305.10425)) and `"sft"` (the flow-matching loss of the chosen
+            edit). Several are added with `loss_weights`.
+        loss_weights (`list[float]`, *optional*):
+            Weight of each loss. Defaults to 1.0 for each.
+        safeguard (`bool`, *optional*, defaults to `False`):
+            Scale down the rejected edit's gradient where it would raise the chosen edit's error, as
+            [Diffusion-SDPO](https://huggingface.co/papers/2511.03317) does.
+        sigma_sampling (`str`, *optional*, defaults to `"logit_normal"`):
+            How noise levels are drawn, before they are shifted as the policy's schedule is: `"logit_normal"` or
+            `"uniform"` (*field*).
+        logit_mean (`float`, *optional*, defaults to `0.0`):
+            Mean of the logit-normal distribution.
+        logit_std (`float`, *optional*, defaults to `1.0`):
+            Standard deviation of the logit-normal distribution.
+
+        > Parameters that control the sample edits of the model card
+
+        num_inference_steps (`int`, *optional*):
+            Number of denoising steps; also of the schedule that noise levels are shifted by. Defaults to what the pipeline
+            is meant to be used with: 40 for Qwen-Image-Edit.
+        rollout_batch_size (`int`, *optional*, defaults to `4`):
+            Largest number of edits that are denoised or decoded together.
+        true_cfg_scale (`float`, *optional*):
+            Scale of classifier-free guidance in sampling. Defaults to what the pipeline is meant to be used with. Training
+            has no second pass.
+        negative_prompt (`str`, *optional*):
+            Prompt of the second pass. Defaults to the one that the pipeline is meant to be used with.
+        guidance_scale (`float`, *optional*):
+            Guidance that the transformer takes as an input, in training as well, which only FLUX.1-Kontext does. Defaults
+            to 2.5 there (*field*).
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `per_device_train_batch_size`: Defaults to `1` instead of `8`.
+    > - `gradient_accumulation_steps`: Defaults to `16` instead of `1`.
+    > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
+    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
+    > - `logging_steps`: Defaults to `1` instead of `500`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Pairs per device and microbatch."})
+    gradient_accumulation_steps: int = field(
+        default=16, metadata={"help": "Number of microbatches to accumulate gradients over before each update."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every X update steps."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Not used: the trainer only reads the columns that it needs."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Passed to DistributedDataParallel. All trained parameters are used here."}
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for DiffusionPipeline.from_pretrained, if `model` is a string."},
+    )
+    offload_encoders: bool = field(
+        default=True, metadata={"help": "Keep the text encoder and the VAE in CPU memory while they are not used."}
+    )
+
+    # Parameters that control the data
+    resolution: int = field(
+        default=512,
+        metadata={"help": "Side in pixels of the square whose area every edit has; aspect ratios are kept."},
+    )
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training dataset."})
+    on_bad_image: str = field(
+        default="error",
+        metadata={"help": "What to do with a pair that cannot be used: stop, or leave it out.", "choices": ["error", "skip"]},
+    )  # fmt: skip
+    latents_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the encoded pairs. Defaults to `output_dir/latents`."}
+    )
+
+    # Parameters that control the training
+    beta: float = field(default=2000.0, metadata={"help": "Scale of the implicit rewards."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "One or several of 'sigmoid', 'ipo', 'hinge' and 'sft'."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each loss. Defaults to 1.0 for each."}
+    )
+    safeguard: bool = field(
+        default=False,
+        metadata={"help": "Scale down the rejected edit's gradient where it would raise the chosen edit's error."},
+    )
+    sigma_sampling: str = field(
+        default="logit_normal",
+        metadata={"help": "How noise levels are drawn.", "choices": ["logit_normal", "uniform"]},
+    )
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal distribution."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal distribution."})
+
+    # Parameters that control the sample edits of the model card
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Number of denoising steps. Defaults to the policy's."}
+    )
+    rollout_batch_size: int = field(
+        default=4, metadata={"help": "Largest number of edits denoised or decoded together on a device."}
+    )
+    true_cfg_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale in sampling. Defaults to the policy's."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "Prompt of the unconditional pass. Defaults to the policy's."}
+    )
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance that the transformer takes as an input, if it does."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        unknown = sorted(set(self.loss_type) - set(LOSS_TYPES))
+        if unknown or not self.loss_type:
+            raise ValueError(f"loss_type={self.loss_type} must be one or several of {LOSS_TYPES}.")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} entries, but loss_type has {len(self.loss_type)}: "
+                f"{self.loss_type}."
+            )
+        for name, choices in (("sigma_sampling", ["logit_normal", "uniform"]), ("on_bad_image", ["error", "skip"])):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
+        for name in ("resolution", "rollout_batch_size", "num_inference_steps", "true_cfg_scale"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("beta", "logit_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
