@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -21,10 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from datasets import Dataset
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from ..data import mine_preference_pairs
+from ..trainer.dpo_edit_config import DPOEditConfig
+from ..trainer.dpo_edit_trainer import DPOEditTrainer
 from ..trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
 from .policy import WEIGHTS, load_pipeline
@@ -42,27 +47,44 @@ class Arm:
         name (`str`):
             Its name in tables and figures.
         options (`dict[str, Any]`, *optional*):
-            What it changes in the experiment's config: arguments of [`FlowGRPOEditConfig`], or `lora_r`, `lora_alpha`.
+            What it changes in the experiment's config: arguments of [`FlowGRPOEditConfig`] or, with DPO, of
+            [`DPOEditConfig`]; or `lora_r`, `lora_alpha`.
         task_aware (`bool`, *optional*, defaults to `True`):
             Whether [`RuleScorer`] or [`CoarseScorer`] is the reward.
         filtered (`bool`, *optional*, defaults to `False`):
             Whether training leaves out the cases that the pretrained policy's edit scores 5 (rounded) on already.
+        method (`str`, *optional*, defaults to `"grpo"`):
+            `"grpo"`; `"dpo"`, on pairs that are mined from the same cases; or `"none"`, which evaluates the pretrained policy.
     """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     task_aware: bool = True
     filtered: bool = False
+    method: str = "grpo"
+
+
+# What DPO takes of a config that is written for Flow-GRPO. The rest it is given by its arm.
+SHARED_OPTIONS = (
+    "use_cpu", "bf16", "gradient_checkpointing", "report_to", "resolution", "num_inference_steps", "true_cfg_scale",
+    "rollout_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "max_steps",
+)  # fmt: skip
 
 
 def make_trainer(
-    config: Path, options: dict[str, Any], output_dir: Path, seed: int, reward: Any, train: Any, validation: Any
-) -> FlowGRPOEditTrainer:
-    """A trainer of the miniature, from a YAML file and what is to be changed in it."""
-    values = yaml.safe_load(config.read_text()) | options | {"output_dir": str(output_dir), "seed": seed}
-    lora = LoraConfig(r=values.pop("lora_r"), lora_alpha=values.pop("lora_alpha"))
-    args = FlowGRPOEditConfig(**values)
-    return FlowGRPOEditTrainer(load_pipeline(), reward, args, train, validation, peft_config=lora)
+    config: Path, options: dict[str, Any], output_dir: Path, seed: int, reward: Any, train: Dataset
+) -> FlowGRPOEditTrainer | DPOEditTrainer:
+    """A trainer of the miniature, from a YAML file and what is to be changed in it. Without a reward it is DPO's."""
+    values = yaml.safe_load(config.read_text())
+    lora = {name: options.get(name, values.pop(name)) for name in ("lora_r", "lora_alpha")}
+    peft_config = LoraConfig(r=lora["lora_r"], lora_alpha=lora["lora_alpha"])
+    values |= {"output_dir": str(output_dir), "seed": seed}
+    options = {name: value for name, value in options.items() if name not in lora}
+    if reward is None:
+        values = {name: value for name, value in values.items() if name in (*SHARED_OPTIONS, "output_dir", "seed")}
+        return DPOEditTrainer(load_pipeline(), DPOEditConfig(**(values | options)), train, peft_config=peft_config)
+    args = FlowGRPOEditConfig(**(values | options))
+    return FlowGRPOEditTrainer(load_pipeline(), reward, args, train, peft_config=peft_config)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -79,78 +101,117 @@ def hard_cases(config: Path, num_cases: int, folder: Path) -> list[int]:
     file = folder / f"base_scores_{fingerprint(config.read_bytes(), num_cases)}.json"
     if not file.exists():
         train = load_dataset("train", num_cases)
-        options = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
-        trainer = make_trainer(config, options, folder / "base", 0, RuleScorer(), train, None)
+        trainer = make_trainer(config, {"save_strategy": "no"}, folder / "base", 0, RuleScorer(), train)
         scores = score_edits(edit_dataset(trainer.sample_edits, train), train)
         file.with_suffix(".part").write_text(json.dumps(scores))
         file.with_suffix(".part").replace(file)
     return [i for i, score in enumerate(json.loads(file.read_text())) if score < 4.5]
 
 
-class CpuClock(TrainerCallback):
-    """CPU seconds of this process in the training steps, without evaluation, at each evaluation."""
+class Progress(TrainerCallback):
+    """
+    Score on validation cases against the work done until then: transformer passes in thousands of images (a backward pass is
+    not counted), and CPU seconds of this process, without this evaluation.
 
-    def __init__(self):
-        self.seconds, self.started, self.at_step = 0.0, 0.0, {}
+    Args:
+        trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
+            The trainer.
+        dataset (`~datasets.Dataset`):
+            The validation cases.
+        every (`int`):
+            Number of updates between two evaluations.
+        passes_per_update (`float`):
+            Transformer passes of an update, in images.
+        passes (`float`, *optional*, defaults to `0.0`):
+            Those done before training.
+        seconds (`float`, *optional*, defaults to `0.0`):
+            CPU seconds used before training.
+    """
+
+    def __init__(
+        self,
+        trainer: FlowGRPOEditTrainer | DPOEditTrainer,
+        dataset: Dataset,
+        every: int,
+        passes_per_update: float,
+        passes: float = 0.0,
+        seconds: float = 0.0,
+    ):
+        self.trainer, self.dataset, self.every = trainer, dataset, every
+        self.passes_per_update, self.passes, self.seconds = passes_per_update, passes, seconds
+        self.curve: list[dict[str, float]] = []
+
+    def evaluate(self, step: int) -> None:
+        scores = score_edits(edit_dataset(self.trainer.sample_edits, self.dataset), self.dataset)
+        passes = self.passes + step * self.passes_per_update
+        self.curve.append(
+            {
+                "step": step,
+                "thousand_passes": passes / 1000,
+                "cpu_seconds": round(self.seconds, 1),
+                "score": float(np.mean(scores)),
+            }
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.evaluate(0)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.process_time() - self.started
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.at_step[state.global_step] = self.seconds
-
-
-def learning_curve(trainer: FlowGRPOEditTrainer, clock: CpuClock) -> list[dict[str, float]]:
-    """
-    Score in evaluation against the work done until then: transformer passes in thousands of images (one for each step of
-    a rollout and one for each trained step; a backward pass is not counted), and CPU seconds.
-    """
-    args = trainer.args
-    images_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    passes_per_image = args.num_inference_steps / args.num_iterations + args.sde_window_size
-    return [
-        {
-            "step": log["step"],
-            "thousand_passes": log["step"] * images_per_update * passes_per_image / 1000,
-            "cpu_seconds": clock.at_step[log["step"]],
-            "score": log["eval_score"],
-        }
-        for log in trainer.state.log_history
-        if "eval_score" in log
-    ]
+        if state.global_step % self.every == 0:
+            self.evaluate(state.global_step)
 
 
-def run_arm(arm: Arm, seed: int, config: Path, num_cases: int, folder: Path) -> dict[str, Any]:
+def run_arm(
+    arm: Arm, seed: int, config: Path, num_cases: int, folder: Path, num_test_cases: int = 400
+) -> dict[str, Any]:
     """Trains one arm with one seed, and scores it on the test cases. A finished run of just this is not done again."""
     output_dir = folder / f"{arm.name.replace(' ', '_').replace('/', '-')}-{seed}"
     file = output_dir / "result.json"
-    key = fingerprint(arm, seed, num_cases, config.read_bytes())
+    key = fingerprint(arm, seed, num_cases, num_test_cases, config.read_bytes())
     if file.exists():
         result = json.loads(file.read_text())
         if result["key"] == key:
             return result
     torch.set_num_threads(1)
     where = environment()
-    # The first test cases of seed 0 are those that the recipe was looked for with.
-    train, validation, test = (
-        load_dataset("train", num_cases),
-        load_dataset("validation", 100),
-        load_dataset("test", 400, 1),
-    )
+    train, validation = load_dataset("train", num_cases), load_dataset("validation", 100)
+    test = load_dataset(
+        "test", num_test_cases, 1
+    )  # the first test cases of seed 0 are those that the recipe was looked for with
     if arm.filtered:
         train = train.select(hard_cases(config, num_cases, folder))
-    reward = [RuleScorer()] if arm.task_aware else [CoarseScorer(), RuleScorer()]
-    options = dict(arm.options) | {"save_strategy": "no", "disable_tqdm": True}
-    if not arm.task_aware:
-        options["reward_weights"] = [1.0, 0.0]  # the second is only there to be logged in evaluation
-    trainer = make_trainer(config, options, output_dir, seed, reward, train, validation)
-    clock = CpuClock()
-    trainer.add_callback(clock)
-    began = time.time()
-    trainer.train()
+    scorer = RuleScorer() if arm.task_aware else CoarseScorer()
+    options = {"save_strategy": "no", "disable_tqdm": True, **arm.options}
+    shared = yaml.safe_load(config.read_text())
+    began, seconds, passes = time.time(), time.process_time(), 0.0
+    if arm.method == "dpo":
+        shutil.rmtree(output_dir / "mining", ignore_errors=True)  # what a stopped run has mined was not counted
+        pairs = mine_preference_pairs(
+            load_pipeline(), scorer, train, output_dir / "mining", score_name=scorer.log_name, min_gap=0.5, resolution=32,
+            num_inference_steps=shared["num_inference_steps"], true_cfg_scale=1.0, batch_size=100, cases_per_round=20, seed=seed,
+        )  # fmt: skip
+        passes = 5.0 * len(train) * shared["num_inference_steps"]
+        options["latents_cache_dir"] = str(output_dir / "mining" / "latents")
+        trainer = make_trainer(config, options, output_dir, seed, None, pairs)
+        # Chosen and rejected, of policy and reference
+        passes_per_update = 4.0 * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    else:
+        trainer = make_trainer(config, options, output_dir, seed, scorer, train)
+        args = trainer.args
+        assert args.num_inference_steps is not None
+        passes_per_image = args.num_inference_steps / args.num_iterations + args.sde_window_size
+        passes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * passes_per_image
+    every = arm.options.get("eval_steps", shared["eval_steps"])
+    progress = Progress(trainer, validation, every, passes_per_update, passes, time.process_time() - seconds)
+    if arm.method == "none":
+        progress.evaluate(0)
+    else:
+        trainer.add_callback(progress)
+        trainer.train()
     wall_seconds = time.time() - began
     before, after = report(trainer, test)
     difference, error = paired_difference(before, after)
@@ -167,12 +228,12 @@ def run_arm(arm: Arm, seed: int, config: Path, num_cases: int, folder: Path) -> 
         "share_of_5": float(np.mean(np.array(after) >= 4.5)),
         **{task: float(np.mean([s for t, s in zip(test["task"], after, strict=True) if t == task])) for task in TASKS},
         "train_cases": len(train),
-        "clip_fraction": float(np.mean(clipped)),
-        "cpu_seconds": round(clock.seconds, 1),
+        "clip_fraction": float(np.mean(clipped)) if clipped else 0.0,
+        "cpu_seconds": round(progress.seconds, 1),
         "wall_seconds": round(wall_seconds, 1),
         "commit": where["commit"],
         "machine": where["machine"],
-        "curve": learning_curve(trainer, clock),
+        "curve": progress.curve,
         "scores": after,
         "environment": where,
     }
@@ -182,7 +243,7 @@ def run_arm(arm: Arm, seed: int, config: Path, num_cases: int, folder: Path) -> 
 
 def run_experiment(
     name: str, arms: Sequence[Arm], seeds: Sequence[int], config: Path, results: Path, num_cases: int = 1500,
-    processes: int = 2, folder: Path = Path("outputs/experiments"),
+    processes: int = 2, folder: Path = Path("outputs/experiments"), num_test_cases: int = 400,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """
     Runs every arm with every seed, one core each, and writes the results as `name.json`, `name.csv`, `name_curves.csv`,
@@ -206,6 +267,8 @@ def run_experiment(
             Number of runs at a time.
         folder (`Path`, *optional*, defaults to `outputs/experiments`):
             Folder for the runs themselves.
+        num_test_cases (`int`, *optional*, defaults to `400`):
+            Number of test cases.
 
     Returns:
         `list[dict]`: one per run.
@@ -218,7 +281,8 @@ def run_experiment(
     runs = []
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
     with ProcessPoolExecutor(processes, mp_context=spawn) as executor:
-        jobs = [executor.submit(run_arm, arm, seed, config, num_cases, folder) for seed in seeds for arm in arms]
+        rest = config, num_cases, folder, num_test_cases
+        jobs = [executor.submit(run_arm, arm, seed, *rest) for seed in seeds for arm in arms]
         for job in tqdm(as_completed(jobs), name, total=len(jobs)):
             runs.append(job.result())
     order = [arm.name for arm in arms]
@@ -248,7 +312,7 @@ def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> Non
         writer.writerows(rows)
 
 
-def command(name: str, arms: Sequence[Arm], config: Path, description: str) -> None:
+def command(name: str, arms: Sequence[Arm], config: Path, description: str, num_cases: int = 1500) -> None:
     """Runs an experiment from the command line: its options are seeds, processes, config and the folder of results."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=config, help="the recipe that the arms have in common")
@@ -256,7 +320,7 @@ def command(name: str, arms: Sequence[Arm], config: Path, description: str) -> N
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder for the results")
     args = parser.parse_args()
-    run_experiment(name, arms, args.seeds, args.config, args.results, processes=args.processes)
+    run_experiment(name, arms, args.seeds, args.config, args.results, num_cases, args.processes)
 
 
 def at_budget(run: dict[str, Any], budget: str, limit: float) -> float:
@@ -271,7 +335,10 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     averaged over seeds, with its standard error over the cases; validation scores when all arms had used as many
     transformer passes, and as many CPU seconds, as the most frugal one in the end.
     """
-    limits = {budget: min(run["curve"][-1][budget] for run in runs) for budget in ("thousand_passes", "cpu_seconds")}
+    trained = [run for run in runs if len(run["curve"]) > 1]
+    limits = {
+        budget: min(run["curve"][-1][budget] for run in trained) for budget in ("thousand_passes", "cpu_seconds")
+    }
     summary = []
     first = None
     for arm in dict.fromkeys(run["arm"] for run in runs):

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from hp_edit_trl.miniature import experiments
-from hp_edit_trl.miniature.experiments import Arm, learning_curve, run_experiment, summarise
+from hp_edit_trl.miniature.experiments import Arm, run_experiment, summarise
 
 
 CONFIG = Path(__file__).parents[2] / "examples" / "miniature" / "experiment.yaml"
@@ -29,18 +29,24 @@ def test_an_experiment_writes_its_results_and_goes_on_where_it_was(config, tmp_p
     arms = [
         Arm("plain"),
         Arm("filtered, coarse", {"lora_r": 4, "lora_alpha": 8}, task_aware=False, filtered=True),
+        Arm("pairs", {"beta": 500.0}, method="dpo"),
+        Arm("base", method="none"),
     ]
-    where = {"results": tmp_path / "results", "folder": tmp_path / "runs", "num_cases": 16}
+    where = {"results": tmp_path / "results", "folder": tmp_path / "runs", "num_cases": 16, "num_test_cases": 24}
     runs = run_experiment("trial", arms, [3], config, **where)
     assert [(run["arm"], run["seed"]) for run in runs] == [(arm.name, 3) for arm in arms]
     assert runs[0]["train_cases"] == 16 and 0 < runs[1]["train_cases"] < 16
-    assert all(0 < run["score"] < 5 and len(run["curve"]) == 2 for run in runs)
+    assert all(0 < run["score"] < 5 for run in runs) and [len(run["curve"]) for run in runs] == [2, 2, 2, 1]
+    assert runs[3]["score"] == runs[3]["before"] == runs[0]["before"] != runs[2]["score"]
+    # DPO has mined its pairs when it starts: 16 cases * 5 edits * 3 steps.
+    assert [point["thousand_passes"] for point in runs[2]["curve"]] == [0.24, 0.256]
+    assert runs[2]["curve"][0]["cpu_seconds"] > 0
     record = json.loads((tmp_path / "results" / "trial.json").read_text())
     assert record["runs"] == runs and record["config"]["max_steps"] == 1
     assert all(run["commit"] and {"versions", "machine"} <= set(run["environment"]) for run in record["runs"])
-    assert all(len(run["scores"]) == 400 and run["cpu_seconds"] > 0 for run in runs)
+    assert all(len(run["scores"]) == 24 for run in runs) and all(run["cpu_seconds"] > 0 for run in runs[:3])
     with (tmp_path / "results" / "trial_curves.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 4
+        assert len(list(csv.DictReader(file))) == 7
     with (tmp_path / "results" / "trial.csv").open() as file:
         assert [row["arm"] for row in csv.DictReader(file)] == [run["arm"] for run in runs]
     assert "| filtered, coarse | 1 |" in (tmp_path / "results" / "trial.md").read_text()
@@ -50,7 +56,7 @@ def test_an_experiment_writes_its_results_and_goes_on_where_it_was(config, tmp_p
     done = {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("result.json")}
     run_experiment("trial", arms, [3], config, **where)
     assert {path: path.stat().st_mtime for path in done} == done
-    other = [arms[0], Arm(arms[1].name, {"lora_r": 8, "lora_alpha": 8}, task_aware=False, filtered=True)]
+    other = [arms[0], Arm(arms[1].name, {"lora_r": 8, "lora_alpha": 8}, task_aware=False, filtered=True), *arms[2:]]
     run_experiment("trial", other, [3], config, **where)
     changed = [path.parent.name for path in done if path.stat().st_mtime != done[path]]
     assert changed == ["filtered,_coarse-3"]
@@ -79,26 +85,37 @@ def test_a_summary_pairs_arms_and_compares_equal_budgets():
     assert "+1.333 ± 0.333" in experiments.summary_table([a, b])
 
 
-def test_passes_are_counted(config, tmp_path):
-    # One generation batch of 8 edits, trained on twice in microbatches of 4: 8 * 3 passes to sample, 2 * 8 * 1 to train.
-    options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "eval_steps": 4, "save_strategy": "no"}
-    data = experiments.load_dataset("train", 8)
-    trainer = experiments.make_trainer(
-        config, options, tmp_path / "run", 0, experiments.RuleScorer(), data, data.select(range(4))
+def count_passes(trainer):
+    counted = [0]
+    trainer.policy.pipeline.transformer.register_forward_hook(
+        lambda module, inputs, output: counted.__setitem__(0, counted[0] + len(output[0]))
     )
-    passes = 0
+    return counted
 
-    def count(module, inputs, output):
-        nonlocal passes
-        passes += len(output[0])
 
-    handle = trainer.policy.pipeline.transformer.register_forward_hook(count)
-    trainer.args.eval_on_start = False
-    clock = experiments.CpuClock()
-    trainer.add_callback(clock)
+def test_passes_of_grpo_are_counted(config, tmp_path):
+    # One generation batch of 8 edits, trained on twice in microbatches of 4: 8 * 3 passes to sample, 2 * 8 * 1 to train.
+    options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "save_strategy": "no"}
+    data = experiments.load_dataset("train", 8)
+    trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, experiments.RuleScorer(), data)
+    counted = count_passes(trainer)
+    per_image = trainer.args.num_inference_steps / trainer.args.num_iterations + trainer.args.sde_window_size
+    progress = experiments.Progress(trainer, data.select(range(4)), 4, 4 * per_image)
+    trainer.add_callback(progress)
     trainer.train()
-    handle.remove()
-    evaluation = 4 * 3
-    (point,) = learning_curve(trainer, clock)
-    assert point["thousand_passes"] * 1000 == passes - evaluation
-    assert 0 < point["cpu_seconds"] == clock.seconds
+    evaluations = 2 * 4 * 3
+    start, end = progress.curve
+    assert (start["thousand_passes"], start["cpu_seconds"], end["step"]) == (0, 0, 4)
+    assert end["thousand_passes"] * 1000 == counted[0] - evaluations
+    assert 0 < end["cpu_seconds"] == round(progress.seconds, 1)
+
+
+def test_passes_of_dpo_are_counted(config, tmp_path):
+    cases = experiments.load_dataset("train", 8)
+    pairs = cases.map(lambda case: {"chosen": case["target"], "rejected": case["image"]})
+    options = {"max_steps": 3, "save_strategy": "no"}
+    trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, None, pairs)
+    assert (trainer.args.resolution, trainer.args.per_device_train_batch_size) == (32, 4)
+    counted = count_passes(trainer)
+    trainer.train()
+    assert counted[0] == 3 * 4.0 * 4

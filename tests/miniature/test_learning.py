@@ -15,8 +15,8 @@ GROUP = 12
 
 
 def train_and_compare(reward, folder):
-    options = {"max_steps": 100, "eval_strategy": "no", "eval_on_start": False, "save_strategy": "no"}
-    trainer = make_trainer(CONFIG, options, folder, 0, reward, load_dataset("train", 400), None)
+    options = {"max_steps": 100, "save_strategy": "no"}
+    trainer = make_trainer(CONFIG, options, folder, 0, reward, load_dataset("train", 400))
     assert trainer.num_generations == GROUP
     trainer.train()
     test = load_dataset("test", 800)

@@ -68,7 +68,12 @@ def test_all_stages(tmp_path, monkeypatch):
     for name, weight in first.items():
         torch.testing.assert_close(polished[name], weight, rtol=0, atol=1e-6)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in log] == [("vae", 2), ("decoder", 1), ("transformer", 2), ("polish", 1)]
+    assert [(row["stage"], row["step"]) for row in log] == [
+        ("vae", 2),
+        ("decoder", 1),
+        ("transformer", 2),
+        ("polish", 1),
+    ]
     assert all("score" in row and "remove" in row for row in log)
     pretrain.export(tmp_path)
     loaded = QwenImageEditPlusPipeline.from_pretrained(str(tmp_path / "pipeline"), dtype=torch.float32)

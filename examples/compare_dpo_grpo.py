@@ -1,0 +1,39 @@
+"""
+Table S5 of HP-Edit in miniature: the pretrained policy, DPO, Flow-GRPO with the base scorer, and Flow-GRPO in full.
+
+    python examples/compare_dpo_grpo.py
+
+Each has several seeds and the same budget of data: the first 600 training cases, and 3,000 edits of them, which DPO mines its
+pairs from and Flow-GRPO samples while it learns. Results go to docs/results/. It can be stopped at any time and goes on with
+the runs that are missing.
+
+With a real model the four are these commands, each followed by an evaluation on RealPref-Bench:
+
+    accelerate launch examples/mine_preference_pairs.py --model_name_or_path Qwen/Qwen-Image-Edit-2509 \
+        --dataset_name someone/RealPref-50K --judge_base_url http://localhost:8000/v1
+    accelerate launch examples/train_qwen_edit_dpo.py --config examples/configs/qwen_image_edit_2509_dpo.yaml \
+        --dataset_name outputs/preference-pairs/dataset
+    accelerate launch examples/train_qwen_edit.py --config examples/configs/qwen_image_edit_2509.yaml \
+        --dataset_name someone/RealPref-unfiltered --scorer_task base
+    accelerate launch examples/train_qwen_edit.py --config examples/configs/qwen_image_edit_2509.yaml \
+        --dataset_name someone/RealPref-50K
+"""
+
+from pathlib import Path
+
+from hp_edit_trl.miniature.experiments import Arm, command
+
+
+# 125 updates of 24 edits; DPO sees its pairs, 24 at a time, about ten times.
+GRPO = {"max_steps": 125, "eval_steps": 25}
+DPO = {"max_steps": 120, "beta": 500.0, "learning_rate": 1e-4, "eval_steps": 24}
+ARMS = [
+    Arm("base", method="none"),
+    Arm("DPO", DPO, method="dpo"),
+    Arm("GRPO, base scorer", GRPO, task_aware=False),
+    Arm("GRPO in full", GRPO, filtered=True),  # hard cases, task-aware scorer
+]
+
+if __name__ == "__main__":
+    config = Path(__file__).parent / "miniature" / "experiment.yaml"
+    command("dpo_against_grpo", ARMS, config, __doc__, num_cases=600)

@@ -1,0 +1,497 @@
+"""
+Preference pairs, mined from a policy: several edits of each case are sampled and scored, and the best is paired with the worst.
+
+Everything is on disk as soon as it exists: an edit when it is decoded, a score when it is given. A run that was stopped goes on
+where it was, with any number of processes.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from diffusers import DiffusionPipeline
+from huggingface_hub import DatasetCard, DatasetCardData
+from PIL import Image
+from tqdm import tqdm
+from trl.trainer.utils import get_callable_name
+
+from .. import __version__
+from ..cases import UnreadableImageError, case_images, check_columns, check_references, without_decoding
+from ..policies import EditPolicy, bucketed, decode, policy_class, rollout
+from ..seeding import seeded_generator
+
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 500_000_000  # of a Parquet file
+
+
+def mine_preference_pairs(
+    pipeline: DiffusionPipeline,
+    reward_func: Callable[..., Any],
+    dataset: Dataset,
+    output_dir: str | Path,
+    *,
+    num_samples: int = 5,
+    score_name: str | None = "hp_score",
+    min_gap: float = 1.0,
+    min_chosen_score: float = 3.0,
+    **options: Any,
+) -> Dataset:
+    """
+    Samples edits of each case, scores them, and pairs the best with the worst: first [`sample_and_score`], then
+    [`build_preference_dataset`].
+
+    The paper samples 5 edits per case; it does not say by which gap winner and loser must differ.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The editor, with a LoRA if one is loaded.
+        reward_func (`Callable`):
+            A reward function in TRL's convention that scores the edits, e.g. [`HPScorerReward`].
+        dataset ([`~datasets.Dataset`]):
+            The cases: `prompt`, `image` or `images`, optionally `id` and whatever the reward function wants.
+        output_dir (`str` or `Path`):
+            Folder for the edits, their scores and the resulting dataset.
+        num_samples (`int`, *optional*, defaults to `5`):
+            Number of edits per case.
+        score_name (`str`, *optional*, defaults to `"hp_score"`):
+            Name under which the reward function logs the scores that pairs are chosen by. `None` takes its rewards.
+        min_gap (`float`, *optional*, defaults to `1.0`):
+            Smallest difference of the two scores of a pair.
+        min_chosen_score (`float`, *optional*, defaults to `3.0`):
+            Lowest score of a chosen edit: where all edits failed, the best of them is no example.
+        **options:
+            Passed to [`sample_and_score`]: `resolution`, `num_inference_steps`, `true_cfg_scale`, `batch_size`, `seed` and so
+            on.
+
+    Returns:
+        [`~datasets.Dataset`]: the pairs, as `load_dataset(output_dir / "dataset", split="train")` loads them.
+    """
+    sample_and_score(
+        pipeline, reward_func, dataset, output_dir, num_samples=num_samples, score_name=score_name, **options
+    )
+    state = PartialState()
+    if state.is_main_process:
+        build_preference_dataset(dataset, output_dir, min_gap=min_gap, min_chosen_score=min_chosen_score)
+    state.wait_for_everyone()
+    files = sorted(map(str, (Path(output_dir) / "dataset" / "pairs").glob("*.parquet")))
+    return Dataset.from_parquet(files, cache_dir=str(Path(output_dir) / "cache"))
+
+
+def sample_and_score(
+    pipeline: DiffusionPipeline,
+    reward_func: Callable[..., Any],
+    dataset: Dataset,
+    output_dir: str | Path,
+    *,
+    num_samples: int = 5,
+    score_name: str | None = "hp_score",
+    resolution: int = 512,
+    num_inference_steps: int | None = None,
+    true_cfg_scale: float | None = None,
+    negative_prompt: str | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 4,
+    cases_per_round: int = 8,
+    on_bad_image: str = "error",
+    offload_encoders: bool = False,
+    seed: int = 0,
+) -> None:
+    """
+    Samples edits of each case and scores them. Edits go to `output_dir/samples`, one PNG each, and scores to
+    `output_dir/scores-*.jsonl`, a line each. What is there already is not done again; an edit without a score is scored again.
+
+    Launched with `accelerate launch`, each process takes a part of the cases.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The editor, with a LoRA if one is loaded.
+        reward_func (`Callable`):
+            A reward function in TRL's convention that scores the edits.
+        dataset ([`~datasets.Dataset`]):
+            The cases.
+        output_dir (`str` or `Path`):
+            Folder for edits and scores.
+        num_samples (`int`, *optional*, defaults to `5`):
+            Number of edits per case.
+        score_name (`str`, *optional*, defaults to `"hp_score"`):
+            Name under which the reward function logs the scores. `None` takes its rewards.
+        resolution (`int`, *optional*, defaults to `512`):
+            Side in pixels of the square whose area every edit has.
+        num_inference_steps (`int`, *optional*):
+            Number of denoising steps. Defaults to what the pipeline is meant to be used with.
+        true_cfg_scale (`float`, *optional*):
+            Scale of classifier-free guidance. Defaults to what the pipeline is meant to be used with.
+        negative_prompt (`str`, *optional*):
+            Prompt of the second pass. Defaults to the one that the pipeline is meant to be used with.
+        guidance_scale (`float`, *optional*):
+            Guidance that the transformer takes as an input, if it does.
+        batch_size (`int`, *optional*, defaults to `4`):
+            Largest number of edits that are denoised together.
+        cases_per_round (`int`, *optional*, defaults to `8`):
+            Number of cases whose edits are handed to the reward function together.
+        on_bad_image (`str`, *optional*, defaults to `"error"`):
+            What to do with a case whose image cannot be decoded: `"error"` stops, `"skip"` leaves it out with a warning.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Keep the text encoder and the VAE in CPU memory while they are not used.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the edits' noise, which depends on it, on the case and on the number of the sample.
+
+    Raises:
+        `ValueError`: If an option or the dataset is not usable, the reward function logs no scores, or `output_dir` holds
+            samples that were made otherwise.
+    """
+    if num_samples < 2:
+        raise ValueError(f"num_samples={num_samples} must be at least 2: a pair has two edits.")
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image={on_bad_image!r} is not known: use one of ['error', 'skip'].")
+    for name, value in (("batch_size", batch_size), ("cases_per_round", cases_per_round), ("resolution", resolution)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    check_columns(dataset, "dataset")
+    policy_type = policy_class(pipeline)
+    check_references(dataset, "dataset", policy_type.max_references)
+    policy = policy_type(pipeline, offload_encoders)
+    if guidance_scale is not None:
+        policy.guidance_scale = guidance_scale
+    settings = {
+        "model": str(pipeline.config.get("_name_or_path") or "base-model"),
+        "reward_func": get_callable_name(reward_func),
+        "score_name": score_name,
+        "resolution": resolution,
+        "num_inference_steps": num_inference_steps or policy.default_num_inference_steps,
+        "true_cfg_scale": policy.default_true_cfg_scale if true_cfg_scale is None else true_cfg_scale,
+        "negative_prompt": policy.default_negative_prompt if negative_prompt is None else negative_prompt,
+        "guidance_scale": policy.guidance_scale,
+        "seed": seed,
+    }
+    state = PartialState()
+    output_dir = Path(output_dir)
+    _check_settings(output_dir, settings, state)
+    policy.place(state.device)
+    pipeline.transformer.requires_grad_(False).eval().to(state.device)
+
+    dataset = without_decoding(dataset)
+    known = read_scores(output_dir)
+    places = _sample_folders(dataset, output_dir)
+    todo = [
+        index
+        for index, place in enumerate(places)
+        if any(known.get((place.name, k), {}).get("score") is None for k in range(num_samples))
+    ]
+    todo = todo[state.process_index :: state.num_processes]
+    scores_file = output_dir / f"scores-{state.process_index}.jsonl"
+    progress = tqdm(range(0, len(todo), cases_per_round), "Mining", unit="round", disable=not state.is_main_process)
+    for start in progress:
+        cases, missing = [], []
+        for index in todo[start : start + cases_per_round]:
+            row = dict(dataset[index])
+            row.setdefault("id", index)
+            try:
+                images = case_images(row, row["id"])
+            except UnreadableImageError as error:
+                if on_bad_image == "error":
+                    raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
+                logger.warning("%s It is left out.", error)
+                continue
+            row |= {"images": images} if row.get("images") is not None else {"image": images[0]}
+            cases.append((row, images, places[index]))
+            missing += [(len(cases) - 1, k) for k in range(num_samples) if not (places[index] / f"{k}.png").exists()]
+        _sample(policy, cases, missing, settings, batch_size)
+        unscored = [
+            (row, place, k)
+            for row, _, place in cases
+            for k in range(num_samples)
+            if known.get((place.name, k), {}).get("score") is None
+        ]
+        if unscored:
+            _score(reward_func, unscored, score_name, scores_file)
+    state.wait_for_everyone()
+
+
+def _check_settings(output_dir: Path, settings: dict[str, Any], state: PartialState) -> None:
+    """Writes down how samples are made; raises `ValueError` if those that are there were made otherwise."""
+    file = output_dir / "mining.json"
+    if state.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.with_suffix(".part").write_text(json.dumps(settings, indent=1))
+            file.with_suffix(".part").replace(file)
+    state.wait_for_everyone()
+    before = json.loads(file.read_text())
+    changed = [
+        f"{name}: {before.get(name)!r} -> {value!r}" for name, value in settings.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{output_dir} holds samples that were made otherwise ({'; '.join(changed)}): choose another output_dir, or the "
+            "settings in mining.json."
+        )
+
+
+def _sample_folders(dataset: Dataset, output_dir: Path) -> list[Path]:
+    """The folder of each case's samples. Its name is a hash of the case, so that a changed case gets samples of its own."""
+    folders = []
+    for index in range(len(dataset)):
+        row = dataset[index]
+        digest = hashlib.sha256(repr((str(row.get("id", index)), row["prompt"])).encode())
+        for value in row["images"] if row.get("images") is not None else [row.get("image")]:
+            content = value.get("bytes") if isinstance(value, dict) else None
+            path = value.get("path") if isinstance(value, dict) else value
+            if content is None and path is not None and os.path.isfile(path):
+                content = Path(path).read_bytes()
+            digest.update(hashlib.sha256(content or repr(value).encode()).digest())
+        folders.append(output_dir / "samples" / digest.hexdigest()[:20])
+    return folders
+
+
+def _sample(
+    policy: EditPolicy,
+    cases: list[tuple[dict[str, Any], list[Image.Image], Path]],
+    missing: list[tuple[int, int]],
+    settings: dict[str, Any],
+    batch_size: int,
+) -> None:
+    """Samples and saves edits; `missing` has the number of the case and of the sample."""
+    negative_prompt = settings["negative_prompt"] if settings["true_cfg_scale"] > 1 else None
+    with policy.loaded(*policy.encoders):
+        encoded = {
+            i: policy.encode(cases[i][1], cases[i][0]["prompt"], negative_prompt, settings["resolution"])
+            for i in dict.fromkeys(i for i, _ in missing)
+        }
+    autocast = torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype == torch.bfloat16)
+    # One batch after the other, so that what was sampled is on disk when the next one begins
+    for members in bucketed([encoded[i] for i, _ in missing], batch_size):
+        batch = [missing[m] for m in members]
+        conditions = [encoded[i] for i, _ in batch]
+        with autocast:
+            paths = rollout(
+                policy,
+                policy.pipeline.transformer,
+                conditions,
+                [seeded_generator(settings["seed"], "mining", str(cases[i][0]["id"]), k) for i, k in batch],
+                num_inference_steps=settings["num_inference_steps"],
+                true_cfg_scale=settings["true_cfg_scale"],
+                batch_size=batch_size,
+            )
+        for (i, k), image in zip(
+            batch, decode(policy, [path.final for path in paths], conditions, batch_size), strict=True
+        ):
+            folder = cases[i][2]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{k}.part", format="PNG")
+            (folder / f"{k}.part").replace(folder / f"{k}.png")
+
+
+def _score(
+    reward_func: Callable[..., Any],
+    samples: list[tuple[dict[str, Any], Path, int]],
+    score_name: str | None,
+    file: Path,
+) -> None:
+    """Scores saved edits and appends the scores to a file; a score that was not given is written as null."""
+    rows = [row for row, _, _ in samples]
+    edits = []
+    for _, place, k in samples:
+        with Image.open(place / f"{k}.png") as image:
+            edits.append(image.convert("RGB"))
+    extra: dict[str, list] = {}
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    rewards = reward_func(
+        prompts=[row["prompt"] for row in rows],
+        completions=edits,
+        trainer_state=None,
+        log_extra=extra.__setitem__,
+        log_metric=lambda name, value: None,
+        **columns,
+    )
+    if score_name is not None and score_name not in extra:
+        raise ValueError(
+            f"The reward function {get_callable_name(reward_func)!r} logs no {score_name!r}; it logs {sorted(extra)}. Name one "
+            "of those with score_name=, or take its rewards with score_name=None."
+        )
+    scores = rewards if score_name is None else extra[score_name]
+    if len(scores) != len(samples):
+        raise ValueError(f"The reward function returned {len(scores)} scores for {len(samples)} edits.")
+    with file.open("a") as lines:
+        if file.stat().st_size and not file.read_bytes().endswith(b"\n"):
+            lines.write("\n")  # a line that a kill cut off ends here
+        for (row, place, k), score in zip(samples, scores, strict=True):
+            value = None if score is None or math.isnan(score) else float(score)
+            if value is None:
+                logger.warning("No score for sample %d of case %s.", k, row["id"])
+            lines.write(json.dumps({"id": str(row["id"]), "case": place.name, "sample": k, "score": value}) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def read_scores(output_dir: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """All scores of a folder, by the name of the case's folder and the number of the sample; the latest one counts."""
+    scores: dict[tuple[str, int], dict[str, Any]] = {}
+    for file in sorted(Path(output_dir).glob("scores-*.jsonl")):
+        for line in file.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # cut off by a kill: the sample is scored again
+                continue
+            key = entry["case"], entry["sample"]
+            if entry["score"] is not None or key not in scores:
+                scores[key] = entry
+    return scores
+
+
+def build_preference_dataset(
+    dataset: Dataset, output_dir: str | Path, *, min_gap: float = 1.0, min_chosen_score: float = 3.0
+) -> Counter:
+    """
+    Makes a preference dataset of the scored samples in a folder: for each case its best and its worst edit.
+
+    `output_dir/dataset` then is a dataset as it lies on the Hub, with a card: the configuration `pairs` has all columns of the
+    cases and `chosen`, `rejected`, `score_chosen`, `score_rejected`; `samples` has every edit with its score; `dropped.jsonl`
+    says of every case without a pair why it has none. Of edits with equal scores the one sampled first counts.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The cases.
+        output_dir (`str` or `Path`):
+            Folder that [`sample_and_score`] has written to.
+        min_gap (`float`, *optional*, defaults to `1.0`):
+            Smallest difference of the two scores of a pair.
+        min_chosen_score (`float`, *optional*, defaults to `3.0`):
+            Lowest score of a chosen edit.
+
+    Returns:
+        `Counter`: number of pairs, and of cases dropped for each reason.
+
+    Raises:
+        `ValueError`: If not one pair is left.
+    """
+    check_columns(dataset, "dataset")
+    taken = sorted({"chosen", "rejected", "score_chosen", "score_rejected"} & set(dataset.column_names))
+    if taken:
+        raise ValueError(f"dataset has columns {taken} already, which pairs would have: rename or remove them.")
+    output_dir = Path(output_dir)
+    settings = json.loads((output_dir / "mining.json").read_text())
+    sources = {name: dataset.features[name] for name in ("image", "images") if name in dataset.features}
+    dataset = without_decoding(dataset)
+    if "id" not in dataset.column_names:
+        dataset = dataset.add_column("id", [str(i) for i in range(len(dataset))])
+    places = _sample_folders(dataset, output_dir)
+    scores = read_scores(output_dir)
+    by_case: dict[str, dict[int, float]] = {}
+    for (case, k), entry in scores.items():
+        if entry["score"] is not None:
+            by_case.setdefault(case, {})[k] = entry["score"]
+
+    pairs, dropped, samples = [], [], []
+    for index, (case_id, place) in enumerate(zip(dataset["id"], places, strict=True)):
+        found = by_case.get(place.name, {})
+        samples += [(index, k, place, found.get(k)) for k in sorted(int(path.stem) for path in place.glob("*.png"))]
+        ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+        reason = None
+        if len(ranked) < 2:
+            reason = f"fewer than two scores: {len(ranked)}"
+        else:
+            best, worst = ranked[0][1], ranked[-1][1]
+            if best == worst:
+                reason = f"tie: all scores are {best:g}"
+            elif best < min_chosen_score:
+                reason = f"failed: the best score {best:g} is below min_chosen_score={min_chosen_score:g}"
+            elif best - worst < min_gap:
+                reason = f"gap: {best:g} and {worst:g} differ by less than min_gap={min_gap:g}"
+        if reason is None:
+            last = next(k for k, score in ranked if score == worst)
+            pairs.append((index, place / f"{ranked[0][0]}.png", place / f"{last}.png", best, worst))
+        else:
+            dropped.append({"id": str(case_id), "reason": reason})
+    counts = Counter({"pairs": len(pairs)}) + Counter(entry["reason"].partition(":")[0] for entry in dropped)
+    if not pairs:
+        raise ValueError(
+            f"Not one of {len(dataset)} cases gave a pair ({dict(counts)}): lower min_gap={min_gap:g} or "
+            f"min_chosen_score={min_chosen_score:g}, or sample more edits per case."
+        )
+
+    paired = dataset.select([index for index, *_ in pairs])
+    _, chosen, rejected, best_scores, worst_scores = zip(*pairs, strict=True)
+    for column, edits in (("chosen", chosen), ("rejected", rejected)):
+        paired = paired.add_column(column, [str(edit) for edit in edits]).cast_column(column, ImageFeature())
+    for column, values in (("score_chosen", best_scores), ("score_rejected", worst_scores)):
+        paired = paired.add_column(column, list(values)).cast_column(column, Value("float32"))
+    paired = paired.cast(Features({**paired.features, **sources}))
+    texts = {name: dataset[name] for name in ("prompt", "task") if name in dataset.column_names}
+    listed = Dataset.from_dict(
+        {"id": [str(dataset["id"][index]) for index, *_ in samples]}
+        | {name: [texts[name][index] for index, *_ in samples] for name in texts}
+        | {"sample": [k for _, k, *_ in samples], "score": [score for *_, score in samples]}
+        | {"edit": [str(place / f"{k}.png") for _, k, place, _ in samples]}
+    ).cast_column("edit", ImageFeature())
+
+    folder = output_dir / "dataset"
+    for name, part in (("pairs", paired), ("samples", listed)):
+        _write_parquet(part, folder / name)
+    (folder / "dropped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in dropped))
+    _write_card(folder, settings, counts, listed, min_gap, min_chosen_score)
+    logger.info("%s", dict(counts))
+    return counts
+
+
+def _write_parquet(dataset: Dataset, folder: Path) -> None:
+    """Writes a dataset as Parquet files with their images inside, of about `SHARD_BYTES` each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.parquet"):
+        old.unlink()
+    column = "edit" if "edit" in dataset.column_names else "chosen"
+    paths = [value["path"] for value in dataset.cast_column(column, ImageFeature(decode=False))[column]]
+    per_row = 3 if column == "chosen" else 1  # source, chosen and rejected are about equally large
+    num_shards = max(1, math.ceil(per_row * sum(os.path.getsize(path) for path in paths) / SHARD_BYTES))
+    for i in range(num_shards):
+        file = folder / f"train-{i:05d}-of-{num_shards:05d}.parquet"
+        dataset.shard(num_shards, i, contiguous=True).to_parquet(file)
+
+
+def _write_card(
+    folder: Path, settings: dict[str, Any], counts: Counter, samples: Dataset, min_gap: float, min_chosen_score: float
+) -> None:
+    known = [score for score in samples["score"] if score is not None]
+    configs = []
+    for name in ("pairs", "samples"):
+        digest = hashlib.sha256()
+        for file in sorted((folder / name).glob("*.parquet")):
+            digest.update(file.read_bytes())
+        # `load_dataset` finds a local folder in its cache by the name of the folder and by what the card says. Without the
+        # description it would take other pairs, in a folder of the same name, for these.
+        description = f"content {digest.hexdigest()[:16]}"
+        files = [{"split": "train", "path": f"{name}/*.parquet"}]
+        configs.append(
+            {"config_name": name, "description": description, "data_files": files, "default": name == "pairs"}
+        )
+    data = DatasetCardData(
+        configs=configs,
+        task_categories=["image-to-image"],
+        tags=["hp-edit-trl", "dpo", "preference", "image-editing"],
+    )  # fmt: skip
+    card = DatasetCard.from_template(
+        data,
+        template_path=str(Path(__file__).parent / "pairs_card.md"),
+        counts=dict(counts),
+        settings=settings,
+        model=Path(settings["model"]).name if os.path.isdir(settings["model"]) else settings["model"],
+        num_samples=len(samples),
+        num_scored=len(known),
+        mean_score=sum(known) / len(known),
+        min_gap=min_gap,
+        min_chosen_score=min_chosen_score,
+        version=__version__,
+    )
+    card.save(folder / "README.md")
