@@ -24,9 +24,9 @@ from pathlib import Path
 from hp_edit_trl.miniature.experiments import Arm, command
 
 
-# 125 updates of 24 edits; DPO sees its pairs, 24 at a time, about ten times.
+# 125 updates of 24 edits; DPO sees its pairs, 24 at a time, about five times.
 GRPO = {"max_steps": 125, "eval_steps": 25}
-DPO = {"max_steps": 120, "beta": 500.0, "learning_rate": 1e-4, "eval_steps": 24}
+DPO = {"max_steps": 60, "beta": 500.0, "learning_rate": 1e-4, "eval_steps": 12}
 ARMS = [
     Arm("base", method="none"),
     Arm("DPO", DPO, method="dpo"),

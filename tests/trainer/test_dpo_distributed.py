@@ -111,10 +111,11 @@ def test_evaluation_knows_no_ranks(one, two):
     )
     for name in names:
         assert two[0]["metrics"][name] == two[1]["metrics"][name]
-        assert two[0]["metrics"][name] == pytest.approx(one["metrics"][name], rel=2e-3, abs=1e-3), name
+        tolerance = 1e-4 if "flow_loss" in name else 2e-3
+        assert two[0]["metrics"][name] == pytest.approx(one["metrics"][name], rel=tolerance, abs=tolerance), name
     # It would be seen if a repeated pair were counted: pairs are not alike.
-    assert abs(one["metrics"]["eval_five_loss"] - one["metrics"]["eval_six_loss"]) > 5e-3
-    assert abs(one["metrics"]["eval_five_loss"] - one["metrics"]["eval_one_loss"]) > 5e-3
+    errors = [one["metrics"][f"eval_{name}_flow_loss/chosen"] for name in ("five", "six", "one")]
+    assert abs(errors[0] - errors[1]) > 2e-3 and abs(errors[0] - errors[2]) > 2e-3
     assert set(two[0]["evaluated"]) | set(two[1]["evaluated"]) == set(one["evaluated"])
     assert len(two[0]["evaluated"]) < len(one["evaluated"])  # the work was shared
 

@@ -56,15 +56,6 @@ def make_pairs(count: int = 6, sizes=((64, 64), (128, 64))) -> Dataset:
     return Dataset.from_list([pair_row(row, i) for i, row in enumerate(make_cases(count, sizes))])
 
 
-def pale_pairs(count: int = 6) -> Dataset:
-    """The rejected edit is the chosen one and more of it: a step away from it leads away from the chosen one as well."""
-    rows = []
-    for row in make_pairs(count):
-        grey = plain(row["image"], (128, 128, 128))
-        rows.append({**row, "chosen": PILImage.blend(grey, row["rejected"], 0.3)})
-    return Dataset.from_list(rows)
-
-
 def make_config(output_dir, **kwargs) -> DPOEditConfig:
     defaults = dict(
         bf16=False,
@@ -180,6 +171,16 @@ def encoded_by_hand(rows, pipeline=None, resolution=64):
     return encoded
 
 
+def stretch_rejected(files):
+    """
+    The rejected latents become the chosen ones and more of them: a step away leads away from the chosen ones as well, which
+    images that a random VAE encodes hardly ever do.
+    """
+    for file in files:
+        state = torch.load(file, weights_only=True)
+        torch.save({**state, "rejected": 2 * state["chosen"]}, file)
+
+
 class Float64Reference:
     """The loss and its gradient, written again: one pair at a time, in float64, the LoRA multiplied into the weights."""
 
@@ -217,7 +218,7 @@ class Float64Reference:
             references.append(((v_ref - target) ** 2).mean().item())
             residuals.append((v - target).detach().numpy().ravel())
         # One noise for both: it comes out the same from either edit.
-        torch.testing.assert_close(noises[0], noises[1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(noises[0], noises[1], rtol=0, atol=2e-5)
         assert noises[0].mean().abs() < 0.5 and 0.7 < noises[0].std() < 1.3
         return errors, references, residuals
 
@@ -250,15 +251,18 @@ LOSSES = {
         (["sigmoid", "sft"], [1.0, 0.3], True),
     ],
 )
-def test_loss_and_gradient_against_float64(make_trainer, loss_type, loss_weights, safeguard):
-    rows, beta = (pale_pairs if safeguard else make_pairs)(4), 25.0
+def test_loss_and_gradient_against_float64(make_trainer, tmp_path, loss_type, loss_weights, safeguard):
+    rows, beta = make_pairs(4), 25.0
     trainer = make_trainer(
-        rows, loss_type=loss_type, loss_weights=loss_weights, safeguard=safeguard, beta=beta, shuffle_dataset=False,
+        rows, latents_cache_dir=str(tmp_path / "latents"), loss_type=loss_type, loss_weights=loss_weights, safeguard=safeguard, beta=beta, shuffle_dataset=False,
         per_device_train_batch_size=4,
     )  # fmt: skip
     warm(trainer)
     reference, calls = Float64Reference(trainer, rows), record_velocities(trainer)
     (files,) = trainer.get_train_dataloader()
+    if safeguard:
+        stretch_rejected(files)
+        reference.encoded = [(conditions, chosen, 2 * chosen) for conditions, chosen, _ in reference.encoded]
     loss = trainer.compute_loss(trainer.model, files)
     loss.backward()
     # One pass of chosen and rejected together for each size, and one of the reference.
@@ -292,8 +296,10 @@ def test_loss_and_gradient_against_float64(make_trainer, loss_type, loss_weights
                 "flow_loss/reference_chosen": ref_w, "flow_loss/reference_rejected": ref_l,
             }.items():  # fmt: skip
                 seen.setdefault(name, []).append(value)
-    assert min(margins) < -0.05 and max(margins) > 0.05  # margins of both signs, far from rounding
-    assert not safeguard or min(scales) < 0.99
+    if safeguard:
+        assert max(scales) < 0.95
+    else:
+        assert min(margins) < -0.05 and max(margins) > 0.05  # margins of both signs, far from rounding
     assert loss.item() == pytest.approx(expected, rel=2e-4, abs=2e-5)
     logs = {"loss": 0.0}
     trainer.log(logs)
@@ -315,20 +321,22 @@ def losses_of(trainer, files):
     return loss.item(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def test_the_safeguard_changes_the_gradient_and_not_the_loss(make_trainer):
+def test_the_safeguard_changes_the_gradient_and_not_the_loss(make_trainer, tmp_path):
     found = {}
     for safeguard in (False, True):
-        trainer = make_trainer(pale_pairs(), safeguard=safeguard, per_device_train_batch_size=6, beta=20.0)
+        folder = str(tmp_path / f"latents-{safeguard}")
+        trainer = make_trainer(safeguard=safeguard, per_device_train_batch_size=6, beta=20.0, latents_cache_dir=folder)
         warm(trainer)
         (files,) = trainer.get_train_dataloader()
+        stretch_rejected(files)
         found[safeguard] = losses_of(trainer, files)
         logs = {"loss": 0.0}
         trainer.log(logs)
         assert ("safeguard_scale" in logs) == safeguard
-    assert 0 < logs["safeguard_scale"] < 1
+    assert 0.1 < logs["safeguard_scale"] < 0.95
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-6)
     differences = [(found[True][1][name] - g).norm() / g.norm() for name, g in found[False][1].items()]
-    assert min(differences) > 1e-3
+    assert min(differences) > 0.02
 
 
 @pytest.mark.parametrize(
