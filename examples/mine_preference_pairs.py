@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
@@ -72,7 +72,7 @@ def main(args: MiningArguments):
         options["min_gap"] = args.min_gap
     pairs = mine_preference_pairs(pipeline, reward_func, dataset, args.output_dir, **options)
     folder = Path(args.output_dir) / "dataset"
-    if PartialState().is_main_process:
+    if Accelerator().is_main_process:
         print(f"{len(pairs)} pairs of {len(dataset)} cases are in {folder}, with all edits and a card.")
         if args.push_to is not None:
             HfApi().create_repo(args.push_to, repo_type="dataset", exist_ok=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import DiffusionPipeline
@@ -81,10 +81,10 @@ def mine_preference_pairs(
     sample_and_score(
         pipeline, reward_func, dataset, output_dir, num_samples=num_samples, score_name=score_name, **options
     )
-    state = PartialState()
-    if state.is_main_process:
+    accelerator = Accelerator()
+    if accelerator.is_main_process:
         build_preference_dataset(dataset, output_dir, min_gap=min_gap, min_chosen_score=min_chosen_score)
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
     files = sorted(map(str, (Path(output_dir) / "dataset" / "pairs").glob("*.parquet")))
     return Dataset.from_parquet(files, cache_dir=str(Path(output_dir) / "cache"))
 
@@ -176,11 +176,11 @@ def sample_and_score(
         "guidance_scale": policy.guidance_scale,
         "seed": seed,
     }
-    state = PartialState()
+    accelerator = Accelerator()
     output_dir = Path(output_dir)
-    _check_settings(output_dir, settings, state)
-    policy.place(state.device)
-    pipeline.transformer.requires_grad_(False).eval().to(state.device)
+    _check_settings(output_dir, settings, accelerator)
+    policy.place(accelerator.device)
+    pipeline.transformer.requires_grad_(False).eval().to(accelerator.device)
 
     dataset = without_decoding(dataset)
     known = read_scores(output_dir)
@@ -190,9 +190,11 @@ def sample_and_score(
         for index, place in enumerate(places)
         if any(known.get((place.name, k), {}).get("score") is None for k in range(num_samples))
     ]
-    todo = todo[state.process_index :: state.num_processes]
-    scores_file = output_dir / f"scores-{state.process_index}.jsonl"
-    progress = tqdm(range(0, len(todo), cases_per_round), "Mining", unit="round", disable=not state.is_main_process)
+    todo = todo[accelerator.process_index :: accelerator.num_processes]
+    scores_file = output_dir / f"scores-{accelerator.process_index}.jsonl"
+    progress = tqdm(
+        range(0, len(todo), cases_per_round), "Mining", unit="round", disable=not accelerator.is_main_process
+    )
     for start in progress:
         cases, missing = [], []
         for index in todo[start : start + cases_per_round]:
@@ -217,18 +219,18 @@ def sample_and_score(
         ]
         if unscored:
             _score(reward_func, unscored, score_name, scores_file)
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
 
 
-def _check_settings(output_dir: Path, settings: dict[str, Any], state: PartialState) -> None:
+def _check_settings(output_dir: Path, settings: dict[str, Any], accelerator: Accelerator) -> None:
     """Writes down how samples are made; raises `ValueError` if those that are there were made otherwise."""
     file = output_dir / "mining.json"
-    if state.is_main_process:
+    if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             file.with_suffix(".part").write_text(json.dumps(settings, indent=1))
             file.with_suffix(".part").replace(file)
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
     before = json.loads(file.read_text())
     changed = [
         f"{name}: {before.get(name)!r} -> {value!r}" for name, value in settings.items() if before.get(name) != value
