@@ -91,7 +91,8 @@ def check_pairs(dataset: Dataset, name: str) -> None:
                 f"{name} has no column {column!r}: a preference pair has two edits of one case, `chosen` and `rejected`; its "
                 f"columns are {list(dataset.features)}."
             )
-        if not (isinstance(feature, Image | dict) or (isinstance(feature, Value) and feature.dtype == "string")):
+        is_path = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+        if not (is_path or isinstance(feature, Image | dict)):
             raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
 
 

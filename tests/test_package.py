@@ -17,7 +17,7 @@ def test_importing_is_quick_and_pulls_in_nothing_heavy():
     code = (
         "import sys, time; start = time.perf_counter(); import hp_edit_trl; seconds = time.perf_counter() - start; "
         "assert not {'torch', 'transformers', 'diffusers', 'trl'} & set(sys.modules), sys.modules.keys(); "
-        "assert 'FlowGRPOEditTrainer' in dir(hp_edit_trl); print(seconds)"
+        "assert {'DPOEditTrainer', 'FlowGRPOEditTrainer'} <= set(dir(hp_edit_trl)); print(seconds)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -42,6 +42,7 @@ def test_floors():
         "policies": 2,
         "rewards": 2,
         "trainer": 3,
+        "data": 3,
         "miniature": 4,
     }
     for path in (ROOT / "hp_edit_trl").rglob("*.py"):
@@ -65,6 +66,7 @@ def test_the_wheel_holds_the_prompts_and_the_miniature(tmp_path):
     prompts = {path.name for path in (ROOT / "prompts").glob("*.md")}
     assert {f"hp_edit_trl/prompts/{name}" for name in prompts} <= set(names)
     assert "hp_edit_trl/py.typed" in names and "hp_edit_trl/trainer/model_card.md" in names
+    assert "hp_edit_trl/data/pairs_card.md" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "examples/")) for name in names)
     weights = [info for info in zipfile.ZipFile(wheel).infolist() if "/miniature/weights/" in info.filename]
     assert weights and sum(info.compress_size for info in weights) < 15e6

@@ -122,8 +122,10 @@ def draw_sigma(
     """
     if sampling == "logit_normal":
         position = torch.sigmoid(logit_mean + logit_std * torch.randn((), generator=generator))
-    else:
+    elif sampling == "uniform":
         position = torch.rand((), generator=generator)
+    else:
+        raise ValueError(f"sampling={sampling!r} is not known.")
     # u = 1 is the noisy end, where the schedule begins.
     place = (1 - position) * (len(schedule) - 1)
     index = place.floor().long().clamp(max=len(schedule) - 2)

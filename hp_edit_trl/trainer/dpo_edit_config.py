@@ -42,7 +42,7 @@ class DPOEditConfig(_BaseConfig):
             stops, `"skip"` leaves the pair out with a warning.
         latents_cache_dir (`str`, *optional*):
             Folder for the encoded pairs: every pair is encoded once, and found again by its content, whatever the run.
-            Defaults to `output_dir/latents`. Takes about 3 MB per pair with Qwen-Image-Edit at 512 pixels.
+            Defaults to `output_dir/_latents`, which is not pushed to the Hub. Takes about 3 MB per pair with Qwen-Image-Edit at 512 pixels.
 
         > Parameters that control the training
 
@@ -133,7 +133,7 @@ class DPOEditConfig(_BaseConfig):
         metadata={"help": "What to do with a pair that cannot be used: stop, or leave it out.", "choices": ["error", "skip"]},
     )  # fmt: skip
     latents_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the encoded pairs. Defaults to `output_dir/latents`."}
+        default=None, metadata={"help": "Folder for the encoded pairs. Defaults to `output_dir/_latents`."}
     )
 
     # Parameters that control the training
@@ -185,6 +185,10 @@ class DPOEditConfig(_BaseConfig):
                 f"loss_weights has {len(self.loss_weights)} entries, but loss_type has {len(self.loss_type)}: "
                 f"{self.loss_type}."
             )
+        if len(set(self.loss_type)) < len(self.loss_type):
+            raise ValueError(f"loss_type={self.loss_type} names a loss twice: use loss_weights instead.")
+        if self.loss_weights is not None and not all(weight >= 0 for weight in self.loss_weights):
+            raise ValueError(f"loss_weights={self.loss_weights} must not be negative.")
         for name, choices in (("sigma_sampling", ["logit_normal", "uniform"]), ("on_bad_image", ["error", "skip"])):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
@@ -192,5 +196,5 @@ class DPOEditConfig(_BaseConfig):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("beta", "logit_std"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")

@@ -78,12 +78,18 @@ class EpochSampler(Sampler):
 
 
 def encoders_key(policy: EditPolicy) -> str:
-    """A hash of the weights that encode: of the name, the shape and the first values of each tensor."""
+    """A hash of what encodes: of the settings and of all weights."""
     digest = hashlib.sha256(type(policy).__name__.encode())
     for name, module in policy.encoders.items():
+        config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+        settings = {key: value for key, value in config.items() if not key.startswith("_")}
+        digest.update(repr((name, sorted(settings.items(), key=repr))).encode())
         for key, tensor in module.state_dict().items():
-            first = tensor.flatten()[:64].to("cpu", torch.float32).numpy().tobytes()
-            digest.update(repr((name, key, tuple(tensor.shape), str(tensor.dtype))).encode() + first)
+            # The sum weighted by place tells what a plain sum would not, and takes a fraction of a cryptographic hash's time.
+            values = tensor.flatten().float()
+            places = torch.arange(len(values), device=values.device) % 997 + 1
+            content = (values.sum().item(), (values * places).sum().item())
+            digest.update(repr((key, tuple(tensor.shape), str(tensor.dtype), content)).encode())
     return digest.hexdigest()
 
 
@@ -227,7 +233,7 @@ class DPOEditTrainer(_BaseEditTrainer):
             optimizers=optimizers,
         )
         self.policy.place(self.accelerator.device)
-        self._latents_folder = Path(args.latents_cache_dir or Path(args.output_dir) / "latents")
+        self._latents_folder = Path(args.latents_cache_dir or Path(args.output_dir) / "_latents")
         self._encoders_key = encoders_key(self.policy)
         self._encoded: dict[str, list[str]] = {}  # files of the encoded pairs of a dataset, by its fingerprint
 
@@ -282,7 +288,7 @@ class DPOEditTrainer(_BaseEditTrainer):
             files[index] = str(file)
         gathered = {index: file for part in gather_object([files]) for index, file in part.items()}
         if not gathered:
-            raise UnreadableImageError(f"Not one pair of the {description.lower()} can be used.")
+            raise UnreadableImageError(f"{description}: not one pair can be used.")
         self._encoded[dataset._fingerprint] = [gathered[index] for index in sorted(gathered)]
         return self._encoded[dataset._fingerprint]
 
@@ -291,8 +297,9 @@ class DPOEditTrainer(_BaseEditTrainer):
         with self.policy.loaded(*self.policy.encoders):
             conditions = self.policy.encode(images, row["prompt"], None, self.args.resolution)
             size, edit = (conditions.height, conditions.width), edits[0]
-            # Rounding sizes to whole latents changes an aspect ratio by a few per cent, and no more.
-            if abs(edit.width * size[0] / (edit.height * size[1]) - 1) > 0.08:
+            # The edit's shape is the source's, or what rounding to whole latents makes of it at this resolution or another.
+            shapes = size, self.policy.target_size(images, 4096)
+            if all(abs(edit.width * height / (edit.height * width) - 1) > 0.08 for height, width in shapes):
                 raise UnreadableImageError(
                     f"The edits of pair {row['id']!r} have {edit.width} x {edit.height} pixels, but this model edits the case "
                     f"in the shape of its source, {size[1]} x {size[0]} at resolution={self.args.resolution}: resizing would "
@@ -308,8 +315,10 @@ class DPOEditTrainer(_BaseEditTrainer):
         }
 
     def _load_pair(self, file: str) -> Pair:
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
-        return Pair(**{**state, "conditions": EditConditions(**state["conditions"])})
+        state, device = torch.load(file, weights_only=True), self.accelerator.device
+        conditions = EditConditions(**state["conditions"])
+        conditions.tensors = {name: tensor.to(device) for name, tensor in conditions.tensors.items()}
+        return Pair(state["id"], conditions, state["chosen"].to(device), state["rejected"].to(device))
 
     def get_train_dataloader(self) -> DataLoader:
         files = self._encode_pairs(self.train_dataset, "Encoding training pairs")
@@ -327,6 +336,7 @@ class DPOEditTrainer(_BaseEditTrainer):
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`.")
         check_pairs(dataset, "eval_dataset")
+        check_references(dataset, "eval_dataset", self.policy.max_references)
         return self._get_dataloader(
             dataset=self._encode_pairs(without_decoding(dataset), "Encoding evaluation pairs"),
             description="Evaluation",
@@ -434,7 +444,7 @@ class DPOEditTrainer(_BaseEditTrainer):
         for files in dataloader:
             pairs = [self._load_pair(file) for file in files]
             generators = [seeded_generator(self.args.seed, "eval", pair.id) for pair in pairs]
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), self.accelerator.autocast():
                 losses, metrics = self._losses(self.model, pairs, generators)
             columns = {"loss": losses, **metrics}
             local = [{name: values[i].item() for name, values in columns.items()} for i in range(len(pairs))]

@@ -48,8 +48,8 @@ def check_lora(peft_config: LoraConfig | None) -> None:
         raise TypeError(f"peft_config must be a LoraConfig, but is a {type(peft_config).__name__}.")
     if peft_config.lora_dropout:
         raise ValueError(
-            f"lora_dropout={peft_config.lora_dropout} must be 0: dropout would make the policy that is trained another "
-            "one than the policy that sampled."
+            f"lora_dropout={peft_config.lora_dropout} must be 0: with dropout the policy that is trained is another "
+            "one than the policy that samples, and than the reference."
         )
     if peft_config.bias != "none":
         raise ValueError(f"bias={peft_config.bias!r} must be 'none': diffusers loads no biases with a LoRA.")
