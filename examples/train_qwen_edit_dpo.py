@@ -15,6 +15,7 @@ The real model has a config, every option of which can be overridden; `mine_pref
 """
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,7 +26,12 @@ from hp_edit_trl import DPOEditConfig, DPOEditTrainer, EditModelConfig, miniatur
 from hp_edit_trl.data import mine_preference_pairs
 
 
-def main(script: ScriptArguments, args: DPOEditConfig, model_args: EditModelConfig):
+@dataclass
+class DPOScriptArguments(ScriptArguments):
+    num_cases: int = field(default=600, metadata={"help": "Cases of the miniature's world to mine pairs from."})
+
+
+def main(script: DPOScriptArguments, args: DPOEditConfig, model_args: EditModelConfig):
     embedded = model_args.model_name_or_path is None
     if embedded and script.dataset_name is not None:
         raise SystemExit("--dataset_name without --model_name_or_path: without a model the miniature is trained.")
@@ -33,11 +39,11 @@ def main(script: ScriptArguments, args: DPOEditConfig, model_args: EditModelConf
         torch.set_num_threads(1)  # so small a model loses by more
         model = miniature.load_pipeline()
         pairs = mine_preference_pairs(
-            model, miniature.RuleScorer(), miniature.load_dataset("train", 600), Path(args.output_dir) / "mining",
-            score_name="score", min_gap=0.5, resolution=32, num_inference_steps=5, true_cfg_scale=1.0, batch_size=100,
+            model, miniature.RuleScorer(), miniature.load_dataset("train", script.num_cases),
+            Path(args.output_dir) / "mining", score_name="score", min_gap=0.5, resolution=32, num_inference_steps=5, true_cfg_scale=1.0, batch_size=100,
             cases_per_round=20, seed=args.seed,
         )  # fmt: skip
-        splits = pairs.train_test_split(test_size=48, seed=args.seed)
+        splits = pairs.train_test_split(test_size=0.15, seed=args.seed)
         train_dataset, eval_dataset = splits["train"], splits["test"]
     else:
         model = model_args.model_name_or_path
@@ -59,4 +65,4 @@ def main(script: ScriptArguments, args: DPOEditConfig, model_args: EditModelConf
 if __name__ == "__main__":
     if not {"--config", "--model_name_or_path"} & {argument.split("=")[0] for argument in sys.argv}:
         sys.argv[1:1] = ["--config", str(Path(__file__).parent / "configs" / "embedded_dpo.yaml")]
-    main(*TrlParser((ScriptArguments, DPOEditConfig, EditModelConfig)).parse_args_and_config())
+    main(*TrlParser((DPOScriptArguments, DPOEditConfig, EditModelConfig)).parse_args_and_config())

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from datasets.table import embed_table_storage
 from diffusers import DiffusionPipeline
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
@@ -385,7 +386,9 @@ def build_preference_dataset(
         raise ValueError(f"dataset has columns {taken} already, which pairs would have: rename or remove them.")
     output_dir = Path(output_dir)
     settings = json.loads((output_dir / "mining.json").read_text())
-    sources = {name: dataset.features[name] for name in ("image", "images") if name in dataset.features}
+    # Sources are written as images, also where the cases only have their paths.
+    kinds = {"image": ImageFeature(), "images": List(ImageFeature())}
+    sources = {name: kind for name, kind in kinds.items() if name in dataset.features}
     dataset = without_decoding(dataset)
     if "id" not in dataset.column_names:
         dataset = dataset.add_column("id", [str(i) for i in range(len(dataset))])
@@ -459,7 +462,10 @@ def _write_parquet(dataset: Dataset, folder: Path) -> None:
     num_shards = max(1, math.ceil(per_row * sum(os.path.getsize(path) for path in paths) / SHARD_BYTES))
     for i in range(num_shards):
         file = folder / f"train-{i:05d}-of-{num_shards:05d}.parquet"
-        dataset.shard(num_shards, i, contiguous=True).to_parquet(file)
+        shard = dataset.shard(num_shards, i, contiguous=True).with_format("arrow")
+        # What is still a path becomes the file's content.
+        shard = shard.map(embed_table_storage, batched=True, batch_size=100, keep_in_memory=True)
+        shard.with_format(None).to_parquet(file)
 
 
 def _write_card(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,26 @@ def test_cases_without_a_pair_are_named_with_the_reason(mined, cases):
     assert all(entry["reason"].partition(":")[0] in ("tie", "gap", "failed") for entry in dropped)
     card = (folder / "dataset" / "README.md").read_text()
     assert f"| with a pair | {len(pairs)} |" in card and "RuleScorer" in card and str(folder) not in card
+
+
+def test_the_dataset_needs_none_of_the_files_beside_it(pipeline, cases, tmp_path):
+    # Sources as paths, as of an image folder
+    files = []
+    for i, case in enumerate(cases.select(range(2))):
+        files.append(str(tmp_path / f"{i}.png"))
+        case["image"].save(files[-1])
+    by_path = cases.select(range(2)).remove_columns("image").add_column("image", files)
+
+    mine(pipeline, by_path, tmp_path / "out", min_gap=0.0001)
+    (tmp_path / "out" / "dataset").rename(tmp_path / "alone")
+    shutil.rmtree(tmp_path / "out")
+    for file in files:
+        Path(file).unlink()
+    pairs = load_dataset(str(tmp_path / "alone"), split="train")
+    assert len(pairs)
+    for pair in pairs:
+        assert {pair[name].size for name in ("image", "chosen", "rejected")} == {(32, 32)}
+    assert load_dataset(str(tmp_path / "alone"), "samples", split="train")[0]["edit"].size == (32, 32)
 
 
 def test_the_rule_of_choice(cases, tmp_path):

@@ -64,12 +64,15 @@ def test_every_config_parses(config, monkeypatch):
     try:
         from train_kontext import KontextScriptArguments
         from train_qwen_edit import EditModelConfig, EditScriptArguments, FlowGRPOEditConfig, TrlParser
+        from train_qwen_edit_dpo import DPOEditConfig, DPOScriptArguments
     finally:
         sys.path.pop(0)
     script = KontextScriptArguments if "kontext" in config.name else EditScriptArguments
-    parser = TrlParser((script, FlowGRPOEditConfig, EditModelConfig))
+    types = (DPOScriptArguments, DPOEditConfig) if "dpo" in config.name else (script, FlowGRPOEditConfig)
+    parser = TrlParser((*types, EditModelConfig))
     arguments = ["--config", str(config), "--use_cpu", "true", "--optim", "adamw_torch"]
     script_args, args, model_args = parser.parse_args_and_config(arguments)
-    assert args.generation_batch_size % args.num_generations == 0
+    if "dpo" not in config.name:
+        assert args.generation_batch_size % args.num_generations == 0
     if model_args.model_name_or_path:
         assert config.read_text().startswith("#") and "accelerate launch" in config.read_text().split("\n\n")[0]

@@ -139,6 +139,22 @@ class PolicyContract:
         other = policy.encode([photo(80, 64)], "Paint it", negative, 64)
         assert any(not torch.equal(kept.tensors[name], other.tensors[name]) for name in kept.tensors)
 
+    def test_an_encoded_image_is_decoded_as_by_the_vae_alone(self, policy):
+        # Packing and normalisation undo each other, and are those that references have.
+        image, vae = photo(*self.wide), policy.pipeline.vae
+        conditions = policy.encode([image], "x", None, self.resolution)
+        size = conditions.height, conditions.width
+        latents = policy.encode_image(image, *size)
+        assert latents.shape == (conditions.num_tokens, conditions.num_channels)
+        assert torch.equal(latents, conditions.tensors["image_latents"])
+        (decoded,) = policy.decode(latents[None], conditions)
+        pixels = policy.pipeline.image_processor.preprocess(image, *size)
+        video = "Qwen" in type(vae).__name__
+        with torch.no_grad():
+            expected = vae.decode(vae.encode(pixels[:, :, None] if video else pixels).latent_dist.mode()).sample
+        (expected,) = policy.pipeline.image_processor.postprocess(expected[:, :, 0] if video else expected)
+        assert np.abs(np.asarray(decoded, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
     def test_encoders_are_moved_only_while_in_use(self):
         pipeline = self.make_pipeline()
         policy = policy_class(pipeline)(pipeline, offload_encoders=True)

@@ -1,0 +1,44 @@
+"""The examples of DPO as a user runs them: as scripts in processes of their own."""
+
+import pytest
+from datasets import load_dataset
+from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
+
+from .test_train_qwen_edit import EXAMPLES, run
+
+
+@pytest.mark.slow
+def test_mining(tmp_path):
+    done = run("--num_cases", "16", "--num_samples", "3", cwd=tmp_path, script="mine_preference_pairs.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+    pairs = load_dataset(str(tmp_path / "outputs" / "preference-pairs" / "dataset"), split="train")
+    assert f"{len(pairs)} pairs of 16 cases" in done.stdout and {"chosen", "rejected"} <= set(pairs.column_names)
+    assert all(pair["score_chosen"] >= pair["score_rejected"] + 0.5 for pair in pairs)
+
+
+@pytest.mark.slow
+def test_embedded_default(tmp_path):
+    options = ("--num_cases", "40", "--eval_steps", "2", "--save_steps", "2")
+    done = run("--max_steps", "2", *options, cwd=tmp_path, script="train_qwen_edit_dpo.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+    output = tmp_path / "outputs" / "qwen-edit-dpo-embedded"
+    state = QwenImageLoraLoaderMixin.lora_state_dict(str(output))
+    assert any(key.endswith("to_q.lora_B.weight") and value.abs().max() > 0 for key, value in state.items())
+    assert "Diffusion-DPO" in (output / "README.md").read_text() and "| all | 400 |" in done.stdout
+    # It goes on where it was.
+    resume = ("--max_steps", "3", "--resume_from_checkpoint", str(output / "checkpoint-2"))
+    again = run(*resume, *options, cwd=tmp_path, script="train_qwen_edit_dpo.py")
+    assert again.returncode == 0, again.stderr[-4000:]
+
+
+def test_a_model_needs_a_dataset(tmp_path):
+    for script, options in (("mine_preference_pairs.py", ()), ("train_qwen_edit_dpo.py", ("--use_cpu", "true"))):
+        arguments = ("--model_name_or_path", "somewhere", "--output_dir", "x", *options)
+        done = run(*arguments, cwd=tmp_path, script=script)
+        assert done.returncode == 1 and "--dataset_name is needed" in done.stderr, script
+
+
+def test_short_and_documented():
+    for script in ("mine_preference_pairs.py", "train_qwen_edit_dpo.py", "compare_dpo_grpo.py"):
+        text = (EXAMPLES / script).read_text()
+        assert len(text.splitlines()) < 100 and f"python examples/{script}" in text
