@@ -40,7 +40,7 @@ def main(script: DPOScriptArguments, args: DPOEditConfig, model_args: EditModelC
         model = miniature.load_pipeline()
         pairs = mine_preference_pairs(
             model, miniature.RuleScorer(), miniature.load_dataset("train", script.num_cases),
-            Path(args.output_dir) / "mining", score_name="score", min_gap=0.5, resolution=32, num_inference_steps=5, true_cfg_scale=1.0, batch_size=100,
+            Path(args.output_dir) / "_mining", score_name="score", min_gap=0.5, resolution=32, num_inference_steps=5, true_cfg_scale=1.0, batch_size=100,
             cases_per_round=20, seed=args.seed,
         )  # fmt: skip
         splits = pairs.train_test_split(test_size=0.15, seed=args.seed)
