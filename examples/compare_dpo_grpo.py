@@ -7,10 +7,10 @@ Each has several seeds and the same budget of data: the first 600 training cases
 pairs from and Flow-GRPO samples while it learns. Results go to docs/results/. It can be stopped at any time and goes on with
 the runs that are missing.
 
-With a real model the four are these commands, each followed by an evaluation on RealPref-Bench:
+With a real model the three that are trained are these commands; all four are then to be judged on a benchmark:
 
     accelerate launch examples/mine_preference_pairs.py --model_name_or_path Qwen/Qwen-Image-Edit-2509 \
-        --dataset_name someone/RealPref-50K --judge_base_url http://localhost:8000/v1
+        --dataset_name someone/RealPref-unfiltered --judge_base_url http://localhost:8000/v1 --num_inference_steps 10
     accelerate launch examples/train_qwen_edit_dpo.py --config examples/configs/qwen_image_edit_2509_dpo.yaml \
         --dataset_name outputs/preference-pairs/dataset
     accelerate launch examples/train_qwen_edit.py --config examples/configs/qwen_image_edit_2509.yaml \

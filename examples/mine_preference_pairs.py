@@ -76,9 +76,8 @@ def main(args: MiningArguments):
         print(f"{len(pairs)} pairs of {len(dataset)} cases are in {folder}, with all edits and a card.")
         if args.push_to is not None:
             HfApi().create_repo(args.push_to, repo_type="dataset", exist_ok=True)
-            HfApi().upload_folder(
-                repo_id=args.push_to, folder_path=folder, repo_type="dataset", ignore_patterns=".cache/**"
-            )
+            old = ["pairs/*.parquet", "samples/*.parquet"]
+            HfApi().upload_folder(repo_id=args.push_to, folder_path=folder, repo_type="dataset", delete_patterns=old)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,10 @@ def main(script: DPOScriptArguments, args: DPOEditConfig, model_args: EditModelC
         if script.dataset_name is None:
             raise SystemExit("--dataset_name is needed: a Hub id or a folder with the pairs.")
         splits = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
+        if args.eval_strategy != "no" and script.dataset_test_split not in splits:
+            raise SystemExit(
+                f"--eval_strategy {args.eval_strategy}: the dataset has no {script.dataset_test_split!r} split."
+            )
         train_dataset = splits[script.dataset_train_split]
         eval_dataset = splits[script.dataset_test_split] if args.eval_strategy != "no" else None
     trainer = DPOEditTrainer(model, args, train_dataset, eval_dataset, peft_config=get_peft_config(model_args))

@@ -12,11 +12,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from datasets.table import embed_table_storage
@@ -29,6 +31,7 @@ from trl.trainer.utils import get_callable_name
 from .. import __version__
 from ..cases import UnreadableImageError, case_images, check_columns, check_references, without_decoding
 from ..policies import EditPolicy, bucketed, decode, policy_class, rollout
+from ..rewards import HPScorerReward
 from ..seeding import seeded_generator
 
 
@@ -79,15 +82,22 @@ def mine_preference_pairs(
     Returns:
         [`~datasets.Dataset`]: the pairs, as `load_dataset(output_dir / "dataset", split="train")` loads them.
     """
+    _check_free(dataset)
     sample_and_score(
         pipeline, reward_func, dataset, output_dir, num_samples=num_samples, score_name=score_name, **options
     )
-    accelerator = Accelerator()
+    accelerator = _accelerator()
     if accelerator.is_main_process:
         build_preference_dataset(dataset, output_dir, min_gap=min_gap, min_chosen_score=min_chosen_score)
     accelerator.wait_for_everyone()
     files = sorted(map(str, (Path(output_dir) / "dataset" / "pairs").glob("*.parquet")))
     return Dataset.from_parquet(files, cache_dir=str(Path(output_dir) / "cache"))
+
+
+def _check_free(dataset: Dataset) -> None:
+    taken = sorted({"chosen", "rejected", "score_chosen", "score_rejected"} & set(dataset.column_names))
+    if taken:
+        raise ValueError(f"dataset has columns {taken} already, which pairs would have: rename or remove them.")
 
 
 def sample_and_score(
@@ -164,12 +174,22 @@ def sample_and_score(
     policy_type = policy_class(pipeline)
     check_references(dataset, "dataset", policy_type.max_references)
     policy = policy_type(pipeline, offload_encoders)
+    if guidance_scale is not None and policy.guidance_scale is None:
+        raise ValueError(
+            f"guidance_scale={guidance_scale}, but the transformer of this {type(pipeline).__name__} takes no guidance as an "
+            "input: leave it out. The scale of a second pass is true_cfg_scale."
+        )
+    if true_cfg_scale is not None and true_cfg_scale > 1 and not policy.has_true_cfg:
+        raise ValueError(
+            f"true_cfg_scale={true_cfg_scale}, but this pipeline was distilled and knows no second pass: leave it out."
+        )
     if guidance_scale is not None:
         policy.guidance_scale = guidance_scale
+    if isinstance(reward_func, HPScorerReward) and reward_func.task is None:
+        reward_func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
     settings = {
         "model": str(pipeline.config.get("_name_or_path") or "base-model"),
-        "reward_func": get_callable_name(reward_func),
-        "score_name": score_name,
+        "weights": _weights_key(pipeline.transformer),
         "resolution": resolution,
         "num_inference_steps": num_inference_steps or policy.default_num_inference_steps,
         "true_cfg_scale": policy.default_true_cfg_scale if true_cfg_scale is None else true_cfg_scale,
@@ -177,21 +197,24 @@ def sample_and_score(
         "guidance_scale": policy.guidance_scale,
         "seed": seed,
     }
-    accelerator = Accelerator()
+    scoring = {"reward_func": get_callable_name(reward_func), "score_name": score_name}
+    if isinstance(reward_func, HPScorerReward):
+        scoring["scorer"] = reward_func.description
+    accelerator = _accelerator()
     output_dir = Path(output_dir)
-    _check_settings(output_dir, settings, accelerator)
+    _check_settings(output_dir, settings, scoring, accelerator)
     policy.place(accelerator.device)
     pipeline.transformer.requires_grad_(False).eval().to(accelerator.device)
 
     dataset = without_decoding(dataset)
     known = read_scores(output_dir)
     places = _sample_folders(dataset, output_dir)
+    # Cases are dealt out before those that are done are left out: a process must not depend on how far another has come.
     todo = [
         index
-        for index, place in enumerate(places)
-        if any(known.get((place.name, k), {}).get("score") is None for k in range(num_samples))
+        for index in range(accelerator.process_index, len(places), accelerator.num_processes)
+        if any(known.get((places[index].name, k), {}).get("score") is None for k in range(num_samples))
     ]
-    todo = todo[accelerator.process_index :: accelerator.num_processes]
     scores_file = output_dir / f"scores-{accelerator.process_index}.jsonl"
     progress = tqdm(
         range(0, len(todo), cases_per_round), "Mining", unit="round", disable=not accelerator.is_main_process
@@ -223,24 +246,49 @@ def sample_and_score(
     accelerator.wait_for_everyone()
 
 
-def _check_settings(output_dir: Path, settings: dict[str, Any], accelerator: Accelerator) -> None:
-    """Writes down how samples are made; raises `ValueError` if those that are there were made otherwise."""
+def _accelerator() -> Accelerator:
+    """The processes of this launch. At a barrier they wait for each other as long as it takes: hours, for a slow judge."""
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+
+
+def _weights_key(transformer: torch.nn.Module) -> str:
+    """A hash that tells one set of weights from another, a LoRA's included: names, shapes, first values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in transformer.state_dict().items():
+        first = tensor.flatten()[:64].to("cpu", torch.float32).numpy().tobytes()
+        digest.update(repr((name, tuple(tensor.shape))).encode() + first)
+    return digest.hexdigest()[:16]
+
+
+def _check_settings(
+    output_dir: Path, settings: dict[str, Any], scoring: dict[str, Any], accelerator: Accelerator
+) -> None:
+    """Writes down how edits and scores are made; raises `ValueError` if those that are there were made otherwise."""
     file = output_dir / "mining.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    scored = any(file.stat().st_size for file in output_dir.glob("scores-*.jsonl"))
+    accelerator.wait_for_everyone()  # before anything is written that another process has yet to look at
+    for kind, new, remedy in (
+        ("sampling", settings, "choose another output_dir"),
+        (
+            "scoring",
+            scoring,
+            "choose another output_dir, or delete its scores-*.jsonl: then its edits are scored again",
+        ),
+    ):
+        before = known.get(kind, new) if kind == "sampling" or scored else new
+        changed = [
+            f"{name}: {before.get(name)!r} -> {new.get(name)!r}"
+            for name in before | new
+            if before.get(name) != new.get(name)
+        ]
+        if changed:
+            raise ValueError(f"{output_dir} holds samples whose {kind} was another ({'; '.join(changed)}): {remedy}.")
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            file.with_suffix(".part").write_text(json.dumps(settings, indent=1))
-            file.with_suffix(".part").replace(file)
+        file.with_suffix(".part").write_text(json.dumps({"sampling": settings, "scoring": scoring}, indent=1))
+        file.with_suffix(".part").replace(file)
     accelerator.wait_for_everyone()
-    before = json.loads(file.read_text())
-    changed = [
-        f"{name}: {before.get(name)!r} -> {value!r}" for name, value in settings.items() if before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{output_dir} holds samples that were made otherwise ({'; '.join(changed)}): choose another output_dir, or the "
-            "settings in mining.json."
-        )
 
 
 def _sample_folders(dataset: Dataset, output_dir: Path) -> list[Path]:
@@ -381,11 +429,10 @@ def build_preference_dataset(
         `ValueError`: If not one pair is left.
     """
     check_columns(dataset, "dataset")
-    taken = sorted({"chosen", "rejected", "score_chosen", "score_rejected"} & set(dataset.column_names))
-    if taken:
-        raise ValueError(f"dataset has columns {taken} already, which pairs would have: rename or remove them.")
+    _check_free(dataset)
     output_dir = Path(output_dir)
     settings = json.loads((output_dir / "mining.json").read_text())
+    settings = settings["sampling"] | settings["scoring"]
     # Sources are written as images, also where the cases only have their paths.
     kinds = {"image": ImageFeature(), "images": List(ImageFeature())}
     sources = {name: kind for name, kind in kinds.items() if name in dataset.features}

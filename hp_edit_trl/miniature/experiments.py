@@ -96,16 +96,22 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def hard_cases(config: Path, num_cases: int, folder: Path) -> list[int]:
-    """Which of the first training cases the pretrained policy does not edit well enough for a 5 (rounded)."""
+def hard_cases(config: Path, num_cases: int, folder: Path) -> tuple[list[int], float]:
+    """
+    Which of the first training cases the pretrained policy does not edit well enough for a 5 (rounded), and the CPU seconds
+    that it took to find out.
+    """
     file = folder / f"base_scores_{fingerprint(config.read_bytes(), num_cases)}.json"
     if not file.exists():
         train = load_dataset("train", num_cases)
         trainer = make_trainer(config, {"save_strategy": "no"}, folder / "base", 0, RuleScorer(), train)
+        began = time.process_time()
         scores = score_edits(edit_dataset(trainer.sample_edits, train), train)
-        file.with_suffix(".part").write_text(json.dumps(scores))
+        kept = {"scores": scores, "cpu_seconds": time.process_time() - began}
+        file.with_suffix(".part").write_text(json.dumps(kept))
         file.with_suffix(".part").replace(file)
-    return [i for i, score in enumerate(json.loads(file.read_text())) if score < 4.5]
+    kept = json.loads(file.read_text())
+    return [i for i, score in enumerate(kept["scores"]) if score < 4.5], kept["cpu_seconds"]
 
 
 class Progress(TrainerCallback):
@@ -140,6 +146,7 @@ class Progress(TrainerCallback):
         self.trainer, self.dataset, self.every = trainer, dataset, every
         self.passes_per_update, self.passes, self.seconds = passes_per_update, passes, seconds
         self.curve: list[dict[str, float]] = []
+        self.started = time.process_time()
 
     def evaluate(self, step: int) -> None:
         scores = score_edits(edit_dataset(self.trainer.sample_edits, self.dataset), self.dataset)
@@ -154,6 +161,7 @@ class Progress(TrainerCallback):
         )
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.seconds += time.process_time() - self.started  # DPO has encoded its pairs
         self.evaluate(0)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -182,19 +190,22 @@ def run_arm(
     test = load_dataset(
         "test", num_test_cases, 1
     )  # the first test cases of seed 0 are those that the recipe was looked for with
+    shared = yaml.safe_load(config.read_text())
+    passes = seconds = 0.0  # before training
     if arm.filtered:
-        train = train.select(hard_cases(config, num_cases, folder))
+        hard, seconds = hard_cases(config, num_cases, folder)
+        train, passes = train.select(hard), float(num_cases * shared["num_inference_steps"])
     scorer = RuleScorer() if arm.task_aware else CoarseScorer()
     options = {"save_strategy": "no", "disable_tqdm": True, **arm.options}
-    shared = yaml.safe_load(config.read_text())
-    began, seconds, passes = time.time(), time.process_time(), 0.0
+    began, started = time.time(), time.process_time()
     if arm.method == "dpo":
         shutil.rmtree(output_dir / "mining", ignore_errors=True)  # what a stopped run has mined was not counted
         pairs = mine_preference_pairs(
             load_pipeline(), scorer, train, output_dir / "mining", score_name=scorer.log_name, min_gap=0.5, resolution=32,
             num_inference_steps=shared["num_inference_steps"], true_cfg_scale=1.0, batch_size=100, cases_per_round=20, seed=seed,
         )  # fmt: skip
-        passes = 5.0 * len(train) * shared["num_inference_steps"]
+        passes += 5.0 * len(train) * shared["num_inference_steps"]
+        seconds += time.process_time() - started
         options["latents_cache_dir"] = str(output_dir / "mining" / "latents")
         trainer = make_trainer(config, options, output_dir, seed, None, pairs)
         # Chosen and rejected, of policy and reference
@@ -206,7 +217,7 @@ def run_arm(
         passes_per_image = args.num_inference_steps / args.num_iterations + args.sde_window_size
         passes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * passes_per_image
     every = arm.options.get("eval_steps", shared["eval_steps"])
-    progress = Progress(trainer, validation, every, passes_per_update, passes, time.process_time() - seconds)
+    progress = Progress(trainer, validation, every, passes_per_update, passes, seconds)
     if arm.method == "none":
         progress.evaluate(0)
     else:
@@ -237,7 +248,8 @@ def run_arm(
         "scores": after,
         "environment": where,
     }
-    file.write_text(json.dumps(result))
+    file.with_suffix(".part").write_text(json.dumps(result))
+    file.with_suffix(".part").replace(file)
     return result
 
 
@@ -348,7 +360,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in names:
             values = np.array([row[name] for row in rows])
             line[name] = round(float(values.mean()), 4)
-            if name in ("score", "difference") and len(rows) > 1:
+            if name in ("score", "difference", *TASKS) and len(rows) > 1:
                 line[f"{name}_se"] = round(float(values.std(ddof=1) / len(rows) ** 0.5), 4)
         per_case = np.mean([row["scores"] for row in rows], axis=0)
         first = per_case if first is None else first
@@ -371,7 +383,9 @@ def summary_table(summary: list[dict[str, Any]]) -> str:
         cells = [line["arm"], str(line["seeds"]), f"{line['before']:.3f}", f"{line['score']:.3f}{seeds['score']}"]
         cells += [f"{line['difference']:+.3f}{seeds['difference']}"]
         cells += [f"{line['against_first']:+.3f} ± {line['against_first_se']:.3f}", f"{line['share_of_5']:.2f}"]
-        cells += [f"{line[task]:.2f}" for task in TASKS]
+        cells += [
+            f"{line[task]:.2f}" + (f" ± {line[f'{task}_se']:.2f}" if line["seeds"] > 1 else "") for task in TASKS
+        ]
         cells += [f"{line['at_thousand_passes']:.3f}", f"{line['at_cpu_seconds']:.3f}", f"{line['clip_fraction']:.3f}"]
         cells += [f"{line['cpu_seconds'] / 60:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -386,7 +400,7 @@ def summary_page(name: str, summary: list[dict[str, Any]], runs: list[dict[str, 
 
 {summary_table(summary)}
 Scores are RuleScorer's (0 to 5) on {len(runs[0]["scores"])} test cases. *gain* is against the pretrained policy from the same
-noise. ± of *after* and *gain*: standard error over the seeds. *against the first*: difference from the first arm, paired by
+noise. ± of *after*, *gain* and the tasks: standard error over the seeds. *against the first*: difference from the first arm, paired by
 case, ± its standard error over the cases. *at equal passes*, *at equal CPU seconds*: validation scores when each arm had used
 as much as the most frugal one in the end. *clipped*: share of trained steps that were clipped.
 

@@ -83,6 +83,13 @@ class HPScorerReward:
         else:
             self.judge = TransformersJudge(judge, score_mode)
 
+    @property
+    def description(self) -> str:
+        """Judge, prompts and task in one line: scores of scorers with different descriptions should not be mixed."""
+        prompts = ", ".join(sorted({prompt.revision for prompt in self.prompts.values()}))
+        judge = [getattr(self.judge, name) for name in ("name", "score_mode") if hasattr(self.judge, name)]
+        return f"{type(self.judge).__name__}{tuple(map(str, judge))}, prompts {prompts}, task {self.task or 'of the case'}"
+
     def check_tasks(self, tasks: Iterable[str | None]) -> None:
         """Raises `ValueError` if there is no prompt for one of `tasks`; `None` stands for the base prompt."""
         unknown = sorted({repr(task or "base") for task in tasks if (task or "base") not in self.prompts})

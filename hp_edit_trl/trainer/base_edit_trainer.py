@@ -83,6 +83,11 @@ class _BaseEditTrainer(_BaseTrainer):
         # TRL's telemetry would count this trainer as one of its own.
         pass
 
+    @property
+    def num_train_cases(self) -> int:
+        """Number of cases that are trained on."""
+        return len(self.train_dataset)
+
     def _card_settings(self) -> dict[str, str]:
         """Settings that the model card lists."""
         raise NotImplementedError

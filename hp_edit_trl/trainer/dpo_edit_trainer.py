@@ -1,4 +1,6 @@
+import contextlib
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from .hub import check_lora, prepare_lora
 
 
 logger = get_logger(__name__)
+
+FORMAT = 1  # of the files of encoded pairs; another number makes all be encoded again
 
 
 @dataclass
@@ -95,7 +99,7 @@ def encoders_key(policy: EditPolicy) -> str:
 
 def pair_key(row: dict[str, Any], case_id: Any, resolution: int, encoders: str) -> str:
     """A hash of all that the encoding of a pair depends on. Images that are still encoded are not decoded for it."""
-    digest = hashlib.sha256(repr((encoders, resolution, str(case_id), row["prompt"])).encode())
+    digest = hashlib.sha256(repr((FORMAT, encoders, resolution, str(case_id), row["prompt"])).encode())
     sources = row["images"] if row.get("images") is not None else [row.get("image")]
     for value in (*sources, row["chosen"], row["rejected"]):
         content = value.get("bytes") if isinstance(value, dict) else None
@@ -257,6 +261,11 @@ class DPOEditTrainer(_BaseEditTrainer):
         ]
 
     @property
+    def num_train_cases(self) -> int:
+        """Number of pairs that are trained on; those that cannot be used are left out."""
+        return len(self._encoded.get(self.train_dataset._fingerprint, self.train_dataset))
+
+    @property
     def epoch(self) -> int:
         """The present epoch, counted from 0."""
         return int(self.state.epoch or 0)
@@ -270,23 +279,36 @@ class DPOEditTrainer(_BaseEditTrainer):
         process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         rows = range(process, len(dataset), num_processes)
         files: dict[int, str] = {}
-        for index in tqdm(rows, description, disable=self.args.disable_tqdm or not self.accelerator.is_main_process):
-            row = dict(dataset[index])
-            row.setdefault("id", index)
-            try:
-                key = pair_key(row, row["id"], self.args.resolution, self._encoders_key)
-                file = self._latents_folder / f"{key}.pt"
-                if not file.exists():
-                    part = file.with_suffix(f".{process}.part")
-                    torch.save(self._encode_pair(row), part)
-                    part.replace(file)
-            except UnreadableImageError as error:
-                if self.args.on_bad_image == "error":
-                    raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
-                logger.warning(f"{error} The pair is left out.", main_process_only=False)
-                continue
-            files[index] = str(file)
+        loaded = False
+        with contextlib.ExitStack() as stack:
+            for index in tqdm(
+                rows, description, disable=self.args.disable_tqdm or not self.accelerator.is_main_process
+            ):
+                row = dict(dataset[index])
+                row.setdefault("id", index)
+                try:
+                    key = pair_key(row, row["id"], self.args.resolution, self._encoders_key)
+                    file = self._latents_folder / f"{key}.pt"
+                    if not file.exists():
+                        if not loaded:  # once for all pairs, and not at all where all are known
+                            stack.enter_context(self.policy.loaded(*self.policy.encoders))
+                            loaded = True
+                        part = file.with_suffix(f".{os.getpid()}.part")  # other runs may share the folder
+                        torch.save(self._encode_pair(row), part)
+                        part.replace(file)
+                except UnreadableImageError as error:
+                    if self.args.on_bad_image == "error":
+                        raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
+                    logger.warning(f"{error} The pair is left out.", main_process_only=False)
+                    continue
+                files[index] = str(file)
         gathered = {index: file for part in gather_object([files]) for index, file in part.items()}
+        missing = [file for file in gathered.values() if not os.path.exists(file)]
+        if missing:
+            raise FileNotFoundError(
+                f"{missing[0]}, which another process has written, is not there: latents_cache_dir must be a folder that all "
+                "nodes share."
+            )
         if not gathered:
             raise UnreadableImageError(f"Not one pair can be used ({description[0].lower()}{description[1:]}).")
         self._encoded[dataset._fingerprint] = [gathered[index] for index in sorted(gathered)]
@@ -322,6 +344,10 @@ class DPOEditTrainer(_BaseEditTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         files = self._encode_pairs(self.train_dataset, "Encoding training pairs")
+        if self.args.eval_strategy != "no" and self.eval_dataset is not None:  # what is wrong with them shows now
+            datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            for dataset in datasets:
+                self._encode_pairs(dataset, "Encoding evaluation pairs")
         return self._get_dataloader(
             dataset=files,
             description="Training",

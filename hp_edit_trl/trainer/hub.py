@@ -337,7 +337,7 @@ def write_model_card(
         base_model_revision=dict(args.model_init_kwargs or {}).get("revision"),  # type: ignore[arg-type]
         dataset=dataset_name or repository,
         dataset_revision=revision if dataset_name in (None, repository) else None,
-        num_cases=len(trainer.train_dataset),
+        num_cases=trainer.num_train_cases,
         pipeline_class=type(trainer.policy.pipeline).__name__,
         call_arguments={
             name: json.dumps(value, ensure_ascii=False)

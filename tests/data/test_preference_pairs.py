@@ -4,17 +4,21 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Value, load_dataset
+from peft import LoraConfig
 from PIL import Image as PILImage
 
+from hp_edit_trl import HPScorerReward
 from hp_edit_trl.data import build_preference_dataset, mine_preference_pairs, preference_pairs, sample_and_score
-from hp_edit_trl.miniature import RuleScorer, load_pipeline
+from hp_edit_trl.miniature import CoarseScorer, RuleScorer, load_pipeline
 from hp_edit_trl.miniature import load_dataset as load_world
 
 
@@ -116,7 +120,9 @@ def test_the_dataset_needs_none_of_the_files_beside_it(pipeline, cases, tmp_path
 def test_the_rule_of_choice(cases, tmp_path):
     scores = [[5, 1, 1], [4, 4, 4], [2, 1, 0], [4.5, 4, 4.2], [None, 3, None], [4, 4, None]]
     cases = cases.remove_columns("target")
-    (tmp_path / "mining.json").write_text(json.dumps({"model": "x", "reward_func": "y", "score_name": None}))
+    (tmp_path / "mining.json").write_text(
+        json.dumps({"sampling": {"model": "x"}, "scoring": {"reward_func": "y", "score_name": None}})
+    )
     places = preference_pairs._sample_folders(preference_pairs.without_decoding(cases), tmp_path)
     with (tmp_path / "scores-0.jsonl").open("w") as file:
         for case, place, values in zip(cases, places, scores, strict=True):
@@ -224,13 +230,46 @@ def test_bad_input(pipeline, cases, tmp_path):
     with pytest.raises(ValueError, match="no column 'prompt'"):
         mine(pipeline, cases.remove_columns("prompt"), tmp_path / "bad")
     with pytest.raises(ValueError, match=r"columns \['chosen'\] already"):
-        taken = cases.add_column("chosen", list(range(6)))
-        (tmp_path / "taken").mkdir()
-        (tmp_path / "taken" / "mining.json").write_text("{}")
-        build_preference_dataset(taken, tmp_path / "taken")
+        mine(pipeline, cases.add_column("chosen", list(range(6))), tmp_path / "taken")
+    assert not (tmp_path / "taken").exists()
+    with pytest.raises(ValueError, match="guidance_scale=2.0, but the transformer of this"):
+        mine(pipeline, cases, tmp_path / "bad", guidance_scale=2.0)
     sample_and_score(pipeline, RuleScorer(), cases.select([0]), tmp_path / "seed", **OPTIONS)
-    with pytest.raises(ValueError, match="made otherwise .seed: 0 -> 1"):
+    with pytest.raises(ValueError, match=r"whose sampling was another \(seed: 0 -> 1\): choose another"):
         sample_and_score(pipeline, RuleScorer(), cases.select([0]), tmp_path / "seed", seed=1, **OPTIONS)
+
+
+def test_edits_of_another_policy_or_scores_of_another_judge_are_not_mixed(cases, tmp_path):
+    pipeline, cases = load_pipeline(), cases.select([0])
+    sample_and_score(pipeline, RuleScorer(), cases, tmp_path, **OPTIONS)
+    edits = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    with pytest.raises(
+        ValueError, match=r"whose scoring was another .*'RuleScorer' -> 'CoarseScorer'.*delete its scores"
+    ):
+        sample_and_score(pipeline, CoarseScorer(), cases, tmp_path, **OPTIONS | {"score_name": "coarse_score"})
+    (tmp_path / "scores-0.jsonl").unlink()
+    sample_and_score(pipeline, CoarseScorer(), cases, tmp_path, **OPTIONS | {"score_name": "coarse_score"})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == edits
+    pipeline.transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="whose sampling was another .weights: "):
+        sample_and_score(pipeline, CoarseScorer(), cases, tmp_path, **OPTIONS | {"score_name": "coarse_score"})
+
+
+def test_the_scorer_of_a_task_is_asked_for_before_anything_is_sampled(pipeline, cases, tmp_path):
+    class Judge:
+        name = "a judge"
+
+        def load(self):
+            pass
+
+        def __call__(self, conversations):
+            raise AssertionError
+
+    cases = cases.remove_columns("task").add_column("task", ["ad"] * 6)
+    with pytest.raises(ValueError, match="No scoring prompt for the task 'ad'"):
+        mine(pipeline, cases, tmp_path / "tasks", HPScorerReward(Judge()), score_name="hp_score")
+    assert not (tmp_path / "tasks").exists()
+    assert "a judge" in HPScorerReward(Judge()).description
 
 
 def test_a_broken_image_stops_or_is_left_out(pipeline, cases, tmp_path):
@@ -254,7 +293,38 @@ def test_a_broken_image_stops_or_is_left_out(pipeline, cases, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_mine_the_same(mined, tmp_path):
+def test_processes_that_are_shot(mined, tmp_path):
+    # Twice, wherever it happens to be, and not only where Python can clean up
+    script = f"from tests.data.test_preference_pairs import *\nmine(load_pipeline(), load_world('train', 6), {str(tmp_path)!r}, Slow())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for edits in (2, 9):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        until = time.time() + 120
+        while len(list(tmp_path.rglob("*.png"))) < edits and process.poll() is None and time.time() < until:
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pairs = load_dataset(str(tmp_path / "dataset"), split="train")
+    assert contents(pairs) == contents(mined[0])
+
+
+class Slow(RuleScorer):
+    def __call__(self, **columns):
+        time.sleep(0.5)
+        return super().__call__(**columns)
+
+
+Slow.__name__ = "RuleScorer"
+
+
+@pytest.mark.slow
+def test_two_processes_mine_the_same(mined, pipeline, cases, tmp_path):
+    # They go on where one has stopped after its first round.
+    sample_and_score(pipeline, RuleScorer(), cases.select([0, 3]), tmp_path / "out", **OPTIONS)
     script = tmp_path / "script.py"
     script.write_text(
         "from tests.data.test_preference_pairs import *\n"
@@ -265,5 +335,7 @@ def test_two_processes_mine_the_same(mined, tmp_path):
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").glob("scores-*")) == ["scores-0.jsonl", "scores-1.jsonl"]
+    lines = [line for path in (tmp_path / "out").glob("scores-*") for line in path.read_text().splitlines()]
+    assert len(lines) == 18  # nothing twice
     pairs = load_dataset(str(tmp_path / "out" / "dataset"), split="train")
     assert contents(pairs) == contents(mined[0])

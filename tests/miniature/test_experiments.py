@@ -105,7 +105,7 @@ def test_passes_of_grpo_are_counted(config, tmp_path):
     trainer.train()
     evaluations = 2 * 4 * 3
     start, end = progress.curve
-    assert (start["thousand_passes"], start["cpu_seconds"], end["step"]) == (0, 0, 4)
+    assert (start["thousand_passes"], end["step"]) == (0, 4)
     assert end["thousand_passes"] * 1000 == counted[0] - evaluations
     assert 0 < end["cpu_seconds"] == round(progress.seconds, 1)
 

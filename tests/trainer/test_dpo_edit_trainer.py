@@ -1108,3 +1108,15 @@ def test_a_dataset_from_disk(make_trainer, tmp_path):
     trainer.train()
     expected.train()
     assert_equal_weights(adapter_weights(expected), adapter_weights(trainer))
+
+
+def test_encoders_are_moved_once_for_all_pairs(make_trainer, tmp_path):
+    trainer = make_trainer(latents_cache_dir=str(tmp_path / "fresh"))
+    moves = []
+    for name, module in trainer.policy.encoders.items():
+        module.to = lambda device, name=name: moves.append(name)
+    trainer.get_train_dataloader()
+    assert sorted(moves) == ["text_encoder", "text_encoder", "vae", "vae"]
+    trainer._encoded.clear()
+    trainer.get_train_dataloader()  # all pairs are known: nothing is moved
+    assert len(moves) == 4
