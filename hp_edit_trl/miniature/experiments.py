@@ -414,7 +414,7 @@ def draw_figure(runs: list[dict[str, Any]], summary: list[dict[str, Any]], path:
     """Validation scores over transformer passes and CPU seconds, mean and range over the seeds, and all test scores."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(15, 5), dpi=100, layout="constrained")
     by_passes, by_seconds, ends = figure.subplots(1, 3)
     styles = ("-", "--", ":", "-.")
     for i, line in enumerate(summary):
@@ -429,7 +429,7 @@ def draw_figure(runs: list[dict[str, Any]], summary: list[dict[str, Any]], path:
         ends.errorbar(line["score"], i, xerr=line.get("score_se"), fmt="D", color=color, capsize=4)
     by_passes.set(xlabel="transformer passes (thousands)", ylabel="score on validation cases")
     by_seconds.set(xlabel="CPU seconds")
-    by_passes.legend(fontsize="small")
+    figure.legend(*by_passes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
     ends.axvline(np.mean([run["before"] for run in runs]), color="grey", linestyle=":", label="before training")
     ends.set(xlabel="score on test cases: each seed, mean ± standard error", yticks=range(len(summary)))
     ends.set_yticklabels([line["arm"] for line in summary], fontsize="small")
