@@ -15,6 +15,11 @@ class UnreadableImageError(ValueError):
     """An image of a case cannot be decoded."""
 
 
+def is_text(feature: Any) -> bool:
+    """Whether a feature of a dataset holds strings."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
 def check_columns(dataset: Dataset, name: str) -> None:
     """
     Raises an error that says what is wrong with a dataset of cases.
@@ -40,9 +45,6 @@ def check_columns(dataset: Dataset, name: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty.")
     features = dataset.features
-
-    def is_text(feature: Any) -> bool:
-        return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
     if "prompt" not in features:
         raise ValueError(f"{name} has no column 'prompt' with the instruction; its columns are {list(features)}.")
@@ -91,8 +93,7 @@ def check_pairs(dataset: Dataset, name: str) -> None:
                 f"{name} has no column {column!r}: a preference pair has two edits of one case, `chosen` and `rejected`; its "
                 f"columns are {list(dataset.features)}."
             )
-        is_path = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-        if not (is_path or isinstance(feature, Image | dict)):
+        if not (is_text(feature) or isinstance(feature, Image | dict)):
             raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
 
 

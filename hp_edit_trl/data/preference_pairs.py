@@ -376,7 +376,7 @@ def _score(
     if len(scores) != len(samples):
         raise ValueError(f"The reward function returned {len(scores)} scores for {len(samples)} edits.")
     with file.open("a") as lines:
-        if file.stat().st_size and not file.read_bytes().endswith(b"\n"):
+        if not _ends_with_a_line(file):
             lines.write("\n")  # a line that a kill cut off ends here
         for (row, place, k), score in zip(samples, scores, strict=True):
             value = None if score is None or math.isnan(score) else float(score)
@@ -385,6 +385,15 @@ def _score(
             lines.write(json.dumps({"id": str(row["id"]), "case": place.name, "sample": k, "score": value}) + "\n")
         lines.flush()
         os.fsync(lines.fileno())
+
+
+def _ends_with_a_line(file: Path) -> bool:
+    """Whether a file is empty or ends with a line feed. Only its last byte is read: scores are appended often."""
+    with file.open("rb") as content:
+        if content.seek(0, os.SEEK_END) == 0:
+            return True
+        content.seek(-1, os.SEEK_END)
+        return content.read() == b"\n"
 
 
 def read_scores(output_dir: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -481,10 +490,10 @@ def build_preference_dataset(
     for column, values in (("score_chosen", best_scores), ("score_rejected", worst_scores)):
         paired = paired.add_column(column, list(values)).cast_column(column, Value("float32"))
     paired = paired.cast(Features({**paired.features, **sources}))
-    texts = {name: dataset[name] for name in ("prompt", "task") if name in dataset.column_names}
+    texts = {name: dataset[name][:] for name in ("id", "prompt", "task") if name in dataset.column_names}
+    texts["id"] = list(map(str, texts["id"]))
     listed = Dataset.from_dict(
-        {"id": [str(dataset["id"][index]) for index, *_ in samples]}
-        | {name: [texts[name][index] for index, *_ in samples] for name in texts}
+        {name: [values[index] for index, *_ in samples] for name, values in texts.items()}
         | {"sample": [k for _, k, *_ in samples], "score": [score for *_, score in samples]}
         | {"edit": [str(place / f"{k}.png") for _, k, place, _ in samples]}
     ).cast_column("edit", ImageFeature())

@@ -187,9 +187,8 @@ def run_arm(
     torch.set_num_threads(1)
     where = environment()
     train, validation = load_dataset("train", num_cases), load_dataset("validation", 100)
-    test = load_dataset(
-        "test", num_test_cases, 1
-    )  # the first test cases of seed 0 are those that the recipe was looked for with
+    # Of seed 1: the first test cases of seed 0 are those that the recipe was looked for with.
+    test = load_dataset("test", num_test_cases, 1)
     shared = yaml.safe_load(config.read_text())
     passes = seconds = 0.0  # before training
     if arm.filtered:
