@@ -1,12 +1,14 @@
 """
 What a case is: a row with `prompt`, `image` or `images`, and optionally `id`, `task`, `category`, `requirement`. A preference
-pair is a case with two edits of it, `chosen` and `rejected`.
+pair is a case with two edits of it, `chosen` and `rejected`. An edit is a case with `edited`, one picture made from it, and
+optionally `editor`, the name of the model that made it.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-from datasets import Dataset, Image, List, Value
+from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -35,6 +37,12 @@ def check_columns(dataset: Dataset, name: str) -> None:
         `ValueError`: If it is empty, a column is missing or not of the right type, a prompt is missing, or an id is
             missing or not unique.
     """
+    _check_cases(dataset, name)
+    if "id" in dataset.features:
+        _check_unique(dataset, name, ["id"])
+
+
+def _check_cases(dataset: Dataset, name: str) -> None:
     if isinstance(dataset, dict):
         raise TypeError(f"{name} is a dictionary of splits {list(dataset)}: choose one, e.g. {name}['train'].")
     if not isinstance(dataset, Dataset):
@@ -62,13 +70,90 @@ def check_columns(dataset: Dataset, name: str) -> None:
             raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
     if None in (prompts := dataset["prompt"][:]):
         raise ValueError(f"Row {prompts.index(None)} of {name} has no prompt.")
-    if "id" in features:
-        seen: dict[Any, int] = {}
-        for row, case_id in enumerate(dataset["id"][:]):
-            if case_id is None or case_id in seen:
-                what = "has no id" if case_id is None else f"has the id {case_id!r} of row {seen[case_id]}"
-                raise ValueError(f"Row {row} of {name} {what}. Ids must be there and unique, or leave the column out.")
-            seen[case_id] = row
+
+
+def _check_unique(dataset: Dataset, name: str, columns: list[str]) -> None:
+    seen: dict[Any, int] = {}
+    for row, key in enumerate(zip(*(dataset[column][:] for column in columns), strict=True)):
+        if key[0] is None or key in seen:
+            what = "has no id" if key[0] is None else f"has the {_named(columns, key)} of row {seen[key]}"
+            remedy = (
+                "be there and unique, or leave the column out"
+                if len(columns) == 1
+                else "be there, and unique for each editor"
+            )
+            raise ValueError(f"Row {row} of {name} {what}. Ids must {remedy}.")
+        seen[key] = row
+
+
+def _named(columns: list[str], key: tuple) -> str:
+    return " and ".join(f"{column} {value!r}" for column, value in zip(columns, key, strict=True))
+
+
+def edit_keys(dataset: Dataset) -> list[tuple[str, str | None]]:
+    """The name of each edit of a dataset: the id of its case, as a string, and its editor."""
+    editors = dataset["editor"][:] if "editor" in dataset.features else [None] * len(dataset)
+    return list(zip(map(str, dataset["id"][:]), editors, strict=True))
+
+
+def check_edits(dataset: Dataset, name: str) -> None:
+    """
+    Raises an error that says what is wrong with a dataset of edits. No image is read.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        name (`str`):
+            What the error calls it, e.g. `"dataset"`.
+
+    Raises:
+        `TypeError`: If it is not a map-style [`~datasets.Dataset`].
+        `ValueError`: If it is not a dataset of cases, see [`check_columns`], has no images `edited`, or no column `id` that
+            is unique for each `editor`.
+    """
+    _check_cases(dataset, name)
+    feature = dataset.features.get("edited")
+    if feature is None or not (is_text(feature) or isinstance(feature, Image | dict)):
+        raise ValueError(
+            f"{name} must have a column 'edited' that holds images or their paths; its columns are {dict(dataset.features)}."
+        )
+    if "id" not in dataset.features:
+        raise ValueError(
+            f"{name} has no column 'id': ratings and scores find their edit by it; its columns are {list(dataset.features)}."
+        )
+    _check_unique(dataset, name, ["id"] + ["editor"] * ("editor" in dataset.features))
+
+
+def load_edits(path: str, split: str = "train", revision: str | None = None) -> Dataset:
+    """
+    Loads a dataset of edits: a folder that [`~datasets.Dataset.save_to_disk`] wrote, any local folder that
+    [`~datasets.load_dataset`] reads (parquet, image folder), or a Hub repository. Its images are left encoded.
+
+    Args:
+        path (`str`):
+            The folder or the repository.
+        split (`str`, *optional*, defaults to `"train"`):
+            Which split.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the Hub repository.
+
+    Returns:
+        [`~datasets.Dataset`]: with the columns `id`, `image` or `images`, `edited`, `prompt` and what else there is.
+
+    Raises:
+        `FileNotFoundError`: If there is nothing at `path`.
+        `ValueError`: If there is no such split, or it is not a dataset of edits, see [`check_edits`].
+    """
+    if any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
+        dataset = load_from_disk(path)
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"{path} has no split {split!r}; its splits are {list(dataset)}.")
+            dataset = dataset[split]
+    else:
+        dataset = load_dataset(path, split=split, revision=revision)
+    check_edits(dataset, path)
+    return without_decoding(dataset)
 
 
 def check_pairs(dataset: Dataset, name: str) -> None:
@@ -128,7 +213,7 @@ def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
 
 def without_decoding(dataset: Dataset) -> Dataset:
     """The dataset with its images left encoded, so that a broken one is met case by case by [`case_images`]."""
-    for column in ("image", "chosen", "rejected"):
+    for column in ("image", "edited", "chosen", "rejected"):
         if isinstance(dataset.features.get(column), Image):
             dataset = dataset.cast_column(column, Image(decode=False))
     images = dataset.features.get("images")

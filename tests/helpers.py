@@ -5,6 +5,7 @@ from datasets import Dataset
 from PIL import Image
 
 from hp_edit_trl import FlowGRPOEditConfig
+from hp_edit_trl.rewards import Judgement, parse_score
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -50,3 +51,40 @@ def make_config(output_dir, **kwargs) -> FlowGRPOEditConfig:
         disable_tqdm=True,
     )
     return FlowGRPOEditConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
+
+
+class RuleJudge:
+    """A judge that goes by a rule of the prompt and the pictures, by default how red the edit is. It counts its cases."""
+
+    def __init__(self, name="rule", rule=None):
+        self.name = name
+        self.rule = rule or (
+            lambda text, pictures: round(5 * np.asarray(pictures[-1], dtype=float)[..., 0].mean() / 255)
+        )
+        self.asked = 0
+
+    @property
+    def identity(self):
+        return {"judge": "RuleJudge", "name": self.name, "score_mode": "integer"}
+
+    def load(self):
+        pass
+
+    def __call__(self, conversations):
+        self.asked += len(conversations)
+        judgements = []
+        for system, user in conversations:
+            pictures = [part["image"] for part in user["content"] if part["type"] == "image"]
+            answer = self.rule(system["content"][0]["text"], pictures)
+            judgements.append(Judgement(parse_score(str(answer)), str(answer), input_tokens=100, output_tokens=1))
+        return judgements
+
+
+def make_edits(count: int = 6, editors=("one", "two")) -> Dataset:
+    """Edits of the cases of `make_cases`, in plain colours: the k-th editor's are redder than those of the one before."""
+    rows = []
+    for i, case in enumerate(make_cases(count)):
+        for k, editor in enumerate(editors):
+            red = min(255, 50 * k + 255 * i // count)
+            rows.append({**case, "edited": Image.new("RGB", case["image"].size, (red, 40, 40)), "editor": editor})
+    return Dataset.from_list(rows)

@@ -37,12 +37,15 @@ def test_floors():
         "flow": 1,
         "seeding": 1,
         "cases": 1,
+        "ratings": 1,
         "lora": 1,
         "cli": 4,
         "policies": 2,
         "rewards": 2,
         "trainer": 3,
         "data": 3,
+        "evaluation": 3,
+        "annotation": 3,
         "miniature": 4,
     }
     for path in (ROOT / "hp_edit_trl").rglob("*.py"):

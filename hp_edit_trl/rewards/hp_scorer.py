@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from .judges import Judge, Judgement, ScoreMode, ServerJudge, TransformersJudge
-from .prompts import load_scorer_prompts
+from .prompts import ScorerPrompt, load_scorer_prompts
 
 
 logger = logging.getLogger(__name__)
@@ -87,8 +87,35 @@ class HPScorerReward:
     def description(self) -> str:
         """Judge, prompts and task in one line: scores of scorers with different descriptions should not be mixed."""
         prompts = ", ".join(sorted({prompt.revision for prompt in self.prompts.values()}))
-        judge = [getattr(self.judge, name) for name in ("name", "score_mode") if hasattr(self.judge, name)]
-        return f"{type(self.judge).__name__}{tuple(map(str, judge))}, prompts {prompts}, task {self.task or 'of the case'}"
+        return f"{self.judge_description}, prompts {prompts}, task {self.task or 'of the case'}"
+
+    @property
+    def judge_description(self) -> str:
+        """Whatever decides the judge's answers, in one line, e.g. `"ServerJudge m, score_mode integer, ..."`."""
+        identity = getattr(self.judge, "identity", None) or {"judge": type(self.judge).__name__}
+        return ", ".join(f"{name} {value}" for name, value in identity.items() if value is not None)
+
+    def prompt_for(self, task: str | None) -> ScorerPrompt:
+        """The prompt that a case of `task` is judged with. Raises `ValueError` if there is none."""
+        self.check_tasks([self.task or task])
+        return self.prompts[self.task or task or "base"]
+
+    def conversation(
+        self,
+        prompt: str,
+        edit: Image.Image,
+        references: list[Image.Image],
+        task: str | None = None,
+        requirement: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """What the judge is shown of one case: the scoring prompt, then the references, then the edit."""
+        content: list[dict[str, Any]] = []
+        for number, reference in enumerate(references, start=1):
+            label = "Image A" if len(references) == 1 else f"Image A, picture {number}"
+            content += [{"type": "text", "text": f"{label}:"}, {"type": "image", "image": reference}]
+        content += [{"type": "text", "text": "Image B:"}, {"type": "image", "image": edit}]
+        system = [{"type": "text", "text": self.prompt_for(task).fill(prompt, requirement)}]
+        return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
     def check_tasks(self, tasks: Iterable[str | None]) -> None:
         """Raises `ValueError` if there is no prompt for one of `tasks`; `None` stands for the base prompt."""
@@ -129,19 +156,9 @@ class HPScorerReward:
         Returns:
             `list[Judgement]`: one per case, with its score in [0, 5] or `None`.
         """
-        names = [self.task or task or "base" for task in tasks]
-        self.check_tasks(names)
-        conversations = []
-        for name, prompt, requirement, references, edit in zip(
-            names, prompts, requirements, sources, completions, strict=True
-        ):
-            content: list[dict[str, Any]] = []
-            for number, reference in enumerate(references, start=1):
-                label = "Image A" if len(references) == 1 else f"Image A, picture {number}"
-                content += [{"type": "text", "text": f"{label}:"}, {"type": "image", "image": reference}]
-            content += [{"type": "text", "text": "Image B:"}, {"type": "image", "image": edit}]
-            system = [{"type": "text", "text": self.prompts[name].fill(prompt, requirement)}]
-            conversations.append([{"role": "system", "content": system}, {"role": "user", "content": content}])
+        self.check_tasks([self.task or task for task in tasks])
+        columns = zip(prompts, completions, sources, tasks, requirements, strict=True)
+        conversations = [self.conversation(*case) for case in columns]
         return self.judge(conversations)
 
     def __call__(

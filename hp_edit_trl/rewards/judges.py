@@ -4,27 +4,33 @@ server. How a model is reached is nobody else's business.
 """
 
 import base64
+import hashlib
 import io
 import logging
 import math
 import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import PartialState
 from PIL import Image
 from qwen_vl_utils import fetch_image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 
 logger = logging.getLogger(__name__)
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
 ScoreMode = Literal["integer", "expected"]
+
+# Models that are known to read their pictures as one run of patches each, with rotary positions from `get_rope_index`
+SHARES_PREFIX = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,33 @@ class Judgement:
             The score in [0, 5]; `None` if there is none, never a guess.
         answer (`str`):
             What the judge answered, or what went wrong.
+        answered (`bool`, *optional*, defaults to `True`):
+            Whether there was an answer at all. A time-out, a refused request or a picture that the judge cannot take is none.
+        seconds (`float`, *optional*, defaults to `0.0`):
+            How long it took; its share of the time, if it was judged together with others.
+        input_tokens (`int`, *optional*, defaults to `0`):
+            Number of tokens that the judge read, as far as known.
+        output_tokens (`int`, *optional*, defaults to `0`):
+            Number of tokens that it wrote.
+        cached (`bool`, *optional*, defaults to `False`):
+            Whether it was known from before, see [`CachedJudge`].
     """
 
     score: float | None
     answer: str
+    answered: bool = True
+    seconds: float = 0.0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached: bool = False
 
 
 class Judge(Protocol):
     """What [`HPScorerReward`] needs of a judge."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Whatever decides what the judge answers: model, revision, mode, settings. Scores of different ones do not mix."""
 
     def load(self) -> None:
         """Gets ready to judge. Raises if that is impossible; called before any rollout."""
@@ -68,9 +93,50 @@ def parse_score(answer: str) -> float | None:
     return float(match[1]) if match else None
 
 
-def _check_score_mode(score_mode: str) -> None:
+def _check_settings(score_mode: str, num_samples: int, temperature: float) -> None:
     if score_mode not in ("integer", "expected"):
         raise ValueError(f"score_mode={score_mode!r} is not known: use 'integer' or 'expected'.")
+    if num_samples < 1 or temperature <= 0:
+        raise ValueError(
+            f"num_samples={num_samples} and temperature={temperature} must be above zero; num_samples=1 answers greedily."
+        )
+    if score_mode == "expected" and num_samples > 1:
+        raise ValueError(
+            f"num_samples={num_samples} has no meaning with score_mode='expected', which reads the probabilities themselves: "
+            "use one of them."
+        )
+
+
+def _mean_score(answers: list[str]) -> Judgement:
+    """Mean of the scores in several answers; none if most of them hold none."""
+    scores = [score for score in map(parse_score, answers) if score is not None]
+    return Judgement(sum(scores) / len(scores) if 2 * len(scores) >= len(answers) else None, " | ".join(answers))
+
+
+def conversation_digest(conversation: list[dict[str, Any]]) -> bytes:
+    """A digest of a conversation: its texts, and the pixels of its pictures."""
+    digest = hashlib.sha256()
+    for message in conversation:
+        digest.update(repr(message["role"]).encode())
+        for part in message["content"]:
+            if part["type"] == "image":
+                picture = part["image"].convert("RGB")
+                digest.update(repr(picture.size).encode() + picture.tobytes())
+            else:
+                digest.update(repr(part["text"]).encode())
+    return digest.digest()
+
+
+def _model_revision(model: str, revision: str | None) -> str | None:
+    """What tells the weights of a model from others of the same name."""
+    if not os.path.isdir(model):
+        try:
+            return AutoConfig.from_pretrained(model, revision=revision)._commit_hash
+        except (OSError, ValueError):
+            return revision
+    files = sorted(path for path in Path(model).iterdir() if path.is_file())
+    described = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return f"files {hashlib.sha256(repr(described).encode()).hexdigest()[:12]}"
 
 
 def _fitted(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -104,12 +170,22 @@ class TransformersJudge:
     """
     A chat vision-language model in this process: anything that `AutoModelForImageTextToText` loads.
 
+    Conversations that differ in their last picture alone, such as the edits of one case, are read up to that picture once
+    (with the models in `SHARES_PREFIX`); all others are batched as they are.
+
     Args:
         model (`str`):
             Hub id or local folder, e.g. `"Qwen/Qwen3-VL-32B-Instruct"`.
         score_mode (`str`, *optional*, defaults to `"integer"`):
             `"integer"`: the digit that the model answers. `"expected"`: the expectation over the probabilities that the
             model gives to the digits 0 to 5 as its next token, which has no ties and costs no generation.
+        num_samples (`int`, *optional*, defaults to `1`):
+            In the mode `"integer"`: number of answers that are drawn for each case, whose scores are averaged. A single
+            answer is greedy.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature at which several answers are drawn.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of several answers. They depend on the case, not on what else is judged.
         batch_size (`int`, *optional*, defaults to `8`):
             Number of cases judged together.
         max_new_tokens (`int`, *optional*, defaults to `16`):
@@ -132,6 +208,9 @@ class TransformersJudge:
         self,
         model: str,
         score_mode: ScoreMode = "integer",
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        seed: int = 0,
         batch_size: int = 8,
         max_new_tokens: int = 16,
         max_pixels: int = 1024 * 1024,
@@ -139,9 +218,12 @@ class TransformersJudge:
         device: torch.device | str | None = None,
         model_init_kwargs: dict | None = None,
     ):
-        _check_score_mode(score_mode)
+        _check_settings(score_mode, num_samples, temperature)
         self.name = model
         self.score_mode = score_mode
+        self.num_samples = num_samples
+        self.temperature = temperature
+        self.seed = seed
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.max_pixels = max_pixels
@@ -172,6 +254,19 @@ class TransformersJudge:
         model = AutoModelForImageTextToText.from_pretrained(self.name, **self.model_init_kwargs)
         return model.requires_grad_(False).eval().to(device)
 
+    @cached_property
+    def revision(self) -> str | None:
+        """Commit of the model on the Hub, or what tells the files of a local folder from others."""
+        return _model_revision(self.name, self.model_init_kwargs.get("revision"))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        names = ["name", "revision", "score_mode", "max_pixels"]
+        names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_samples", "max_new_tokens"]
+        names += ["temperature", "seed"] if self.num_samples > 1 else []
+        dtype = str(self.model_init_kwargs["dtype"])
+        return {"judge": "TransformersJudge", **{name: getattr(self, name) for name in names}, "dtype": dtype}
+
     def load(self) -> None:
         """Loads the weights and asks for one judgement of two grey squares."""
         self([_trial()])
@@ -184,13 +279,41 @@ class TransformersJudge:
             try:
                 fitted[index] = self._fit(conversation)
             except ValueError as error:  # e.g. an image a hundred times as wide as high
-                judgements[index] = Judgement(None, f"{type(error).__name__}: {error}")
-        readable = list(fitted)
-        for start in range(0, len(readable), self.batch_size):
-            members = readable[start : start + self.batch_size]
+                judgements[index] = Judgement(None, f"{type(error).__name__}: {error}", answered=False)
+        for members in self._batches(fitted):
+            start = time.perf_counter()
             judged = self._judge([fitted[index] for index in members])
-            judgements.update(zip(members, judged, strict=True))
+            seconds = (time.perf_counter() - start) / len(members)
+            judgements.update(zip(members, (replace(one, seconds=seconds) for one in judged), strict=True))
         return [judgements[index] for index in range(len(conversations))]
+
+    def _batches(self, conversations: dict[int, list[dict[str, Any]]]) -> list[list[int]]:
+        """Batches of numbers of conversations; those that share all but the pixels of their last picture are neighbours."""
+        if self.num_samples > 1:
+            return [[index] for index in conversations]
+        groups: dict[bytes, list[int]] = {}
+        for index, conversation in conversations.items():
+            groups.setdefault(self._beginning(conversation), []).append(index)
+        batches, rest = [], []
+        for members in groups.values():
+            several = [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
+            batches += [batch for batch in several if len(batch) > 1 and self._shares_prefix]
+            rest += [index for batch in several if len(batch) == 1 or not self._shares_prefix for index in batch]
+        return batches + [rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size)]
+
+    def _beginning(self, conversation: list[dict[str, Any]]) -> bytes:
+        """A digest of all but the pixels of a conversation's last picture."""
+        *before, last = conversation
+        pictures = [i for i, part in enumerate(last["content"]) if part["type"] == "image"]
+        if len(pictures) < 2:
+            return conversation_digest(conversation)
+        blank = {"type": "image", "image": Image.new("RGB", last["content"][pictures[-1]]["image"].size)}
+        content = [*last["content"][: pictures[-1]], blank, *last["content"][pictures[-1] + 1 :]]
+        return conversation_digest([*before, {**last, "content": content}])
+
+    @property
+    def _shares_prefix(self) -> bool:
+        return self.model.config.model_type in SHARES_PREFIX
 
     def _judge(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         inputs = self.processor.apply_chat_template(
@@ -201,12 +324,111 @@ class TransformersJudge:
             # A reloaded tokenizer may pad on the right, where the next token would be predicted from padding.
             processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
         ).to(self.model.device)
+        read = inputs["attention_mask"].sum(-1).tolist()
+        shared = len({self._beginning(conversation) for conversation in conversations}) == 1 < len(conversations)
+        if shared and self._shares_prefix:
+            return self._judge_by_prefix(inputs, read)
         if self.score_mode == "expected":
-            probabilities = self.model(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1)
-            return [_expected_score(row, self.min_digit_mass) for row in probabilities[:, self.digit_ids].tolist()]
-        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        answers = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [Judgement(parse_score(answer), answer) for answer in answers]
+            return self._expected(self.model(**inputs, logits_to_keep=1).logits, read)
+        if self.num_samples > 1:
+            return [self._draw(inputs, conversations[0], read[0])]
+        tokens = self.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, repetition_penalty=1.0
+        )
+        return self._answers(tokens[:, inputs["input_ids"].shape[1] :], read)
+
+    def _draw(self, inputs: dict[str, Any], conversation: list[dict[str, Any]], read: int) -> Judgement:
+        """Mean score of several answers to one conversation, drawn from the model's own probabilities."""
+        key = repr(self.seed).encode() + conversation_digest(conversation)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # `generate` takes no generator
+            torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+            tokens = self.model.generate(
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=True,
+                temperature=self.temperature,
+                top_p=1.0,
+                top_k=0,
+                repetition_penalty=1.0,
+                num_return_sequences=self.num_samples,
+            )
+        drawn = self._answers(tokens[:, inputs["input_ids"].shape[1] :], [read] * self.num_samples)
+        written = sum(judgement.output_tokens for judgement in drawn)
+        mean = _mean_score([judgement.answer for judgement in drawn])
+        return replace(mean, input_tokens=read, output_tokens=written)
+
+    def _expected(self, logits: torch.Tensor, read: list[int]) -> list[Judgement]:
+        """Scores from the logits of the next token, of shape `(batch, 1, vocabulary)`."""
+        rows = logits[:, -1].float().softmax(-1)[:, self.digit_ids].tolist()
+        return [
+            replace(_expected_score(row, self.min_digit_mass), input_tokens=count)
+            for row, count in zip(rows, read, strict=True)
+        ]
+
+    def _answers(self, tokens: torch.Tensor, read: list[int]) -> list[Judgement]:
+        """Scores from answers, as tokens of shape `(batch, length)`."""
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        written = (tokens != self.processor.tokenizer.pad_token_id).sum(-1).tolist()
+        return [
+            Judgement(parse_score(text), text, input_tokens=count, output_tokens=new)
+            for text, count, new in zip(texts, read, written, strict=True)
+        ]
+
+    def _judge_by_prefix(self, inputs: dict[str, torch.Tensor], read: list[int]) -> list[Judgement]:
+        """
+        Judges conversations that differ in the pixels of their last picture alone. All rows have the same tokens, so nothing
+        is padded: one pass reads the beginning, one all last pictures with what follows them, from the same cache.
+        """
+        model, ids, grids = self.model, inputs["input_ids"], inputs["image_grid_thw"]
+        count, per_row = len(ids), len(grids) // len(ids)
+        is_picture = inputs["mm_token_type_ids"][0] != 0
+        # The last token before the last run of picture tokens
+        cut = int((is_picture[1:] & ~is_picture[:-1]).nonzero()[-1]) + 1
+        positions, _ = model.model.get_rope_index(
+            ids, mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=grids
+        )
+        patches = inputs["pixel_values"].split(grids.prod(-1).tolist())
+        last = [row * per_row + per_row - 1 for row in range(count)]
+
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(
+            input_ids=ids[:1, :cut],
+            position_ids=positions[:, :1, :cut],
+            pixel_values=torch.cat(patches[: per_row - 1]),
+            image_grid_thw=grids[: per_row - 1],
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(count)
+        logits = model(
+            input_ids=ids[:, cut:],
+            position_ids=positions[:, :, cut:],
+            pixel_values=torch.cat([patches[i] for i in last]),
+            image_grid_thw=grids[last],
+            past_key_values=cache,
+            logits_to_keep=1,
+        ).logits
+        # Tokens really read: the beginning once
+        read = [read[0], *[length - cut for length in read[1:]]]
+        if self.score_mode == "expected":
+            return self._expected(logits, read)
+
+        ends = torch.as_tensor(model.generation_config.eos_token_id, device=ids.device).reshape(-1)
+        padding = self.processor.tokenizer.pad_token_id
+        done = torch.zeros(count, dtype=torch.bool, device=ids.device)
+        position = positions.amax((0, 2)) + 1  # text after a picture goes on from its largest position
+        tokens: list[torch.Tensor] = []
+        while True:
+            token = logits[:, -1].argmax(-1).masked_fill(done, padding)
+            done |= torch.isin(token, ends)
+            tokens.append(token)
+            if done.all() or len(tokens) == self.max_new_tokens:
+                return self._answers(torch.stack(tokens, dim=1), read)
+            step = position + len(tokens) - 1
+            logits = model(
+                input_ids=token[:, None], position_ids=step.expand(3, -1)[..., None], past_key_values=cache
+            ).logits
 
     def _fit(self, conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
         patch_size = getattr(self.processor.image_processor, "patch_size", 14)
@@ -225,7 +447,8 @@ class ServerJudge:
     A vision-language model behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve` or a hosted API.
 
     Needs the extra `server` (`pip install "hp-edit-trl[server]"`). Requests that time out, are refused for their rate or
-    meet a server error are repeated with growing pauses; what still fails is a missing score.
+    meet a server error are repeated with growing pauses; what still fails is a missing score. A server that returns no
+    probabilities in the mode `"expected"` is asked for whole scores from then on, with a warning.
 
     Args:
         model (`str`):
@@ -235,6 +458,15 @@ class ServerJudge:
         score_mode (`str`, *optional*, defaults to `"integer"`):
             As in [`TransformersJudge`]. `"expected"` needs a server that returns `top_logprobs`; a digit that is not
             among the 20 likeliest tokens counts as impossible.
+        num_samples (`int`, *optional*, defaults to `1`):
+            As in [`TransformersJudge`]. The server is asked for all answers at once (`n`), and again for those that it did
+            not give.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature at which several answers are drawn.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed that is sent along with requests for several answers; whether it counts is up to the server.
+        revision (`str`, *optional*):
+            What tells the model from others that a server calls by the same name. Only written beside the scores.
         api_key (`str`, *optional*):
             Key of a hosted API. By default the environment variable `OPENAI_API_KEY`, or none.
         timeout (`float`, *optional*, defaults to `120.0`):
@@ -259,6 +491,10 @@ class ServerJudge:
         model: str,
         base_url: str,
         score_mode: ScoreMode = "integer",
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        seed: int = 0,
+        revision: str | None = None,
         api_key: str | None = None,
         timeout: float = 120.0,
         max_retries: int = 4,
@@ -267,7 +503,7 @@ class ServerJudge:
         max_pixels: int = 1024 * 1024,
         min_digit_mass: float = 0.5,
     ):
-        _check_score_mode(score_mode)
+        _check_settings(score_mode, num_samples, temperature)
         try:
             import openai
         except ImportError as error:
@@ -275,6 +511,10 @@ class ServerJudge:
         self.name = model
         self.base_url = base_url
         self.score_mode = score_mode
+        self.num_samples = num_samples
+        self.temperature = temperature
+        self.seed = seed
+        self.revision = revision
         self.max_concurrency = max_concurrency
         self.max_new_tokens = max_new_tokens
         self.max_pixels = max_pixels
@@ -287,11 +527,18 @@ class ServerJudge:
             max_retries=max_retries,
         )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        names = ["name", "revision", "score_mode", "max_pixels"]
+        names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_samples", "max_new_tokens"]
+        names += ["temperature", "seed"] if self.num_samples > 1 else []
+        return {"judge": "ServerJudge", **{name: getattr(self, name) for name in names}}
+
     def load(self) -> None:
         """
         Asks for one judgement of two grey squares, without retries: an address where nobody listens, an unknown model, a
-        wrong key, a model that takes no images or a server that returns no probabilities all show before the training
-        starts.
+        wrong key or a model that takes no images all show before the work starts, and a server that returns no
+        probabilities is known from then on.
         """
         try:
             judgement = self._ask(_trial(), self._client.with_options(max_retries=0))
@@ -304,10 +551,12 @@ class ServerJudge:
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         def judge(conversation: list[dict[str, Any]]) -> Judgement:
+            start = time.perf_counter()
             try:
-                return self._ask(conversation, self._client)
+                judgement = self._ask(conversation, self._client)
             except (*self._errors, ValueError) as error:
-                return Judgement(None, f"{type(error).__name__}: {error}")
+                judgement = Judgement(None, f"{type(error).__name__}: {error}", answered=False)
+            return replace(judgement, seconds=time.perf_counter() - start)
 
         with ThreadPoolExecutor(self.max_concurrency) as pool:
             return list(pool.map(judge, conversations))
@@ -317,25 +566,43 @@ class ServerJudge:
             {"role": message["role"], "content": [self._as_openai(part) for part in message["content"]]}
             for message in conversation
         ]
-        options: dict[str, Any] = (
-            {"max_tokens": self.max_new_tokens}
-            if self.score_mode == "integer"
-            else {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
-        )
-        reply = client.chat.completions.create(model=self.name, messages=messages, temperature=0, **options)
-        try:
-            choice = reply.choices[0]
-            content = choice.message.content or ""
-            answer = content if isinstance(content, str) else "".join(part["text"] for part in content)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"the server's reply is no chat completion: {str(reply)[:200]}") from error
-        if self.score_mode == "integer":
-            return Judgement(parse_score(answer), answer)
-        if choice.logprobs is None or not choice.logprobs.content or not choice.logprobs.content[0].top_logprobs:
-            raise ValueError("the server returned no top_logprobs, which score_mode='expected' needs; use 'integer'")
-        likeliest = choice.logprobs.content[0].top_logprobs
+        mode = self.score_mode
+        options: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": 0}
+        if mode == "expected":
+            options |= {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+        elif self.num_samples > 1:
+            options |= {"temperature": self.temperature}
+        answers: list[str] = []
+        read = written = 0
+        while len(answers) < self.num_samples:
+            if self.num_samples > 1:
+                options |= {"n": self.num_samples - len(answers), "seed": self.seed + len(answers)}
+            reply = client.chat.completions.create(model=self.name, messages=messages, **options)
+            try:
+                choices = reply.choices[: self.num_samples - len(answers)]
+                first = choices[0]
+                contents = [choice.message.content or "" for choice in choices]
+                answers += [
+                    content if isinstance(content, str) else "".join(part["text"] for part in content)
+                    for content in contents
+                ]
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                raise ValueError(f"the server's reply is no chat completion: {str(reply)[:200]}") from error
+            usage = getattr(reply, "usage", None)
+            read += getattr(usage, "prompt_tokens", None) or 0
+            written += getattr(usage, "completion_tokens", None) or 0
+        if mode == "integer":
+            return replace(_mean_score(answers), input_tokens=read, output_tokens=written)
+        if first.logprobs is None or not first.logprobs.content or not first.logprobs.content[0].top_logprobs:
+            logger.warning(
+                f"The server of {self.name!r} returned no top_logprobs, which score_mode='expected' needs: it is asked for "
+                "whole scores from here on (score_mode='integer')."
+            )
+            self.score_mode = "integer"
+            return self._ask(conversation, client)
+        likeliest = first.logprobs.content[0].top_logprobs
         weights = [sum(math.exp(t.logprob) for t in likeliest if t.token.strip() == digit) for digit in DIGITS]
-        return _expected_score(weights, self.min_digit_mass)
+        return replace(_expected_score(weights, self.min_digit_mass), input_tokens=read, output_tokens=written)
 
     def _as_openai(self, part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "image":

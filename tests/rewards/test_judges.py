@@ -13,10 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from hp_edit_trl import HPScorerReward, ServerJudge, TransformersJudge
-from hp_edit_trl.miniature.tiny import tiny_judge
+from hp_edit_trl.miniature.tiny import CHAT_TEMPLATE, tiny_judge, tiny_text_encoder, tiny_tokenizer
 from hp_edit_trl.rewards import parse_score
 from tests.helpers import photo
 
@@ -95,14 +101,106 @@ def test_models_that_cannot_judge(judge_folder, tmp_path):
 
 def test_integer_mode_reads_the_answer(judge_folder, monkeypatch):
     judge = TransformersJudge(judge_folder, "integer", batch_size=2, max_new_tokens=3)
-    assert all(judgement.score is None and judgement.answer for judgement in judge([conversation()] * 3))
+    chats = [conversation(f"Number {i}") for i in range(3)]
+    assert all(judgement.score is None and judgement.answer for judgement in judge(chats))
     four = judge.processor.tokenizer("4")["input_ids"]
     monkeypatch.setattr(
         judge.model,
         "generate",
         lambda input_ids, **kwargs: torch.cat([input_ids, torch.tensor([four] * len(input_ids))], dim=1),
     )
-    assert [judgement.score for judgement in judge([conversation()] * 3)] == [4.0] * 3
+    assert [judgement.score for judgement in judge(chats)] == [4.0] * 3
+
+
+def edits_of_one_case(count=3, sizes=((64, 64), (96, 64), (64, 96))):
+    """Conversations that differ in their last picture alone."""
+    chats = [conversation(sizes=sizes) for _ in range(count)]
+    for i, chat in enumerate(chats):
+        chat[1]["content"][-1] = {"type": "image", "image": photo(*sizes[-1], seed=50 + i)}
+    return chats
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+def judge_of_a_family(request, judge_folder, tmp_path_factory):
+    if request.param == "qwen3_vl":
+        return judge_folder
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny_text_encoder(tokenizer, 32).save_pretrained(folder)
+    pictures = Qwen2VLImageProcessor(patch_size=14, merge_size=2, min_pixels=56 * 56, max_pixels=112 * 112)
+    Qwen2_5_VLProcessor(pictures, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize("mode", ["expected", "integer"])
+def test_the_edits_of_a_case_share_what_comes_before_them(judge_of_a_family, mode, monkeypatch):
+    """One reading of the shared beginning gives what a plain pass over each whole conversation gives."""
+    settings = {"max_new_tokens": 6} if mode == "integer" else {"min_digit_mass": 0.0}
+    alone = TransformersJudge(judge_of_a_family, mode, batch_size=1, **settings)
+    together = TransformersJudge(judge_of_a_family, mode, batch_size=4, **settings)
+    other = conversation("Another text", sizes=((96, 96), (64, 64)), seed=9)
+    first, *rest = edits_of_one_case()
+    chats = [first, other, *rest]
+    called = []
+    by_prefix = together._judge_by_prefix
+    monkeypatch.setattr(together, "_judge_by_prefix", lambda *args: called.append(1) or by_prefix(*args))
+    expected, found = alone(chats), together(chats)
+    assert called == [1]
+    if mode == "expected":
+        scores = [judgement.score for judgement in expected]
+        assert [judgement.score for judgement in found] == pytest.approx(scores, abs=1e-5)
+        assert len(set(scores)) == 4  # a judge that did not look at the edits would pass otherwise
+    else:
+        assert [judgement.answer for judgement in found] == [judgement.answer for judgement in expected]
+        assert [judgement.output_tokens for judgement in found] == [one.output_tokens for one in expected]
+    read, whole = (sum(judgement.input_tokens for judgement in judged) for judged in (found, expected))
+    assert read < 0.7 * whole
+    assert all(judgement.seconds > 0 for judgement in found)
+
+
+def test_edits_of_different_sizes_share_nothing_and_are_judged_alike(judge_folder):
+    judge = TransformersJudge(judge_folder, "expected", batch_size=8, min_digit_mass=0.0)
+    chats = edits_of_one_case(2) + edits_of_one_case(1, sizes=((64, 64), (96, 64), (96, 96)))
+    alone = [judge([chat])[0].score for chat in chats]
+    assert [judgement.score for judgement in judge(chats)] == pytest.approx(alone, abs=1e-5)
+
+
+def test_drawn_answers_depend_on_the_case_and_the_seed_alone(judge_folder):
+    chats = [conversation("Score it", seed=seed) for seed in range(3)]
+    settings = dict(num_samples=4, max_new_tokens=4)
+    judge = TransformersJudge(judge_folder, seed=1, **settings)
+    state = torch.get_rng_state()
+    answers = [judgement.answer for judgement in judge(chats)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(len(answer.split(" | ")) == 4 for answer in answers) and len(set(answers[0].split(" | "))) > 1
+    assert [judgement.answer for judgement in judge(chats[::-1])] == answers[::-1]
+    assert [j.answer for j in TransformersJudge(judge_folder, seed=2, **settings)(chats)] != answers
+    with pytest.raises(ValueError, match="num_samples=4 has no meaning with score_mode='expected'"):
+        TransformersJudge(judge_folder, "expected", num_samples=4)
+    with pytest.raises(ValueError, match="must be above zero"):
+        TransformersJudge(judge_folder, num_samples=0)
+
+
+def test_several_answers_of_a_server_are_averaged(serve):
+    def reply(body, count):
+        # Three of the four that are asked for, then the last; one of them is prose
+        texts = ["4", "I would say five", "3"] if count == 1 else ["5"]
+        choices = [completion(text)["choices"][0] for text in texts[: body["n"]]]
+        return 200, {**completion(""), "choices": choices, "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}}  # fmt: skip
+
+    server = serve(reply)
+    (judgement,) = ServerJudge("m", server.url, num_samples=4, temperature=0.7, seed=5)([conversation()])
+    assert judgement.score == pytest.approx((4 + 3 + 5) / 3)
+    assert judgement.answer == "4 | I would say five | 3 | 5"
+    assert [(r["n"], r["seed"], r["temperature"]) for r in server.requests] == [(4, 5, 0.7), (1, 8, 0.7)]
+    assert (judgement.input_tokens, judgement.output_tokens) == (20, 4)
+    prose = serve(lambda body, n: (200, {**completion(""), "choices": [completion(t)["choices"][0] for t in ("5", "a", "b")]}))  # fmt: skip
+    (judgement,) = ServerJudge("m", prose.url, num_samples=3)([conversation()])
+    assert judgement.score is None and judgement.answered  # two of three hold no score
 
 
 def test_a_vocabulary_without_scores(judge_folder, monkeypatch):
@@ -243,11 +341,15 @@ def test_a_trial_without_a_score_is_a_warning(serve, caplog):
     assert "answered a trial without a score: 'I cannot'" in caplog.text
 
 
-def test_server_without_logprobs_is_noticed_at_start_up(serve):
-    server = serve(lambda body, n: (200, completion("4")))
-    with pytest.raises(ConnectionError, match="returned no top_logprobs.*use 'integer'"):
-        ServerJudge("m", server.url, "expected").load()
-    ServerJudge("m", server.url, "integer").load()
+def test_a_server_without_logprobs_is_asked_for_whole_scores(serve, caplog):
+    server = serve(lambda body, n: (200, completion("4" if body["max_tokens"] > 1 else "The score is")))
+    judge = ServerJudge("m", server.url, "expected")
+    assert judge.identity["score_mode"] == "expected"
+    judge.load()
+    assert "returned no top_logprobs" in caplog.text and "score_mode='integer'" in caplog.text
+    assert judge.identity["score_mode"] == "integer"
+    assert judge([conversation()])[0].score == 4.0
+    assert [request.get("logprobs") for request in server.requests] == [True, None, None]
 
 
 def test_server_retries_bounds_concurrency_and_gives_up_on_single_cases(serve):
@@ -313,8 +415,11 @@ def test_transformers_serve(judge_folder, tmp_path):
         images = [photo(64, 64)] * 2
         assert reward(prompts=["x", "y"], completions=images, image=images, task=["add", "style"]) == [None, None]
         # This server takes `logprobs` without a word and returns none: that must not pass unnoticed.
-        with pytest.raises(ConnectionError, match="returned no top_logprobs"):
-            ServerJudge(judge_folder, f"http://127.0.0.1:{port}/v1", "expected").load()
+        expected = ServerJudge(judge_folder, f"http://127.0.0.1:{port}/v1", "expected")
+        expected.load()
+        assert expected.score_mode == "integer"
+        assert [judgement.answer for judgement in expected(chats)] == answers
+        assert all(judgement.input_tokens > 0 for judgement in expected(chats))
     finally:
         process.terminate()
         process.wait(30)
