@@ -1,10 +1,15 @@
 """The command `hp-edit`."""
 
 import argparse
+import json
+import logging
+import os
 import sys
+from pathlib import Path
 
 import torch
 
+from .cases import load_edits
 from .lora import FORMATS, base_transformer, check_fit, describe_lora, merge_lora, read_lora, write_lora
 
 
@@ -23,6 +28,187 @@ def check_lora(args: argparse.Namespace) -> None:
 def merge(args: argparse.Namespace) -> None:
     merge_lora(args.base, read_lora(args.lora), args.out, getattr(torch, args.dtype))
     print(args.out)
+
+
+def add_dataset(command: argparse.ArgumentParser) -> None:
+    """The options that name a dataset of edits."""
+    command.add_argument(
+        "dataset", help="edits: folder or Hub repository with id, image, edited, prompt, task, editor"
+    )
+    command.add_argument("--split", default="train")
+    command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
+
+
+def add_scorer(command: argparse.ArgumentParser) -> None:
+    """The options that name a judge and its prompts."""
+    command.add_argument("--judge", default="Qwen/Qwen3-VL-32B-Instruct", help="Hub id, folder, or a server's model")
+    command.add_argument(
+        "--base-url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1; else in this process"
+    )
+    command.add_argument("--score-mode", choices=("integer", "expected"), default="integer")
+    command.add_argument("--num-samples", type=int, default=1, help="answers whose scores are averaged")
+    command.add_argument("--max-new-tokens", type=int, default=16, help="raise it for judges that reason aloud")
+    command.add_argument("--batch-size", type=int, default=8, help="of a judge in this process")
+    command.add_argument("--max-concurrency", type=int, default=16, help="requests at once to a server")
+    command.add_argument("--timeout", type=float, default=120.0, help="seconds for one request to a server")
+    command.add_argument("--max-retries", type=int, default=4, help="further attempts with a server")
+    command.add_argument("--prompts", help="folder or Hub repository of scorer prompts; by default this package's")
+    command.add_argument("--prompts-revision")
+    command.add_argument("--cache", default="~/.cache/hp-edit-trl/judgements.sqlite", help="'none' keeps none")
+
+
+def make_scorer(args: argparse.Namespace, task: str | None = None):
+    """The scorer that the options name."""
+    from .rewards import CachedJudge, HPScorerReward, ServerJudge, TransformersJudge
+
+    shared = {name: getattr(args, name) for name in ("score_mode", "num_samples", "max_new_tokens")}
+    judge: ServerJudge | TransformersJudge
+    if args.base_url is not None:
+        of_server = {name: getattr(args, name) for name in ("max_concurrency", "timeout", "max_retries")}
+        judge = ServerJudge(args.judge, args.base_url, **shared, **of_server)
+    else:
+        judge = TransformersJudge(args.judge, batch_size=args.batch_size, **shared)
+    kept = judge if args.cache == "none" else CachedJudge(judge, args.cache)
+    return HPScorerReward(kept, prompts=args.prompts, prompts_revision=args.prompts_revision, task=task)
+
+
+def score(args: argparse.Namespace) -> None:
+    from .rewards import score_dataset
+
+    dataset = load_edits(args.dataset, args.split, args.revision)
+    report = score_dataset(make_scorer(args, args.task), dataset, args.out, args.chunk_size)
+    print(report.table(args.input_price, args.output_price))
+
+
+def probe(args: argparse.Namespace) -> None:
+    from .rewards import probe_judge
+
+    dataset = load_edits(args.dataset, args.split, args.revision)
+    print(
+        "| probe | what is shown | scores | failed | mean | at most 1 | shift | change |\n|---|---|---|---|---|---|---|---|"
+    )
+    for row in probe_judge(make_scorer(args), dataset, args.num_cases, args.seed):
+        print(
+            "| "
+            + " | ".join(f"{x:.2f}" if isinstance(x, float) else "–" if x is None else str(x) for x in row.values())
+            + " |"
+        )
+
+
+def refine(args: argparse.Namespace) -> None:
+    from .evaluation import PromptRefiner
+    from .ratings import read_ratings
+    from .rewards import ServerJudge, TransformersJudge, read_scorer_prompt
+
+    dataset = load_edits(args.dataset, args.split, args.revision)
+    ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
+    scorer = make_scorer(args)
+    refiner = PromptRefiner(
+        args.task,
+        scorer,
+        dataset,
+        ratings,
+        args.out,
+        statistic=args.statistic,
+        validation_fraction=args.validation_fraction,
+        confidence=args.confidence,
+        seed=args.seed,
+    )
+    scorer.load()
+    if args.candidate is not None:
+        refiner.compare(read_scorer_prompt(args.candidate))
+    elif args.propose:
+        name, url = args.proposer or args.judge, args.proposer_url or args.base_url
+        proposer = (
+            ServerJudge(name, url, max_new_tokens=2048, timeout=600)
+            if url is not None
+            else TransformersJudge(name, max_new_tokens=2048)
+        )
+        try:
+            for _ in range(args.rounds):
+                candidate, questions = refiner.propose(proposer)
+                for question in questions:
+                    print(f"Proposed for revision {candidate.name}: {question}", file=sys.stderr)
+                refiner.compare(candidate, questions)
+        except ValueError:
+            print(refiner.table())  # of the rounds before
+            raise
+    print(refiner.table())
+
+
+def agreement(args: argparse.Namespace) -> None:
+    from .evaluation import compare_with_people, report_text, write_report
+    from .ratings import read_ratings
+    from .rewards import read_scores
+
+    dataset = None if args.dataset is None else load_edits(args.dataset, args.split, args.revision)
+    ratings, _ = read_ratings(args.ratings, rubric=args.rubric)
+    result = compare_with_people(
+        ratings, read_scores(args.scores), dataset, confidence=args.confidence, seed=args.seed
+    )
+    write_report(result, args.out, dataset, args.worst)
+    print(report_text(result))
+    print(args.out)
+
+
+def annotate(args: argparse.Namespace) -> None:
+    from .annotation import annotate as serve
+    from .annotation import load_rubric
+
+    serve(
+        load_edits(args.dataset, args.split, args.revision),
+        args.ratings,
+        rubric=load_rubric(args.rubric),
+        annotators=None if args.annotators is None else args.annotators.split(","),
+        overlap=args.overlap,
+        seed=args.seed,
+        host=args.host,
+        port=args.port,
+        password=args.password or os.environ.get("HP_EDIT_PASSWORD"),
+    )
+
+
+def export_ratings(args: argparse.Namespace) -> None:
+    from .annotation import label_studio_config, load_rubric, ratings_dataset, to_label_studio
+    from .ratings import read_ratings
+
+    out, to_studio = Path(args.out), args.format == "label-studio"
+    if out.exists():
+        raise ValueError(f"{out} exists already: name another folder, or remove it.")
+    if (args.image_url is not None or args.rubric_file is not None) and not to_studio:
+        raise ValueError("--image-url and --rubric-file are for --format label-studio.")
+    if args.private and args.push_to_hub is None or args.push_to_hub is not None and to_studio:
+        raise ValueError("--push-to-hub is for --format dataset, and --private for --push-to-hub.")
+    dataset = load_edits(args.dataset, args.split, args.revision)
+    if to_studio:
+        rubric = load_rubric(args.rubric_file)
+        started = not Path(args.ratings).is_dir() or any(Path(args.ratings).glob("ratings-*.jsonl"))
+        ratings = read_ratings(args.ratings, dataset, args.rubric)[0] if started else []
+        images = None if args.image_url is None else out / "images"
+        tasks = to_label_studio(
+            dataset, ratings, rubric=rubric.revision, image_folder=images, image_url=args.image_url
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "tasks.json").write_text(json.dumps(tasks, ensure_ascii=False), encoding="utf-8")
+        (out / "config.xml").write_text(label_studio_config(dataset, rubric), encoding="utf-8")
+    else:
+        ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
+        rated = ratings_dataset(ratings, dataset)
+        rated.save_to_disk(out)
+        if args.push_to_hub is not None:
+            rated.push_to_hub(args.push_to_hub, private=args.private or None)
+    print(f"{out}: {len(ratings)} ratings of {len({(rating.id, rating.editor) for rating in ratings})} edits")
+
+
+def import_ratings(args: argparse.Namespace) -> None:
+    from .annotation import add_ratings, from_label_studio
+
+    dataset = load_edits(args.dataset, args.split, args.revision)
+    ratings, problems = from_label_studio(args.file, dataset, args.rubric)
+    added = add_ratings(ratings, args.out)
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    print(f"{args.out}: {added} ratings added, {len(ratings) - added} there already, {len(problems)} left out")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,11 +234,96 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     command.set_defaults(run=merge)
 
+    command = commands.add_parser("score", help="score a dataset of edits with HP-Scorer; goes on where it stopped")
+    add_dataset(command)
+    command.add_argument("--out", default="scores.jsonl", help="file that the scores are appended to")
+    command.add_argument("--task", help="prompt for all edits, whatever their task; 'base' is the paper's base scorer")
+    command.add_argument("--chunk-size", type=int, default=64, help="edits that are judged and written together")
+    command.add_argument("--input-price", type=float, help="of a million tokens that the judge reads")
+    command.add_argument("--output-price", type=float, help="of a million tokens that it writes")
+    add_scorer(command)
+    command.set_defaults(run=score)
+
+    command = commands.add_parser("probe-judge", help="show a judge edits whose scores should be known")
+    add_dataset(command)
+    command.add_argument("--num-cases", type=int, default=50)
+    command.add_argument("--seed", type=int, default=0)
+    add_scorer(command)
+    command.set_defaults(run=probe)
+
+    command = commands.add_parser(
+        "refine-prompt", help="compare revisions of a task's prompt by the ratings of people"
+    )
+    command.add_argument("task")
+    add_dataset(command)
+    command.add_argument("--ratings", required=True, help="file, or folder with ratings-*.jsonl")
+    command.add_argument("--rubric", help="take only ratings made with this revision of the rubric")
+    command.add_argument("--out", required=True, help="folder of prompts, with its history; HPScorerReward can use it")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--candidate", help="a revision to compare with the current one: a Markdown file")
+    what.add_argument("--propose", action="store_true", help="let a model propose questions to add")
+    command.add_argument("--proposer", help="model that proposes, by default the judge's")
+    command.add_argument("--proposer-url", help="its server")
+    command.add_argument("--rounds", type=int, default=3, help="of proposals")
+    command.add_argument("--statistic", choices=("pearson", "spearman", "kendall", "mae"), default="pearson")
+    command.add_argument("--validation-fraction", type=float, default=0.5)
+    command.add_argument("--confidence", type=float, default=0.95)
+    command.add_argument("--seed", type=int, default=0)
+    add_scorer(command)
+    command.set_defaults(run=refine)
+
+    command = commands.add_parser("agreement", help="compare scores with people's ratings")
+    command.add_argument("ratings", help="file of ratings, or folder with files ratings-*.jsonl")
+    command.add_argument("scores", help="file that `hp-edit score` wrote")
+    command.add_argument("--dataset", help="folder or Hub repository of the edits, for tasks and images")
+    command.add_argument("--split", default="train")
+    command.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    command.add_argument("--out", required=True, help="folder for tables, figures and the worst disagreements")
+    command.add_argument("--rubric", help="take only ratings made with this revision of the rubric")
+    command.add_argument("--worst", type=int, default=30, help="how many of the worst disagreements to show")
+    command.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    command.add_argument("--seed", type=int, default=0, help="of the intervals' resamples")
+    command.set_defaults(run=agreement)
+
+    command = commands.add_parser("annotate", help="start the page on which people rate edits from 0 to 5")
+    add_dataset(command)
+    command.add_argument("--ratings", default="ratings", help="folder for the ratings, a file for each annotator")
+    command.add_argument("--rubric", help="Markdown file with a header that names its revision; by default ours")
+    command.add_argument("--annotators", help="who may rate, separated by commas; by default everyone")
+    command.add_argument("--overlap", type=int, help="how many of the annotators rate each case; by default all")
+    command.add_argument("--seed", type=int, default=0, help="decides who rates what, and in which order")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at; others than this machine need a password")
+    command.add_argument("--port", type=int, default=7860)
+    command.add_argument("--password", help="or in the environment as HP_EDIT_PASSWORD, where fewer can read it")
+    command.set_defaults(run=annotate)
+
+    command = commands.add_parser("export-ratings", help="ratings as a dataset, or as tasks for Label Studio")
+    command.add_argument("ratings", help="file, or folder with ratings-*.jsonl")
+    add_dataset(command)
+    command.add_argument("out", help="folder to write")
+    command.add_argument("--format", choices=("dataset", "label-studio"), default="dataset")
+    command.add_argument("--rubric", help="take only ratings made with this revision of the rubric")
+    command.add_argument("--rubric-file", help="rubric that Label Studio shows: a Markdown file; by default ours")
+    command.add_argument("--image-url", help="where Label Studio finds OUT/images; by default images are in the tasks")
+    command.add_argument("--push-to-hub", metavar="REPO", help="also push the dataset")
+    command.add_argument("--private", action="store_true", help="to a private repository")
+    command.set_defaults(run=export_ratings)
+
+    command = commands.add_parser("import-ratings", help="take over ratings from Label Studio's export in JSON")
+    command.add_argument("file")
+    add_dataset(command)
+    command.add_argument("out", help="folder for the ratings; what is there already is not doubled")
+    command.add_argument("--rubric", help="revision of the rubric, where the tasks do not tell it")
+    command.set_defaults(run=import_ratings)
+
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         args.run(args)
-    except ValueError as error:  # what users can mend is said in a line, without a stack trace
+    except (ValueError, OSError, ImportError) as error:  # what users can mend is said in a line, without a stack trace
         sys.exit(f"hp-edit: {error}")
+    except KeyboardInterrupt:
+        sys.exit("hp-edit: stopped; what is long goes on from here when it is run again.")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,9 @@ def read_ratings(
             try:
                 values = json.loads(line)
                 rating = Rating(**{name: values[name] for name in names & values.keys()})
+                texts = (rating.annotator, rating.id, rating.rubric, rating.time, rating.comment, rating.editor or "")
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError
             except (ValueError, TypeError, AttributeError):  # a crash in the middle of a line
                 problems.append(
                     f"{file.name}, line {number}: not a whole rating: {line[:60].decode(errors='replace')!r}"

@@ -3,7 +3,7 @@
 from .cache import CachedJudge
 from .hp_scorer import HPScorerReward
 from .judges import Judge, Judgement, ServerJudge, TransformersJudge, parse_score
-from .prompts import TASKS, ScorerPrompt, load_scorer_prompts
+from .prompts import TASKS, ScorerPrompt, load_scorer_prompts, read_scorer_prompt
 from .scoring import JudgingReport, probe_judge, read_scores, score_dataset
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "load_scorer_prompts",
     "parse_score",
     "probe_judge",
+    "read_scorer_prompt",
     "read_scores",
     "score_dataset",
 ]

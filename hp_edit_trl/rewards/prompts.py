@@ -1,5 +1,6 @@
 """The scorer prompts: loaded from the package, from a folder, or from a Hub repository pinned by revision."""
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -30,10 +31,50 @@ class ScorerPrompt:
     revision: str
     text: str
 
+    @property
+    def name(self) -> str:
+        """The revision alone, as the header of its file has it."""
+        return self.revision.rpartition(":")[2]
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of a hash of the text: it changes with the text, also where the revision does not."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the prompt as a file that [`read_scorer_prompt`] reads."""
+        header = yaml.safe_dump({"task": self.task, "revision": self.name}, sort_keys=False)
+        Path(path).write_text(f"---\n{header}---\n{self.text}\n", encoding="utf-8")
+
     def fill(self, prompt: str, requirement: str | None = None) -> str:
         """The text for one case. Braces inside `prompt` and `requirement` mean nothing."""
         values = {"prompt": prompt, "requirement": requirement or "none"}
         return re.sub(r"\{(prompt|requirement)\}", lambda match: values[match[1]], self.text)
+
+
+def read_scorer_prompt(path: str | Path, origin: str | None = None) -> ScorerPrompt:
+    """
+    Reads one scorer prompt: Markdown with a header that names its `task` and `revision`.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        origin (`str`, *optional*):
+            What the prompt's revision begins with. By default the file's folder.
+
+    Raises:
+        `FileNotFoundError`: If there is no file.
+        `ValueError`: If it has no valid header, or no place for the instruction.
+    """
+    path = Path(path)
+    parts = re.match(r"---\n(.*?)\n---\n(.*)", path.read_text(encoding="utf-8"), re.DOTALL)
+    header = yaml.safe_load(parts[1]) if parts else None
+    if parts is None or not isinstance(header, dict) or not {"task", "revision"} <= header.keys():
+        raise ValueError(f"The scorer prompt {path} does not begin with a header that names `task` and `revision`.")
+    if "{prompt}" not in parts[2]:
+        raise ValueError(f"The scorer prompt {path} has no {{prompt}}, so the judge would not see the instruction.")
+    origin = str(path.parent) if origin is None else origin
+    return ScorerPrompt(header["task"], f"{origin}:{header['task']}:{header['revision']}", parts[2].strip())
 
 
 def load_scorer_prompts(source: str | None = None, revision: str | None = None) -> dict[str, ScorerPrompt]:
@@ -78,20 +119,10 @@ def load_scorer_prompts(source: str | None = None, revision: str | None = None) 
     for path in sorted(folder.glob("*.md")):
         if path.name == "README.md":
             continue
-        parts = re.match(r"---\n(.*?)\n---\n(.*)", path.read_text(encoding="utf-8"), re.DOTALL)
-        header = yaml.safe_load(parts[1]) if parts else None
-        if parts is None or not isinstance(header, dict) or not {"task", "revision"} <= header.keys():
-            raise ValueError(
-                f"The scorer prompt {path} does not begin with a header that names `task` and `revision`."
-            )
-        if "{prompt}" not in parts[2]:
-            raise ValueError(
-                f"The scorer prompt {path} has no {{prompt}}, so the judge would not see the instruction."
-            )
-        task = header["task"]
-        if task in prompts:
-            raise ValueError(f"The scorer prompt {path} is a second one for the task {task!r}.")
-        prompts[task] = ScorerPrompt(task, f"{origin}:{task}:{header['revision']}", parts[2].strip())
+        prompt = read_scorer_prompt(path, origin)
+        if prompt.task in prompts:
+            raise ValueError(f"The scorer prompt {path} is a second one for the task {prompt.task!r}.")
+        prompts[prompt.task] = prompt
     if not prompts:
         raise FileNotFoundError(f"No scorer prompts (*.md) in {source or folder}.")
     return prompts

@@ -1,6 +1,5 @@
 """Scores for whole datasets of edits: resumable, with a report of what they cost; and probes of a judge's biases."""
 
-import hashlib
 import json
 import logging
 import os
@@ -199,8 +198,7 @@ def read_scores(path: str | Path) -> list[dict[str, Any]]:
 
 def _scorer_of(scorer: HPScorerReward, task: str | None) -> dict[str, str]:
     prompt = scorer.prompt_for(task)
-    digest = hashlib.sha256(prompt.text.encode()).hexdigest()[:12]
-    return {"judge": scorer.judge_description, "prompt": prompt.revision, "prompt_sha": digest}
+    return {"judge": scorer.judge_description, "prompt": prompt.revision, "prompt_sha": prompt.digest}
 
 
 def _check_same_scorer(

@@ -1,0 +1,108 @@
+"""The commands, as a user runs them, with a judge behind a server on this machine."""
+
+import base64
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from hp_edit_trl import load_scorer_prompts
+from hp_edit_trl.cli import main
+from hp_edit_trl.ratings import append_rating
+from hp_edit_trl.rewards import read_scores
+from tests.evaluation.test_refine import ARTIFACTS, look, revision, world
+from tests.helpers import make_edits
+from tests.rewards.test_judges import completion, serve  # noqa: F401
+
+
+def pictures(body):
+    urls = [part["image_url"]["url"] for part in body["messages"][1]["content"] if part["type"] == "image_url"]
+    return [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) for url in urls]
+
+
+@pytest.fixture
+def server(serve):  # noqa: F811
+    """A judge that follows the rule of `look`, and proposes a question when it is asked for a list."""
+
+    def reply(body, count):
+        text = body["messages"][0]["content"][0]["text"]
+        if "JSON list" in text:
+            return 200, completion(json.dumps([ARTIFACTS]))
+        return 200, completion(str(look(text, pictures(body))))
+
+    return serve(reply)
+
+
+def options(server, tmp_path):
+    return ["--judge", "m", "--base-url", server.url, "--cache", str(tmp_path / "cache.sqlite")]
+
+
+def test_score_and_again(server, tmp_path, capsys):
+    make_edits(3).save_to_disk(tmp_path / "edits")
+    command = ["score", str(tmp_path / "edits"), "--out", str(tmp_path / "s.jsonl"), *options(server, tmp_path)]
+    main([*command, "--input-price", "1", "--output-price", "2"])
+    assert "| scores given | 6 |" in capsys.readouterr().out
+    assert [line["score"] for line in read_scores(tmp_path / "s.jsonl")] == [
+        look("", [row["edited"]]) for row in make_edits(3)
+    ]
+    asked = len(server.requests)
+    main(command)
+    assert "| scores kept from before | 6 |" in capsys.readouterr().out
+    # Another file, the same judgements: only the trial at the start is asked for
+    main(["score", str(tmp_path / "edits"), "--out", str(tmp_path / "t.jsonl"), *options(server, tmp_path)])
+    assert "| of these from the cache | 6 |" in capsys.readouterr().out
+    assert len(server.requests) == asked + 2
+    with pytest.raises(SystemExit, match="hp-edit: .* holds scores of another scorer"):
+        main([*command, "--task", "base"])
+
+
+def test_probe(server, tmp_path, capsys):
+    make_edits(4).save_to_disk(tmp_path / "edits")
+    main(["probe-judge", str(tmp_path / "edits"), *options(server, tmp_path)])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 7 and rows[0].startswith("| probe | what is shown |")
+    assert rows[2].startswith("| as given | the edit, as it is | 4 | 0 |")
+
+
+def test_refine_with_a_candidate_and_with_proposals(server, tmp_path, capsys):
+    dataset, ratings = world()
+    dataset.save_to_disk(tmp_path / "edits")
+    for rating in ratings:
+        append_rating(tmp_path / f"ratings-{rating.annotator}.jsonl", rating)
+    command = [
+        "refine-prompt",
+        "color",
+        str(tmp_path / "edits"),
+        "--ratings",
+        str(tmp_path),
+        *options(server, tmp_path),
+    ]
+    revision("2", ARTIFACTS).save(tmp_path / "candidate.md")
+    main([*command, "--out", str(tmp_path / "a"), "--candidate", str(tmp_path / "candidate.md")])
+    assert "yes: better on the held-out cases" in capsys.readouterr().out
+    assert load_scorer_prompts(str(tmp_path / "a"))["color"].name == "2"
+    main([*command, "--out", str(tmp_path / "b"), "--propose", "--rounds", "1"])
+    shown = capsys.readouterr()
+    assert f"Proposed for revision 2: {ARTIFACTS}" in shown.err and "yes: better" in shown.out
+    assert ARTIFACTS in load_scorer_prompts(str(tmp_path / "b"))["color"].text
+    main([*command, "--out", str(tmp_path / "b")])  # the history alone
+    assert "yes: better" in capsys.readouterr().out
+
+
+def test_what_goes_wrong_is_said_in_a_line(server, tmp_path):
+    make_edits(2).save_to_disk(tmp_path / "edits")
+    edits = str(tmp_path / "edits")
+    for command, message in [
+        (["score", str(tmp_path / "none")], "hp-edit: .*none"),
+        (["score", edits, "--split", "test"], "hp-edit: "),
+        (["score", edits, "--base-url", "http://127.0.0.1:9/v1"], "at http://127.0.0.1:9/v1 gives no judgements"),
+        (["score", edits, "--judge", str(tmp_path / "edits"), "--cache", "none"], "has no processor"),
+        (["score", edits, "--base-url", server.url, "--prompts", str(tmp_path)], "No scorer prompts"),
+        (
+            ["refine-prompt", "add", edits, "--ratings", edits, "--out", edits, "--base-url", server.url],
+            "No ratings at",
+        ),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            main(command if "--cache" in command else [*command, "--cache", str(tmp_path / "cache")])
