@@ -1,6 +1,14 @@
 """Floor 4: a small world, a small policy and a scorer that knows the answers. Nothing else in the library knows them."""
 
 from .policy import load_pipeline
+from .raters import (
+    SimulatedJudge,
+    SimulatedProposer,
+    flawed_edits,
+    known_pearson,
+    simulate_ratings,
+    true_scores,
+)
 from .report import before_after_sheet, comparison_table, edit_dataset, paired_difference, report, score_edits
 from .scorers import CoarseScorer, RuleScorer
 from .world import load_dataset
@@ -9,12 +17,18 @@ from .world import load_dataset
 __all__ = [
     "CoarseScorer",
     "RuleScorer",
+    "SimulatedJudge",
+    "SimulatedProposer",
     "before_after_sheet",
     "comparison_table",
     "edit_dataset",
+    "flawed_edits",
+    "known_pearson",
     "load_dataset",
     "load_pipeline",
     "paired_difference",
     "report",
     "score_edits",
+    "simulate_ratings",
+    "true_scores",
 ]

@@ -44,15 +44,20 @@ class RuleScorer:
         self.alpha = alpha
         self.beta = beta
 
-    def score(self, edit: Image.Image, source: Image.Image, target: Image.Image) -> float:
-        """Score in [0, 5] of one edit."""
+    def parts(self, edit: Image.Image, source: Image.Image, target: Image.Image) -> tuple[float, float]:
+        """How far the target was reached, and how well the rest was preserved: \\( a \\) and \\( p \\), in [0, 1]."""
         after, before, wanted = (_array(image, target.size) for image in (edit, source, target))
         way = np.abs(wanted - before).max(-1)
         missing = np.abs(after - wanted).max(-1)
         changed = way > 0.06
         reached = _ramp(1 - missing[changed] / way[changed], 0.3, 0.8).mean()
         kept = (1 - _ramp(missing[~changed], 0.06, 0.18)).mean() if (~changed).any() else 1.0
-        return float(5 * _ramp(reached, 0.1, 0.95) * _ramp(kept, 0.5, 0.97))
+        return float(_ramp(reached, 0.1, 0.95)), float(_ramp(kept, 0.5, 0.97))
+
+    def score(self, edit: Image.Image, source: Image.Image, target: Image.Image) -> float:
+        """Score in [0, 5] of one edit."""
+        reached, kept = self.parts(edit, source, target)
+        return 5 * reached * kept
 
     def __call__(
         self,

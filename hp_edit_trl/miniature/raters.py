@@ -1,0 +1,163 @@
+"""
+People and a judge for the small world, both simulated: edits of known quality, raters of known noise, and a judge that looks at
+what its prompt asks for. What agreement between them must come out is known in closed form.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from ..ratings import Rating
+from ..rewards import Judgement
+from ..seeding import seeded_generator
+from .scorers import RuleScorer
+from .world import to_image
+
+
+RUBRIC = "miniature:rubric:1"
+KEPT = "Is everything that the instruction does not speak of the same in Image B as in Image A? It should be."
+# What the stand-in for a proposer has to say. Only one of them makes the judge look at something new.
+IDEAS = ("Are the colours of Image B cheerful? They should be.", KEPT, "Would Image B look well on a wall? It should.")
+
+
+def _rng(*key: int | str) -> np.random.Generator:
+    return np.random.default_rng(seeded_generator(*key).initial_seed())
+
+
+def flawed_edits(dataset: Dataset, editors: dict[str, float], seed: int = 0) -> Dataset:
+    """
+    Edits that go part of the way to the target and spoil something else.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Cases of [`load_dataset`].
+        editors (`dict[str, float]`):
+            Name of each simulated editor, and how careless it is, 0 to 1: the probability that an edit stops on the way, and that it
+            tints what it should leave alone.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the flaws.
+
+    Returns:
+        [`~datasets.Dataset`]: the columns of the cases, and `edited` and `editor`.
+    """
+    rows = []
+    for row in dataset:
+        source, target = (np.asarray(row[name], dtype=float) / 255 for name in ("image", "target"))
+        elsewhere = (np.abs(target - source).max(-1) <= 0.06)[..., None]
+        for editor, carelessness in editors.items():
+            rng = _rng(seed, "flaws", row["id"], editor)
+            stops, tints = rng.uniform(size=2) < carelessness
+            way = rng.uniform(0.3, 0.9) if stops else 1.0
+            tint = rng.uniform(-0.25, 0.25, size=3) if tints else np.zeros(3)
+            edit = source + way * (target - source) + tint * elsewhere
+            rows.append({**row, "edited": to_image(edit), "editor": editor})
+    return Dataset.from_list(rows).cast_column("edited", ImageFeature())
+
+
+def true_scores(edits: Dataset) -> list[float]:
+    """What [`RuleScorer`] says of each edit."""
+    scorer = RuleScorer()
+    return [scorer.score(row["edited"], row["image"], row["target"]) for row in edits]
+
+
+def simulate_ratings(edits: Dataset, noise: dict[str, float], seed: int = 0) -> list[Rating]:
+    """
+    Ratings by people who see the true score, with a normal error, and round it to 0..5.
+
+    Args:
+        edits ([`~datasets.Dataset`]):
+            Edits of [`flawed_edits`].
+        noise (`dict[str, float]`):
+            Name of each rater, and the standard deviation of the error.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the errors.
+    """
+    ratings = []
+    for row, truth in zip(edits, true_scores(edits), strict=True):
+        for name, sigma in noise.items():
+            error = _rng(seed, "rating", name, row["id"], row["editor"]).normal(0, sigma)
+            score = int(np.clip(math.floor(truth + error + 0.5), 0, 5))
+            ratings.append(Rating(name, row["id"], row["editor"], score, RUBRIC, "2026-01-01T00:00:00+00:00"))
+    return ratings
+
+
+def known_pearson(truths: Sequence[float], scores: Sequence[float], noise: Sequence[float]) -> float:
+    r"""
+    Pearson's correlation between a scorer and the mean of simulated raters, in closed form.
+
+    A rater of noise \\( \sigma \\) gives \\( k \\) with the probability that a normal variable of mean \\( t \\) falls into
+    \\( [k - .5, k + .5) \\), where all below 0 and above 5 belongs to the ends. With the mean \\( e_i \\) and the variance
+    \\( v_i \\) of the raters' mean on edit \\( i \\),
+    \\( \rho = \operatorname{cov}(s, e) / \sqrt{\operatorname{var}(s) (\operatorname{var}(e) + \bar v)} \\).
+
+    Args:
+        truths (`Sequence[float]`):
+            The true score of each edit.
+        scores (`Sequence[float]`):
+            The scorer's.
+        noise (`Sequence[float]`):
+            The standard deviation of each rater's error.
+    """
+    grades = np.arange(6)
+    edges = grades[1:] - 0.5
+    means, variances = [], []
+    for truth in truths:
+        mean = variance = 0.0
+        for sigma in noise:
+            below = np.array([0.5 * (1 + math.erf((edge - truth) / (sigma * math.sqrt(2)))) for edge in edges])
+            probabilities = np.diff(below, prepend=0.0, append=1.0)
+            first = float(probabilities @ grades)
+            mean += first / len(noise)
+            variance += (float(probabilities @ grades**2) - first**2) / len(noise) ** 2
+        means.append(mean)
+        variances.append(variance)
+    covariance = np.cov(scores, means, bias=True)
+    return float(covariance[0, 1] / math.sqrt(covariance[0, 0] * (covariance[1, 1] + np.mean(variances))))
+
+
+class SimulatedJudge:
+    """
+    A judge of the small world. It always sees how far an edit went; whether the rest was kept it sees only if its prompt asks.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The cases whose targets it knows.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.targets = {(row["image"].tobytes(), row["prompt"]): row["target"] for row in dataset}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"judge": "SimulatedJudge", "name": "miniature", "score_mode": "integer"}
+
+    def load(self) -> None:
+        pass
+
+    def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
+        return [self._judge(system["content"][0]["text"], user["content"]) for system, user in conversations]
+
+    def _judge(self, text: str, content: list[dict[str, Any]]) -> Judgement:
+        source, edit = (part["image"] for part in content if part["type"] == "image")
+        instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
+        target: Image.Image | None = self.targets.get((source.tobytes(), instruction[1] if instruction else ""))
+        if target is None:
+            return Judgement(None, "I do not know this picture.")
+        reached, kept = RuleScorer().parts(edit, source, target)
+        score = math.floor(5 * reached * (kept if KEPT in text else 1.0) + 0.5)
+        return Judgement(float(score), str(score))
+
+
+class SimulatedProposer:
+    """A stand-in for a model that proposes questions: it has a few ideas, and tells the first that was not tried yet."""
+
+    def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
+        text = conversations[0][0]["content"][0]["text"]
+        return [Judgement(None, json.dumps([idea for idea in IDEAS if idea not in text][:1]))]

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from hp_edit_trl import HPScorerReward, load_scorer_prompts
+from hp_edit_trl.evaluation import add_questions
+from hp_edit_trl.miniature import (
+    RuleScorer,
+    SimulatedJudge,
+    SimulatedProposer,
+    flawed_edits,
+    known_pearson,
+    load_dataset,
+    simulate_ratings,
+    true_scores,
+)
+from hp_edit_trl.miniature.raters import IDEAS, KEPT
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return load_dataset("train", 80)
+
+
+@pytest.fixture(scope="module")
+def edits(cases):
+    return flawed_edits(cases, {"careful": 0.2, "careless": 0.8})
+
+
+def test_careless_editors_make_worse_edits(edits):
+    scores = np.array(true_scores(edits)).reshape(-1, 2)
+    assert scores[:, 0].mean() > scores[:, 1].mean() + 0.5
+    assert scores.max() == 5 and scores.min() < 2
+    again = flawed_edits(load_dataset("train", 3), {"careless": 0.8})  # fewer cases, fewer editors: the same edits
+    assert [row["edited"].tobytes() for row in again] == [row["edited"].tobytes() for row in edits.select([1, 3, 5])]
+
+
+def test_the_known_correlation_is_what_many_raters_give(edits):
+    truths = true_scores(edits)
+    noise = {"anna": 0.4, "ben": 0.9}
+    scores = [round(truth) for truth in truths[:-1]] + [0]
+    found = []
+    for seed in range(30):
+        ratings = simulate_ratings(edits, noise, seed)
+        assert {rating.score for rating in ratings} <= set(range(6))
+        human = np.array([rating.score for rating in ratings]).reshape(-1, 2).mean(1)
+        found.append(np.corrcoef(scores, human)[0, 1])
+    error = np.std(found, ddof=1) / np.sqrt(30)
+    assert known_pearson(truths, scores, list(noise.values())) == pytest.approx(np.mean(found), abs=4 * error + 1e-3)
+    # Without noise but for the rounding
+    rounded = [np.floor(truth + 0.5) for truth in truths]
+    assert known_pearson(truths, truths, [1e-6]) == pytest.approx(np.corrcoef(truths, rounded)[0, 1])
+
+
+def test_the_judge_sees_what_its_prompt_asks_for(cases, edits):
+    base = load_scorer_prompts()["base"]
+    plain, asking = (
+        HPScorerReward(SimulatedJudge(cases), task="base"),
+        HPScorerReward(SimulatedJudge(cases), task="base"),
+    )
+    asking.prompts = {"base": type(base)("base", "mine:base:2", add_questions(base.text, [KEPT]))}
+    scorer = RuleScorer()
+    columns = [
+        edits["prompt"],
+        edits["edited"],
+        [[image] for image in edits["image"]],
+        edits["task"],
+        [None] * len(edits),
+    ]
+    for row, rough, fine in zip(edits, plain.judge_cases(*columns), asking.judge_cases(*columns), strict=True):
+        reached, kept = scorer.parts(row["edited"], row["image"], row["target"])
+        assert abs(rough.score - 5 * reached) <= 0.5 and abs(fine.score - 5 * reached * kept) <= 0.5
+    stranger = HPScorerReward(SimulatedJudge(cases.select([0])), task="base").judge_cases(*[c[2:4] for c in columns])
+    assert [judgement.score for judgement in stranger] == [None, None]
+
+
+def test_the_proposer_runs_out_of_ideas():
+    def ask(text):
+        return SimulatedProposer()([[{"content": [{"text": text}]}]])[0].answer
+
+    assert IDEAS[0] in ask("nothing") and IDEAS[1] in ask(IDEAS[0]) and ask(" ".join(IDEAS)) == "[]"
