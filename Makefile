@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that run tests beside each other
+JOBS ?= 2
 
 .PHONY: demo test test-slow quick check format wheel clean
 
@@ -9,13 +11,13 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/train_qwen_edit.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
 quick: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
