@@ -178,7 +178,7 @@ def draw_human_against_scorer(result: dict[str, Any], path: str | Path) -> None:
     groups = agreed["groups"]
     columns = min(4, -(-len(groups) // 2))  # of tasks, right of all edits, which takes two
     rows = max(2, -(-len(groups) // max(columns, 1)))
-    figure = Figure(figsize=(2.45 * (2 + columns), 2.6 * rows), dpi=120, layout="constrained")
+    figure = Figure(figsize=(2.45 * (2 + columns), 2.8 * rows + 0.2), dpi=120, layout="constrained")
     grid = figure.add_gridspec(rows, 2 + columns)
     axes = figure.add_subplot(grid[:, :2])
     _heat_map(axes, "all edits", agreed["overall"], fontsize=9)
