@@ -1,0 +1,72 @@
+"""The modules for `evaluate`, loaded with `evaluate.load` in a process of its own that has no network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+CODE = """
+import json, socket
+
+def no_network(*args, **kwargs):
+    raise OSError("no network")
+
+socket.socket.connect = no_network
+import evaluate
+from hp_edit_trl.evaluation import METRICS
+
+scores = evaluate.load(str(METRICS / "score_agreement"))
+alpha = evaluate.load(str(METRICS / "krippendorff_alpha"))
+results = {"once": scores.compute(predictions=[1, 2, 3.5, 5], references=[1, 2, 3, 4])}
+scores.add_batch(predictions=[1, 2], references=[1, 2])
+scores.add(prediction=3.5, reference=3)
+scores.add_batch(predictions=[5.0, None, float("nan")], references=[4, 2, 3])
+results["batches"] = scores.compute()
+results["constant"] = scores.compute(predictions=[2, 2, 2], references=[1, 2, 3])
+try:
+    scores.compute(predictions=[7.0], references=[1.0])
+except ValueError as error:
+    results["error"] = str(error)
+columns = {"annotators": list("aabb"), "items": list("xyxy"), "values": [1, 3, 2, 3]}
+for level in ("nominal", "ordinal", "interval"):
+    results[level] = alpha.compute(**columns, level=level)
+alpha.add_batch(annotators=["a", "a"], items=["x", "y"], values=[1, 3])
+alpha.add_batch(annotators=["b", "b"], items=["x", "y"], values=[2, 3])
+results["alpha in batches"] = alpha.compute()
+results["one annotator"] = alpha.compute(annotators=["a"], items=["x"], values=[1])
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("home")), "PYTHONPATH": str(ROOT)}  # fmt: skip
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_score_agreement(results):
+    once = results["once"]
+    assert once["pearson"] == pytest.approx(0.99591, abs=1e-5) and once["spearman"] == once["kendall"] == 1
+    assert (once["mae"], once["bias"], once["exact"], once["within_one"]) == (0.375, 0.375, 0.5, 1)
+    assert (once["n"], once["missing"]) == (4, 0)
+    assert results["batches"] == {**once, "missing": 2}
+    assert results["constant"]["pearson"] is None and results["constant"]["bias"] == 0
+    assert results["error"] == "scores[0] is 7.0, but must be a number from 0 to 5."
+
+
+def test_krippendorff_alpha(results):
+    # Coincidences: 1 with 2 twice, 3 with 3 twice; of the four values, two are 3. By hand:
+    found = {level: results[level]["krippendorff_alpha"] for level in ("nominal", "ordinal", "interval")}
+    assert found["nominal"] == pytest.approx(1 - 3 * 2 / 10)
+    assert found["interval"] == pytest.approx(1 - 3 * 2 / (2 * (1 + 2 * 4 + 2 * 1)))
+    assert found["ordinal"] == pytest.approx(1 - 3 * 2 / (2 * (1 + 2 * 2.5**2 + 2 * 1.5**2)))
+    assert results["alpha in batches"]["krippendorff_alpha"] == found["ordinal"]
+    assert results["one annotator"]["krippendorff_alpha"] is None
