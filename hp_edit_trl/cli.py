@@ -43,6 +43,9 @@ def add_scorer(command: argparse.ArgumentParser) -> None:
     """The options that name a judge and its prompts."""
     command.add_argument("--judge", default="Qwen/Qwen3-VL-32B-Instruct", help="Hub id, folder, or a server's model")
     command.add_argument(
+        "--judge-revision", help="of its repository; with a server, whatever tells models of one name apart"
+    )
+    command.add_argument(
         "--base-url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1; else in this process"
     )
     command.add_argument("--score-mode", choices=("integer", "expected"), default="integer")
@@ -65,9 +68,10 @@ def make_scorer(args: argparse.Namespace, task: str | None = None):
     judge: ServerJudge | TransformersJudge
     if args.base_url is not None:
         of_server = {name: getattr(args, name) for name in ("max_concurrency", "timeout", "max_retries")}
-        judge = ServerJudge(args.judge, args.base_url, **shared, **of_server)
+        judge = ServerJudge(args.judge, args.base_url, revision=args.judge_revision, **shared, **of_server)
     else:
-        judge = TransformersJudge(args.judge, batch_size=args.batch_size, **shared)
+        options = {} if args.judge_revision is None else {"revision": args.judge_revision}
+        judge = TransformersJudge(args.judge, batch_size=args.batch_size, model_init_kwargs=options, **shared)
     kept = judge if args.cache == "none" else CachedJudge(judge, args.cache)
     return HPScorerReward(kept, prompts=args.prompts, prompts_revision=args.prompts_revision, task=task)
 
@@ -84,10 +88,11 @@ def probe(args: argparse.Namespace) -> None:
     from .rewards import probe_judge
 
     dataset = load_edits(args.dataset, args.split, args.revision)
+    table = probe_judge(make_scorer(args), dataset, args.num_cases, args.seed)
     print(
         "| probe | what is shown | scores | failed | mean | at most 1 | shift | change |\n|---|---|---|---|---|---|---|---|"
     )
-    for row in probe_judge(make_scorer(args), dataset, args.num_cases, args.seed):
+    for row in table:
         print(
             "| "
             + " | ".join(f"{x:.2f}" if isinstance(x, float) else "–" if x is None else str(x) for x in row.values())
@@ -114,7 +119,8 @@ def refine(args: argparse.Namespace) -> None:
         confidence=args.confidence,
         seed=args.seed,
     )
-    scorer.load()
+    if args.candidate is not None or args.propose:
+        scorer.load()
     if args.candidate is not None:
         refiner.compare(read_scorer_prompt(args.candidate))
     elif args.propose:
@@ -130,7 +136,7 @@ def refine(args: argparse.Namespace) -> None:
                 for question in questions:
                     print(f"Proposed for revision {candidate.name}: {question}", file=sys.stderr)
                 refiner.compare(candidate, questions)
-        except ValueError:
+        except (ValueError, ConnectionError):
             print(refiner.table())  # of the rounds before
             raise
     print(refiner.table())
@@ -292,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--annotators", help="who may rate, separated by commas; by default everyone")
     command.add_argument("--overlap", type=int, help="how many of the annotators rate each case; by default all")
     command.add_argument("--seed", type=int, default=0, help="decides who rates what, and in which order")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen at; others than this machine need a password")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at; any but this needs a password")
     command.add_argument("--port", type=int, default=7860)
     command.add_argument("--password", help="or in the environment as HP_EDIT_PASSWORD, where fewer can read it")
     command.set_defaults(run=annotate)

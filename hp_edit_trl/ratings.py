@@ -2,15 +2,14 @@
 Ratings of edits by people: a JSON Lines file for each annotator, one line for each rating, written the moment it is given.
 """
 
-import json
 import logging
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from datasets import Dataset
 
 from .cases import edit_keys
+from .jsonl import append_lines, read_lines
 
 
 logger = logging.getLogger(__name__)
@@ -51,14 +50,7 @@ class Rating:
 
 def append_rating(file: str | Path, rating: Rating) -> None:
     """Appends a rating to a file and waits until it is on disk. A line that a crash cut off before it is closed first."""
-    with open(file, "ab+") as lines:
-        if lines.seek(0, os.SEEK_END) > 0:
-            lines.seek(-1, os.SEEK_END)
-            if lines.read() != b"\n":
-                lines.write(b"\n")
-        lines.write(json.dumps(asdict(rating), ensure_ascii=False).encode() + b"\n")
-        lines.flush()
-        os.fsync(lines.fileno())
+    append_lines(file, [asdict(rating)])
 
 
 def read_ratings(
@@ -93,16 +85,15 @@ def read_ratings(
     problems = []
     names = {field.name for field in fields(Rating)}
     for file in files:
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-            if not line.strip():
-                continue
+        for number, values, line in read_lines(file):
             try:
-                values = json.loads(line)
+                if values is None:
+                    raise TypeError
                 rating = Rating(**{name: values[name] for name in names & values.keys()})
                 texts = (rating.annotator, rating.id, rating.rubric, rating.time, rating.comment, rating.editor or "")
                 if not all(isinstance(text, str) for text in texts):
                     raise TypeError
-            except (ValueError, TypeError, AttributeError):  # a crash in the middle of a line
+            except TypeError:  # a crash in the middle of a line
                 problems.append(
                     f"{file.name}, line {number}: not a whole rating: {line[:60].decode(errors='replace')!r}"
                 )

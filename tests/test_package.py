@@ -37,6 +37,7 @@ def test_floors():
         "flow": 1,
         "seeding": 1,
         "cases": 1,
+        "jsonl": 1,
         "ratings": 1,
         "lora": 1,
         "cli": 4,

@@ -6,6 +6,7 @@ for questions to add (HP-Edit, section 4.1).
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..cases import UnreadableImageError, case_images, check_edits, edit_keys, read_image, without_decoding
+from ..jsonl import append_lines, read_lines
 from ..ratings import Rating
-from ..rewards import HPScorerReward, Judge, ScorerPrompt, read_scorer_prompt
+from ..rewards import HPScorerReward, Judge, ScorerPrompt, load_scorer_prompts, read_scorer_prompt
+from ..seeding import seeded_generator
 from .agreement import paired_difference
 
 
@@ -53,9 +57,11 @@ class PromptRefiner:
     time: `<task>.md` is the best revision so far, `revisions/` has all that were tried, `history.jsonl` what came of each.
 
     A candidate is adopted if its agreement with people on the held-out cases is better than that of the current revision by more
-    than the interval of the paired difference. Whoever looks often finds something by luck: the k-th look of a task at the
-    held-out cases is made with a confidence of \\( 1 - 2 (1 - c) / (k (k + 1)) \\), so that the chance of adopting anything
-    without merit stays below \\( 1 - c \\) in all. A candidate that is no better on the calibration cases is not looked at.
+    than the interval of the paired difference, and a permutation test says so too, see [`swap_test`]. Whoever looks often finds
+    something by luck: the k-th look of a task at the held-out cases is made with a confidence of
+    \\( c_k = 1 - 2 (1 - c) / (k (k + 1)) \\), and the one-sided p has to be at most \\( (1 - c_k) / 2 \\), which add up to
+    \\( 1 - c \\): so much is the chance, in one folder, of adopting anything without merit. A candidate that is no better on the
+    calibration cases is not looked at.
 
     Args:
         task (`str`):
@@ -147,30 +153,51 @@ class PromptRefiner:
                 f"The task {task!r} has {sides[0]} rated cases for calibration and {sides[1]} held out; eight on each side are "
                 "the least that says anything (the paper rates 50 to 100). Rate more, or change validation_fraction."
             )
+        # Two runs compare the same if they have the same ratings of the same edits.
+        rated = sorted((case["id"], case["editor"] or "", case["human"]) for case in self.cases)
+        self.data = hashlib.sha256(repr(rated).encode()).hexdigest()[:12]
         self._prepare_folder(scorer)
 
     def _prepare_folder(self, scorer: HPScorerReward) -> None:
         """The folder of prompts, begun with those of the scorer."""
         (self.folder / "revisions").mkdir(parents=True, exist_ok=True)
-        if not any(path.name != "README.md" for path in self.folder.glob("*.md")):
-            for prompt in scorer.prompts.values():
+        there = load_scorer_prompts(str(self.folder)) if any(self.folder.glob("*.md")) else {}
+        for prompt in scorer.prompts.values():
+            if prompt.task not in there:
                 prompt.save(self.folder / f"{prompt.task}.md")
         file = self.folder / f"{self.task}.md"
-        if not file.exists():
+        if self.task not in there and self.task not in scorer.prompts:
             base = self.folder / "base.md"
             if not base.exists():
                 raise ValueError(f"There is neither a prompt for {self.task!r} nor a base prompt in {self.folder}.")
             replace(read_scorer_prompt(base), task=self.task).save(file)
+        if not file.exists():
+            raise ValueError(f"The prompt for {self.task!r} in {self.folder} is not in {file.name}: rename its file.")
         self.current = read_scorer_prompt(file)
         if self.current.task != self.task:
             raise ValueError(f"{file} is a prompt for {self.current.task!r}: a file is named after its task here.")
+        adopted = [entry for entry in self.history if entry["adopted"]]
+        if adopted and adopted[-1]["before_sha"] == self.current.digest:  # killed between the history and the file
+            self._adopt(read_scorer_prompt(self._revision_file(adopted[-1]["after"])))
+
+    def _revision_file(self, name: str) -> Path:
+        return self.folder / "revisions" / f"{self.task}-{name}.md"
+
+    def _adopt(self, prompt: ScorerPrompt) -> None:
+        prompt.save(self.folder / f"{self.task}.md")
+        self.current = prompt
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """What was tried in this folder for the task, oldest first."""
         file = self.folder / "history.jsonl"
-        entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return [entry for entry in entries if entry["task"] == self.task]
+        entries = []
+        for number, entry, text in read_lines(file) if file.exists() else ():
+            if entry is None:
+                logger.warning("Left out: %s, line %d: not a whole entry: %r.", file, number, text[:60])
+            elif entry["task"] == self.task:
+                entries.append(entry)
+        return entries
 
     def compare(self, candidate: ScorerPrompt, questions: Sequence[str] = ()) -> dict[str, Any]:
         """
@@ -198,6 +225,9 @@ class PromptRefiner:
         for earlier in history:
             known |= {earlier["before"]: earlier["before_sha"], earlier["after"]: earlier["after_sha"]}
         if candidate.digest == self.current.digest:
+            for earlier in history:
+                if earlier["adopted"] and earlier["after_sha"] == candidate.digest:
+                    return earlier
             raise ValueError(f"The candidate has the text of the current revision {self.current.name!r}.")
         if known.get(candidate.name, candidate.digest) != candidate.digest:
             raise ValueError(
@@ -212,14 +242,15 @@ class PromptRefiner:
             "statistic": self.statistic,
             "judge": self.judge_description,
             "rubrics": self.rubrics,
-            "edits": len(self.cases),
+            "data": self.data,
+            "confidence": self.confidence,
             "validation_fraction": self.validation_fraction,
             "seed": self.seed,
         }
         for earlier in history:
             if entry.items() <= earlier.items():  # no second look at the same
                 return earlier
-        candidate.save(self.folder / "revisions" / f"{self.task}-{candidate.name}.md")
+        candidate.save(self._revision_file(candidate.name))
         entry |= {
             "questions": list(questions),
             "look": None,
@@ -240,14 +271,14 @@ class PromptRefiner:
                 entry["reason"] = "more edits stay without a score"
             elif result["gain_low"] <= 0:
                 entry["reason"] = "the gain on the held-out cases is within its interval"
+            elif result["p"] > (1 - confidence) / 2:
+                entry["reason"] = "the gain on the held-out cases may be chance"
             else:
                 entry |= {"adopted": True, "reason": "better on the held-out cases, beyond the interval"}
         entry["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-        with (self.folder / "history.jsonl").open("a") as lines:
-            lines.write(json.dumps(entry) + "\n")
+        append_lines(self.folder / "history.jsonl", [entry])
         if entry["adopted"]:
-            candidate.save(self.folder / f"{self.task}.md")
-            self.current = candidate
+            self._adopt(candidate)
         return entry
 
     def propose(self, proposer: Judge, num_examples: int = 6) -> tuple[ScorerPrompt, list[str]]:
@@ -325,8 +356,12 @@ class PromptRefiner:
                             for case in chunk
                         ]
                     )
-                    if not any(judgement.answered for judgement in judged):
-                        raise ConnectionError(f"The judge gave no answer: {judged[-1].answer}")
+                    for case, judgement in zip(chunk, judged, strict=True):
+                        if not judgement.answered:  # it says nothing of the prompt
+                            raise ConnectionError(
+                                f"The judge gave no answer for case {case['id']!r}: {judgement.answer} Run it again; if it "
+                                "cannot judge this edit at all, take its ratings out."
+                            )
                     found += [judgement.score for judgement in judged]
                     bar.update(len(chunk))
             self._scores[key] = found
@@ -347,6 +382,12 @@ class PromptRefiner:
         )
         sign = DIRECTION[self.statistic]
         edge = result["low"] if sign > 0 else result["high"]
+        p = None
+        if held_out and result["difference"] is not None:
+            both = [(i, a, b) for i, a, b in zip(side, before, after, strict=True) if a is not None and b is not None]
+            human, old, new = np.array([(self.cases[i]["human"], a, b) for i, a, b in both], dtype=float).T
+            ids = [self.cases[i]["id"] for i, *_ in both]
+            p = swap_test(human, old, new, ids, self.statistic, math.ceil(40 / (1 - confidence)), self.seed)
         return {
             "before": result["a"],
             "after": result["b"],
@@ -356,6 +397,7 @@ class PromptRefiner:
             "gain": None if result["difference"] is None else sign * result["difference"],
             "gain_low": None if edge is None else sign * edge,
             "confidence": confidence,
+            "p": p,
             "edits": result["n"],
             "cases": len({self.cases[i]["id"] for i in side}),
             "missing_before": sum(score is None for score in before),
@@ -365,17 +407,81 @@ class PromptRefiner:
 
     def table(self) -> str:
         """The history as a Markdown table."""
-        head = f"| revision | against | {self.statistic}, calibration | {self.statistic}, held out | gain, interval | adopted |"
-        rows = [head, "|---|---|---|---|---|---|"]
+        rows = [
+            "| revision | against | agreement | calibration | held out | gain, interval | p | adopted |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for entry in self.history:
             known, unseen = entry["calibration"], entry["validation"] or {}
+            ends = [unseen.get("low"), unseen.get("high")]
+            if DIRECTION[entry["statistic"]] < 0:
+                ends = [None if end is None else -end for end in reversed(ends)]
+            p = unseen.get("p")
             rows.append(
-                f"| {entry['after']} | {entry['before']} | {_number(known['before'])} → {_number(known['after'])} "
+                f"| {entry['after']} | {entry['before']} | {entry['statistic']} "
+                f"| {_number(known['before'])} → {_number(known['after'])} "
                 f"| {_number(unseen.get('before'))} → {_number(unseen.get('after'))} "
-                f"| {_number(unseen.get('difference'), '+')} ({_number(unseen.get('low'), '+')} to "
-                f"{_number(unseen.get('high'), '+')}) | {'yes' if entry['adopted'] else 'no'}: {entry['reason']} |"
+                f"| {_number(unseen.get('gain'), '+')} ({_number(ends[0], '+')} to {_number(ends[1], '+')}) "
+                f"| {'–' if p is None else f'{p:.2g}'} | {'yes' if entry['adopted'] else 'no'}: {entry['reason']} |"
             )
         return "\n".join(rows)
+
+
+def swap_test(
+    human: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    clusters: Sequence[str],
+    statistic: str,
+    num_permutations: int,
+    seed: int = 0,
+) -> float:
+    """
+    One-sided p-value of a paired permutation test: how often the scores of `after` agree with people better than those of `before`
+    by as much as they do, if the two are swapped case by case at random. If neither has merit over the other, p is below any level
+    with at most that probability, however few the cases.
+
+    Args:
+        human (`np.ndarray`):
+            What people gave each edit, of shape `(edits,)`.
+        before (`np.ndarray`):
+            The scores with the one prompt, of the same shape.
+        after (`np.ndarray`):
+            The scores with the other.
+        clusters (`Sequence[str]`):
+            The case of each edit; the edits of a case are swapped together.
+        statistic (`str`):
+            `"pearson"`, `"spearman"`, `"kendall"` or `"mae"`.
+        num_permutations (`int`):
+            How many.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the permutations.
+    """
+
+    def coded(values: np.ndarray) -> np.ndarray:
+        # Spearman's correlation is Pearson's of ranks, and Kendall's tau-b that of the signs of all differences.
+        if statistic == "pearson":
+            return values
+        signs = np.sign(values[..., :, None] - values[..., None, :])
+        return signs.sum(-1) if statistic == "spearman" else signs.reshape(*values.shape[:-1], -1)
+
+    def agreement(rows: np.ndarray) -> np.ndarray:
+        if statistic == "mae":
+            return -np.abs(rows - human).mean(-1)
+        x, y = (values - values.mean(-1, keepdims=True) for values in (coded(human), coded(rows)))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+
+    rng = np.random.default_rng(seeded_generator(seed, "swap test").initial_seed())
+    _, case_of = np.unique(clusters, return_inverse=True)
+    gain = float(agreement(after) - agreement(before))
+    as_good = 0
+    for start in range(0, num_permutations, 200):
+        drawn = rng.integers(2, size=(min(200, num_permutations - start), case_of.max() + 1))
+        swapped = drawn.astype(bool)[:, case_of]
+        gains = agreement(np.where(swapped, before, after)) - agreement(np.where(swapped, after, before))
+        as_good += int((~(gains < gain - 1e-12)).sum())  # what is not defined counts against the candidate
+    return (1 + as_good) / (1 + num_permutations)
 
 
 def parse_questions(answer: str) -> list[str]:
@@ -387,16 +493,15 @@ def parse_questions(answer: str) -> list[str]:
         `ValueError`: If there is no such list, or it is empty.
     """
     text = answer.rpartition("</think>")[2]
-    match = re.search(r"\[.*\]", text, re.DOTALL)
-    try:
-        questions = json.loads(match[0]) if match else None
-    except json.JSONDecodeError:
-        questions = None
-    if (
-        not questions
-        or not isinstance(questions, list)
-        or not all(isinstance(one, str) and one.strip() for one in questions)
-    ):
+    questions = None
+    for match in re.finditer(r"\[", text):  # the last list in it counts
+        try:
+            found = json.JSONDecoder().raw_decode(text, match.start())[0]
+        except json.JSONDecodeError:
+            continue
+        if found and all(isinstance(one, str) and one.strip() for one in found):
+            questions = found
+    if not questions:
         raise ValueError(f"The proposer answered no JSON list of questions: {answer[:300]!r}")
     return [" ".join(one.replace("{", "(").replace("}", ")").split()) for one in questions]
 

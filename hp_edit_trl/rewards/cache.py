@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .judges import Judge, Judgement, conversation_digest
+
+
+logger = logging.getLogger(__name__)
 
 
 class CachedJudge:
@@ -58,8 +62,8 @@ class CachedJudge:
         self.judge.load()
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
-        digests = [conversation_digest(conversation) for conversation in conversations]
-        keys = self._keys(digests)
+        identity = json.dumps(self.identity, sort_keys=True).encode()
+        keys = [hashlib.sha256(identity + conversation_digest(chat)).digest() for chat in conversations]
         known: dict[bytes, Judgement] = {}
         with self._connection() as connection:
             for key in keys:
@@ -69,13 +73,14 @@ class CachedJudge:
         missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}  # the first of equal ones
         asked = sorted(missing.values())
         judged = dict(zip(asked, self.judge([conversations[i] for i in asked]), strict=True)) if asked else {}
-        # A server judge may have had to change its mode, which is a part of its identity.
-        now = self._keys(digests)
-        with self._connection() as connection:
-            connection.executemany(
-                "INSERT OR REPLACE INTO judgements VALUES (?, ?, ?)",
-                [(now[i], one.score, one.answer) for i, one in judged.items() if one.answered],
-            )
+        try:
+            with self._connection() as connection:
+                connection.executemany(
+                    "INSERT OR REPLACE INTO judgements VALUES (?, ?, ?)",
+                    [(keys[i], one.score, one.answer) for i, one in judged.items() if one.answered],
+                )
+        except ValueError as error:  # what was paid for is not thrown away
+            logger.warning("%d judgements were not kept: %s", len(judged), error)
         found = known | {keys[i]: one for i, one in judged.items()}
         return [
             judged[i]
@@ -83,10 +88,6 @@ class CachedJudge:
             else replace(found[key], seconds=0.0, input_tokens=0, output_tokens=0, cached=True)
             for i, key in enumerate(keys)
         ]
-
-    def _keys(self, digests: list[bytes]) -> list[bytes]:
-        identity = json.dumps(self.identity, sort_keys=True).encode()
-        return [hashlib.sha256(identity + digest).digest() for digest in digests]
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -96,5 +97,5 @@ class CachedJudge:
                 yield connection
         except sqlite3.DatabaseError as error:
             raise ValueError(
-                f"The cache {self.path} cannot be used: {error}. Name another file, or delete this one."
+                f"The cache {self.path} cannot be used: {error}. Mend that, or name another file."
             ) from error

@@ -63,6 +63,10 @@ class Judgement:
     output_tokens: int = 0
     cached: bool = False
 
+    def __post_init__(self):
+        # Half a character, which servers cut off at times, cannot be written to any file.
+        object.__setattr__(self, "answer", self.answer.encode("utf-8", "replace").decode())
+
 
 class Judge(Protocol):
     """What [`HPScorerReward`] needs of a judge."""
@@ -93,7 +97,10 @@ def parse_score(answer: str) -> float | None:
     return float(match[1]) if match else None
 
 
-def _check_settings(score_mode: str, num_samples: int, temperature: float) -> None:
+def _check_settings(score_mode: str, num_samples: int, temperature: float, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count} must be at least 1.")
     if score_mode not in ("integer", "expected"):
         raise ValueError(f"score_mode={score_mode!r} is not known: use 'integer' or 'expected'.")
     if num_samples < 1 or temperature <= 0:
@@ -105,6 +112,11 @@ def _check_settings(score_mode: str, num_samples: int, temperature: float) -> No
             f"num_samples={num_samples} has no meaning with score_mode='expected', which reads the probabilities themselves: "
             "use one of them."
         )
+
+
+def _pictures(conversation: list[dict[str, Any]]) -> int:
+    """Number of pictures in the last message."""
+    return sum(part["type"] == "image" for part in conversation[-1]["content"])
 
 
 def _mean_score(answers: list[str]) -> Judgement:
@@ -218,7 +230,8 @@ class TransformersJudge:
         device: torch.device | str | None = None,
         model_init_kwargs: dict | None = None,
     ):
-        _check_settings(score_mode, num_samples, temperature)
+        counts = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "max_pixels": max_pixels}
+        _check_settings(score_mode, num_samples, temperature, **counts)
         self.name = model
         self.score_mode = score_mode
         self.num_samples = num_samples
@@ -264,8 +277,8 @@ class TransformersJudge:
         names = ["name", "revision", "score_mode", "max_pixels"]
         names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_samples", "max_new_tokens"]
         names += ["temperature", "seed"] if self.num_samples > 1 else []
-        dtype = str(self.model_init_kwargs["dtype"])
-        return {"judge": "TransformersJudge", **{name: getattr(self, name) for name in names}, "dtype": dtype}
+        loaded = {name: str(value) for name, value in sorted(self.model_init_kwargs.items()) if name != "revision"}
+        return {"judge": "TransformersJudge", **{name: getattr(self, name) for name in names}, **loaded}
 
     def load(self) -> None:
         """Loads the weights and asks for one judgement of two grey squares."""
@@ -293,7 +306,8 @@ class TransformersJudge:
             return [[index] for index in conversations]
         groups: dict[bytes, list[int]] = {}
         for index, conversation in conversations.items():
-            groups.setdefault(self._beginning(conversation), []).append(index)
+            key = self._beginning(conversation) if _pictures(conversation) > 1 else str(index).encode()
+            groups.setdefault(key, []).append(index)
         batches, rest = [], []
         for members in groups.values():
             several = [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]
@@ -305,8 +319,6 @@ class TransformersJudge:
         """A digest of all but the pixels of a conversation's last picture."""
         *before, last = conversation
         pictures = [i for i, part in enumerate(last["content"]) if part["type"] == "image"]
-        if len(pictures) < 2:
-            return conversation_digest(conversation)
         blank = {"type": "image", "image": Image.new("RGB", last["content"][pictures[-1]]["image"].size)}
         content = [*last["content"][: pictures[-1]], blank, *last["content"][pictures[-1] + 1 :]]
         return conversation_digest([*before, {**last, "content": content}])
@@ -325,8 +337,11 @@ class TransformersJudge:
             processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
         ).to(self.model.device)
         read = inputs["attention_mask"].sum(-1).tolist()
-        shared = len({self._beginning(conversation) for conversation in conversations}) == 1 < len(conversations)
-        if shared and self._shares_prefix:
+        if (
+            len(conversations) > 1
+            and self._shares_prefix
+            and _pictures(conversations[0]) > 1 == len(set(map(self._beginning, conversations)))
+        ):
             return self._judge_by_prefix(inputs, read)
         if self.score_mode == "expected":
             return self._expected(self.model(**inputs, logits_to_keep=1).logits, read)
@@ -414,7 +429,8 @@ class TransformersJudge:
         if self.score_mode == "expected":
             return self._expected(logits, read)
 
-        ends = torch.as_tensor(model.generation_config.eos_token_id, device=ids.device).reshape(-1)
+        ends = model.generation_config.eos_token_id
+        ends = torch.as_tensor([] if ends is None else ends, device=ids.device).reshape(-1)
         padding = self.processor.tokenizer.pad_token_id
         done = torch.zeros(count, dtype=torch.bool, device=ids.device)
         position = positions.amax((0, 2)) + 1  # text after a picture goes on from its largest position
@@ -442,13 +458,17 @@ class TransformersJudge:
         return [{**message, "content": [fit(part) for part in message["content"]]} for message in conversation]
 
 
+class _NoProbabilitiesError(ValueError):
+    """A server's reply has no `top_logprobs`."""
+
+
 class ServerJudge:
     """
     A vision-language model behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve` or a hosted API.
 
     Needs the extra `server` (`pip install "hp-edit-trl[server]"`). Requests that time out, are refused for their rate or
     meet a server error are repeated with growing pauses; what still fails is a missing score. A server that returns no
-    probabilities in the mode `"expected"` is asked for whole scores from then on, with a warning.
+    probabilities for the trial of `load` in the mode `"expected"` is asked for whole scores instead, with a warning.
 
     Args:
         model (`str`):
@@ -503,7 +523,8 @@ class ServerJudge:
         max_pixels: int = 1024 * 1024,
         min_digit_mass: float = 0.5,
     ):
-        _check_settings(score_mode, num_samples, temperature)
+        counts = {"max_concurrency": max_concurrency, "max_new_tokens": max_new_tokens, "max_pixels": max_pixels}
+        _check_settings(score_mode, num_samples, temperature, **counts)
         try:
             import openai
         except ImportError as error:
@@ -537,11 +558,20 @@ class ServerJudge:
     def load(self) -> None:
         """
         Asks for one judgement of two grey squares, without retries: an address where nobody listens, an unknown model, a
-        wrong key or a model that takes no images all show before the work starts, and a server that returns no
-        probabilities is known from then on.
+        wrong key or a model that takes no images all show before the work starts. If the server returns no probabilities,
+        `score_mode` becomes `"integer"`.
         """
+        client = self._client.with_options(max_retries=0)
         try:
-            judgement = self._ask(_trial(), self._client.with_options(max_retries=0))
+            try:
+                judgement = self._ask(_trial(), client)
+            except _NoProbabilitiesError:
+                logger.warning(
+                    f"The server of {self.name!r} returned no top_logprobs, which score_mode='expected' needs: it is asked "
+                    "for whole scores instead (score_mode='integer')."
+                )
+                self.score_mode = "integer"
+                judgement = self._ask(_trial(), client)
         except (*self._errors, ValueError) as error:
             raise ConnectionError(
                 f"The judge {self.name!r} at {self.base_url} gives no judgements: {type(error).__name__}: {error}"
@@ -566,9 +596,8 @@ class ServerJudge:
             {"role": message["role"], "content": [self._as_openai(part) for part in message["content"]]}
             for message in conversation
         ]
-        mode = self.score_mode
         options: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": 0}
-        if mode == "expected":
+        if self.score_mode == "expected":
             options |= {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
         elif self.num_samples > 1:
             options |= {"temperature": self.temperature}
@@ -591,17 +620,15 @@ class ServerJudge:
             usage = getattr(reply, "usage", None)
             read += getattr(usage, "prompt_tokens", None) or 0
             written += getattr(usage, "completion_tokens", None) or 0
-        if mode == "integer":
+        if self.score_mode == "integer":
             return replace(_mean_score(answers), input_tokens=read, output_tokens=written)
-        if first.logprobs is None or not first.logprobs.content or not first.logprobs.content[0].top_logprobs:
-            logger.warning(
-                f"The server of {self.name!r} returned no top_logprobs, which score_mode='expected' needs: it is asked for "
-                "whole scores from here on (score_mode='integer')."
-            )
-            self.score_mode = "integer"
-            return self._ask(conversation, client)
-        likeliest = first.logprobs.content[0].top_logprobs
-        weights = [sum(math.exp(t.logprob) for t in likeliest if t.token.strip() == digit) for digit in DIGITS]
+        try:
+            likeliest = first.logprobs.content[0].top_logprobs if first.logprobs and first.logprobs.content else None
+            if not likeliest:
+                raise _NoProbabilitiesError("the server returned no top_logprobs, which score_mode='expected' needs")
+            weights = [sum(math.exp(t.logprob) for t in likeliest if t.token.strip() == digit) for digit in DIGITS]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"the server's logprobs cannot be read: {str(first.logprobs)[:200]}") from error
         return replace(_expected_score(weights, self.min_digit_mass), input_tokens=read, output_tokens=written)
 
     def _as_openai(self, part: dict[str, Any]) -> dict[str, Any]:

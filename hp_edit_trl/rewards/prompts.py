@@ -44,7 +44,9 @@ class ScorerPrompt:
     def save(self, path: str | Path) -> None:
         """Writes the prompt as a file that [`read_scorer_prompt`] reads."""
         header = yaml.safe_dump({"task": self.task, "revision": self.name}, sort_keys=False)
-        Path(path).write_text(f"---\n{header}---\n{self.text}\n", encoding="utf-8")
+        unfinished = Path(path).with_suffix(".part")  # a kill leaves the old file or the new one
+        unfinished.write_text(f"---\n{header}---\n{self.text}\n", encoding="utf-8")
+        unfinished.replace(path)
 
     def fill(self, prompt: str, requirement: str | None = None) -> str:
         """The text for one case. Braces inside `prompt` and `requirement` mean nothing."""
@@ -71,6 +73,10 @@ def read_scorer_prompt(path: str | Path, origin: str | None = None) -> ScorerPro
     header = yaml.safe_load(parts[1]) if parts else None
     if parts is None or not isinstance(header, dict) or not {"task", "revision"} <= header.keys():
         raise ValueError(f"The scorer prompt {path} does not begin with a header that names `task` and `revision`.")
+    if not re.fullmatch(r"[\w.-]+", str(header["revision"])):
+        raise ValueError(
+            f"The scorer prompt {path} has the revision {header['revision']!r}: use letters, digits, '.', '-', '_'."
+        )
     if "{prompt}" not in parts[2]:
         raise ValueError(f"The scorer prompt {path} has no {{prompt}}, so the judge would not see the instruction.")
     origin = str(path.parent) if origin is None else origin

@@ -1,6 +1,6 @@
 """Scores for whole datasets of edits: resumable, with a report of what they cost; and probes of a judge's biases."""
 
-import json
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..cases import UnreadableImageError, case_images, check_edits, edit_keys, read_image, without_decoding
+from ..jsonl import append_lines, read_lines
 from ..seeding import seeded_generator
 from .hp_scorer import HPScorerReward
 from .judges import Judgement
@@ -86,7 +87,8 @@ def score_dataset(scorer: HPScorerReward, dataset: Dataset, file: str | Path, ch
     goes on with the edits that have no score yet, and redoes at most `chunk_size`.
 
     A line holds `id`, `editor`, `task`, `score` (`null` if there is none), `answer`, `judge`, `prompt` (revision), `prompt_sha`,
-    `mode` and `time`. Read it with [`read_scores`].
+    `case_sha` (a hash of instruction and images), `mode` and `time`. Read it with [`read_scores`]. An edit whose instruction or
+    images are others than when it was scored is scored again.
 
     Args:
         scorer ([`HPScorerReward`]):
@@ -104,8 +106,10 @@ def score_dataset(scorer: HPScorerReward, dataset: Dataset, file: str | Path, ch
     Raises:
         `ValueError`: If the dataset is not one of edits, a task has no prompt, or the file holds scores of another judge or of
             other prompts.
-        `ConnectionError`: If the judge answered not one of a chunk of eight or more. What was scored before is kept.
+        `ConnectionError`: If the judge gave no answer to eight edits in a row. What was scored before is kept.
     """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
     start = perf_counter()
     check_edits(dataset, "dataset")
     dataset = without_decoding(dataset)
@@ -116,13 +120,25 @@ def score_dataset(scorer: HPScorerReward, dataset: Dataset, file: str | Path, ch
     before = read_scores(file) if file.exists() else []
     scorer.load()
     _check_same_scorer(scorer, tasks, before, file)
-    scored = {(line["id"], line["editor"]) for line in before if line["score"] is not None}
-
     keys = edit_keys(dataset)
+    shas = {key: _case_sha(row) for key, row in zip(keys, dataset, strict=True)}
+    scored = {(line["id"], line["editor"]) for line in before if line["score"] is not None}
+    changed = {
+        key
+        for line in before
+        if (key := (line["id"], line["editor"])) in scored and line.get("case_sha") != shas.get(key)
+    }
+    if changed & shas.keys():
+        logger.warning(
+            "%d edits were changed since they were scored, and are scored again.", len(changed & shas.keys())
+        )
+    scored -= changed
+
     report = JudgingReport(kept=sum(key in scored for key in keys))
     # The edits of a case follow each other, so that a judge in the process reads their source once.
     first = {case_id: number for number, (case_id, _) in reversed(list(enumerate(keys)))}
     rows = sorted((i for i, key in enumerate(keys) if key not in scored), key=lambda i: first[keys[i][0]])
+    unanswered = 0
     progress = tqdm(total=len(keys), initial=report.kept, desc="Scoring", unit="edit")
     with progress:
         for position in range(0, len(rows), chunk_size):
@@ -150,11 +166,13 @@ def score_dataset(scorer: HPScorerReward, dataset: Dataset, file: str | Path, ch
             for i, judgement in judged.items():
                 if judgement.score is None:
                     logger.warning("No score for case %s: the judge answered %r.", keys[i], judgement.answer[:200])
-            _append(file, scorer, [(keys[i], tasks[i], (lines | judged)[i]) for i in chunk])
+            _append(file, scorer, [(keys[i], shas[keys[i]], tasks[i], (lines | judged)[i]) for i in chunk])
             progress.update(len(chunk))
-            if len(judged) >= 8 and not any(judgement.answered for judgement in judged.values()):
+            for judgement in judged.values():
+                unanswered = 0 if judgement.answered else unanswered + 1
+            if unanswered >= 8:
                 raise ConnectionError(
-                    f"The judge gave no answer to any of {len(judged)} edits in a row; the last time: "
+                    f"The judge gave no answer to {unanswered} edits in a row; the last time: "
                     f"{judged[readable[-1]].answer} What was scored is kept in {file}: run it again to go on."
                 )
     report.seconds = perf_counter() - start
@@ -178,21 +196,29 @@ def read_scores(path: str | Path) -> list[dict[str, Any]]:
         `ValueError`: If a score is not in [0, 5].
     """
     lines: dict[tuple[str, str | None], dict[str, Any]] = {}
-    for number, text in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            key, score = (line["id"], line["editor"]), line["score"]
-        except (ValueError, KeyError, TypeError):
+    for number, line, text in read_lines(path):
+        if (
+            line is None
+            or not isinstance(line.get("id"), str)
+            or not isinstance(line.get("editor"), str | None)
+            or "score" not in line
+        ):
             logger.warning("Left out: %s, line %d: not a whole score: %r.", path, number, text[:60])
             continue
+        key, score = (line["id"], line.get("editor")), line["score"]
         if score is not None and (
             isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 5
         ):
             raise ValueError(f"{path}, line {number}: the score {score!r} of case {key[0]!r} is not between 0 and 5.")
-        if score is not None or lines.get(key, line)["score"] is None:
-            lines[key] = line
+        previous = lines.get(key)
+        # A failure does not take back a score of the same images.
+        if (
+            score is not None
+            or previous is None
+            or previous["score"] is None
+            or previous.get("case_sha") != line.get("case_sha")
+        ):
+            lines[key] = {"editor": None, **line}
     return list(lines.values())
 
 
@@ -206,37 +232,47 @@ def _check_same_scorer(
 ) -> None:
     now = {task: _scorer_of(scorer, task) for task in set(tasks)}
     for line in lines:
-        for name, value in now.get(line["task"], {}).items():
+        for name, value in now.get(line.get("task"), {}).items():
             if line["score"] is not None and line.get(name) != value:
                 raise ValueError(
-                    f"{file} holds scores of another scorer: for the task {line['task']!r} its {name} is {line.get(name)!r}, "
+                    f"{file} holds scores of another scorer: for the task {line.get('task')!r} its {name} is {line.get(name)!r}, "
                     f"now it is {value!r}. Scores of two scorers do not mix: name another file."
                 )
 
 
+def _case_sha(row: dict[str, Any]) -> str:
+    """A hash of what is judged: instruction, requirement, task, and the images as they are stored."""
+    digest = hashlib.sha256(repr([row.get(name) for name in ("prompt", "requirement", "task")]).encode())
+    for value in [row.get("image"), *(row.get("images") or []), row["edited"]]:
+        content = value.get("bytes") if isinstance(value, dict) else None
+        path = value.get("path") if isinstance(value, dict) else value
+        if content is None and isinstance(path, str) and os.path.isfile(path):
+            content = Path(path).read_bytes()
+        digest.update(hashlib.sha256(content if content is not None else repr(path).encode()).digest())
+    return digest.hexdigest()[:16]
+
+
 def _append(
-    file: Path, scorer: HPScorerReward, judged: list[tuple[tuple[str, str | None], str | None, Judgement]]
+    file: Path, scorer: HPScorerReward, judged: list[tuple[tuple[str, str | None], str, str | None, Judgement]]
 ) -> None:
-    identity = getattr(scorer.judge, "identity", None) or {}
-    with open(file, "ab+") as lines:
-        if lines.seek(0, os.SEEK_END) > 0:
-            lines.seek(-1, os.SEEK_END)
-            if lines.read() != b"\n":
-                lines.write(b"\n")  # a line that a kill cut off ends here
-        for (case_id, editor), task, judgement in judged:
-            line = {
+    mode = (getattr(scorer.judge, "identity", None) or {}).get("score_mode")
+    append_lines(
+        file,
+        [
+            {
                 "id": case_id,
                 "editor": editor,
                 "task": task,
                 "score": judgement.score,
                 "answer": judgement.answer,
                 **_scorer_of(scorer, task),
-                "mode": identity.get("score_mode"),
+                "case_sha": sha,
+                "mode": mode,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            lines.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        lines.flush()
-        os.fsync(lines.fileno())
+            for (case_id, editor), sha, task, judgement in judged
+        ],
+    )
 
 
 PROBES = {
@@ -274,6 +310,8 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
     Raises:
         `ValueError`: If there are not two cases with readable images, or the dataset is not one of edits.
     """
+    if num_cases < 2:
+        raise ValueError(f"num_cases={num_cases}: a judge is probed with two or more cases.")
     check_edits(dataset, "dataset")
     dataset = without_decoding(dataset)
     keys = edit_keys(dataset)

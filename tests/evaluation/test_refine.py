@@ -7,6 +7,7 @@ from PIL import Image
 
 from hp_edit_trl import HPScorerReward, load_scorer_prompts
 from hp_edit_trl.evaluation import PromptRefiner, add_questions, is_held_out, paired_difference, parse_questions
+from hp_edit_trl.evaluation.refine import swap_test
 from hp_edit_trl.ratings import Rating
 from hp_edit_trl.rewards import CachedJudge, Judgement, ScorerPrompt, read_scorer_prompt
 from tests.helpers import RuleJudge
@@ -179,6 +180,7 @@ def test_a_proposer_that_answers_rubbish_or_nothing(tmp_path):
     with pytest.raises(ConnectionError, match="gave no answer: APITimeoutError"):
         work.propose(Proposer(Judgement(None, "APITimeoutError", answered=False)))
     assert work.history == []
+    assert parse_questions('As in [1], I would ask ["Is a? [2]", "Is b?"].') == ["Is a? [2]", "Is b?"]
     assert parse_questions('<think>["no"]</think>["Is {prompt} met?"]') == ["Is (prompt) met?"]
 
 
@@ -235,9 +237,115 @@ def test_bad_input(tmp_path):
         work.compare(revision("1", ARTIFACTS))
     dead = RuleJudge()
     dead.__class__ = type("Dead", (RuleJudge,), {"__call__": lambda self, chats: [Judgement(None, "timed out", answered=False) for _ in chats]})  # fmt: skip
-    with pytest.raises(ConnectionError, match="The judge gave no answer: timed out"):
+    with pytest.raises(ConnectionError, match="The judge gave no answer for case 'case 0': timed out"):
         refiner(tmp_path, dead).compare(revision("2", ARTIFACTS))
     assert refiner(tmp_path).history == []
+
+
+def test_an_outage_says_nothing_of_the_prompt(tmp_path):
+    class Stumbles(RuleJudge):
+        down = True
+
+        def __call__(self, conversations):
+            judged = super().__call__(conversations)
+            return [
+                Judgement(None, "busy", answered=False) if self.down and i == 40 else one
+                for i, one in enumerate(judged)
+            ]
+
+    judge = Stumbles(rule=look)
+    cached = CachedJudge(judge, tmp_path / "cache")
+    with pytest.raises(ConnectionError, match="no answer for case 'case 40': busy"):
+        refiner(tmp_path / "p", cached).compare(revision("2", ARTIFACTS))
+    judge.down = False
+    work = refiner(tmp_path / "p", cached)
+    assert work.history == [] and work.compare(revision("2", ARTIFACTS))["adopted"]
+
+
+def test_other_ratings_are_another_comparison(tmp_path):
+    dataset, ratings = world()
+    opposite = [Rating(r.annotator, r.id, None, 5 - r.score, "r:1", r.time) for r in ratings]
+    assert not refiner(tmp_path, data=(dataset, opposite)).compare(revision("2", ARTIFACTS))["adopted"]
+    assert refiner(tmp_path).compare(revision("2", ARTIFACTS))["adopted"]
+    assert len(refiner(tmp_path).history) == 2
+
+
+def test_a_kill_loses_nothing(tmp_path, caplog):
+    work = refiner(tmp_path)
+    begun = (tmp_path / "color.md").read_text()
+    entry = work.compare(revision("2", ARTIFACTS))
+    adopted = (tmp_path / "color.md").read_text()
+    # Between the history and the prompt's file
+    (tmp_path / "color.md").write_text(begun)
+    assert refiner(tmp_path).current.name == "2" and (tmp_path / "color.md").read_text() == adopted
+    # In the middle of a line of the history
+    with open(tmp_path / "history.jsonl", "a") as lines:
+        lines.write('{"task": "col')
+    work = refiner(tmp_path)
+    assert work.history == [entry] and "line 2: not a whole entry" in caplog.text
+    assert work.compare(revision("2", ARTIFACTS)) == entry  # asked for twice, also when it was adopted
+    work.compare(revision("3", ARTIFACTS, USELESS))
+    assert [one["after"] for one in refiner(tmp_path).history] == ["2", "3"]
+    # While the folder was begun
+    (tmp_path / "new").mkdir()
+    load_scorer_prompts()["add"].save(tmp_path / "new" / "add.md")
+    assert refiner(tmp_path / "new").current.text == load_scorer_prompts()["color"].text
+
+
+def test_looks_are_counted_and_not_tries(tmp_path):
+    work = refiner(tmp_path)
+    for name in ("2", "3"):
+        assert work.compare(revision(name, USELESS * int(name)))["look"] is None
+    assert work.compare(revision("4", ARTIFACTS))["look"] == 1
+
+
+def test_the_edits_of_a_case_belong_together(tmp_path):
+    dataset, ratings = world(40)
+    rows = [{**row, "editor": editor} for row in dataset for editor in ("a", "b", "c")]  # three times the same
+    thrice = [Rating(r.annotator, r.id, editor, r.score, "r:1", r.time) for r in ratings for editor in ("a", "b", "c")]
+    once = refiner(tmp_path / "once", data=(dataset, ratings)).compare(revision("2", ARTIFACTS))["validation"]
+    three = refiner(tmp_path / "three", data=(Dataset.from_list(rows), thrice)).compare(revision("2", ARTIFACTS))[
+        "validation"
+    ]
+    assert three["edits"] == 3 * once["edits"] and three["cases"] == once["cases"]
+    # Copies add nothing to what is known
+    assert three["high"] - three["low"] == pytest.approx(once["high"] - once["low"], rel=0.1)
+    assert three["p"] == pytest.approx(once["p"])
+
+
+@pytest.mark.parametrize("statistic", ["pearson", "spearman", "kendall", "mae"])
+def test_the_swap_test_against_all_permutations(statistic):
+    from itertools import product
+
+    from scipy import stats
+
+    rng = np.random.default_rng(3)
+    human = rng.integers(0, 6, 9).astype(float)
+    before, after = (np.clip(human + rng.integers(-2, 3, 9), 0, 5) for _ in range(2))
+    clusters = list("aabcdefgh")
+    measure = {
+        "pearson": lambda x: stats.pearsonr(human, x)[0],
+        "spearman": lambda x: stats.spearmanr(human, x)[0],
+        "kendall": lambda x: stats.kendalltau(human, x)[0],
+        "mae": lambda x: -np.abs(human - x).mean(),
+    }[statistic]
+    gains = []
+    for swaps in product([False, True], repeat=8):
+        swapped = np.array([swaps["abcdefgh".index(cluster)] for cluster in clusters])
+        gains.append(measure(np.where(swapped, before, after)) - measure(np.where(swapped, after, before)))
+    exact = np.mean(np.array(gains) >= gains[0] - 1e-9)
+    found = swap_test(human, before, after, clusters, statistic, 4000)
+    assert found == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 4000) + 1e-3)
+
+
+def test_the_table_says_what_was_compared(tmp_path):
+    refiner(tmp_path).compare(revision("2", USELESS))
+    work = refiner(tmp_path, statistic="mae")
+    entry = work.compare(revision("3", ARTIFACTS))
+    rows = work.table().splitlines()
+    assert "| pearson |" in rows[2] and "| mae |" in rows[3]
+    low, high = entry["validation"]["low"], entry["validation"]["high"]
+    assert f"+{-entry['validation']['difference']:.3f} (+{-high:.3f} to +{-low:.3f})" in rows[3]
 
 
 def test_broken_images_are_left_out(tmp_path, caplog):

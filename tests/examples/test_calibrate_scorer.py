@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from hp_edit_trl import load_scorer_prompts
 from hp_edit_trl.miniature.raters import KEPT
 from tests.examples.test_train_qwen_edit import run

@@ -78,24 +78,10 @@ def test_prose_is_remembered_and_a_failure_is_not(tmp_path):
     assert dead.asked == 2
 
 
-def test_a_judge_that_changes_its_mode_is_remembered_by_the_new_one(tmp_path):
-    class Changes(RuleJudge):
-        mode = "expected"
-
-        @property
-        def identity(self):
-            return {"judge": "Changes", "score_mode": self.mode}
-
-        def __call__(self, conversations):
-            self.mode = "integer"
-            return super().__call__(conversations)
-
-    CachedJudge(Changes(), tmp_path / "cache")([chat()])
-    fresh = Changes()
-    CachedJudge(fresh, tmp_path / "cache")([chat()])
-    assert fresh.asked == 1  # an expected score is not the whole score that was kept
-    CachedJudge(fresh, tmp_path / "cache")([chat()])
-    assert fresh.asked == 1
+def test_judgements_that_cannot_be_kept_are_not_lost(tmp_path, caplog):
+    cached = CachedJudge(RuleJudge(rule=lambda text, pictures: (tmp_path / "cache").write_bytes(b"gone" * 999) and 4), tmp_path / "cache")  # fmt: skip
+    assert cached([chat()])[0].score == 4
+    assert "1 judgements were not kept" in caplog.text
 
 
 def test_a_file_that_is_no_cache(tmp_path):
@@ -130,5 +116,6 @@ def test_the_identity_of_a_local_model_changes_with_its_files(tmp_path):
     assert before != TransformersJudge(folder, "expected").identity
     assert before != TransformersJudge(folder, max_new_tokens=5).identity
     assert before == TransformersJudge(folder, batch_size=3).identity  # the same scores
+    assert before != TransformersJudge(folder, model_init_kwargs={"attn_implementation": "eager"}).identity
     tiny_judge(folder, seed=1)
     assert before != TransformersJudge(folder).identity

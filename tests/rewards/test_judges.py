@@ -162,6 +162,37 @@ def test_the_edits_of_a_case_share_what_comes_before_them(judge_of_a_family, mod
     assert all(judgement.seconds > 0 for judgement in found)
 
 
+def test_answers_of_different_lengths_that_share_a_beginning(judge_folder, monkeypatch):
+    alone = TransformersJudge(judge_folder, batch_size=1, max_new_tokens=12)
+    together = TransformersJudge(judge_folder, batch_size=6, max_new_tokens=12)
+    chats = edits_of_one_case(6)
+    for i, chat in enumerate(chats):
+        plain = Image.new("RGB", (64, 96), (40 * i, 255 - 40 * i, 90 * i % 255))
+        chat[1]["content"][-1] = {"type": "image", "image": plain}
+    # A token that the answers hold at different places now ends them.
+    tokens, read = [], alone._answers
+    with monkeypatch.context() as patch:
+        patch.setattr(alone, "_answers", lambda found, lengths: tokens.extend(found.tolist()) or read(found, lengths))
+        alone(chats)
+    end = next(t for t in tokens[-1] if len({row.index(t) for row in tokens if t in row}) > 1)
+    for judge in (alone, together):
+        judge.model.generation_config.eos_token_id = [end]
+    expected = alone(chats)
+    assert len({judgement.output_tokens for judgement in expected}) > 1
+    found = together(chats)
+    assert [judgement.answer for judgement in found] == [judgement.answer for judgement in expected]
+    assert [judgement.output_tokens for judgement in found] == [judgement.output_tokens for judgement in expected]
+
+
+def test_conversations_with_fewer_than_two_pictures(judge_folder):
+    judge = TransformersJudge(judge_folder, "expected", batch_size=4, min_digit_mass=0.0)
+    one = conversation(sizes=((64, 64),))
+    assert len({judgement.score for judgement in judge([one, one])}) == 1
+    for option in ("batch_size", "max_new_tokens", "max_pixels"):
+        with pytest.raises(ValueError, match=f"{option}=0 must be at least 1"):
+            TransformersJudge(judge_folder, **{option: 0})
+
+
 def test_edits_of_different_sizes_share_nothing_and_are_judged_alike(judge_folder):
     judge = TransformersJudge(judge_folder, "expected", batch_size=8, min_digit_mass=0.0)
     chats = edits_of_one_case(2) + edits_of_one_case(1, sizes=((64, 64), (96, 64), (96, 96)))
@@ -176,6 +207,9 @@ def test_drawn_answers_depend_on_the_case_and_the_seed_alone(judge_folder):
     state = torch.get_rng_state()
     answers = [judgement.answer for judgement in judge(chats)]
     assert torch.equal(state, torch.get_rng_state())
+    # From the model's own probabilities: not cut to the 50 likeliest tokens, as `generate` does unless told not to
+    many = TransformersJudge(judge_folder, num_samples=200, max_new_tokens=1)([chats[0]])[0].answer.split(" | ")
+    assert len(set(many)) > 55
     assert all(len(answer.split(" | ")) == 4 for answer in answers) and len(set(answers[0].split(" | "))) > 1
     assert [judgement.answer for judgement in judge(chats[::-1])] == answers[::-1]
     assert [j.answer for j in TransformersJudge(judge_folder, seed=2, **settings)(chats)] != answers
@@ -201,6 +235,10 @@ def test_several_answers_of_a_server_are_averaged(serve):
     prose = serve(lambda body, n: (200, {**completion(""), "choices": [completion(t)["choices"][0] for t in ("5", "a", "b")]}))  # fmt: skip
     (judgement,) = ServerJudge("m", prose.url, num_samples=3)([conversation()])
     assert judgement.score is None and judgement.answered  # two of three hold no score
+    half = serve(
+        lambda body, n: (200, {**completion(""), "choices": [completion(t)["choices"][0] for t in ("5", "a")]})
+    )
+    assert ServerJudge("m", half.url, num_samples=2)([conversation()])[0].score == 5
 
 
 def test_a_vocabulary_without_scores(judge_folder, monkeypatch):
@@ -350,6 +388,29 @@ def test_a_server_without_logprobs_is_asked_for_whole_scores(serve, caplog):
     assert judge.identity["score_mode"] == "integer"
     assert judge([conversation()])[0].score == 4.0
     assert [request.get("logprobs") for request in server.requests] == [True, None, None]
+
+
+def test_a_reply_without_logprobs_later_on_is_a_missing_score(serve):
+    """Not a score of another kind among the others."""
+    server = serve(lambda body, n: (200, completion("4", None if n == 3 else top_logprobs({"4": 0.5, "3": 0.5}))))
+    judge = ServerJudge("m", server.url, "expected", max_concurrency=1)
+    judge.load()
+    judged = judge([conversation(f"{i}") for i in range(4)])
+    assert [judgement.score for judgement in judged] == [3.5, None, 3.5, 3.5]
+    assert "no top_logprobs" in judged[1].answer and not judged[1].answered and judge.score_mode == "expected"
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        {"content": [{"token": "4", "logprob": 0.0, "bytes": None, "top_logprobs": {"4": 0.0}}]}, [1],
+        {"content": [{"token": "4", "logprob": 0.0, "bytes": None, "top_logprobs": [{"token": "4", "logprob": None}]}]},
+    ],
+)  # fmt: skip
+def test_logprobs_of_an_unexpected_shape_are_missing_scores(serve, logprobs):
+    server = serve(lambda body, n: (200, completion("4", logprobs)))
+    (judgement,) = ServerJudge("m", server.url, "expected")([conversation()])
+    assert judgement.score is None and not judgement.answered
 
 
 def test_server_retries_bounds_concurrency_and_gives_up_on_single_cases(serve):

@@ -112,12 +112,63 @@ def test_a_judge_that_dies_half_way_keeps_what_it_scored(tmp_path):
             return super().__call__(conversations)
 
     edits, file = make_edits(12), tmp_path / "scores.jsonl"
-    with pytest.raises(ConnectionError, match="no answer to any of 8 edits in a row.*nobody there.*run it again"):
+    with pytest.raises(ConnectionError, match="no answer to 8 edits in a row.*nobody there.*run it again"):
         score_dataset(HPScorerReward(Dies()), edits, file, chunk_size=8)
     assert sum(line["score"] is not None for line in read_scores(file)) == 8
     judge = RuleJudge()
     score_dataset(HPScorerReward(judge), edits, file, chunk_size=8)
     assert judge.asked == 16
+    # Small chunks add up, and a few failures between answers do not
+    with pytest.raises(ConnectionError, match="no answer to 9 edits in a row"):
+        score_dataset(HPScorerReward(Dies()), edits, tmp_path / "small.jsonl", chunk_size=3)
+
+    class Hiccups(RuleJudge):
+        def __call__(self, conversations):
+            answers = super().__call__(conversations)
+            return [Judgement(None, "busy", answered=False) if i < 7 else one for i, one in enumerate(answers)]
+
+    report = score_dataset(HPScorerReward(Hiccups()), edits, tmp_path / "hiccups.jsonl", chunk_size=8)
+    assert "| no answer | 21 |" in report.table()
+
+
+def test_an_edit_that_was_changed_is_scored_again(tmp_path, caplog):
+    edits, file = make_edits(3), tmp_path / "scores.jsonl"
+    score_dataset(HPScorerReward(RuleJudge()), edits, file)
+    rows = edits.to_list()
+    rows[0]["edited"] = ImageFeature().encode_example(Image.new("RGB", (64, 64), (255, 0, 0)))
+    rows[3]["prompt"] = "Something else, number 9"
+    changed = Dataset.from_list(rows, features=edits.features)
+    judge = RuleJudge()
+    report = score_dataset(HPScorerReward(judge), changed, file)
+    assert judge.asked == 2 and report.kept == 4 and "2 edits were changed since they were scored" in caplog.text
+    assert read_scores(file)[0]["score"] == 5
+    # A score of other images does not stand in for a failure
+    rows[0]["edited"] = ImageFeature().encode_example(Image.new("RGB", (64, 64), (0, 0, 9)))
+    score_dataset(
+        HPScorerReward(RuleJudge(rule=lambda *_: "hm")), Dataset.from_list(rows, features=edits.features), file
+    )
+    assert read_scores(file)[0]["score"] is None
+
+
+def test_options_and_lines_that_make_no_sense(tmp_path, caplog):
+    scorer = HPScorerReward(RuleJudge())
+    for size in (0, -1):
+        with pytest.raises(ValueError, match="chunk_size=.* must be at least 1"):
+            score_dataset(scorer, make_edits(2), tmp_path / "scores.jsonl", chunk_size=size)
+    with pytest.raises(ValueError, match="num_cases=1: a judge is probed with two"):
+        probe_judge(scorer, make_edits(3), num_cases=1)
+    lines = ['{"id": ["a"], "editor": null, "score": 1}', '{"id": 3, "editor": null, "score": 1}', "[1]", '{"id": "x"}', '{"id": "case-0", "editor": "one", "score": 2}']  # fmt: skip
+    (tmp_path / "scores.jsonl").write_text("\n".join(lines))
+    assert [line["id"] for line in read_scores(tmp_path / "scores.jsonl")] == ["case-0"]
+    assert caplog.text.count("not a whole score") == 4
+    report = score_dataset(scorer, make_edits(2), tmp_path / "scores.jsonl")  # a score whose images nobody knows
+    assert report.kept == 0
+
+
+def test_half_a_character_in_an_answer_is_no_accident(tmp_path):
+    judge = RuleJudge(rule=lambda text, pictures: "good \ud83d")
+    report = score_dataset(HPScorerReward(CachedJudge(judge, tmp_path / "c")), make_edits(2), tmp_path / "s.jsonl")
+    assert [one.answer for one in report.judgements] == ["good ?"] * 4
 
 
 def test_bad_datasets(tmp_path):
@@ -197,6 +248,19 @@ def test_probes_of_a_fair_and_of_biased_judges(caplog):
         return {row["probe"]: row for row in probe_judge(HPScorerReward(judge), edits, **kwargs)}
 
     fine = table(Reads(rule=fair))
+    # What each probe shows: whose edit, and in which role
+    notes = []
+
+    def note(text, pictures):
+        before, after = (round(np.asarray(picture, dtype=float)[..., 2].mean() / 30) for picture in pictures)
+        edited = [bool(np.asarray(picture)[..., 0].mean() - 10 * number > 30) for picture, number in zip(pictures, (before, after), strict=True)]  # fmt: skip
+        notes.append((before == after, *edited))
+        return 3
+
+    table(Reads(rule=note))
+    assert set(notes[:16]) == {(True, False, True)}  # as given, and edit first
+    assert set(notes[16:24]) == {(True, True, False)} and set(notes[24:32]) == {(True, False, False)}
+    assert set(notes[32:]) == {(False, False, True)}
     assert fine["as given"]["mean"] == 5 and fine["edit first"]["change"] == 0
     assert fine["unchanged"]["mean"] == 0 and fine["unchanged"]["low"] == 1 and fine["roles swapped"]["mean"] == 0
     assert fine["unrelated"]["scores"] == 8
