@@ -163,8 +163,8 @@ def test_the_edits_of_a_case_share_what_comes_before_them(judge_of_a_family, mod
 
 
 def test_answers_of_different_lengths_that_share_a_beginning(judge_folder, monkeypatch):
-    alone = TransformersJudge(judge_folder, batch_size=1, max_new_tokens=12)
-    together = TransformersJudge(judge_folder, batch_size=6, max_new_tokens=12)
+    alone = TransformersJudge(judge_folder, batch_size=1, max_new_tokens=24)
+    together = TransformersJudge(judge_folder, batch_size=6, max_new_tokens=24)
     chats = edits_of_one_case(6)
     for i, chat in enumerate(chats):
         plain = Image.new("RGB", (64, 96), (40 * i, 255 - 40 * i, 90 * i % 255))
@@ -174,7 +174,9 @@ def test_answers_of_different_lengths_that_share_a_beginning(judge_folder, monke
     with monkeypatch.context() as patch:
         patch.setattr(alone, "_answers", lambda found, lengths: tokens.extend(found.tolist()) or read(found, lengths))
         alone(chats)
-    end = next(t for t in tokens[-1] if len({row.index(t) for row in tokens if t in row}) > 1)
+    end = next(
+        t for t in sorted({t for row in tokens for t in row}) if len({row.index(t) for row in tokens if t in row}) > 1
+    )
     for judge in (alone, together):
         judge.model.generation_config.eos_token_id = [end]
     expected = alone(chats)
