@@ -150,6 +150,8 @@ def load_edits(path: str, split: str = "train", revision: str | None = None) -> 
             if split not in dataset:
                 raise ValueError(f"{path} has no split {split!r}; its splits are {list(dataset)}.")
             dataset = dataset[split]
+        elif split not in ("train", str(dataset.split)):
+            raise ValueError(f"{path} holds one dataset without splits, so there is no split {split!r}: leave it out.")
     else:
         dataset = load_dataset(path, split=split, revision=revision)
     check_edits(dataset, path)

@@ -19,6 +19,8 @@ def test_edits_are_loaded_from_where_they_were_saved(tmp_path):
         assert read_image(loaded[3]["edited"], "x").tobytes() == edits[3]["edited"].tobytes()
     with pytest.raises(ValueError, match=r"has no split 'train'; its splits are \['test'\]"):
         load_edits(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match="disk holds one dataset without splits, so there is no split 'test'"):
+        load_edits(str(tmp_path / "disk"), "test")
     with pytest.raises(FileNotFoundError):
         load_edits(str(tmp_path / "missing"))
     make_cases(2).save_to_disk(tmp_path / "cases")
