@@ -30,6 +30,7 @@ from trl.trainer.utils import get_callable_name
 
 from .. import __version__
 from ..cases import UnreadableImageError, case_images, check_columns, check_references, without_decoding
+from ..jsonl import append_lines, read_lines
 from ..policies import EditPolicy, bucketed, decode, policy_class, rollout
 from ..rewards import HPScorerReward
 from ..seeding import seeded_generator
@@ -375,35 +376,21 @@ def _score(
     scores = rewards if score_name is None else extra[score_name]
     if len(scores) != len(samples):
         raise ValueError(f"The reward function returned {len(scores)} scores for {len(samples)} edits.")
-    with file.open("a") as lines:
-        if not _ends_with_a_line(file):
-            lines.write("\n")  # a line that a kill cut off ends here
-        for (row, place, k), score in zip(samples, scores, strict=True):
-            value = None if score is None or math.isnan(score) else float(score)
-            if value is None:
-                logger.warning("No score for sample %d of case %s.", k, row["id"])
-            lines.write(json.dumps({"id": str(row["id"]), "case": place.name, "sample": k, "score": value}) + "\n")
-        lines.flush()
-        os.fsync(lines.fileno())
-
-
-def _ends_with_a_line(file: Path) -> bool:
-    """Whether a file is empty or ends with a line feed. Only its last byte is read: scores are appended often."""
-    with file.open("rb") as content:
-        if content.seek(0, os.SEEK_END) == 0:
-            return True
-        content.seek(-1, os.SEEK_END)
-        return content.read() == b"\n"
+    lines = []
+    for (row, place, k), score in zip(samples, scores, strict=True):
+        value = None if score is None or math.isnan(score) else float(score)
+        if value is None:
+            logger.warning("No score for sample %d of case %s.", k, row["id"])
+        lines.append({"id": str(row["id"]), "case": place.name, "sample": k, "score": value})
+    append_lines(file, lines)
 
 
 def read_scores(output_dir: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
     """All scores of a folder, by the name of the case's folder and the number of the sample; the latest one counts."""
     scores: dict[tuple[str, int], dict[str, Any]] = {}
     for file in sorted(Path(output_dir).glob("scores-*.jsonl")):
-        for line in file.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # cut off by a kill: the sample is scored again
+        for _, entry, _ in read_lines(file):
+            if entry is None:  # cut off by a kill: the sample is scored again
                 continue
             key = entry["case"], entry["sample"]
             if entry["score"] is not None or key not in scores:

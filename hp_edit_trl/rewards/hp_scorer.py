@@ -92,7 +92,10 @@ class HPScorerReward:
     @property
     def judge_description(self) -> str:
         """Whatever decides the judge's answers, in one line, e.g. `"ServerJudge m, score_mode integer, ..."`."""
-        identity = getattr(self.judge, "identity", None) or {"judge": type(self.judge).__name__}
+        identity = getattr(self.judge, "identity", None)
+        if identity is None:  # a judge of the user's own may have none
+            known = {name: getattr(self.judge, name) for name in ("name", "score_mode") if hasattr(self.judge, name)}
+            identity = {"judge": type(self.judge).__name__, **known}
         return ", ".join(f"{name} {value}" for name, value in identity.items() if value is not None)
 
     def prompt_for(self, task: str | None) -> ScorerPrompt:
