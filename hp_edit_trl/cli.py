@@ -174,6 +174,30 @@ def annotate(args: argparse.Namespace) -> None:
     )
 
 
+def build(args: argparse.Namespace) -> None:
+    from .data import BuildConfig, build_dataset
+
+    logging.getLogger("hp_edit_trl").setLevel(logging.INFO)
+    stages = None if args.stages is None else args.stages.split(",")
+    config = BuildConfig.from_yaml(args.config)
+    print(
+        build_dataset(
+            config,
+            stages=stages,
+            engine=args.engine,
+            num_workers=args.num_workers,
+            gpus_per_worker=args.gpus_per_worker,
+        )
+    )
+
+
+def check_dataset(args: argparse.Namespace) -> None:
+    from .data import load_realpref
+
+    dataset = load_realpref(args.dataset, args.split, args.revision)
+    print(f"{args.dataset}, split {args.split}: {len(dataset)} rows in order")
+
+
 def export_ratings(args: argparse.Namespace) -> None:
     from .annotation import label_studio_config, load_rubric, ratings_dataset, to_label_studio
     from .ratings import read_ratings
@@ -302,6 +326,20 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--port", type=int, default=7860)
     command.add_argument("--password", help="or in the environment as HP_EDIT_PASSWORD, where fewer can read it")
     command.set_defaults(run=annotate)
+
+    command = commands.add_parser("build-dataset", help="build a RealPref-style data set; goes on where it was")
+    command.add_argument("--config", required=True, help="YAML file with the options of BuildConfig")
+    command.add_argument("--stages", help="run these only, e.g. edits,scores; all before them must be finished")
+    command.add_argument("--engine", choices=("local", "ray"), default="local")
+    command.add_argument("--num-workers", type=int, default=1, help="of each stage, with Ray")
+    command.add_argument("--gpus-per-worker", type=float, default=0, help="with Ray")
+    command.set_defaults(run=build)
+
+    command = commands.add_parser("check-dataset", help="check a dataset against the schema, row by row")
+    command.add_argument("dataset", help="folder or Hub repository")
+    command.add_argument("--split", default="train")
+    command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
+    command.set_defaults(run=check_dataset)
 
     command = commands.add_parser("export-ratings", help="ratings as a dataset, or as tasks for Label Studio")
     command.add_argument("ratings", help="file, or folder with ratings-*.jsonl")

@@ -32,6 +32,7 @@ from .. import __version__
 from ..cases import UnreadableImageError, case_images, check_columns, check_references, without_decoding
 from ..jsonl import append_lines, read_lines
 from ..policies import EditPolicy, bucketed, decode, policy_class, rollout
+from ..policies.editors import weights_digest
 from ..rewards import HPScorerReward
 from ..seeding import seeded_generator
 
@@ -190,7 +191,7 @@ def sample_and_score(
         reward_func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
     settings = {
         "model": str(pipeline.config.get("_name_or_path") or "base-model"),
-        "weights": _weights_key(pipeline.transformer),
+        "weights": weights_digest(pipeline.transformer),
         "resolution": resolution,
         "num_inference_steps": num_inference_steps or policy.default_num_inference_steps,
         "true_cfg_scale": policy.default_true_cfg_scale if true_cfg_scale is None else true_cfg_scale,
@@ -250,15 +251,6 @@ def sample_and_score(
 def _accelerator() -> Accelerator:
     """The processes of this launch. At a barrier they wait for each other as long as it takes: hours, for a slow judge."""
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-
-
-def _weights_key(transformer: torch.nn.Module) -> str:
-    """A hash that tells one set of weights from another, a LoRA's included: names, shapes, first values of each tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in transformer.state_dict().items():
-        first = tensor.flatten()[:64].to("cpu", torch.float32).numpy().tobytes()
-        digest.update(repr((name, tuple(tensor.shape))).encode() + first)
-    return digest.hexdigest()[:16]
 
 
 def _check_settings(

@@ -3,6 +3,7 @@
 from diffusers import DiffusionPipeline
 
 from .edit_policy import EditConditions, EditPolicy, bucketed
+from .editors import Editor, FolderEditor, PipelineEditor, PolicyEditor
 from .flux2_klein import Flux2KleinPolicy
 from .flux_kontext import FluxKontextPolicy
 from .qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
@@ -53,8 +54,12 @@ __all__ = [
     "POLICIES",
     "EditConditions",
     "EditPolicy",
+    "Editor",
     "Flux2KleinPolicy",
     "FluxKontextPolicy",
+    "FolderEditor",
+    "PipelineEditor",
+    "PolicyEditor",
     "QwenImageEditPlusPolicy",
     "QwenImageEditPolicy",
     "Trajectory",

@@ -1,0 +1,199 @@
+"""The stages that make an edit of each case and score it."""
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from trl.trainer.utils import get_callable_name
+
+from ..cases import UnreadableImageError, read_image
+from ..policies import Editor
+from ..rewards import HPScorerReward
+from ..seeding import seeded_generator
+from .engine import Batch
+
+
+logger = logging.getLogger(__name__)
+
+
+class MakeEdits:
+    """
+    Stage `edits`: an edit of each case.
+
+    Args:
+        editor ([`Editor`] or `Callable`):
+            What edits: a [`PipelineEditor`], a [`PolicyEditor`], a [`FolderEditor`], or a function that takes a list of images and a
+            list of prompts and returns a list of images, `None` where there is none.
+        batch_size (`int`, *optional*, defaults to `4`):
+            Number of cases that the editor is given together.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the edits' noise, which depends on it and on the case.
+    """
+
+    name = "edits"
+    inputs = ("id", "image", "prompt")
+    features = Features(
+        {
+            "edited": ImageFeature(),
+            "editor": Value("string"),
+            "editor_revision": Value("string"),
+            "edit_seed": Value("int64"),
+        }
+    )
+
+    def __init__(self, editor: Editor | Callable[..., Any], batch_size: int = 4, seed: int = 0):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        self.editor = editor
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        identity = getattr(self.editor, "identity", None) or {
+            "editor": get_callable_name(self.editor),
+            "revision": None,
+        }
+        return {**identity, "seed": self.seed}
+
+    def load(self) -> None:
+        if hasattr(self.editor, "load"):
+            self.editor.load()
+
+    def __call__(self, batch: Batch) -> Batch:
+        ids, prompts = batch["id"], batch["prompt"]
+        images = [
+            read_image(value, f"The image of case {id!r}") for id, value in zip(ids, batch["image"], strict=True)
+        ]
+        seeds = [seeded_generator(self.seed, "edit", case_id).initial_seed() % 2**31 for case_id in ids]
+        edits, reasons = self._edit(images, prompts, ids, seeds)
+        settings = self.settings
+        done: Batch = {"edited": [], "edit_seed": seeds, "reason": reasons}
+        done |= {"editor": [settings["editor"]] * len(ids), "editor_revision": [settings["revision"]] * len(ids)}
+        for edit in edits:
+            buffer = io.BytesIO()
+            if edit is not None:
+                edit.convert("RGB").save(buffer, "PNG")
+            done["edited"].append(None if edit is None else {"bytes": buffer.getvalue(), "path": None})
+        return done
+
+    def _edit(
+        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+    ) -> tuple[list[Image.Image | None], list[str | None]]:
+        try:
+            if hasattr(self.editor, "identity"):
+                edits = self.editor(images, prompts, ids, seeds)
+            else:
+                edits = self.editor(images, prompts)
+            edits = list(edits)
+            if len(edits) != len(images):
+                raise ValueError(f"The editor returned {len(edits)} edits of {len(images)} images.")
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the case
+        except Exception as error:  # an editor of the user's own may raise anything
+            if len(images) == 1:
+                logger.warning("No edit of case %s: %s: %s", ids[0], type(error).__name__, error)
+                return [None], [f"editor failed: {type(error).__name__}: {error}"]
+            # Which of them it was is seen one by one.
+            alone = [
+                self._edit(*([value] for value in case)) for case in zip(images, prompts, ids, seeds, strict=True)
+            ]
+            if all(edits == [None] for edits, _ in alone):
+                raise ValueError(
+                    f"The editor failed with every case of a batch, {ids[0]!r} to {ids[-1]!r}: {type(error).__name__}: {error}"
+                ) from error
+            return [edits[0] for edits, _ in alone], [reasons[0] for _, reasons in alone]
+        reasons: list[str | None] = [None] * len(edits)
+        for i, edit in enumerate(edits):
+            if not isinstance(edit, Image.Image):
+                reasons[i] = "no edit" if edit is None else f"no edit: the editor returned a {type(edit).__name__}"
+                edits[i] = None
+        return edits, reasons
+
+
+class ScoreEdits:
+    """
+    Stage `scores`: the score of each edit by HP-Scorer. An edit without one is not rejected: its score is missing, and it keeps the
+    judge's answer.
+
+    Args:
+        scorer ([`HPScorerReward`]):
+            The scorer.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Number of edits that the judge is given together.
+    """
+
+    name = "scores"
+    inputs = ("id", "image", "edited", "prompt", "task", "requirement")
+    features = Features(
+        {
+            "score": Value("float32"),
+            "answer": Value("string"),
+            "judge": Value("string"),
+            "scorer_prompt": Value("string"),
+            "prompt_sha": Value("string"),
+            "score_mode": Value("string"),
+        }
+    )
+
+    def __init__(self, scorer: HPScorerReward, batch_size: int = 32):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        self.scorer = scorer
+        self.batch_size = batch_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        prompts = {task: [prompt.revision, prompt.digest] for task, prompt in self.scorer.prompts.items()}
+        return {"judge": self.scorer.judge_description, "prompts": prompts, "task": self.scorer.task}
+
+    def load(self) -> None:
+        self.scorer.load()
+
+    def __call__(self, batch: Batch) -> Batch:
+        tasks = batch["task"]
+        problems: list[str | None] = [None] * len(tasks)
+        edits, sources = [], []
+        for i, (case_id, image, edited) in enumerate(zip(batch["id"], batch["image"], batch["edited"], strict=True)):
+            try:
+                pair = (
+                    read_image(image, f"The image of case {case_id!r}"),
+                    read_image(edited, f"The edit of {case_id!r}"),
+                )
+                sources.append([pair[0]])
+                edits.append(pair[1])
+            except UnreadableImageError as error:
+                problems[i] = f"unreadable: {error}"
+        readable = [i for i, problem in enumerate(problems) if problem is None]
+        judged = self.scorer.judge_cases(
+            [batch["prompt"][i] for i in readable],
+            edits,
+            sources,
+            [tasks[i] for i in readable],
+            [batch["requirement"][i] for i in readable],
+        )
+        if judged and not any(judgement.answered for judgement in judged):
+            raise ConnectionError(
+                f"The judge gave no answer to any of {len(judged)} edits; the last time: {judged[-1].answer} What was scored is "
+                "kept: run again to go on."
+            )
+        by_row = dict(zip(readable, judged, strict=True))
+        for i, judgement in by_row.items():
+            if judgement.score is None:
+                logger.warning("No score for case %s: the judge answered %r.", batch["id"][i], judgement.answer[:200])
+        prompts = [self.scorer.prompt_for(task) for task in tasks]
+        mode = (getattr(self.scorer.judge, "identity", None) or {}).get("score_mode")
+        return {
+            "score": [by_row[i].score if i in by_row else None for i in range(len(tasks))],
+            "answer": [by_row[i].answer if i in by_row else None for i in range(len(tasks))],
+            "judge": [self.scorer.judge_description] * len(tasks),
+            "scorer_prompt": [prompt.revision for prompt in prompts],
+            "prompt_sha": [prompt.digest for prompt in prompts],
+            "score_mode": [mode] * len(tasks),
+            "reason": problems,
+        }
