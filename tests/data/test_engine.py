@@ -28,7 +28,9 @@ def contents(folder: Path) -> dict[str, str]:
 def start(*args, launcher=(), **kwargs) -> subprocess.Popen:
     command = [sys.executable, *launcher, "-m", "tests.data.toy_build", *map(str, args)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +174,9 @@ def test_a_damaged_file_is_named_and_made_anew(tmp_path, whole):
 def test_rows_made_otherwise_are_refused(tmp_path):
     folder = tmp_path / "build"
     build(folder)
-    with pytest.raises(ValueError, match=r"stage 'slow' .*made otherwise \(word: 'text' -> 'other'\): remove the folder"):
+    with pytest.raises(
+        ValueError, match=r"stage 'slow' .*made otherwise \(word: 'text' -> 'other'\): remove the folder"
+    ):
         build(folder, word="other")
     accelerator = Accelerator()
     with pytest.raises(ValueError, match="batch_size: 8 -> 9"):
