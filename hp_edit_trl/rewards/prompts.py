@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import snapshot_download
@@ -54,6 +55,32 @@ class ScorerPrompt:
         return re.sub(r"\{(prompt|requirement)\}", lambda match: values[match[1]], self.text)
 
 
+def read_header(path: Path) -> tuple[dict[str, Any], str]:
+    """
+    Reads a prompt's file: its header and its text.
+
+    Args:
+        path (`Path`):
+            A Markdown file with a YAML header.
+
+    Raises:
+        `FileNotFoundError`: If there is no file.
+        `ValueError`: If it has no header that names a `task` and a valid `revision`.
+    """
+    parts = re.match(r"---\n(.*?)\n---\n(.*)", path.read_text(encoding="utf-8"), re.DOTALL)
+    try:
+        header = yaml.safe_load(parts[1]) if parts else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"The header of the prompt {path} is no YAML: {error}") from error
+    if parts is None or not isinstance(header, dict) or not {"task", "revision"} <= header.keys():
+        raise ValueError(f"The prompt {path} does not begin with a header that names `task` and `revision`.")
+    if not re.fullmatch(r"[\w.-]+", str(header["revision"])):
+        raise ValueError(
+            f"The prompt {path} has the revision {header['revision']!r}: use letters, digits, '.', '-', '_'."
+        )
+    return header, parts[2].strip()
+
+
 def read_scorer_prompt(path: str | Path, origin: str | None = None) -> ScorerPrompt:
     """
     Reads one scorer prompt: Markdown with a header that names its `task` and `revision`.
@@ -69,18 +96,51 @@ def read_scorer_prompt(path: str | Path, origin: str | None = None) -> ScorerPro
         `ValueError`: If it has no valid header, or no place for the instruction.
     """
     path = Path(path)
-    parts = re.match(r"---\n(.*?)\n---\n(.*)", path.read_text(encoding="utf-8"), re.DOTALL)
-    header = yaml.safe_load(parts[1]) if parts else None
-    if parts is None or not isinstance(header, dict) or not {"task", "revision"} <= header.keys():
-        raise ValueError(f"The scorer prompt {path} does not begin with a header that names `task` and `revision`.")
-    if not re.fullmatch(r"[\w.-]+", str(header["revision"])):
-        raise ValueError(
-            f"The scorer prompt {path} has the revision {header['revision']!r}: use letters, digits, '.', '-', '_'."
-        )
-    if "{prompt}" not in parts[2]:
+    header, text = read_header(path)
+    if "{prompt}" not in text:
         raise ValueError(f"The scorer prompt {path} has no {{prompt}}, so the judge would not see the instruction.")
     origin = str(path.parent) if origin is None else origin
-    return ScorerPrompt(header["task"], f"{origin}:{header['task']}:{header['revision']}", parts[2].strip())
+    return ScorerPrompt(header["task"], f"{origin}:{header['task']}:{header['revision']}", text)
+
+
+def find_prompts(source: str | None, revision: str | None) -> tuple[Path, str]:
+    """
+    Finds the folder of prompts, and what their revisions begin with.
+
+    Args:
+        source (`str`, *optional*):
+            A local folder or a Hub repository, see [`load_scorer_prompts`]. By default this package's prompts.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the Hub repository.
+
+    Raises:
+        `FileNotFoundError`: If there is neither a folder nor a repository.
+        `ValueError`: If there is a revision of a local folder.
+    """
+    if source is None:
+        package = Path(__file__).parent.parent
+        # Beside the package in a checkout, inside it in a wheel.
+        folder = package / "prompts" if (package / "prompts").is_dir() else package.parent / "prompts"
+        origin = "hp-edit-trl"
+    elif os.path.isdir(source):
+        folder, origin = Path(source), source
+    else:
+        repo_type, repo_id = ("dataset", source[9:]) if source.startswith("datasets/") else ("model", source)
+        try:
+            folder = Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns="*.md"))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"prompts={source!r} is neither a local folder nor a Hub repository that can be read: {error}"
+            ) from error
+        origin = f"{source}@{folder.name}"
+    if revision is not None and origin == source:
+        raise ValueError(f"revision={revision!r} pins a Hub repository, but prompts={source!r} is a local folder.")
+    return folder, origin
+
+
+def prompt_files(folder: Path) -> list[Path]:
+    """The prompts in a folder, which a README may go with."""
+    return [path for path in sorted(folder.glob("*.md")) if path.name != "README.md"]
 
 
 def load_scorer_prompts(source: str | None = None, revision: str | None = None) -> dict[str, ScorerPrompt]:
@@ -102,29 +162,9 @@ def load_scorer_prompts(source: str | None = None, revision: str | None = None) 
         `ValueError`: If a prompt has no valid header or no place for the instruction, or a task has two prompts.
         `FileNotFoundError`: If there are no prompts.
     """
-    if source is None:
-        package = Path(__file__).parent.parent
-        # Beside the package in a checkout, inside it in a wheel.
-        folder = package / "prompts" if (package / "prompts").is_dir() else package.parent / "prompts"
-        origin = "hp-edit-trl"
-    elif os.path.isdir(source):
-        folder, origin = Path(source), source
-    else:
-        repo_type, repo_id = ("dataset", source[9:]) if source.startswith("datasets/") else ("model", source)
-        try:
-            folder = Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns="*.md"))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"prompts={source!r} is neither a local folder nor a Hub repository that can be read: {error}"
-            ) from error
-        origin = f"{source}@{folder.name}"
-    if revision is not None and origin == source:
-        raise ValueError(f"revision={revision!r} pins a Hub repository, but prompts={source!r} is a local folder.")
-
+    folder, origin = find_prompts(source, revision)
     prompts: dict[str, ScorerPrompt] = {}
-    for path in sorted(folder.glob("*.md")):
-        if path.name == "README.md":
-            continue
+    for path in prompt_files(folder):
         prompt = read_scorer_prompt(path, origin)
         if prompt.task in prompts:
             raise ValueError(f"The scorer prompt {path} is a second one for the task {prompt.task!r}.")
