@@ -4,7 +4,7 @@ import gc
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from .export import export_dataset, push_dataset
 from .instructions import TASK_WEIGHTS, Plan, WriteInstructions, load_instruction_templates
 from .schema import CASE_FEATURES, EDIT_FEATURES, SCHEMA_VERSION, SCORE_FEATURES
 from .sources import Duplicates, ImageCheck, Sources
+from .styles import STYLES, Style
 from .splits import BENCHMARK_COUNTS, Filter, Split
 
 
@@ -228,6 +229,7 @@ def build_dataset(
     writer: Judge | None = None,
     editor: Editor | Callable[..., Any] | None = None,
     scorer: HPScorerReward | None = None,
+    styles: Sequence[Style] = STYLES,
     stages: list[str] | None = None,
     engine: str = "local",
     num_workers: int = 1,
@@ -250,6 +252,8 @@ def build_dataset(
             Edits in place of the pipeline that `config` names: also a function from images and prompts to images.
         scorer ([`HPScorerReward`], *optional*):
             Scores in place of the judge that `config` names.
+        styles (`Sequence[Style]`, *optional*):
+            The styles that the task `style` draws from. Defaults to `STYLES`.
         stages (`list[str]`, *optional*):
             Run these of `STAGES` only. All before them must be finished.
         engine (`str`, *optional*, defaults to `"local"`):
@@ -282,8 +286,10 @@ def build_dataset(
     if accelerator.is_main_process:
         # Only now, as a second builder must be told before it has read all its sources.
         with WorkFolder.locked(config.output_dir):
-            return _build(config, writer, editor, scorer, stages, accelerator, engine, num_workers, gpus_per_worker)
-    return _build(config, writer, editor, scorer, stages, accelerator, engine, num_workers, gpus_per_worker)
+            return _build(
+                config, writer, editor, scorer, styles, stages, accelerator, engine, num_workers, gpus_per_worker
+            )
+    return _build(config, writer, editor, scorer, styles, stages, accelerator, engine, num_workers, gpus_per_worker)
 
 
 def _build(
@@ -291,6 +297,7 @@ def _build(
     writer: Judge | None,
     editor: Editor | Callable[..., Any] | None,
     scorer: HPScorerReward | None,
+    styles: Sequence[Style],
     stages: list[str] | None,
     accelerator: Accelerator,
     engine: str,
@@ -317,10 +324,13 @@ def _build(
             min_score=config.min_category_score,
         ),
         "balance": lambda: Balance(config.max_images, config.category_quota, seed),
-        "plan": lambda: Plan(config.num_cases, config.tasks_per_image, config.task_weights, config.languages, seed),
+        "plan": lambda: Plan(
+            config.num_cases, config.tasks_per_image, config.task_weights, config.languages, seed, styles
+        ),
         "instructions": lambda: WriteInstructions(
             writer or make_writer(),
             load_instruction_templates(config.instruction_templates, config.instruction_templates_revision),
+            styles,
             batch_size=sizes["instructions"],
             check_feasibility=config.check_feasibility,
         ),

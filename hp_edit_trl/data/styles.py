@@ -34,7 +34,7 @@ STYLES = (
     Style("Baroque", "巴洛克", "Dark grounds, deep contrasts of light and shade, and rich warm colours in oil."),
     Style("Renaissance", "文艺复兴", "Balanced, finely modelled oil painting with soft transitions and calm earthen colours."),
     Style("Rococo", "洛可可", "Light pastel colours, airy brushwork and playful, curling ornament."),
-    Style("Romanticism", "浪漫主义绘画", "Dramatic skies, glowing light and grand, moody nature in oil."),
+    Style("Romanticism", "浪漫主义", "Dramatic skies, glowing light and grand, moody nature in oil."),
     Style("Art Nouveau", "新艺术运动", "Flowing plant-like lines, ornamental borders and flat, muted colours of a poster."),
     Style("Art Deco", "装饰艺术", "Sleek symmetrical geometry, stepped forms and gold or black accents."),
     Style("Bauhaus", "包豪斯", "Plain circles, squares and triangles in primary colours on a clear grid."),
@@ -83,6 +83,6 @@ STYLES = (
     Style("felted wool", "羊毛毡", "Soft fuzzy wool in rounded toy-like shapes, with stray fibres."),
     Style("embroidery", "刺绣", "Dense coloured stitches of thread that follow the shapes, on woven cloth."),
     Style("knitted yarn", "毛线编织", "Loops of thick yarn in regular rows form every surface."),
-    Style("porcelain", "青花瓷", "Cobalt blue painting under a smooth white glaze."),
+    Style("blue and white porcelain", "青花瓷", "Cobalt blue painting under a smooth white glaze."),
     Style("wood carving", "木雕", "Relief cut in wood, with visible grain and tool marks."),
 )  # fmt: skip

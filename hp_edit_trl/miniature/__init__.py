@@ -1,5 +1,6 @@
 """Floor 4: a small world, a small policy and a scorer that knows the answers. Nothing else in the library knows them."""
 
+from .building import MINIATURE_STYLES, SceneJudge, SimulatedWriter, save_pictures
 from .policy import load_pipeline
 from .raters import (
     SimulatedJudge,
@@ -15,10 +16,13 @@ from .world import load_dataset
 
 
 __all__ = [
+    "MINIATURE_STYLES",
     "CoarseScorer",
     "RuleScorer",
+    "SceneJudge",
     "SimulatedJudge",
     "SimulatedProposer",
+    "SimulatedWriter",
     "before_after_sheet",
     "comparison_table",
     "edit_dataset",
@@ -28,6 +32,7 @@ __all__ = [
     "load_pipeline",
     "paired_difference",
     "report",
+    "save_pictures",
     "score_edits",
     "simulate_ratings",
     "true_scores",

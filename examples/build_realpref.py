@@ -1,0 +1,85 @@
+# /// script
+# dependencies = ["hp-edit-trl[server]"]
+# ///
+"""
+Builds a data set of hard cases from images (docs/building_a_dataset.md), and trains on it.
+
+Without arguments it builds a small set from drawn scenes and scikit-image's photographs, with the miniature's policy as the editor,
+and trains two steps on it. Writer and judge are simulated, and the CLIP model is a tiny one with random weights, so that its
+categories mean nothing:
+
+    python examples/build_realpref.py
+
+The real thing is a config, with your images named in it:
+
+    python examples/build_realpref.py --config examples/configs/build_realpref.yaml
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward, miniature
+from hp_edit_trl.data import BuildConfig, build_dataset, load_realpref
+from hp_edit_trl.miniature.tiny import tiny_clip
+from hp_edit_trl.policies import PolicyEditor, policy_class
+from hp_edit_trl.rewards import TASKS
+
+
+def main(output_dir: Path, num_scenes: int, engine: str) -> None:
+    torch.set_num_threads(1)
+    pictures = output_dir / "pictures"
+    if not pictures.exists():
+        miniature.save_pictures(pictures, num_scenes)
+    config = BuildConfig(
+        sources=[
+            {"folder": str(pictures / "scenes"), "license": "cc0-1.0"},
+            {"folder": str(pictures / "photographs"), "license": "cc0-1.0", "source": "scikit-image"},
+        ],
+        output_dir=str(output_dir / "build"),
+        min_side=32,
+        resolution=128,
+        clip_model=tiny_clip(str(output_dir / "clip")),
+        task_weights=dict.fromkeys(TASKS, 1),
+        benchmark_counts=dict.fromkeys(TASKS, max(1, num_scenes // 40)),
+    )
+    pipeline = miniature.load_pipeline()
+    policy = policy_class(pipeline)(pipeline)
+    editor = PolicyEditor(policy, "miniature", 32, num_inference_steps=5, true_cfg_scale=1.0, batch_size=32)
+    writer = miniature.SimulatedWriter(num_scenes)
+    scorer = HPScorerReward(miniature.SceneJudge(writer))
+    folder = build_dataset(
+        config, writer=writer, editor=editor, scorer=scorer, styles=miniature.MINIATURE_STYLES, engine=engine
+    )
+
+    dataset = load_realpref(str(folder), split="train")
+    print(f"{len(dataset)} hard cases in {folder}; the mean of their scores is {sum(dataset['score']) / len(dataset):.2f}.")
+    args = FlowGRPOEditConfig(
+        str(output_dir / "lora"),
+        resolution=32,
+        num_inference_steps=5,
+        true_cfg_scale=1.0,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        max_steps=2,
+        bf16=False,
+        report_to="none",
+    )
+    trainer = FlowGRPOEditTrainer(miniature.load_pipeline(), scorer, args=args, train_dataset=dataset)
+    trainer.train()
+    print(f"Two steps of training: mean reward {trainer.state.log_history[-2].get('reward', float('nan')):.3f}.")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="build from this configuration instead; nothing is trained")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/build-realpref"))
+    parser.add_argument("--num_scenes", type=int, default=240)
+    args = parser.parse_args()
+    if args.config is not None:
+        print(build_dataset(BuildConfig.from_yaml(args.config), engine=args.engine))
+    else:
+        main(args.output_dir, args.num_scenes, args.engine)
