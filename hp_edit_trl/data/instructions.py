@@ -45,7 +45,7 @@ MIN_LENGTH = {"en": 3, "zh": 4}
 MAX_LENGTH = {"en": 60, "zh": 100}
 
 LONGEST_ANSWER = 20_000  # characters; a model that goes on for longer has lost its way
-EMPTY_WORDS = {"none", "null", "unknown", "something", "an object", "无", "没有", "未知", "物体", "某物"}
+EMPTY_WORDS = {"none", "null", "unknown", "something", "object", "无", "没有", "未知", "物体", "某物"}
 
 
 class Plan:
@@ -394,10 +394,10 @@ class WriteInstructions:
         count = len(batch["image_id"])
         writer = _described(self.writer)
         columns: Batch = {name: [None] * count for name in (*self.features, "reason")}
-        templates, images, questions = {}, {}, {}
+        images, questions = {}, {}
         for row, task in enumerate(batch["task"]):
             values = self._values(task, batch["category"][row], batch["language"][row], batch["style"][row])
-            templates[row] = template = self.templates[task]
+            template = self.templates[task]
             columns["writer"][row], columns["writer_prompt"][row] = writer, template.revision
             try:
                 images[row] = read_image(batch["image"][row], f"The image {batch['image_id'][row]!r}")
@@ -423,7 +423,7 @@ class WriteInstructions:
         if self.check_feasibility:
             text = self.templates["feasibility"].text
             second = {
-                row: _question(_filled(text, {"prompt": prompt, "task": templates[row].task}), images[row])
+                row: _question(_filled(text, {"prompt": prompt, "task": batch["task"][row]}), images[row])
                 for row, prompt in written.items()
             }
             for row, answer in self._ask(second).items():
@@ -470,36 +470,40 @@ class WriteInstructions:
     ) -> tuple[str, str | None]:
         """The instruction and the requirement in an answer. Raises `_Rejected` if it cannot be used."""
         answer = _json_object(judgement)
-        raw = {name: answer.get(name) for name in ("instruction", *template.fields)}
-        for name, value in raw.items():
-            if not isinstance(value, str) or not any(map(str.isalnum, value)):
-                raise _Rejected(f"field missing: {name!r} is {_excerpt(json.dumps(value))}")
-        if len(raw["instruction"].strip().splitlines()) > 1:
-            raise _Rejected(f"several lines: {_excerpt(raw['instruction'])}")
-        raw = {name: " ".join(value.split()) for name, value in raw.items()}
-        for name, value in raw.items():
-            if bad := [letter for letter in value if not letter.isprintable() or letter == "\ufffd"]:
+        texts: dict[str, str] = {}
+        for name in ("instruction", *template.fields):
+            value = answer.get(name)
+            if not isinstance(value, str):
+                raise _Rejected(f"field missing: {name!r} is {'not there' if value is None else type(value).__name__}")
+            if name == "instruction" and len(value.strip().splitlines()) > 1:
+                raise _Rejected(f"several lines: {_excerpt(value)}")
+            texts[name] = text = " ".join(value.split())
+            if bad := [letter for letter in text if not letter.isprintable() or letter == "\ufffd"]:
                 raise _Rejected(f"unreadable characters: U+{ord(bad[0]):04X} in {name!r}")
-            if re.search(r"[<>{}\[\]|*`\\]|\.\.|…|_{2}", value):
-                raise _Rejected(f"placeholder or markup: {_excerpt(value)}")
-        prompt = raw.pop("instruction")
+            if re.search(r"[<>{}\[\]|*`\\]|\.\.|…|_{2}", text):
+                raise _Rejected(f"placeholder or markup: {name!r} is {_excerpt(text)}")
+            if " ".join(_bare(text)) in {"", name, *EMPTY_WORDS}:
+                raise _Rejected(f"field missing: {name!r} is {_excerpt(text)!r}")
+        prompt = texts.pop("instruction")
         self._check_text(prompt, language)
-
         if _compact(prompt) in _compact(template.text):
             raise _Rejected(f"echo: the template says {_excerpt(prompt)}")
-        for name, value in raw.items():
-            if " ".join(_words(value)) in EMPTY_WORDS | {name}:
-                raise _Rejected(f"field missing: {name!r} is {_excerpt(value)}")
-            if not _names(prompt, value, language):
-                raise _Rejected(f"not named: {name} {_excerpt(value)} is not in {_excerpt(prompt)}")
-        if len({_compact(value) for value in raw.values()}) < len(raw):
-            raise _Rejected(f"fields alike: {' and '.join(raw)} are {_excerpt(value)}")
+        for name, text in texts.items():
+            if not _names(prompt, text, language):
+                raise _Rejected(f"not named: {name} {_excerpt(text)!r} is not in {_excerpt(prompt)!r}")
+        if len({tuple(_bare(text)) for text in texts.values()}) < len(texts):
+            raise _Rejected(f"fields alike: {' and '.join(texts)} are {_excerpt(text)!r}")
         if "style" in values and not _names(prompt, values["style"], language):
-            raise _Rejected(f"style not named: {values['style']} is not in {_excerpt(prompt)}")
-        return prompt, template.requirement and _filled(template.requirement, values | raw)
+            raise _Rejected(f"style not named: {values['style']!r} is not in {_excerpt(prompt)!r}")
+        return prompt, template.requirement and _filled(template.requirement, values | texts)
 
     def _check_text(self, prompt: str, language: str) -> None:
-        tokens = _words(prompt) if language == "en" else list(_compact(prompt))
+        # A number or a Latin word amid Chinese characters counts as one of them.
+        tokens = [
+            token
+            for word in _words(prompt)
+            for token in ([word] if language == "en" else re.findall(r"[a-z0-9]+|.", word))
+        ]
         unit = "words" if language == "en" else "characters"
         least, most = self.min_length[language], self.max_length[language]
         if not least <= len(tokens) <= most:
@@ -529,7 +533,7 @@ def _json_object(judgement: Judgement) -> dict[str, Any]:
     is none, or more than one, of which one could only be guessed.
     """
     if not judgement.answered or not judgement.answer.strip():
-        raise _Rejected(f"no answer: {_excerpt(judgement.answer, 200)}")
+        raise _Rejected(f"no answer: {_excerpt(judgement.answer, 200) or 'it is empty'}")
     text = judgement.answer.rpartition("</think>")[2].strip()
     if "<think>" in text:
         raise _Rejected(f"not an object: the reasoning is not closed, {_excerpt(text)}")
@@ -564,7 +568,7 @@ def _infeasible(judgement: Judgement) -> str | None:
         return f"feasibility unknown: {rejected}" if known else str(rejected)
     feasible, reason = answer.get("feasible"), answer.get("reason")
     if not isinstance(feasible, bool):
-        return f"feasibility unknown: {_excerpt(json.dumps(answer))}"
+        return f"feasibility unknown: {_excerpt(judgement.answer)}"
     return (
         None if feasible else f"infeasible: {_excerpt(reason, 200) if isinstance(reason, str) else 'no reason given'}"
     )
@@ -607,6 +611,12 @@ def _words(text: str) -> list[str]:
     return "".join(letter if letter.isalnum() else " " for letter in text).split()
 
 
+def _bare(text: str) -> list[str]:
+    """The words of a text without an article before them."""
+    words = _words(text)
+    return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
+
+
 def _compact(text: str) -> str:
     """A text without case, punctuation and spaces."""
     return "".join(_words(text))
@@ -620,9 +630,7 @@ def _names(prompt: str, what: str, language: str) -> bool:
     """Whether an instruction has certain words in it, one after the other; an article before them does not matter."""
     if language == "zh":
         return _compact(what) in _compact(prompt)
-    words = _words(what)
-    words = words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
-    return f" {' '.join(words)} " in f" {' '.join(_words(prompt))} "
+    return f" {' '.join(_bare(what))} " in f" {' '.join(_words(prompt))} "
 
 
 def repeated_prompts(tasks: Sequence[str], prompts: Sequence[str], max_repeats: int) -> list[str | None]:

@@ -18,6 +18,10 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -229,6 +233,13 @@ def tiny_qwen_image_edit_pipeline(seed: int = 0) -> QwenImageEditPipeline:
     return pipeline
 
 
+def _character_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose tokens are single characters."""
+    characters = sorted(set(string.printable) - set(string.whitespace))
+    words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
+
+
 def tiny_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKontextPipeline:
     """
     A random `FluxKontextPipeline` of 1 MB. Its VAE divides each side by 8, as the real one.
@@ -239,10 +250,8 @@ def tiny_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKo
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights.
     """
-    # Tokenizers of single characters
+    clip_tokenizer = _character_tokenizer()
     characters = sorted(set(string.printable) - set(string.whitespace))
-    words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    clip_tokenizer = CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in characters)]
     t5_tokenizer = T5TokenizerFast(pieces, extra_ids=0, additional_special_tokens=[])
     with torch.random.fork_rng():
@@ -272,14 +281,14 @@ def tiny_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKo
         )
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=len(words),
+                vocab_size=len(clip_tokenizer),
                 hidden_size=16,
                 intermediate_size=16,
                 num_hidden_layers=1,
                 num_attention_heads=2,
                 projection_dim=16,
-                bos_token_id=len(words) - 2,
-                eos_token_id=len(words) - 1,
+                bos_token_id=clip_tokenizer.bos_token_id,
+                eos_token_id=clip_tokenizer.eos_token_id,
             )  # fmt: skip
         )
         text_encoder_2 = T5EncoderModel(
@@ -406,6 +415,40 @@ def tiny_judge(folder: str, seed: int = 0) -> str:
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=CHAT_TEMPLATE,
     )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def tiny_clip(folder: str, seed: int = 0) -> str:
+    """
+    Saves a random CLIP of 0.2 MB that loads with `CLIPModel` and `CLIPProcessor`. It sees images in 32 x 32 pixels.
+
+    Args:
+        folder (`str`):
+            Where to save it.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights.
+
+    Returns:
+        `str`: `folder`.
+    """
+    tokenizer = _character_tokenizer()
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={
+            **size,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(config)
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), tokenizer)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -1,0 +1,246 @@
+"""
+What building a data set costs beside the models' own calls, and how much memory it takes. Prints tables, asserts nothing.
+
+    python benchmarks/building.py                      # rows per second and overhead of each stage, locally and on Ray
+    python benchmarks/building.py --memory 50000       # peak memory of building from 50,000 small pictures
+
+Setting of the first: one CPU thread, pictures of 256 x 256; CLIP ViT-B/32 with random weights; writer and judge behind servers on
+loopback that answer after --latency seconds, 16 requests at once; an editor that takes as long for each picture. "Model calls" is
+the time within the model's own call (CLIP's forward pass, the servers' answers, the editor), with the processor that is part of
+CLIP. Overhead is what the stage takes beyond that: reading, decoding, checking, encoding, writing.
+
+Setting of the second: pictures of 64 x 64, each stage with its default batch, models that answer at once; what is measured is the
+peak of the process's resident memory.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel
+
+from hp_edit_trl import HPScorerReward
+from hp_edit_trl.data import BuildConfig, ClipCategories, build_dataset
+from hp_edit_trl.data.edits import MakeEdits, ScoreEdits
+from hp_edit_trl.data.engine import Batch, WorkFolder, run_stage
+from hp_edit_trl.data.instructions import Plan, WriteInstructions
+from hp_edit_trl.data.sources import Duplicates, ImageCheck, Sources
+from hp_edit_trl.miniature.tiny import tiny_clip
+from hp_edit_trl.rewards import Judgement, ServerJudge
+
+
+torch.set_num_threads(1)
+
+INSTRUCTION = {
+    "instruction": "Make the cup on the table dark green and leave the rest",
+    **{"object": "the cup", "color": "dark green"},
+}
+
+
+def pictures(folder: Path, count: int, size: int) -> None:
+    """Smooth random pictures, no two alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{number:06d}.png")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A chat server that answers after a while: with a score if it is asked for one, else with an instruction."""
+
+    latency = 0.0
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(self.latency)
+        text = body[:20_000].decode(errors="replace")
+        answer = '{"feasible": true, "reason": ""}' if "is feasible only if" in text else json.dumps(INSTRUCTION)
+        answer = "4" if "grade" in text[:3000] else answer
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
+        payload = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+        data = json.dumps(payload).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64
+
+
+class Timed:
+    """A judge that writes down how long its calls took."""
+
+    def __init__(self, judge: Any, file: Path):
+        self.judge, self.file, self.identity = judge, file, judge.identity
+
+    def load(self) -> None:
+        self.judge.load()
+
+    def __call__(self, conversations: list) -> list[Judgement]:
+        start = time.perf_counter()
+        judgements = self.judge(conversations)
+        note(self.file, time.perf_counter() - start)
+        return judgements
+
+
+def note(file: Path, seconds: float) -> None:
+    with open(file, "a") as lines:
+        lines.write(f"{seconds}\n")
+
+
+class TimedClip(ClipCategories):
+    """Writes down how long the processor and the model took."""
+
+    def __init__(self, file: Path, model: str):
+        super().__init__(model)
+        self.file = file
+
+    def embed(self, images: list[Image.Image]) -> torch.Tensor:
+        start = time.perf_counter()
+        embedded = super().embed(images)
+        note(self.file, time.perf_counter() - start)
+        return embedded
+
+
+class SlowEditor:
+    """Takes its time and gives the picture back."""
+
+    def __init__(self, file: Path, latency: float):
+        self.file, self.latency, self.identity = file, latency, {"editor": "slow", "revision": None}
+
+    def __call__(self, images: list, prompts: list, ids: list, seeds: list) -> list[Image.Image]:
+        start = time.perf_counter()
+        time.sleep(self.latency * len(images))
+        note(self.file, time.perf_counter() - start)
+        return images
+
+
+class Instant:
+    """A writer and judge that answers at once."""
+
+    identity = {"judge": "Instant"}
+
+    def load(self) -> None:
+        pass
+
+    def __call__(self, conversations: list) -> list[Judgement]:
+        answers = []
+        for conversation in conversations:
+            text = conversation[0]["content"][0]["text"]
+            if "is feasible only if" in text:
+                answers.append(Judgement(None, '{"feasible": true, "reason": ""}'))
+            elif "grade" in text:
+                answers.append(Judgement(float(len(answers) % 6), str(len(answers) % 6)))
+            else:
+                values = {**INSTRUCTION, "instruction": f"Make the cup dark green, as number {hash(text) % 10**6} has it"}
+                answers.append(Judgement(None, json.dumps(values)))
+        return answers
+
+
+def overhead(count: int, latency: float, engines: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        root = Path(home)
+        pictures(root / "pictures", count, 256)
+        Handler.latency = latency
+        server = Server(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        clip = Path(tiny_clip(str(root / "clip")))
+        torch.manual_seed(0)
+        config = CLIPConfig.from_pretrained(clip)
+        config.vision_config.update(CLIPConfig().vision_config.to_dict())
+        config.text_config.update({"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048})
+        config.projection_dim = config.vision_config.projection_dim = config.text_config.projection_dim = 512
+        CLIPModel(config).save_pretrained(clip)
+        processor = json.loads((clip / "preprocessor_config.json").read_text()) if (clip / "preprocessor_config.json").exists() else None
+        if processor is not None:
+            processor |= {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+            (clip / "preprocessor_config.json").write_text(json.dumps(processor))
+        print("| engine | stage | rows | rows/s | model calls, s | whole stage, s | overhead |\n|---|---|---|---|---|---|---|")
+        for engine in engines:
+            calls = {name: root / f"{engine}-{name}.txt" for name in ("category", "instructions", "edits", "scores")}
+            judge = ServerJudge("m", url, max_concurrency=16, max_new_tokens=384)
+            stages = [
+                ImageCheck(min_side=64),
+                Duplicates(0),
+                TimedClip(calls["category"], str(clip)),
+                Plan(task_weights={"color": 1}),
+                WriteInstructions(Timed(judge, calls["instructions"])),
+                MakeEdits(SlowEditor(calls["edits"], latency)),
+                ScoreEdits(HPScorerReward(Timed(judge, calls["scores"]))),
+            ]
+            folder = WorkFolder(root / engine, Sources([{"folder": str(root / "pictures"), "license": "cc0-1.0"}]))
+            for stage in stages:
+                rows = len(folder.live)
+                stage.load()  # once, outside of what is measured
+                start = time.perf_counter()
+                run_stage(folder, stage, Accelerator(), engine)
+                seconds = time.perf_counter() - start
+                if stage.name in calls:
+                    model = sum(map(float, calls[stage.name].read_text().split()))
+                    bare = f"{model:.2f} | {seconds:.2f} | {seconds / model - 1:.1%}"
+                else:
+                    bare = f"– | {seconds:.2f} | –"
+                print(f"| {engine} | {stage.name} | {rows} | {rows / seconds:.1f} | {bare} |", flush=True)
+
+
+def memory(count: int, folder: Path) -> None:
+    if not (folder / "pictures").exists():
+        pictures(folder / "pictures.part", count, 64)
+        (folder / "pictures.part").rename(folder / "pictures")
+    config = BuildConfig(
+        sources=[{"folder": str(folder / "pictures"), "license": "cc0-1.0"}],
+        output_dir=str(folder / "build"),
+        min_side=32,
+        clip_model=tiny_clip(str(folder / "clip")),
+        task_weights={"color": 1},
+        benchmark_counts={},
+        max_repeats=count,
+        duplicate_distance=0,
+    )
+
+    def edit(images: list, prompts: list) -> list[Image.Image]:
+        return images
+
+    start = time.perf_counter()
+    build_dataset(config, writer=Instant(), editor=edit, scorer=HPScorerReward(Instant()))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    print(f"| pictures | time | peak of resident memory |\n|---|---|---|\n| {count} | {seconds:.0f} s | {peak:.2f} GiB |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--latency", type=float, default=0.5, help="seconds of a server's answer and of an edit")
+    parser.add_argument("--engines", nargs="+", default=["local", "ray"])
+    parser.add_argument("--memory", type=int, help="measure memory instead, with this number of pictures")
+    args = parser.parse_args()
+    if args.memory is None:
+        overhead(args.rows, args.latency, args.engines)
+    else:
+        with tempfile.TemporaryDirectory() as home:
+            memory(args.memory, Path(home))
