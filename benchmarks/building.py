@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import tempfile
 import threading
 import time
@@ -34,12 +33,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from hp_edit_trl import HPScorerReward
 from hp_edit_trl.data import BuildConfig, ClipCategories, build_dataset
 from hp_edit_trl.data.edits import MakeEdits, ScoreEdits
-from hp_edit_trl.data.engine import Batch, WorkFolder, run_stage
+from hp_edit_trl.data.engine import WorkFolder, run_stage
 from hp_edit_trl.data.instructions import Plan, WriteInstructions
 from hp_edit_trl.data.sources import Duplicates, ImageCheck, Sources
 from hp_edit_trl.miniature.tiny import tiny_clip
@@ -112,17 +111,26 @@ def note(file: Path, seconds: float) -> None:
 
 
 class TimedClip(ClipCategories):
-    """Writes down how long the processor and the model took."""
+    """Writes down how long its processor and its model took with the pictures."""
 
     def __init__(self, file: Path, model: str):
         super().__init__(model)
         self.file = file
 
-    def embed(self, images: list[Image.Image]) -> torch.Tensor:
-        start = time.perf_counter()
-        embedded = super().embed(images)
-        note(self.file, time.perf_counter() - start)
-        return embedded
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            note(self.file, time.perf_counter() - start)
+            return result
+
+        return timed_call
+
+    def load(self) -> None:
+        super().load()
+        self.file.unlink(missing_ok=True)
+        self.__dict__["processor"] = self.timed(self.processor)
+        self.model.get_image_features = self.timed(self.model.get_image_features)
 
 
 class SlowEditor:
@@ -155,7 +163,10 @@ class Instant:
             elif "grade" in text:
                 answers.append(Judgement(float(len(answers) % 6), str(len(answers) % 6)))
             else:
-                values = {**INSTRUCTION, "instruction": f"Make the cup dark green, as number {hash(text) % 10**6} has it"}
+                values = {
+                    **INSTRUCTION,
+                    "instruction": f"Make the cup dark green, as number {hash(text) % 10**6} has it",
+                }
                 answers.append(Judgement(None, json.dumps(values)))
         return answers
 
@@ -168,25 +179,23 @@ def overhead(count: int, latency: float, engines: list[str]) -> None:
         server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        clip = Path(tiny_clip(str(root / "clip")))
+        clip = tiny_clip(str(root / "clip"))
+        tokenizer = CLIPProcessor.from_pretrained(clip).tokenizer
+        config = CLIPConfig()  # ViT-B/32
+        config.text_config.vocab_size = len(tokenizer)
         torch.manual_seed(0)
-        config = CLIPConfig.from_pretrained(clip)
-        config.vision_config.update(CLIPConfig().vision_config.to_dict())
-        config.text_config.update({"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048})
-        config.projection_dim = config.vision_config.projection_dim = config.text_config.projection_dim = 512
         CLIPModel(config).save_pretrained(clip)
-        processor = json.loads((clip / "preprocessor_config.json").read_text()) if (clip / "preprocessor_config.json").exists() else None
-        if processor is not None:
-            processor |= {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
-            (clip / "preprocessor_config.json").write_text(json.dumps(processor))
-        print("| engine | stage | rows | rows/s | model calls, s | whole stage, s | overhead |\n|---|---|---|---|---|---|---|")
+        CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(clip)
+        print(
+            "| engine | stage | rows | rows/s | model calls, s | whole stage, s | overhead |\n|---|---|---|---|---|---|---|"
+        )
         for engine in engines:
             calls = {name: root / f"{engine}-{name}.txt" for name in ("category", "instructions", "edits", "scores")}
             judge = ServerJudge("m", url, max_concurrency=16, max_new_tokens=384)
             stages = [
                 ImageCheck(min_side=64),
                 Duplicates(0),
-                TimedClip(calls["category"], str(clip)),
+                TimedClip(calls["category"], clip),
                 Plan(task_weights={"color": 1}),
                 WriteInstructions(Timed(judge, calls["instructions"])),
                 MakeEdits(SlowEditor(calls["edits"], latency)),
@@ -195,7 +204,9 @@ def overhead(count: int, latency: float, engines: list[str]) -> None:
             folder = WorkFolder(root / engine, Sources([{"folder": str(root / "pictures"), "license": "cc0-1.0"}]))
             for stage in stages:
                 rows = len(folder.live)
-                stage.load()  # once, outside of what is measured
+                if engine == "local":
+                    stage.load()  # outside of what is measured; with Ray it is done by the workers, and counts
+                    stage.load = lambda: None
                 start = time.perf_counter()
                 run_stage(folder, stage, Accelerator(), engine)
                 seconds = time.perf_counter() - start
@@ -229,7 +240,9 @@ def memory(count: int, folder: Path) -> None:
     build_dataset(config, writer=Instant(), editor=edit, scorer=HPScorerReward(Instant()))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(f"| pictures | time | peak of resident memory |\n|---|---|---|\n| {count} | {seconds:.0f} s | {peak:.2f} GiB |")
+    print(
+        f"| pictures | time | peak of resident memory |\n|---|---|---|\n| {count} | {seconds:.0f} s | {peak:.2f} GiB |"
+    )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from .export import export_dataset, push_dataset
 from .instructions import TASK_WEIGHTS, Plan, WriteInstructions, load_instruction_templates
 from .schema import CASE_FEATURES, EDIT_FEATURES, SCHEMA_VERSION, SCORE_FEATURES
 from .sources import Duplicates, ImageCheck, Sources
-from .styles import STYLES, Style
 from .splits import BENCHMARK_COUNTS, Filter, Split
+from .styles import STYLES, Style
 
 
 logger = logging.getLogger(__name__)

@@ -223,7 +223,9 @@ class _Rows:
                 dataset = load_dataset(kind, data_files=where, split="train")
         except Exception as error:  # datasets raises errors of many kinds, the cause of some of them is in `__cause__`
             cause = f": {error.__cause__}" if error.__cause__ else ""
-            raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}{cause}") from error
+            raise ValueError(
+                f"{name} cannot be loaded: {type(error).__name__}: {error}{cause}. Check its path or name, and its options."
+            ) from error
         # Taken now, as it is that of the data alone
         self.digest = {"rows": len(dataset), "fingerprint": dataset._fingerprint}
 
@@ -530,7 +532,7 @@ def find_near_duplicates(hashes: Sequence[int], max_distance: int) -> list[int |
         `list[int | None]`: for each hash the number of the first kept one that is close to it, or `None` if it is kept itself.
     """
     values = np.array([int(value) for value in hashes], dtype=np.uint64)
-    parts = min(max_distance + 1, 64)
+    parts = max_distance + 1
     edges = [64 * part // parts for part in range(parts + 1)]
     # For each part, the hashes that agree in it have a run of places, which fills up with the kept ones.
     buckets = []

@@ -541,12 +541,23 @@ class ServerJudge:
         self.max_pixels = max_pixels
         self.min_digit_mass = min_digit_mass
         self._errors = (openai.APIError,)
-        self._client = openai.OpenAI(
-            base_url=base_url,
-            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=timeout,
-            max_retries=max_retries,
-        )
+        self._access = {
+            "base_url": base_url,
+            "api_key": api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            "timeout": timeout,
+            "max_retries": max_retries,
+        }
+        self._client  # noqa: B018  # an address that is none shows now
+
+    @cached_property
+    def _client(self):
+        import openai
+
+        return openai.OpenAI(**self._access)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Connections cannot be sent to another process.
+        return {name: value for name, value in self.__dict__.items() if name != "_client"}
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -151,6 +151,7 @@ def test_what_the_writer_is_told():
         json.dumps(GOOD["bokeh", "en"] | {"why": [1, {"a": None}]}, indent=4), good(subject="THE Brown dog."),
         good(instruction="  Strongly  blur\u00a0all but\tthe brown dog. "), good(subject="the  brown\ndog"),
         f"{{I think}} the answer is {good()}",
+        good(subject="the  brown dog").replace("  ", "\n"),
     ],
 )  # fmt: skip
 def test_answers_that_are_taken(answer):
@@ -259,6 +260,7 @@ def test_every_style_can_be_named(style):
     [
         (YES, None), (f"```json\n{YES}\n```", None), (f"<think>Is it {{}}?</think>{YES}", None), ('{"feasible": true}', None),
         ('{"feasible": false, "reason": "There is no\\n dog."}', "infeasible: There is no dog."),
+        ('{"feasible": false, "reason": "No\n\tdog."}', "infeasible: No dog."),
         ('{"feasible": false}', "infeasible: no reason given"), ('{"feasible": false, "reason": 4}', "infeasible: no reason given"),
         ('{"feasible": false, "reason": "half \\ud83d"}', "infeasible: half"),
         ('{"feasible": "yes"}', 'feasibility unknown: {"feasible": "yes"}'), ('{"feasible": 1}', "feasibility unknown"), ("true", "feasibility unknown"),

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import pickle
 import os
 import socket
 import subprocess
@@ -486,3 +487,11 @@ def test_transformers_serve(judge_folder, tmp_path):
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_a_judge_on_a_server_can_be_sent_to_another_process(serve):
+    server = serve(lambda body, n: (200, completion("3")))
+    judge = ServerJudge("m", server.url, timeout=5, max_concurrency=2)
+    assert judge([conversation()])[0].score == 3  # with a connection open
+    sent = pickle.loads(pickle.dumps(judge))
+    assert sent([conversation()])[0].score == 3 and sent.identity == judge.identity and len(server.requests) == 2

@@ -1,0 +1,274 @@
+"""What a row of a data set holds, and loading with a check of every row."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetNotFoundError
+
+from ..cases import is_text
+
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+
+TEXT = Value("string")
+
+# Of every case
+CASE_FEATURES = Features(
+    {
+        "schema_version": Value("int32"),
+        "id": TEXT,
+        "image": ImageFeature(),
+        "prompt": TEXT,
+        "task": TEXT,
+        "category": TEXT,
+        "requirement": TEXT,
+        "language": TEXT,
+        "source": TEXT,
+        "license": TEXT,
+        "image_id": TEXT,
+        "image_hash": TEXT,
+        "width": Value("int32"),
+        "height": Value("int32"),
+        "writer": TEXT,
+        "writer_prompt": TEXT,
+    }
+)
+# Of a case with an edit
+EDIT_FEATURES = Features(
+    {"edited": ImageFeature(), "editor": TEXT, "editor_revision": TEXT, "edit_seed": Value("int64")}
+)
+# Of an edit with a score
+SCORE_FEATURES = Features(
+    {
+        "score": Value("float32"),
+        "answer": TEXT,
+        "judge": TEXT,
+        "scorer_prompt": TEXT,
+        "prompt_sha": TEXT,
+        "score_mode": TEXT,
+    }
+)
+REQUIRED = ("id", "image", "prompt", "task")
+
+
+def load_realpref(
+    repo_or_folder: str,
+    split: str = "train",
+    revision: str | None = None,
+    *,
+    streaming: bool = False,
+    token: str | None = None,
+) -> Dataset | IterableDataset:
+    """
+    Loads a data set of cases, checks every row against the schema, and casts its columns. No image is decoded.
+
+    The schema is `CASE_FEATURES`, with `EDIT_FEATURES` if there is a column `edited`, and `SCORE_FEATURES` if there is a column
+    `score`. Columns beyond it are kept. A data set without `schema_version`, from before there was a schema, gets the columns that
+    it lacks, without values.
+
+    Args:
+        repo_or_folder (`str`):
+            Hub repository, a folder that [`~datasets.load_dataset`] reads, or one that [`~datasets.Dataset.save_to_disk`] wrote.
+        split (`str`, *optional*, defaults to `"train"`):
+            Which split.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the Hub repository.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Download nothing beforehand. Each row is checked as it passes.
+        token (`str`, *optional*):
+            Token for a private repository. Defaults to the one that is logged in.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`].
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder, repository or revision, or it is private.
+        `ValueError`: If there is no such split, or a row, a column or the version does not fit; it names row and column.
+    """
+    dataset = _load(repo_or_folder, split, revision, streaming, token)
+    if isinstance(dataset, Dataset):
+        dataset = _cast(dataset, repo_or_folder)
+        check_realpref(dataset, repo_or_folder)
+        return dataset
+    return _checked_stream(dataset, repo_or_folder)
+
+
+def _load(
+    path: str, split: str, revision: str | None, streaming: bool, token: str | None
+) -> Dataset | IterableDataset:
+    if any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
+        dataset = load_from_disk(path)
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"{path} has no split {split!r}; its splits are {list(dataset)}.")
+            dataset = dataset[split]
+        elif split not in ("train", str(dataset.split)):
+            raise ValueError(f"{path} holds one dataset without splits, so there is no split {split!r}: leave it out.")
+        return dataset.to_iterable_dataset() if streaming else dataset
+    try:
+        dataset = load_dataset(path, split=split, revision=revision, streaming=streaming, token=token)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no dataset {path!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on the Hub, or it "
+            f"is private and needs a token: {error}"
+        ) from error
+    if dataset.features is None:  # a stream of files that do not tell
+        dataset = dataset._resolve_features()
+    return dataset
+
+
+def _expected(columns: list[str]) -> Features:
+    """The schema of a dataset with these columns."""
+    features = dict(CASE_FEATURES)
+    features |= EDIT_FEATURES if "edited" in columns else {}
+    features |= SCORE_FEATURES if "score" in columns else {}
+    return Features(features)
+
+
+def _check_features(features: Features, name: str) -> list[str]:
+    """The columns that are missing and may be. Raises `ValueError` if one that must be there is, or one cannot be cast."""
+    if missing := [column for column in REQUIRED if column not in features]:
+        raise ValueError(
+            f"{name} has no column {', '.join(map(repr, missing))}; its columns are {list(features)}. A case has at least "
+            f"{list(REQUIRED)}: rename or add what it lacks."
+        )
+    expected = _expected(list(features))
+    for column, wanted in expected.items():
+        found = features.get(column)
+        if found is None or found == wanted:
+            continue
+        if isinstance(wanted, ImageFeature):
+            fits = (
+                isinstance(found, ImageFeature)
+                or is_text(found)
+                or isinstance(found, dict)
+                and {"bytes", "path"} <= found.keys()
+            )
+        elif wanted == TEXT:
+            fits = is_text(found) or found == Value("null")
+        else:
+            kinds = ("int", "uint", "null") if wanted.dtype.startswith("int") else ("int", "uint", "float", "null")
+            fits = isinstance(found, Value) and found.dtype.startswith(kinds)
+        if not fits:
+            what = "images or their paths" if isinstance(wanted, ImageFeature) else wanted.dtype
+            raise ValueError(f"The column {column!r} of {name} must hold {what}, but is {found}.")
+    return [column for column in expected if column not in features]
+
+
+def _cast(dataset: Dataset, name: str) -> Dataset:
+    missing = _check_features(dataset.features, name)
+    if "schema_version" in missing:
+        logger.warning(
+            "%s has no column 'schema_version', so it is from before there was a schema: it gets the columns %s, without values.",
+            name,
+            missing,
+        )
+    expected = _expected(dataset.column_names)
+    for column in missing:
+        value = SCHEMA_VERSION if column == "schema_version" else None
+        array = pa.array([value] * len(dataset), expected[column]() if column != "image" else None)
+        dataset = dataset.add_column(column, array, feature=expected[column])
+    return dataset.cast(Features({**dataset.features, **expected}))
+
+
+def check_realpref(dataset: Dataset, name: str) -> None:
+    """
+    Raises an error that names the first row and column of a data set that do not fit the schema. No image is read.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The data set.
+        name (`str`):
+            What the error calls it.
+
+    Raises:
+        `ValueError`: If a row, a column or the version does not fit.
+    """
+    if missing := _check_features(dataset.features, name):
+        raise ValueError(f"{name} has no columns {missing}: load it with load_realpref, which adds them.")
+    images = [column for column in ("image", "edited") if column in dataset.features]
+    light = [column for column in ("schema_version", "id", "prompt", "task", "editor", "score", "width", "height") if column in dataset.features]  # fmt: skip
+    seen: dict[tuple, int] = {}
+    rows = dataset.select_columns([*light, *images]).with_format("arrow")
+    for start in range(0, len(rows), 1000):
+        table = rows[start : start + 1000]
+        columns = {column: table[column].to_pylist() for column in light}
+        columns |= {column: _are_there(table[column]).to_pylist() for column in images}
+        for i in range(len(table)):
+            _check_row({column: values[i] for column, values in columns.items()}, start + i, name, seen)
+
+
+def _are_there(images: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which images have bytes or a path."""
+    if not pa.types.is_struct(images.type):
+        return images.is_valid()
+    parts = [pc.struct_field(images, part).is_valid() for part in ("bytes", "path")]
+    return pc.and_(images.is_valid(), pc.or_(*parts))
+
+
+def _check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int]) -> None:
+    """Raises `ValueError` if a row does not fit; images only count as there or not. `seen` gathers the names of the rows."""
+
+    def fail(column: str, problem: str) -> None:
+        raise ValueError(f"Row {number} of {name}, column {column!r}: {problem}")
+
+    version = row["schema_version"]
+    if version != SCHEMA_VERSION:
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            fail(
+                "schema_version",
+                f"{version} was written by a newer hp-edit-trl, this one knows {SCHEMA_VERSION}: upgrade it.",
+            )
+        fail("schema_version", f"{version!r} is no version; this hp-edit-trl writes {SCHEMA_VERSION}.")
+    for column in ("id", "prompt", "task"):
+        if not row[column]:
+            fail(column, "is empty.")
+    for column in ("image", "edited"):
+        if column in row and not row[column]:
+            fail(column, "has no image.")
+    for column in ("width", "height"):
+        if row.get(column) is not None and row[column] < 1:
+            fail(column, f"{row[column]} is no number of pixels.")
+    score = row.get("score")
+    if score is not None and not 0 <= score <= 5:
+        fail("score", f"{score:g} is not between 0 and 5.")
+    key = (row["id"], row.get("editor"))
+    if key in seen:
+        fail("id", f"{row['id']!r} is that of row {seen[key]} as well{' and by the same editor' if key[1] else ''}.")
+    seen[key] = number
+
+
+def _checked_stream(dataset: IterableDataset, name: str) -> IterableDataset:
+    missing = _check_features(dataset.features, name)
+    if "schema_version" in missing:
+        logger.warning("%s has no column 'schema_version': it gets the columns %s, without values.", name, missing)
+    expected = _expected(list(dataset.features))
+    features = Features({**dataset.features, **expected})
+    undecoded = dataset
+    for column in ("image", "edited"):
+        if isinstance(dataset.features.get(column), ImageFeature):
+            undecoded = undecoded.cast_column(column, ImageFeature(decode=False))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        seen: dict[tuple, int] = {}
+        for number, row in enumerate(undecoded):
+            row = {**dict.fromkeys(missing), **row}
+            if "schema_version" in missing:
+                row["schema_version"] = SCHEMA_VERSION
+            images = {column: _is_there(row[column]) for column in ("image", "edited") if column in row}
+            _check_row({**row, **images}, number, name, seen)
+            yield row
+
+    return IterableDataset.from_generator(rows, features=features)
+
+
+def _is_there(value: Any) -> bool:
+    return any(value.values()) if isinstance(value, dict) else bool(value)
