@@ -54,7 +54,9 @@ def main(output_dir: Path, num_scenes: int, engine: str) -> None:
     )
 
     dataset = load_realpref(str(folder), split="train")
-    print(f"{len(dataset)} hard cases in {folder}; the mean of their scores is {sum(dataset['score']) / len(dataset):.2f}.")
+    print(
+        f"{len(dataset)} hard cases in {folder}; the mean of their scores is {sum(dataset['score']) / len(dataset):.2f}."
+    )
     args = FlowGRPOEditConfig(
         str(output_dir / "lora"),
         resolution=32,

@@ -70,6 +70,8 @@ class FakeHub:
     env: dict[str, str]
     repos: dict[str, list[HubCommit]] = field(default_factory=dict, repr=False)
     large_files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    private: set[str] = field(default_factory=set)
+    requests: list[str] = field(default_factory=list, repr=False)
 
     def commits(self, repo_id: str, repo_type: str = "model") -> list[HubCommit]:
         """Commits of a repository, oldest first."""
@@ -108,6 +110,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         address = urlsplit(self.path)
         self.query = parse_qs(address.query)
+        self.hub.requests.append(f"{self.command} {address.path}")
         self.body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         matches = [(re.fullmatch(route, f"{self.command} {address.path}"), name) for route, name in ROUTES.items()]
         match, name = next((pair for pair in matches if pair[0]), (None, ""))
@@ -115,11 +118,14 @@ class Handler(BaseHTTPRequestHandler):
             if match is None:
                 raise HubError(404, "NoSuchRoute")
             # An upload to the large file storage goes to a signed address, without a token.
-            if self.command == "POST" and self.headers["Authorization"] != f"Bearer {self.hub.env['HF_TOKEN']}":
+            if self.command == "POST" and not self.has_token:
                 raise HubError(401, "Unauthorized")
             groups = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
             if "repo" in groups:
                 groups["repo"] = f"{groups.pop('kind', 'models')}/{groups['repo']}"
+                # Without a token a private repository looks as if it were not there.
+                if groups["repo"] in self.hub.private and not self.has_token:
+                    raise HubError(401, "RepoNotFound")
             with self.lock:
                 answer = getattr(self, name)(**groups)
             if name != "resolve":
@@ -128,6 +134,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send(error.args[0], b"", {"X-Error-Code": error.args[1]})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    @property
+    def has_token(self) -> bool:
+        return self.headers["Authorization"] == f"Bearer {self.hub.env['HF_TOKEN']}"
 
     def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -145,6 +155,8 @@ class Handler(BaseHTTPRequestHandler):
         repo = f"{asked.get('type', 'model')}s/{asked.get('organization') or USER}/{asked['name']}"
         if repo not in self.hub.repos:
             self.hub.add_commit(repo, "initial commit", {})
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.hub.private.add(repo)
         return {"url": f"{self.hub.url}/{repo.removeprefix('models/')}"}
 
     def validate_yaml(self) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """Building a data set of hard cases (stage 2 of HP-Edit) from images, stage by stage."""
 
 import gc
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -412,9 +411,5 @@ def _export(folder: WorkFolder, config: BuildConfig, dataset: Path) -> None:
         dataset,
         rejected={stage: dict(sorted(reasons.items())) for stage, reasons in counts.items() if reasons},
     )
-    described = {
-        name: value for name, value in asdict(config).items() if name not in ("output_dir", "push_to_hub", "private")
-    }
-    replace(dataset / "build.json", lambda part: part.write_text(json.dumps(described, indent=1) + "\n"))
     if config.push_to_hub is not None:
         logger.info("%s", push_dataset(dataset, config.push_to_hub, private=config.private))

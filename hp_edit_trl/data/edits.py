@@ -100,9 +100,8 @@ class MakeEdits:
                 logger.warning("No edit of case %s: %s: %s", ids[0], type(error).__name__, error)
                 return [None], [f"editor failed: {type(error).__name__}: {error}"]
             # Which of them it was is seen one by one.
-            alone = [
-                self._edit(*([value] for value in case)) for case in zip(images, prompts, ids, seeds, strict=True)
-            ]
+            cases = zip(images, prompts, ids, seeds, strict=True)
+            alone = [self._edit([image], [prompt], [case_id], [seed]) for image, prompt, case_id, seed in cases]
             if all(edits == [None] for edits, _ in alone):
                 raise ValueError(
                     f"The editor failed with every case of a batch, {ids[0]!r} to {ids[-1]!r}: {type(error).__name__}: {error}"

@@ -56,11 +56,14 @@ class Stage(Protocol):
             Whatever decides what it returns. Results of different settings do not mix.
     """
 
-    name: str
-    inputs: tuple[str, ...]
-    features: Features
-    batch_size: int | None
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+    @property
+    def features(self) -> Features: ...
+    @property
+    def batch_size(self) -> int | None: ...
     @property
     def settings(self) -> dict[str, Any]: ...
 
@@ -442,7 +445,7 @@ def _on_ray(
     except ImportError as error:
         raise ImportError("engine='ray' needs Ray Data: pip install hp-edit-trl[ray]") from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level="warning")
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
 

@@ -293,9 +293,9 @@ def draw_scores(contents: Contents, path: Path) -> None:
     """Histograms of the scores of each task: before the filter (`train` and `filtered`), and after it (`train`)."""
     tasks = [task for task in contents.tasks if any(key[1] == task and key[0] != "test" for key in contents.scores)]
     tasks = tasks or contents.tasks
-    columns = min(4, len(tasks) + 1)
+    columns = min(3, len(tasks) + 1)
     rows = -(-(len(tasks) + 1) // columns)
-    figure = Figure(figsize=(3 * columns, 2.4 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 2.2 * rows + 0.5), layout="constrained")
     grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     edges = np.arange(-0.25, 5.5, 0.5)
     for axes, task in zip(grid, ["all tasks", *tasks], strict=False):

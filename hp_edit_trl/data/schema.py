@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
-from datasets.exceptions import DatasetNotFoundError
 
 from ..cases import is_text
 
@@ -115,7 +114,7 @@ def _load(
         return dataset.to_iterable_dataset() if streaming else dataset
     try:
         dataset = load_dataset(path, split=split, revision=revision, streaming=streaming, token=token)
-    except DatasetNotFoundError as error:
+    except FileNotFoundError as error:  # those of datasets among them
         raise FileNotFoundError(
             f"There is no dataset {path!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on the Hub, or it "
             f"is private and needs a token: {error}"

@@ -193,7 +193,7 @@ class _Folder:
         contents, problems = [], []
         for file, size in zip(self.files[start:stop], self.sizes[start:stop], strict=True):
             content, problem = _read_file(self.root / file)
-            if content is None and size >= 0 and not os.path.lexists(self.root / file):
+            if content is None and size >= 0 and not os.path.exists(self.root / file):
                 raise FileNotFoundError(
                     f"{self.root / file} was there when the build started and is gone: is the disk still mounted? Run again to "
                     "go on."

@@ -216,7 +216,8 @@ class SceneJudge:
 
     def _judge(self, text: str, content: list[dict[str, Any]]) -> Judgement:
         source, edit = (part["image"] for part in content if part["type"] == "image")
-        prompt = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)[1]
+        instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
+        prompt = instruction[1] if instruction else ""
         tasks = [(task, None) for task in TASKS if task != "style"] + [("style", style) for style in STYLES]
         known = [written for task in tasks if (written := self.writer.target(source, *task)) and written[0] == prompt]
         if known:

@@ -541,7 +541,7 @@ class ServerJudge:
         self.max_pixels = max_pixels
         self.min_digit_mass = min_digit_mass
         self._errors = (openai.APIError,)
-        self._access = {
+        self._access: dict[str, Any] = {
             "base_url": base_url,
             "api_key": api_key or os.environ.get("OPENAI_API_KEY") or "none",
             "timeout": timeout,

@@ -291,6 +291,9 @@ def test_transparent_colours():
         for value in (next(value for value in range(256) if value not in grey), int(grey[0, 0]))
     )
     assert (pixels(kept)[..., 0] == grey).all() and rejected["reason"].startswith("transparent: ")
+    (kept,) = check(encoded(PHOTO, "PNG", transparency=(1, 2, 3)))  # a colour that no pixel has
+    assert (pixels(kept) == np.asarray(PHOTO)).all()
+    assert "transparency" not in Image.open(io.BytesIO(kept["image"]["bytes"])).info
     deep = np.random.default_rng(0).integers(0, 60000, (16, 16, 3))
     for values in (deep, deep[..., 0]):
         key = np.atleast_1d(values[0, 0])
@@ -336,17 +339,17 @@ def test_large_images_are_rejected_by_their_header():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_large_images_are_scaled_down_to_an_area(format):
-    large = photo(300, 200)
+    large = photo(300, 180)
     exif = Image.Exif()
     exif[0x010F] = "a camera"
     options = {"comment": b"a comment"} if format == "JPEG" else {}
     content = encoded(large, format, exif=exif, **options, **({"lossless": True} if format == "WEBP" else {}))
     small = encoded(photo(64, 64), format)
     row, kept = check(content, small, resolution=64)
-    scale = 64 / (300 * 200) ** 0.5
-    assert (row["width"], row["height"]) == (int(300 * scale), int(200 * scale)) == (78, 52)
+    scale = 64 / (300 * 180) ** 0.5
+    assert (row["width"], row["height"]) == (int(300 * scale), int(180 * scale)) == (82, 49)
     stored = Image.open(io.BytesIO(row["image"]["bytes"]))
-    decoded = Image.open(io.BytesIO(content)).resize((78, 52), Image.Resampling.LANCZOS)
+    decoded = Image.open(io.BytesIO(content)).resize((82, 49), Image.Resampling.LANCZOS)
     difference = np.abs(pixels(row) - np.asarray(decoded))
     if format == "JPEG":
         assert stored.format == "JPEG" and difference.mean() < 2
@@ -397,6 +400,7 @@ def test_broken_files_are_rejected_whatever_is_wrong_with_them():
     contents = {f"half a {format}": content[: len(content) // 2] for format, content in whole.items()}
     contents |= {f"the head of a {format}": content[:20] for format, content in whole.items()}
     contents |= {"empty": b"", "text": b"This is not a picture.", "zeros": bytes(1000)}
+    contents["an icon, which Pillow could read"] = encoded(photo(64, 64), "ICO")
     contents["postscript"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n"
     damaged = bytearray(whole["PNG"])
     damaged[len(damaged) // 2] ^= 0xFF
@@ -518,10 +522,13 @@ def test_a_source_that_changes_is_another_one(folder, tmp_path):
 
 
 def test_a_disk_that_is_gone_is_no_reason_to_reject(folder):
+    (folder / "0.png").symlink_to(folder / "b" / "2.png")
     sources = Sources([{"folder": str(folder)}])
     (folder / "a.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="a.jpg was there .* and is gone: .* Run again"):
-        sources.read(0, 1)
+    (folder / "b" / "2.png").unlink()
+    for number, name in ((1, "a.jpg"), (0, "0.png")):
+        with pytest.raises(FileNotFoundError, match=f"{name} was there .* and is gone: .* Run again"):
+            sources.read(number, number + 1)
 
 
 # Datasets

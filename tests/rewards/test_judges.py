@@ -1,8 +1,8 @@
 import base64
 import io
 import json
-import pickle
 import os
+import pickle
 import socket
 import subprocess
 import sys
