@@ -114,17 +114,6 @@ def test_two_processes_make_the_same_bytes(tmp_path, whole):
     assert len(Path(f"{folder}.calls").read_text().split()) == 26
 
 
-@pytest.mark.slow
-def test_ray_makes_the_same_bytes(tmp_path, whole):
-    pytest.importorskip("ray")
-    folder = tmp_path / "build"
-    (folder / "slow").parent.mkdir()
-    process = start(folder, "ray", 0)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert contents(folder) == whole[1]
-
-
 def test_two_builders_in_one_folder_are_refused(tmp_path):
     folder = tmp_path / "build"
     with WorkFolder.locked(folder):
