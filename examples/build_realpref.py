@@ -29,9 +29,10 @@ from hp_edit_trl.rewards import TASKS
 
 def main(output_dir: Path, num_scenes: int, engine: str) -> None:
     torch.set_num_threads(1)
-    pictures = output_dir / "pictures"
-    if not pictures.exists():
-        miniature.save_pictures(pictures, num_scenes)
+    pictures, clip = output_dir / "pictures", output_dir / "clip"
+    miniature.save_pictures(pictures, num_scenes)
+    if not clip.exists():
+        tiny_clip(str(clip))
     config = BuildConfig(
         sources=[
             {"folder": str(pictures / "scenes"), "license": "cc0-1.0"},
@@ -40,7 +41,7 @@ def main(output_dir: Path, num_scenes: int, engine: str) -> None:
         output_dir=str(output_dir / "build"),
         min_side=32,
         resolution=128,
-        clip_model=tiny_clip(str(output_dir / "clip")),
+        clip_model=str(clip),
         task_weights=dict.fromkeys(TASKS, 1),
         benchmark_counts=dict.fromkeys(TASKS, max(1, num_scenes // 40)),
     )
