@@ -124,6 +124,38 @@ def check_edits(dataset: Dataset, name: str) -> None:
     _check_unique(dataset, name, ["id"] + ["editor"] * ("editor" in dataset.features))
 
 
+def load_split(path: str, split: str = "train", **options: Any) -> Any:
+    """
+    Loads one split of whatever holds a dataset.
+
+    Args:
+        path (`str`):
+            A folder that [`~datasets.Dataset.save_to_disk`] wrote, any other local folder that [`~datasets.load_dataset`] reads, or
+            a Hub repository.
+        split (`str`, *optional*, defaults to `"train"`):
+            Which split.
+        **options:
+            Of [`~datasets.load_dataset`].
+
+    Returns:
+        [`~datasets.Dataset`], or [`~datasets.IterableDataset`] with `streaming=True`.
+
+    Raises:
+        `FileNotFoundError`: If there is nothing at `path`.
+        `ValueError`: If there is no such split.
+    """
+    if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return load_dataset(path, split=split, **options)
+    dataset = load_from_disk(path)
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"{path} has no split {split!r}; its splits are {list(dataset)}.")
+        dataset = dataset[split]
+    elif split not in ("train", str(dataset.split)):
+        raise ValueError(f"{path} holds one dataset without splits, so there is no split {split!r}: leave it out.")
+    return dataset.to_iterable_dataset() if options.get("streaming") else dataset
+
+
 def load_edits(path: str, split: str = "train", revision: str | None = None) -> Dataset:
     """
     Loads a dataset of edits: a folder that [`~datasets.Dataset.save_to_disk`] wrote, any local folder that
@@ -144,16 +176,7 @@ def load_edits(path: str, split: str = "train", revision: str | None = None) -> 
         `FileNotFoundError`: If there is nothing at `path`.
         `ValueError`: If there is no such split, or it is not a dataset of edits, see [`check_edits`].
     """
-    if any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
-        dataset = load_from_disk(path)
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise ValueError(f"{path} has no split {split!r}; its splits are {list(dataset)}.")
-            dataset = dataset[split]
-        elif split not in ("train", str(dataset.split)):
-            raise ValueError(f"{path} holds one dataset without splits, so there is no split {split!r}: leave it out.")
-    else:
-        dataset = load_dataset(path, split=split, revision=revision)
+    dataset = load_split(path, split, revision=revision)
     check_edits(dataset, path)
     return without_decoding(dataset)
 

@@ -2,15 +2,14 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
 
-from ..cases import is_text
+from ..cases import is_text, load_split
 
 
 logger = logging.getLogger(__name__)
@@ -103,17 +102,8 @@ def load_realpref(
 def _load(
     path: str, split: str, revision: str | None, streaming: bool, token: str | None
 ) -> Dataset | IterableDataset:
-    if any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
-        dataset = load_from_disk(path)
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise ValueError(f"{path} has no split {split!r}; its splits are {list(dataset)}.")
-            dataset = dataset[split]
-        elif split not in ("train", str(dataset.split)):
-            raise ValueError(f"{path} holds one dataset without splits, so there is no split {split!r}: leave it out.")
-        return dataset.to_iterable_dataset() if streaming else dataset
     try:
-        dataset = load_dataset(path, split=split, revision=revision, streaming=streaming, token=token)
+        dataset = load_split(path, split, revision=revision, streaming=streaming, token=token)
     except FileNotFoundError as error:  # those of datasets among them
         raise FileNotFoundError(
             f"There is no dataset {path!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on the Hub, or it "

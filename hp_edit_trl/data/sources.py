@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from ..cases import is_text, read_image
+from ..cases import is_text, load_split, read_image
 from .engine import Batch
 
 
@@ -218,7 +218,8 @@ class _Rows:
         where = options[kind]
         try:
             if kind == "dataset":
-                dataset = _load(where, options)
+                names = ("name", "split", "revision")
+                dataset = load_split(where, **{name: options[name] for name in names if name in options})
             else:
                 dataset = load_dataset(kind, data_files=where, split="train")
         except Exception as error:  # datasets raises errors of many kinds, the cause of some of them is in `__cause__`
@@ -279,20 +280,6 @@ class _Rows:
             "license": [license or None for license in licenses],
             "file": [str(number) for number in range(start, stop)],
         }
-
-
-def _load(path: str, options: dict[str, Any]) -> Dataset:
-    split = options.get("split", "train")
-    if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return load_dataset(path, options.get("name"), split=split, revision=options.get("revision"))
-    dataset = load_from_disk(path)
-    if isinstance(dataset, DatasetDict):
-        if split not in dataset:
-            raise ValueError(f"there is no split {split!r}, only {list(dataset)}")
-        return dataset[split]
-    if split not in ("train", str(dataset.split)):
-        raise ValueError(f"there is no split {split!r}, it is one dataset without splits")
-    return dataset
 
 
 class _Rejected(Exception):

@@ -673,7 +673,7 @@ def test_a_source_without_a_licence_is_mentioned_once(folder, caplog):
         ([{"parquet": "HERE/broken.parquet"}], ValueError, "broken.* cannot be loaded: "),
         ([{"webdataset": "HERE/broken.parquet"}], ValueError, "webdataset: .* cannot be loaded: "),
         ([{"dataset": "HERE/one", "split": "old"}], ValueError, "one.* cannot be loaded: .*no split 'old'"),
-        ([{"dataset": "HERE/many", "split": "old"}], ValueError, r"no split 'old', only \['train'\]"),
+        ([{"dataset": "HERE/many", "split": "old"}], ValueError, r"no split 'old'; its splits are \['train'\]"),
         ([{"dataset": "HERE/one", "image_column": "image"}], ValueError, r"no column 'image'. Set image_column to one of .*'photo'"),
         ([{"dataset": "HERE/one", "image_column": "n"}], ValueError, "'n' must hold images, bytes or paths, but is Value"),
         ([{"dataset": "HERE/two"}], ValueError, r"2 columns hold images \['photo', 'again'\]. Set image_column"),
