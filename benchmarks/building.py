@@ -7,7 +7,8 @@ What building a data set costs beside the models' own calls, and how much memory
 Setting of the first: one CPU thread, pictures of 256 x 256; CLIP ViT-B/32 with random weights; writer and judge behind servers on
 loopback that answer after --latency seconds, 16 requests at once; an editor that takes as long for each picture. "Model calls" is
 the time within the model's own call (CLIP's forward pass, the servers' answers, the editor), with the processor that is part of
-CLIP. Overhead is what the stage takes beyond that: reading, decoding, checking, encoding, writing.
+CLIP. "Whole stage" is the time from when the stage is ready, and overhead what it takes beyond the calls: reading, decoding, checking,
+encoding, writing. "Start" is what comes before: with Ray the worker's process and its imports, and the loading of the model.
 
 Setting of the second: pictures of 64 x 64, each stage with its default batch, models that answer at once; what is measured is the
 peak of the process's resident memory.
@@ -38,7 +39,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from hp_edit_trl import HPScorerReward
 from hp_edit_trl.data import BuildConfig, ClipCategories, build_dataset
 from hp_edit_trl.data.edits import MakeEdits, ScoreEdits
-from hp_edit_trl.data.engine import WorkFolder, run_stage
+from hp_edit_trl.data.engine import Stage, WorkFolder, run_stage
 from hp_edit_trl.data.instructions import Plan, WriteInstructions
 from hp_edit_trl.data.sources import Duplicates, ImageCheck, Sources
 from hp_edit_trl.miniature.tiny import tiny_clip
@@ -133,6 +134,25 @@ class TimedClip(ClipCategories):
         self.model.get_image_features = self.timed(self.model.get_image_features)
 
 
+class Started:
+    """A stage that writes down when it was ready to begin."""
+
+    def __init__(self, stage: Stage, file: Path):
+        self.stage, self.file = stage, file
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("stage", "file"):  # not there yet, while this is unpickled
+            raise AttributeError(name)
+        return getattr(self.stage, name)
+
+    def load(self) -> None:
+        self.stage.load()
+        self.file.write_text(repr(time.time()))
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        return self.stage(batch)
+
+
 class SlowEditor:
     """Takes its time and gives the picture back."""
 
@@ -187,7 +207,7 @@ def overhead(count: int, latency: float, engines: list[str]) -> None:
         CLIPModel(config).save_pretrained(clip)
         CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(clip)
         print(
-            "| engine | stage | rows | rows/s | model calls, s | whole stage, s | overhead |\n|---|---|---|---|---|---|---|"
+            "| engine | stage | rows | start, s | rows/s | model calls, s | whole stage, s | overhead |\n|---|---|---|---|---|---|---|---|"
         )
         for engine in engines:
             calls = {name: root / f"{engine}-{name}.txt" for name in ("category", "instructions", "edits", "scores")}
@@ -203,19 +223,20 @@ def overhead(count: int, latency: float, engines: list[str]) -> None:
             ]
             folder = WorkFolder(root / engine, Sources([{"folder": str(root / "pictures"), "license": "cc0-1.0"}]))
             for stage in stages:
-                rows = len(folder.live)
-                if engine == "local":
-                    stage.load()  # outside of what is measured; with Ray it is done by the workers, and counts
-                    stage.load = lambda: None
-                start = time.perf_counter()
-                run_stage(folder, stage, Accelerator(), engine)
-                seconds = time.perf_counter() - start
+                rows, loaded = len(folder.live), root / f"{engine}-{stage.name}-loaded.txt"
+                start = time.time()
+                run_stage(folder, Started(stage, loaded), Accelerator(), engine)
+                begun = float(loaded.read_text())
+                seconds = time.time() - begun
                 if stage.name in calls:
                     model = sum(map(float, calls[stage.name].read_text().split()))
                     bare = f"{model:.2f} | {seconds:.2f} | {seconds / model - 1:.1%}"
                 else:
                     bare = f"– | {seconds:.2f} | –"
-                print(f"| {engine} | {stage.name} | {rows} | {rows / seconds:.1f} | {bare} |", flush=True)
+                print(
+                    f"| {engine} | {stage.name} | {rows} | {begun - start:.1f} | {rows / seconds:.1f} | {bare} |",
+                    flush=True,
+                )
 
 
 def memory(count: int, folder: Path) -> None:
@@ -248,7 +269,7 @@ def memory(count: int, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=192)
-    parser.add_argument("--latency", type=float, default=0.5, help="seconds of a server's answer and of an edit")
+    parser.add_argument("--latency", type=float, default=1.0, help="seconds of a server's answer and of an edit")
     parser.add_argument("--engines", nargs="+", default=["local", "ray"])
     parser.add_argument("--memory", type=int, help="measure memory instead, with this number of pictures")
     args = parser.parse_args()

@@ -108,16 +108,16 @@ class Lora:
         return self.alpha[name] / len(self.down[name])
 
 
-def read_lora(source: str | Path) -> Lora:
+def lora_file(source: str | Path) -> Path:
     """
-    Reads a LoRA in any of `FORMATS`.
+    The file of a LoRA, downloaded if need be.
 
     Args:
         source (`str` or `Path`):
-            A safetensors file, a folder (as `trainer.save_model()` writes it, or PEFT), or a Hub repository.
+            A safetensors file, a folder, or a Hub repository.
 
     Raises:
-        `ValueError`: If there is no LoRA, it cannot be read, or it is of a kind that is not known here.
+        `ValueError`: If there is none, or several.
     """
     path = Path(source)
     if not path.exists():
@@ -136,6 +136,21 @@ def read_lora(source: str | Path) -> Lora:
             names = ", ".join(file.name for file in files)
             raise ValueError(f"{source} has several safetensors files ({names}): name one of them.")
         path = files[0]
+    return path
+
+
+def read_lora(source: str | Path) -> Lora:
+    """
+    Reads a LoRA in any of `FORMATS`.
+
+    Args:
+        source (`str` or `Path`):
+            A safetensors file, a folder (as `trainer.save_model()` writes it, or PEFT), or a Hub repository.
+
+    Raises:
+        `ValueError`: If there is no LoRA, it cannot be read, or it is of a kind that is not known here.
+    """
+    path = lora_file(source)
     try:
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

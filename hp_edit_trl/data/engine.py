@@ -9,7 +9,6 @@ Columns are never copied from stage to stage. Pixels are written once, by the st
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -151,6 +150,8 @@ class WorkFolder:
         Raises:
             `ValueError`: If another one is at work in it.
         """
+        import fcntl  # not on Windows, where the rest of the package works
+
         Path(path).mkdir(parents=True, exist_ok=True)
         with open(Path(path) / ".lock", "a+") as lock:
             try:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..lora import lora_file
 from .edit_policy import EditPolicy, bucketed, fitted_size
 from .rollout import decode, rollout
 
@@ -88,13 +89,20 @@ class PipelineEditor:
     def pipeline(self) -> DiffusionPipeline:
         pipeline = DiffusionPipeline.from_pretrained(str(self.folder), dtype=getattr(torch, self.dtype))
         if self.lora is not None:
-            pipeline.load_lora_weights(self.lora)
+            try:
+                file = lora_file(self.lora)
+                pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+            except (OSError, ValueError, AttributeError) as error:  # the last where a pipeline takes no LoRA
+                raise ValueError(f"lora={self.lora!r} cannot be loaded onto {self.model!r}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(PartialState().device)
 
     @property
     def identity(self) -> dict[str, Any]:
-        options = {"lora": self.lora, "resolution": self.resolution, "dtype": self.dtype, **self.options}
+        options: dict[str, Any] = {"resolution": self.resolution, "dtype": self.dtype, **self.options}
+        if self.lora is not None:
+            content = hashlib.sha256(lora_file(self.lora).read_bytes()).hexdigest()
+            options |= {"lora": self.lora, "lora_sha": content[:12]}
         return {"editor": self.model, "revision": _revision(self.folder), **options}
 
     def load(self) -> None:

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from hp_edit_trl import FlowGRPOEditTrainer, load_scorer_prompts
 from hp_edit_trl.miniature.tiny import tiny_pipeline
+from hp_edit_trl.policies import PipelineEditor
 from tests.fake_hub import FakeHub, HubCommit, fake_hub
 from tests.helpers import make_cases, make_config, photo, redness
 
@@ -154,6 +155,20 @@ def push_prompts() -> dict[str, Any]:
     return {"commits": [first, second], **loaded}
 
 
+def edit_by_ids(folder: str) -> list[Any]:
+    """Base and LoRA by their names alone. Returns how far the edit is from that of the trained pipeline, or what is wrong."""
+    editor = PipelineEditor(BASE, None, TRAINED, 64, "float32", num_inference_steps=2, negative_prompt=" ")
+    try:
+        with mock.patch.object(pipeline_module, "VAE_IMAGE_SIZE", 64 * 64):
+            (image,) = editor([photo(64, 64)], ["Make it red"], ["case"], [0])
+    except ValueError as error:
+        return ["error", str(error)]
+    return [
+        editor.identity["revision"],
+        float(np.abs(np.asarray(image) / 255 - np.load(f"{folder}/trained.npy")[0]).max()),
+    ]
+
+
 @pytest.fixture(scope="module")
 def trained(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
@@ -220,6 +235,21 @@ def test_a_save_leaves_the_push_before_it_alone(hub, trained):
     assert first.message == "Training in progress, step 1"
     assert [commit.message for commit in others] == ["Training in progress, step 3"]
     assert_lora_of(trained / "every-save" / "checkpoint-1", first)
+
+
+def test_an_editor_by_ids_private_and_offline(hub, trained, lora_alphas):
+    hub.private.add(f"models/{TRAINED}")
+    commit = hub.commits(BASE)[-1].oid
+    nobody = {"HF_HOME": str(trained / "nobody"), "HF_TOKEN": "", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    what, message = in_process(hub, edit_by_ids, str(trained), **nobody)
+    assert what == "error" and message.startswith(f"lora={TRAINED!r} cannot be loaded onto {BASE!r}: ")
+    with_token = in_process(hub, edit_by_ids, str(trained), HF_HOME=str(trained / "somebody"))
+    assert with_token[0] == commit and with_token[1] <= 1 / 255
+    asked = len(hub.requests)
+    assert (
+        in_process(hub, edit_by_ids, str(trained), HF_HOME=str(trained / "somebody"), HF_HUB_OFFLINE="1") == with_token
+    )
+    assert len(hub.requests) == asked
 
 
 def test_scorer_prompts_are_pinned(hub):
