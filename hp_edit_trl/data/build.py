@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..policies import Editor, FolderEditor, PipelineEditor
-from ..rewards import HPScorerReward, Judge, ServerJudge, TransformersJudge
+from ..rewards import HPScorerReward, Judge, ServerJudge, TransformersJudge, load_scorer_prompts
 from .categories import Balance, ClipCategories
 from .edits import MakeEdits, ScoreEdits
 from .engine import Batch, Stage, WorkFolder, replace, run_stage
@@ -328,7 +328,7 @@ def _build(
         ),
         "instructions": lambda: WriteInstructions(
             writer or make_writer(),
-            load_instruction_templates(config.instruction_templates, config.instruction_templates_revision),
+            templates,
             styles,
             batch_size=sizes["instructions"],
             check_feasibility=config.check_feasibility,
@@ -341,6 +341,14 @@ def _build(
     # What can be wrong with an option of a later stage is said before days of work on the earlier ones.
     for name in ("balance", "plan", "split", "filter", "duplicates", "sources"):
         make[name]()
+    templates = load_instruction_templates(config.instruction_templates, config.instruction_templates_revision)
+    prompts = scorer.prompts if scorer else load_scorer_prompts(config.scorer_prompts, config.scorer_prompts_revision)
+    for task in (task for task, weight in config.task_weights.items() if weight):
+        for what, known in (("instruction template", templates), ("scorer prompt", prompts)):
+            if task not in known:
+                raise ValueError(
+                    f"There is no {what} for the task {task!r}, which task_weights asks for; there are {list(known)}."
+                )
     folder = WorkFolder(config.output_dir, Sources(config.sources))
     last = max(STAGES.index(name) for name in stages or STAGES)
     for name in STAGES[: min(last, len(make) - 1) + 1]:

@@ -1,7 +1,10 @@
 """A whole build: from pictures to a data set, from the configuration to the command."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -126,10 +129,27 @@ def test_stopped_and_run_again_it_ends_with_the_same_bytes(pictures, whole, tmp_
     assert digests(tmp_path / "build") == digests(whole.parent)
 
 
+def run(code: str, *launcher: str) -> None:
+    """Runs code in a process of its own, or in several."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launcher, *([] if launcher else ["-c"]), code], env=env, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.slow
 def test_ray_builds_the_same(pictures, whole, tmp_path):
     pytest.importorskip("ray")
-    assert digests(build(pictures, tmp_path / "build", engine="ray")) == digests(whole)
+    out = tmp_path / "build"
+    run(f"from pathlib import Path; from tests.data import test_build as t; t.build(Path({str(pictures)!r}), {str(out)!r}, engine='ray')")  # fmt: skip
+    assert digests(out) == digests(whole.parent)
+
+
+@pytest.mark.slow
+def test_two_processes_build_the_same(pictures, whole, tmp_path):
+    script, out = tmp_path / "ranks.py", tmp_path / "build"
+    script.write_text(f"from pathlib import Path; from tests.data import test_build as t; t.build(Path({str(pictures)!r}), {str(out)!r})")  # fmt: skip
+    run(str(script), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert digests(out) == digests(whole.parent)
 
 
 def test_stages_alone_and_with_other_settings(pictures, whole, tmp_path):
@@ -152,6 +172,16 @@ def test_stages_alone_and_with_other_settings(pictures, whole, tmp_path):
     folder = build(pictures, tmp_path / "copy", editor, filter_rule="hardest", filter_threshold=0.3)
     assert editor.calls == 0
     assert len(load_realpref(str(folder))) < len(load_realpref(str(whole)))
+
+
+def test_a_task_without_a_prompt_is_said_before_anything_is_read(pictures, tmp_path):
+    shutil.copytree(ROOT / "prompts" / "instructions", tmp_path / "templates")
+    (tmp_path / "templates" / "bokeh.md").unlink()
+    with pytest.raises(ValueError, match="no instruction template for the task 'bokeh', which task_weights asks for"):
+        build(pictures, tmp_path / "build", instruction_templates=str(tmp_path / "templates"))
+    with pytest.raises(FileNotFoundError, match="neither a local folder nor a Hub repository"):
+        build(pictures, tmp_path / "build", instruction_templates=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "build" / "sources").exists()
 
 
 def test_a_second_builder_is_refused_before_it_reads_anything(pictures, tmp_path):

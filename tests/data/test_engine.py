@@ -100,20 +100,6 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, whole, signals):
     assert len(set(calls)) == 26 and len(calls) <= 26 + len(signals)
 
 
-def test_two_processes_make_the_same_bytes(tmp_path, whole):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    folder = tmp_path / "build"
-    # Each rank asks for the lock here, so the script is run through a build of its own.
-    code = f"from tests.data.toy_build import build; build({str(folder)!r})"
-    script = tmp_path / "ranks.py"
-    script.write_text(code)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, str(script)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert contents(folder) == whole[1]
-    assert len(Path(f"{folder}.calls").read_text().split()) == 26
-
-
 def test_two_builders_in_one_folder_are_refused(tmp_path):
     folder = tmp_path / "build"
     with WorkFolder.locked(folder):
