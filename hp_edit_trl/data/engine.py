@@ -261,7 +261,7 @@ class WorkFolder:
         arrays["reason"] = pa.array(done["reason"], pa.string())
         # Images are read one at a time later on, in another order.
         with_images = any(isinstance(feature, ImageFeature) for feature in stage.features.values())
-        _write(self._file(stage.name, number), pa.table(arrays), row_group_size=1 if with_images else None)
+        _write(self._file(stage.name, number), pa.table(arrays), row_group_size=1 if with_images else 1000)
         return {"rows": count, "rejected": count - done["reason"].count(None)}
 
     def begin(self, stage: Stage) -> None:
@@ -484,7 +484,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _write(file: Path, table: pa.Table, row_group_size: int | None) -> None:
+def _write(file: Path, table: pa.Table, row_group_size: int) -> None:
     def write(part: Path) -> None:
         pq.write_table(table, part, compression="zstd", row_group_size=row_group_size, write_page_checksum=True)
 
