@@ -165,7 +165,9 @@ def _cast(dataset: Dataset, name: str) -> Dataset:
         value = SCHEMA_VERSION if column == "schema_version" else None
         array = pa.array([value] * len(dataset), expected[column]() if column != "image" else None)
         dataset = dataset.add_column(column, array, feature=expected[column])
-    return dataset.cast(Features({**dataset.features, **expected}))
+    wanted = Features({**dataset.features, **expected})
+    # A cast would copy all images once more.
+    return dataset if wanted == dataset.features else dataset.cast(wanted)
 
 
 def check_realpref(dataset: Dataset, name: str) -> None:

@@ -66,6 +66,8 @@ def test_what_fits_comes_back_as_it_is_and_can_be_used(tmp_path):
     folder = save(make(), tmp_path / "one")
     dataset = load_realpref(folder)
     assert dataset.features == FEATURES and dataset["id"] == make()["id"]
+    # Nothing was copied: a cast would have made a file `cache-….arrow`.
+    assert not any("cache-" in Path(file["filename"]).name for file in dataset.cache_files)
     assert np.array_equal(np.asarray(dataset[3]["image"]), np.asarray(photo(64, 48, 3)))
     check_columns(dataset, "cases")
     check_edits(dataset, "edits")
