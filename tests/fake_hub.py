@@ -165,7 +165,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo: str, revision: str = "main") -> dict[str, Any]:
         commit = self.hub.find(repo, revision)
         siblings = [{"rfilename": path} for path in commit.files]
-        return {"id": repo.partition("/")[2], "sha": commit.oid, "private": False, "tags": [], "siblings": siblings}
+        private = repo in self.hub.private
+        return {"id": repo.partition("/")[2], "sha": commit.oid, "private": private, "tags": [], "siblings": siblings}
 
     def paths_info(self, repo: str, revision: str) -> list[dict[str, Any]]:
         wanted = parse_qs(self.body.decode())["paths"]

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .. import __version__
 from .engine import Batch, replace
-from .schema import CASE_FEATURES, EDIT_FEATURES, SCORE_FEATURES
+from .schema import CASE_FEATURES, EDIT_FEATURES, SCORE_FEATURES, check_row, with_presence
 
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ GROUP_ROWS = 100
 
 # Licences that a card may name for the whole data set; others are named row by row
 LICENSES = {
-    "apache-2.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
-    "cc0-1.0", "mit", "odbl", "odc-by", "openrail", "pddl", "unlicense",
+    "apache-2.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
+    "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0",
+    "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "mit", "odbl", "odc-by", "openrail", "pddl", "unlicense",
 }  # fmt: skip
 
 MAKERS = {
@@ -40,6 +42,7 @@ MAKERS = {
     "editor_revision": "revision of the editor",
     "judge": "scores by",
     "scorer_prompt": "scorer prompt",
+    "prompt_sha": "hash of the scorer prompt",
     "score_mode": "mode of the score",
 }
 
@@ -106,11 +109,13 @@ def export_dataset(
         [`Contents`]: what was written.
 
     Raises:
-        `ValueError`: If there are no rows.
+        `ValueError`: If there are no rows, their columns differ, or one does not fit the schema.
         `OSError`: If the disk is full. What was there before is kept.
     """
     folder = Path(folder)
-    part = folder.with_name(f"{folder.name}.part")
+    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():  # killed between the two renamings below
+        old.rename(folder)
     shutil.rmtree(part, ignore_errors=True)
     (part / "data").mkdir(parents=True)
     (part / "figures").mkdir()
@@ -118,23 +123,49 @@ def export_dataset(
     features: Features | None = None
     try:
         for split, batches in splits.items():
-            features = _write_split(batches, part / "data", split, contents) or features
+            features = _write_split(_checked(batches, split, features), part / "data", split, contents) or features
         if features is None:
             raise ValueError(f"There are no rows to export in the splits {list(splits)}.")
         draw_tasks_and_categories(contents, part / "figures" / "tasks_and_categories.png")
         if any(score is not None for scores in contents.scores.values() for score in scores):
             draw_scores(contents, part / "figures" / "scores.png")
         _write_card(part, name, contents, features, rejected or {})
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(error.errno, f"{folder} cannot be written ({error}). Make room, and run again") from error
-    old = folder.with_name(f"{folder.name}.old")
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{folder} cannot be written ({error}). Make room, and run again") from error
+        raise
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
     return contents
+
+
+def _checked(batches: Iterable[Batch], split: str, features: Features | None) -> Iterator[Batch]:
+    """The batches, as long as they have the same columns, those of `features` if there are some, and can be loaded again."""
+    columns = None if features is None else set(features)
+    known = {*CASE_FEATURES, *EDIT_FEATURES, *SCORE_FEATURES}
+    seen: dict[tuple, int] = {}
+    for batch in batches:
+        if missing := CASE_FEATURES.keys() - batch.keys():
+            raise ValueError(
+                f"The split {split!r} has no columns {sorted(missing)}: the rows of a data set have all of a case."
+            )
+        if unknown := batch.keys() - known:
+            raise ValueError(
+                f"The split {split!r} has columns that are none of the schema: {sorted(unknown)}. Leave them out."
+            )
+        if columns is not None and batch.keys() != columns:
+            raise ValueError(
+                f"The split {split!r} has other columns than the rows before it: {sorted(batch.keys() ^ columns)} are in one alone."
+            )
+        columns = set(batch)
+        for i in range(len(batch["id"])):
+            row = {column: values[i] for column, values in batch.items()}
+            check_row(with_presence(row), len(seen), f"the split {split!r}", seen)
+        yield batch
 
 
 def _write_split(batches: Iterable[Batch], folder: Path, split: str, contents: Contents) -> Features | None:
@@ -263,6 +294,11 @@ def _size_category(count: int) -> str:
     return "1M<n<10M"
 
 
+def _plain(text: str) -> str:
+    """A text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
+
+
 def draw_tasks_and_categories(contents: Contents, path: Path) -> None:
     """How many cases of each task and category there are, in all splits together: bars, and the tasks' share of the whole."""
     tasks = Counter[str]()
@@ -273,18 +309,19 @@ def draw_tasks_and_categories(contents: Contents, path: Path) -> None:
     figure = Figure(figsize=(12, 4.6 if len(categories) <= 40 else 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.6))
     names = [task for task, _ in tasks.most_common()][::-1]
-    bars = left.barh(names, [tasks[task] for task in names], color="#4477aa")
+    bars = left.barh([_plain(task) for task in names], [tasks[task] for task in names], color="#4477aa")
     left.bar_label(bars, [f"{tasks[task]:,} ({tasks[task] / total:.1%})" for task in names], padding=3, fontsize=8)
     left.margins(x=0.35)
     left.set_title(f"{total:,} cases of {len(tasks)} tasks")
     right.bar(range(len(categories)), [count for _, count in categories], color="#66aa88")
-    size = 9 if len(categories) <= 20 else 7 if len(categories) <= 45 else 5.5
-    labels = [category for category, _ in categories]
+    size = 9 if len(categories) <= 20 else 7
+    labels = [_plain(category) for category, _ in categories]
     right.set_xticks(range(len(categories)), labels, rotation=90 if len(categories) > 8 else 0, fontsize=size)
     right.set_xlim(-0.7, max(len(categories), 4) - 0.3)
     right.set_title(f"{len(categories)} categories")
-    for axes in (left, right):
+    for axes, counts in ((left, left.xaxis), (right, right.yaxis)):
         axes.spines[["top", "right"]].set_visible(False)
+        counts.set_major_locator(MaxNLocator(5, integer=True))
     right.set_ylabel("cases")
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
@@ -308,8 +345,9 @@ def draw_scores(contents: Contents, path: Path) -> None:
         if before:
             top = float(np.mean([score >= 4.75 for score in before]))
             mean = f"mean {np.mean(before):.2f}" + (f" → {np.mean(after):.2f}" if after else "")
-            axes.set_title(f"{task}: {mean}, {top:.0%} at 5", fontsize=8)
+            axes.set_title(f"{_plain(task)}: {mean}, {top:.0%} at 5", fontsize=8)
         axes.set_xticks(range(6))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(tasks) + 1 :]:
@@ -338,14 +376,23 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
 
     Raises:
         `FileNotFoundError`: If the folder holds no data set.
+        `ValueError`: If it should be private, and there is a public repository of that name.
     """
     folder = Path(folder)
     if not any((folder / "data").glob("*.parquet")) or not (folder / "README.md").exists():
         raise FileNotFoundError(f"{folder} holds no data set: a README.md and data/*.parquet. Build it first.")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id, repo_type="dataset").private:
+        raise ValueError(
+            f"{repo_id} is a public repository already: make it private in its settings, name another one, or pass private=False."
+        )
     # Files of an earlier version that are no longer there go with the same commit.
     commit = api.upload_folder(
-        folder_path=folder, repo_id=repo_id, repo_type="dataset", commit_message="Data set", delete_patterns=["data/*"]
+        folder_path=folder,
+        repo_id=repo_id,
+        repo_type="dataset",
+        commit_message="Data set",
+        delete_patterns=["data/*", "figures/*"],
     )
     return str(commit.commit_url)

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError
 
 from ..cases import is_text, load_split
 
@@ -93,9 +95,9 @@ def load_realpref(
     """
     dataset = _load(repo_or_folder, split, revision, streaming, token)
     if isinstance(dataset, Dataset):
-        dataset = _cast(dataset, repo_or_folder)
+        dataset = _complete(dataset, repo_or_folder)
         check_realpref(dataset, repo_or_folder)
-        return dataset
+        return _cast(dataset)
     return _checked_stream(dataset, repo_or_folder)
 
 
@@ -109,9 +111,30 @@ def _load(
             f"There is no dataset {path!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on the Hub, or it "
             f"is private and needs a token: {error}"
         ) from error
+    except (pa.ArrowInvalid, DatasetGenerationError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns are others than those "
+            "of the rest, or the disk is full."
+        ) from error
     if dataset.features is None:  # a stream of files that do not tell
         dataset = dataset._resolve_features()
     return dataset
+
+
+def _missing_columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+    try:
+        return _check_features(dataset.features, name)
+    except ValueError:
+        # A later version may have other columns, and then the remedy is another one.
+        if "schema_version" in dataset.features:
+            for row in dataset.select_columns(["schema_version"]).take(1):
+                if isinstance(version := row["schema_version"], int) and version > SCHEMA_VERSION:
+                    raise ValueError(f"Row 0 of {name}, column 'schema_version': {_newer(version)}") from None
+        raise
+
+
+def _newer(version: int) -> str:
+    return f"{version} was written by a newer hp-edit-trl, this one knows {SCHEMA_VERSION}: upgrade it."
 
 
 def _expected(columns: list[str]) -> Features:
@@ -152,8 +175,8 @@ def _check_features(features: Features, name: str) -> list[str]:
     return [column for column in expected if column not in features]
 
 
-def _cast(dataset: Dataset, name: str) -> Dataset:
-    missing = _check_features(dataset.features, name)
+def _complete(dataset: Dataset, name: str) -> Dataset:
+    missing = _missing_columns(dataset, name)
     if "schema_version" in missing:
         logger.warning(
             "%s has no column 'schema_version', so it is from before there was a schema: it gets the columns %s, without values.",
@@ -165,9 +188,22 @@ def _cast(dataset: Dataset, name: str) -> Dataset:
         value = SCHEMA_VERSION if column == "schema_version" else None
         array = pa.array([value] * len(dataset), expected[column]() if column != "image" else None)
         dataset = dataset.add_column(column, array, feature=expected[column])
-    wanted = Features({**dataset.features, **expected})
-    # A cast would copy all images once more.
-    return dataset if wanted == dataset.features else dataset.cast(wanted)
+    return dataset
+
+
+def _cast(dataset: Dataset) -> Dataset:
+    expected = _expected(dataset.column_names)
+    wrong = [column for column, feature in expected.items() if dataset.features[column] != feature]
+    light = [column for column in wrong if not isinstance(expected[column], ImageFeature)]
+    for column in set(wrong) - set(light):
+        dataset = dataset.cast_column(column, expected[column])
+    if light:
+        # A cast writes what it casts to the cache: these columns, and not all images with them.
+        names = dataset.column_names
+        cast = dataset.select_columns(light).cast(Features({column: expected[column] for column in light}))
+        parts = [dataset.remove_columns(light), cast]
+        dataset = concatenate_datasets(parts, split=dataset.split, axis=1).select_columns(names)
+    return dataset
 
 
 def check_realpref(dataset: Dataset, name: str) -> None:
@@ -183,10 +219,11 @@ def check_realpref(dataset: Dataset, name: str) -> None:
     Raises:
         `ValueError`: If a row, a column or the version does not fit.
     """
-    if missing := _check_features(dataset.features, name):
+    if missing := _missing_columns(dataset, name):
         raise ValueError(f"{name} has no columns {missing}: load it with load_realpref, which adds them.")
+    expected = _expected(dataset.column_names)
     images = [column for column in ("image", "edited") if column in dataset.features]
-    light = [column for column in ("schema_version", "id", "prompt", "task", "editor", "score", "width", "height") if column in dataset.features]  # fmt: skip
+    light = [column for column in ("schema_version", "id", "prompt", "task", "editor", "edit_seed", "score", "width", "height") if column in expected and column in dataset.features]  # fmt: skip
     seen: dict[tuple, int] = {}
     rows = dataset.select_columns([*light, *images]).with_format("arrow")
     for start in range(0, len(rows), 1000):
@@ -194,7 +231,7 @@ def check_realpref(dataset: Dataset, name: str) -> None:
         columns = {column: table[column].to_pylist() for column in light}
         columns |= {column: _are_there(table[column]).to_pylist() for column in images}
         for i in range(len(table)):
-            _check_row({column: values[i] for column, values in columns.items()}, start + i, name, seen)
+            check_row({column: values[i] for column, values in columns.items()}, start + i, name, seen)
 
 
 def _are_there(images: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -205,7 +242,7 @@ def _are_there(images: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.and_(images.is_valid(), pc.or_(*parts))
 
 
-def _check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int]) -> None:
+def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int]) -> None:
     """Raises `ValueError` if a row does not fit; images only count as there or not. `seen` gathers the names of the rows."""
 
     def fail(column: str, problem: str) -> None:
@@ -214,31 +251,31 @@ def _check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, in
     version = row["schema_version"]
     if version != SCHEMA_VERSION:
         if isinstance(version, int) and version > SCHEMA_VERSION:
-            fail(
-                "schema_version",
-                f"{version} was written by a newer hp-edit-trl, this one knows {SCHEMA_VERSION}: upgrade it.",
-            )
+            fail("schema_version", _newer(version))
         fail("schema_version", f"{version!r} is no version; this hp-edit-trl writes {SCHEMA_VERSION}.")
     for column in ("id", "prompt", "task"):
-        if not row[column]:
+        if not (row[column] or "").strip():
             fail(column, "is empty.")
     for column in ("image", "edited"):
         if column in row and not row[column]:
             fail(column, "has no image.")
     for column in ("width", "height"):
-        if row.get(column) is not None and row[column] < 1:
+        if row.get(column) is not None and not 1 <= row[column] < 2**31:
             fail(column, f"{row[column]} is no number of pixels.")
+    seed = row.get("edit_seed")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        fail("edit_seed", f"{seed} does not fit 64 bits with a sign.")
     score = row.get("score")
     if score is not None and not 0 <= score <= 5:
         fail("score", f"{score:g} is not between 0 and 5.")
-    key = (row["id"], row.get("editor"))
+    key = (row["id"], row.get("editor") if "edited" in row else None)
     if key in seen:
         fail("id", f"{row['id']!r} is that of row {seen[key]} as well{' and by the same editor' if key[1] else ''}.")
     seen[key] = number
 
 
 def _checked_stream(dataset: IterableDataset, name: str) -> IterableDataset:
-    missing = _check_features(dataset.features, name)
+    missing = _missing_columns(dataset, name)
     if "schema_version" in missing:
         logger.warning("%s has no column 'schema_version': it gets the columns %s, without values.", name, missing)
     expected = _expected(list(dataset.features))
@@ -248,17 +285,23 @@ def _checked_stream(dataset: IterableDataset, name: str) -> IterableDataset:
         if isinstance(dataset.features.get(column), ImageFeature):
             undecoded = undecoded.cast_column(column, ImageFeature(decode=False))
 
-    def rows() -> Iterator[dict[str, Any]]:
-        seen: dict[tuple, int] = {}
-        for number, row in enumerate(undecoded):
-            row = {**dict.fromkeys(missing), **row}
-            if "schema_version" in missing:
-                row["schema_version"] = SCHEMA_VERSION
-            images = {column: _is_there(row[column]) for column in ("image", "edited") if column in row}
-            _check_row({**row, **images}, number, name, seen)
-            yield row
+    # Not a closure: a stream may be sent to the workers of a DataLoader.
+    return IterableDataset.from_generator(partial(_checked_rows, undecoded, missing, name), features=features)
 
-    return IterableDataset.from_generator(rows, features=features)
+
+def _checked_rows(dataset: IterableDataset, missing: list[str], name: str) -> Iterator[dict[str, Any]]:
+    seen: dict[tuple, int] = {}
+    for number, row in enumerate(dataset):
+        row = {**dict.fromkeys(missing), **row}
+        if "schema_version" in missing:
+            row["schema_version"] = SCHEMA_VERSION
+        check_row(with_presence(row), number, name, seen)
+        yield row
+
+
+def with_presence(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as [`check_row`] takes it: of each image only whether there is one."""
+    return {**row, **{column: _is_there(row[column]) for column in ("image", "edited") if column in row}}
 
 
 def _is_there(value: Any) -> bool:

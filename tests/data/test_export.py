@@ -12,7 +12,7 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from hp_edit_trl.data import export, export_dataset, load_realpref, push_dataset
+from hp_edit_trl.data import SCORE_FEATURES, export, export_dataset, load_realpref, push_dataset
 from hp_edit_trl.data.export import GROUP_BYTES, GROUP_ROWS
 from tests.data.test_edits import encoded
 from tests.data.test_schema import FEATURES, make_rows
@@ -139,6 +139,45 @@ def test_nothing_to_write_and_nothing_to_push(tmp_path):
         export_dataset({"train": iter(())}, tmp_path / "set")
     with pytest.raises(FileNotFoundError, match="holds no data set"):
         push_dataset(tmp_path, "someone/nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mine": [1] * 3}, r"'train' has columns that are none of the schema: \['mine'\]"),
+        ({"score": [1.0, 7.0, 1.0]}, "Row 1 of the split 'train', column 'score': 7 is not between 0 and 5"),
+        ({"image": [None] * 3}, "Row 0 of the split 'train', column 'image': has no image"),
+        ({"id": ["a", "b", "a"]}, "Row 2 of the split 'train', column 'id': 'a' is that of row 0"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        export_dataset({"train": batches(3, **changes)}, tmp_path / "set")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_rows_have_the_same_columns(tmp_path):
+    (whole,) = batches(3)
+    bare = {name: values for name, values in whole.items() if name not in SCORE_FEATURES}
+    for splits in ({"train": [whole], "test": [bare]}, {"train": [bare, whole]}):
+        with pytest.raises(ValueError, match="has other columns than the rows before it"):
+            export_dataset(splits, tmp_path / "set")
+    with pytest.raises(ValueError, match=r"has no columns \['language'\]"):
+        export_dataset({"train": [{n: v for n, v in whole.items() if n != "language"}]}, tmp_path / "set")
+
+
+def test_names_that_look_like_formulas_can_be_drawn(tmp_path):
+    export_dataset({"train": batches(3, task=[r"$\bad{$ x"] * 3, category=[r"$\bad{$ y"] * 3)}, tmp_path / "set")
+    assert (tmp_path / "set" / "figures" / "scores.png").exists()
+
+
+def test_a_kill_between_the_renamings_loses_nothing(tmp_path):
+    export_dataset({"train": batches(3)}, tmp_path / "set")
+    before = digests(tmp_path / "set")
+    (tmp_path / "set").rename(tmp_path / "set.old")
+    with pytest.raises(ValueError, match="no rows"):
+        export_dataset({"train": iter(())}, tmp_path / "set")
+    assert digests(tmp_path / "set") == before
 
 
 def test_what_was_there_survives_a_full_disk(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Loading against the schema: what fits is cast, what does not is named by row and column."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_a_stream_is_checked_as_it_passes(tmp_path):
         ({"id": ["a", "b", "c", "a", "d"]}, "Row 3 of .*, column 'id': 'a' is that of row 0 as well and by the same editor"),
         ({"image": [None] * 5}, "Row 0 of .*, column 'image': has no image"),
         ({"edited": [*make_rows()["edited"][:4], None]}, "Row 4 of .*, column 'edited': has no image"),
+        ({"prompt": ["a", " \n", "c", "d", "e"]}, "Row 1 of .*, column 'prompt': is empty"),
         ({"width": [64, 0, 64, 64, 64]}, "Row 1 of .*, column 'width': 0 is no number of pixels"),
         ({"schema_version": [1, 1, 2, 1, 1]}, "Row 2 of .*'schema_version': 2 was written by a newer hp-edit-trl.*upgrade"),
         ({"schema_version": [1, None, 1, 1, 1]}, "Row 1 of .*'schema_version': None is no version"),
@@ -143,6 +145,52 @@ def test_columns_of_another_type_are_cast_or_named(tmp_path):
     wrong = make(prompt=None).add_column("prompt", [["several"]] * 5)
     with pytest.raises(ValueError, match="column 'prompt' of .* must hold string, but is"):
         load_realpref(save(wrong, tmp_path / "third"), streaming=True)
+
+
+def test_nothing_is_copied_that_need_not_be(tmp_path):
+    def copied(dataset):
+        return [Path(entry["filename"]).name for entry in dataset.cache_files if "cache-" in entry["filename"]]
+
+    assert not copied(load_realpref(save(make(), tmp_path / "fits")))
+    assert not copied(load_realpref(save(make().select_columns(["id", "image", "prompt", "task"]), tmp_path / "old")))
+    light = load_realpref(save(make(score=None).add_column("score", [3] * 5), tmp_path / "cast"))
+    assert light.features == load_realpref(save(make(), tmp_path / "again")).features
+    sizes = [Path(entry["filename"]).stat().st_size for entry in light.cache_files if "cache-" in entry["filename"]]
+    assert sum(sizes) < 5000 < sum(len(image["bytes"]) for image in make_rows()["image"])
+    assert light[4]["image"].size == (64, 48) and light["score"] == [3.0] * 5 and light.split == "train"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_that_do_not_fit_are_named_by_row(tmp_path, streaming):
+    wide = make(width=None).add_column("width", [64, 64, 2**40, 64, 64])
+    with pytest.raises(ValueError, match=f"Row 2 of .*, column 'width': {2**40} is no number of pixels"):
+        list(load_realpref(save(wide, tmp_path / "wide"), streaming=streaming))
+    seeds = make(edit_seed=None).add_column("edit_seed", np.array([0, 1, 2, 3, 2**63], np.uint64))
+    with pytest.raises(ValueError, match=f"Row 4 of .*, column 'edit_seed': {2**63} does not fit"):
+        list(load_realpref(save(seeds, tmp_path / "seeds"), streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("lacking", ["task", "score"])
+def test_a_newer_schema_is_told_from_a_wrong_one(tmp_path, streaming, lacking):
+    newer = make(schema_version=[SCHEMA_VERSION + 1] * 5, **{lacking: None})
+    if lacking == "score":
+        newer = newer.add_column("score", [["of", "another", "kind"]] * 5)
+    with pytest.raises(ValueError, match="'schema_version': 2 was written by a newer hp-edit-trl.*upgrade"):
+        load_realpref(save(newer, tmp_path / "newer"), streaming=streaming)
+
+
+def test_broken_files_are_named(tmp_path):
+    folder = Path(save(make(), tmp_path / "broken"))
+    whole = folder / "data" / "train-00000-of-00001.parquet"
+    (folder / "data" / "train-00001-of-00002.parquet").write_bytes(whole.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="broken cannot be read: .*A file is broken or cut off"):
+        load_realpref(str(folder))
+
+
+def test_a_stream_can_be_sent_to_another_process(tmp_path):
+    stream = pickle.loads(pickle.dumps(load_realpref(save(make(), tmp_path / "set"), streaming=True)))
+    assert [row["id"] for row in stream] == make()["id"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
