@@ -289,6 +289,12 @@ def test_to_the_hub_and_back_private_pinned_streamed_and_offline(tmp_path):
         assert rest[1] == (
             f"prompts 9 {load_scorer_prompts()['add'].digest} {origin}:add:1 9 {origin}:instructions/bokeh:1"
         )
+        # What is meant to be private does not go where everybody reads.
+        hub.private.clear()
+        exposed = run(PUSH, tmp_path / "first")
+        assert "ValueError: someone/realpref is a public repository already" in exposed.stderr
+        assert len(hub.commits("someone/realpref", "dataset")) == 3
+        hub.private.add("datasets/someone/realpref")
         # Private: nothing without a token, all with one that is handed over
         nobody = {"HF_TOKEN": "", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_HOME": str(tmp_path / "nobody")}
         refused = run(LOAD, first, prompts, "", "pinned", **nobody)
