@@ -4,8 +4,8 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from ..policies import Editor, FolderEditor, PipelineEditor
 from ..rewards import HPScorerReward, Judge, ServerJudge, TransformersJudge, load_scorer_prompts
 from .categories import Balance, ClipCategories
 from .edits import MakeEdits, ScoreEdits
-from .engine import Batch, Stage, WorkFolder, replace, run_stage
+from .engine import Batch, Stage, WorkFolder, patient_accelerator, replace, run_stage
 from .export import export_dataset, push_dataset
 from .instructions import TASK_WEIGHTS, Plan, WriteInstructions, load_instruction_templates
 from .schema import CASE_FEATURES, EDIT_FEATURES, SCHEMA_VERSION, SCORE_FEATURES
@@ -279,16 +278,14 @@ def build_dataset(
         )
     if unknown := sorted(set(stages or []) - set(STAGES)):
         raise ValueError(f"There are no stages {unknown}; there are {list(STAGES)}.")
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    accelerator = patient_accelerator()
     if engine == "ray" and accelerator.num_processes > 1:
         raise ValueError("engine='ray' starts its own workers: start the build without accelerate launch.")
-    if accelerator.is_main_process:
-        # Only now, as a second builder must be told before it has read all its sources.
-        with WorkFolder.locked(config.output_dir):
-            return _build(
-                config, writer, editor, scorer, styles, stages, accelerator, engine, num_workers, gpus_per_worker
-            )
-    return _build(config, writer, editor, scorer, styles, stages, accelerator, engine, num_workers, gpus_per_worker)
+    # Before anything else, as a second builder must be told before it has read all its sources.
+    with WorkFolder.locked(config.output_dir) if accelerator.is_main_process else nullcontext():
+        return _build(
+            config, writer, editor, scorer, styles, stages, accelerator, engine, num_workers, gpus_per_worker
+        )
 
 
 def _build(

@@ -12,13 +12,11 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from datasets.table import embed_table_storage
@@ -35,6 +33,7 @@ from ..policies import EditPolicy, bucketed, decode, policy_class, rollout
 from ..policies.editors import weights_digest
 from ..rewards import HPScorerReward
 from ..seeding import seeded_generator
+from .engine import patient_accelerator
 
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ def mine_preference_pairs(
     sample_and_score(
         pipeline, reward_func, dataset, output_dir, num_samples=num_samples, score_name=score_name, **options
     )
-    accelerator = _accelerator()
+    accelerator = patient_accelerator()
     if accelerator.is_main_process:
         build_preference_dataset(dataset, output_dir, min_gap=min_gap, min_chosen_score=min_chosen_score)
     accelerator.wait_for_everyone()
@@ -202,7 +201,7 @@ def sample_and_score(
     scoring = {"reward_func": get_callable_name(reward_func), "score_name": score_name}
     if isinstance(reward_func, HPScorerReward):
         scoring["scorer"] = reward_func.description
-    accelerator = _accelerator()
+    accelerator = patient_accelerator()
     output_dir = Path(output_dir)
     _check_settings(output_dir, settings, scoring, accelerator)
     policy.place(accelerator.device)
@@ -246,11 +245,6 @@ def sample_and_score(
         if unscored:
             _score(reward_func, unscored, score_name, scores_file)
     accelerator.wait_for_everyone()
-
-
-def _accelerator() -> Accelerator:
-    """The processes of this launch. At a barrier they wait for each other as long as it takes: hours, for a slow judge."""
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
 
 def _check_settings(
