@@ -38,6 +38,7 @@ def test_floors():
         "seeding": 1,
         "cases": 1,
         "jsonl": 1,
+        "processes": 1,
         "ratings": 1,
         "lora": 1,
         "cli": 4,

@@ -16,10 +16,11 @@ import yaml
 from accelerate import Accelerator
 
 from ..policies import Editor, FolderEditor, PipelineEditor
+from ..processes import patient_accelerator
 from ..rewards import HPScorerReward, Judge, ServerJudge, TransformersJudge, load_scorer_prompts
 from .categories import Balance, ClipCategories
 from .edits import MakeEdits, ScoreEdits
-from .engine import Batch, Stage, WorkFolder, patient_accelerator, replace, run_stage
+from .engine import Batch, Stage, WorkFolder, replace, run_stage
 from .export import export_dataset, push_dataset
 from .instructions import TASK_WEIGHTS, Plan, WriteInstructions, load_instruction_templates
 from .schema import CASE_FEATURES, EDIT_FEATURES, SCHEMA_VERSION, SCORE_FEATURES

@@ -2,19 +2,15 @@
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from datasets import Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image
-from trl.trainer.utils import get_callable_name
 
 from ..cases import UnreadableImageError, read_image
-from ..policies import Editor
+from ..policies import Editor, as_editor, edit_cases, edit_seed
 from ..rewards import HPScorerReward
-from ..seeding import seeded_generator
 from .engine import Batch
 
 
@@ -27,8 +23,7 @@ class MakeEdits:
 
     Args:
         editor ([`Editor`] or `Callable`):
-            What edits: a [`PipelineEditor`], a [`PolicyEditor`], a [`FolderEditor`], or a function that takes a list of images and a
-            list of prompts and returns a list of images, `None` where there is none.
+            What edits: a [`PipelineEditor`], a [`PolicyEditor`], a [`FolderEditor`], or a function, see [`FunctionEditor`].
         batch_size (`int`, *optional*, defaults to `4`):
             Number of cases that the editor is given together.
         seed (`int`, *optional*, defaults to `0`):
@@ -49,29 +44,29 @@ class MakeEdits:
     def __init__(self, editor: Editor | Callable[..., Any], batch_size: int = 4, seed: int = 0):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        self.editor = editor
+        self.editor = as_editor(editor)
         self.batch_size = batch_size
         self.seed = seed
 
     @property
     def settings(self) -> dict[str, Any]:
-        identity = getattr(self.editor, "identity", None) or {
-            "editor": get_callable_name(self.editor),
-            "revision": None,
-        }
-        return {**identity, "seed": self.seed}
+        return {**self.editor.identity, "seed": self.seed}
 
     def load(self) -> None:
-        if hasattr(self.editor, "load"):
-            self.editor.load()
+        self.editor.load()
 
     def __call__(self, batch: Batch) -> Batch:
         ids, prompts = batch["id"], batch["prompt"]
         images = [
             read_image(value, f"The image of case {id!r}") for id, value in zip(ids, batch["image"], strict=True)
         ]
-        seeds = [seeded_generator(self.seed, "edit", case_id).initial_seed() % 2**31 for case_id in ids]
-        edits, reasons = self._edit(images, prompts, ids, seeds)
+        seeds = [edit_seed(self.seed, case_id) for case_id in ids]
+        edits, reasons = edit_cases(self.editor, images, prompts, ids, seeds)
+        failed = [reason for reason in reasons if reason is not None and reason.startswith("editor failed")]
+        if len(ids) > 1 and len(failed) == len(ids):
+            raise ValueError(
+                f"The editor failed with every case of a batch, {ids[0]!r} to {ids[-1]!r}: {failed[-1].removeprefix('editor failed: ')}"
+            )
         settings = self.settings
         done: Batch = {"edited": [], "edit_seed": seeds, "reason": reasons}
         done |= {"editor": [settings["editor"]] * len(ids), "editor_revision": [settings["revision"]] * len(ids)}
@@ -81,38 +76,6 @@ class MakeEdits:
                 edit.convert("RGB").save(buffer, "PNG")
             done["edited"].append(None if edit is None else {"bytes": buffer.getvalue(), "path": None})
         return done
-
-    def _edit(
-        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
-    ) -> tuple[list[Image.Image | None], list[str | None]]:
-        try:
-            if hasattr(self.editor, "identity"):
-                edits = self.editor(images, prompts, ids, seeds)
-            else:
-                edits = self.editor(images, prompts)
-            edits = list(edits)
-            if len(edits) != len(images):
-                raise ValueError(f"The editor returned {len(edits)} edits of {len(images)} images.")
-        except torch.OutOfMemoryError:
-            raise  # says nothing about the case
-        except Exception as error:  # an editor of the user's own may raise anything
-            if len(images) == 1:
-                logger.warning("No edit of case %s: %s: %s", ids[0], type(error).__name__, error)
-                return [None], [f"editor failed: {type(error).__name__}: {error}"]
-            # Which of them it was is seen one by one.
-            cases = zip(images, prompts, ids, seeds, strict=True)
-            alone = [self._edit([image], [prompt], [case_id], [seed]) for image, prompt, case_id, seed in cases]
-            if all(edits == [None] for edits, _ in alone):
-                raise ValueError(
-                    f"The editor failed with every case of a batch, {ids[0]!r} to {ids[-1]!r}: {type(error).__name__}: {error}"
-                ) from error
-            return [edits[0] for edits, _ in alone], [reasons[0] for _, reasons in alone]
-        reasons: list[str | None] = [None] * len(edits)
-        for i, edit in enumerate(edits):
-            if not isinstance(edit, Image.Image):
-                reasons[i] = "no edit" if edit is None else f"no edit: the editor returned a {type(edit).__name__}"
-                edits[i] = None
-        return edits, reasons
 
 
 class ScoreEdits:

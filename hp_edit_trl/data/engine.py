@@ -17,7 +17,6 @@ import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +24,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from tqdm import tqdm
@@ -371,11 +369,6 @@ class WorkFolder:
                         "reason": reason,
                         **{name: values[i] for name, values in origin.items()},
                     }
-
-
-def patient_accelerator() -> Accelerator:
-    """The processes of this launch. At a barrier they wait for each other as long as it takes: hours, for a slow judge."""
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
 
 def run_stage(

@@ -31,9 +31,9 @@ from ..cases import UnreadableImageError, case_images, check_columns, check_refe
 from ..jsonl import append_lines, read_lines
 from ..policies import EditPolicy, bucketed, decode, policy_class, rollout
 from ..policies.editors import weights_digest
+from ..processes import patient_accelerator
 from ..rewards import HPScorerReward
 from ..seeding import seeded_generator
-from .engine import patient_accelerator
 
 
 logger = logging.getLogger(__name__)

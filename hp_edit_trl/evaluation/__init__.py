@@ -1,11 +1,14 @@
-"""Floor 3: agreement between people and the scorer."""
+"""Floor 3: agreement between people and the scorer, and benchmarks of editors."""
 
 from pathlib import Path
 
 from .agreement import agreement, krippendorff_alpha, krippendorff_interval, mean_with_interval, paired_difference
+from .bench import Benchmark, run_benchmark
 from .compare import compare_with_people
+from .realpref import RealPrefBench
 from .refine import PromptRefiner, add_questions, is_held_out, parse_questions
 from .report import report_text, worst_disagreements, write_report
+from .results import CaseScore, Run, compare, read_run, summarise
 
 
 # A folder of modules for `evaluate.load(str(METRICS / "score_agreement"))`.
@@ -13,9 +16,14 @@ METRICS = Path(__file__).parent / "metrics"
 
 __all__ = [
     "METRICS",
+    "Benchmark",
+    "CaseScore",
     "PromptRefiner",
+    "RealPrefBench",
+    "Run",
     "add_questions",
     "agreement",
+    "compare",
     "compare_with_people",
     "is_held_out",
     "krippendorff_alpha",
@@ -23,7 +31,10 @@ __all__ = [
     "mean_with_interval",
     "paired_difference",
     "parse_questions",
+    "read_run",
     "report_text",
+    "run_benchmark",
+    "summarise",
     "worst_disagreements",
     "write_report",
 ]

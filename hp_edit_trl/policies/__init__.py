@@ -3,7 +3,16 @@
 from diffusers import DiffusionPipeline
 
 from .edit_policy import EditConditions, EditPolicy, bucketed
-from .editors import Editor, FolderEditor, PipelineEditor, PolicyEditor
+from .editors import (
+    Editor,
+    FolderEditor,
+    FunctionEditor,
+    PipelineEditor,
+    PolicyEditor,
+    as_editor,
+    edit_cases,
+    edit_seed,
+)
 from .flux2_klein import Flux2KleinPolicy
 from .flux_kontext import FluxKontextPolicy
 from .qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
@@ -58,13 +67,17 @@ __all__ = [
     "Flux2KleinPolicy",
     "FluxKontextPolicy",
     "FolderEditor",
+    "FunctionEditor",
     "PipelineEditor",
     "PolicyEditor",
     "QwenImageEditPlusPolicy",
     "QwenImageEditPolicy",
     "Trajectory",
+    "as_editor",
     "bucketed",
     "decode",
+    "edit_cases",
+    "edit_seed",
     "policy_class",
     "rollout",
 ]

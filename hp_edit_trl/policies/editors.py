@@ -1,27 +1,36 @@
 """
-Editors: whatever makes an edit of an image and an instruction. A diffusers pipeline, a policy, or a folder of edits that are there
-already; a plain function of images and prompts will do as well, where an editor is asked for.
+Editors: whatever makes an edit of an image and an instruction. A diffusers pipeline, a policy, a function, or a folder of edits
+that are there already.
 """
 
+import gc
 import hashlib
+import inspect
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
+from trl.trainer.utils import get_callable_name
 
 from ..lora import lora_file
+from ..seeding import seeded_generator
 from .edit_policy import EditPolicy, bucketed, fitted_size
 from .rollout import decode, rollout
 
 
+logger = logging.getLogger(__name__)
+
+
 class Editor(Protocol):
-    """What edits. Plain functions `(images, prompts) -> images` have no identity, and draw their own random numbers."""
+    """What edits."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -29,6 +38,9 @@ class Editor(Protocol):
 
     def load(self) -> None:
         """Gets ready to edit. Raises if that is impossible."""
+
+    def unload(self) -> None:
+        """Makes room on the device for whatever comes next."""
 
     def __call__(
         self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
@@ -108,6 +120,10 @@ class PipelineEditor:
     def load(self) -> None:
         self.pipeline  # noqa: B018
 
+    def unload(self) -> None:
+        self.__dict__.pop("pipeline", None)
+        empty_device_cache()
+
     def __call__(
         self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
@@ -167,6 +183,10 @@ class PolicyEditor:
         self.policy.place(device)
         self.policy.pipeline.transformer.requires_grad_(False).eval().to(device)
 
+    def unload(self) -> None:
+        self.policy.pipeline.to("cpu")
+        empty_device_cache()
+
     def __call__(
         self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
@@ -198,7 +218,8 @@ class PolicyEditor:
 
 class FolderEditor:
     """
-    Edits that are there already: files named by the id of their case, e.g. `0f3a….png`.
+    Edits that are there already: files named by the id of their case, e.g. `0f3a….png`. An id with characters that file names do
+    not take is written as in a URL, e.g. `a%2Fb.png` for `a/b`.
 
     Args:
         folder (`str` or `Path`):
@@ -227,18 +248,124 @@ class FolderEditor:
     def load(self) -> None:
         """There is nothing to get ready."""
 
+    def unload(self) -> None:
+        """There is nothing to give back."""
+
     def __call__(
         self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
         edits: list[Image.Image | None] = []
         for case_id in ids:
-            files = [file for suffix in self.SUFFIXES if (file := self.folder / f"{case_id}{suffix}").is_file()]
+            stems = (case_id, quote(case_id, safe=""))
+            paths = [self.folder / f"{stem}{suffix}" for stem in stems for suffix in self.SUFFIXES]
+            files = [path for path in paths if path.is_file()]
             if not files:
                 edits.append(None)
                 continue
             with Image.open(files[0]) as image:
                 edits.append(image.convert("RGB"))
         return edits
+
+
+class FunctionEditor:
+    """
+    A Python function as an editor.
+
+    Args:
+        function (`Callable`):
+            Takes a list of images and a list of prompts, and returns a list of images, `None` where there is none. If it has
+            parameters `ids` and `seeds`, it is given the cases' ids and their seeds too; without `seeds` it must not draw.
+        name (`str`, *optional*):
+            What it is called in a dataset. By default the function's name.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None):
+        self.function = function
+        self.name = name or get_callable_name(function)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        try:
+            source = inspect.getsource(self.function)
+            return {"editor": self.name, "revision": f"source {hashlib.sha256(source.encode()).hexdigest()[:12]}"}
+        except (OSError, TypeError):  # typed into an interpreter, or no plain function
+            return {"editor": self.name, "revision": None}
+
+    def load(self) -> None:
+        """There is nothing to get ready."""
+
+    def unload(self) -> None:
+        """There is nothing to give back."""
+
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+    ) -> list[Image.Image | None]:
+        asked = inspect.signature(self.function).parameters
+        given = {name: values for name, values in (("ids", ids), ("seeds", seeds)) if name in asked}
+        return self.function(images, prompts, **given)
+
+
+def as_editor(editor: Editor | Callable[..., Any]) -> Editor:
+    """The editor itself, or one that calls a plain function."""
+    return editor if hasattr(editor, "identity") else FunctionEditor(editor)  # type: ignore[return-value]
+
+
+def edit_seed(seed: int, case_id: str) -> int:
+    """The seed of the noise of a case's edit: the same in every run, whatever else is edited."""
+    return seeded_generator(seed, "edit", case_id).initial_seed() % 2**31
+
+
+def edit_cases(
+    editor: Editor, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[Image.Image | None], list[str | None]]:
+    """
+    Edits cases together, and one by one where that fails, so that a case that cannot be edited takes no other with it.
+
+    Args:
+        editor ([`Editor`]):
+            What edits.
+        images (`list[PIL.Image.Image]`):
+            The sources.
+        prompts (`list[str]`):
+            The instructions.
+        ids (`Sequence[str]`):
+            The cases' ids.
+        seeds (`Sequence[int]`):
+            The seed of each edit.
+
+    Returns:
+        `tuple[list[PIL.Image.Image | None], list[str | None]]`: the edits, and for each that is missing why, e.g.
+        `"editor failed: ..."` or `"no edit: ..."`.
+
+    Raises:
+        `torch.OutOfMemoryError`: If the device has too little memory, which says nothing about the cases.
+    """
+    try:
+        edits = list(editor(images, prompts, ids, seeds))
+        if len(edits) != len(images):
+            raise ValueError(f"The editor returned {len(edits)} edits of {len(images)} images.")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an editor of the user's own may raise anything
+        if len(images) == 1:
+            logger.warning("No edit of case %s: %s: %s", ids[0], type(error).__name__, error)
+            return [None], [f"editor failed: {type(error).__name__}: {error}"]
+        cases = zip(images, prompts, ids, seeds, strict=True)
+        alone = [edit_cases(editor, [image], [prompt], [case_id], [seed]) for image, prompt, case_id, seed in cases]
+        return [edits[0] for edits, _ in alone], [reasons[0] for _, reasons in alone]
+    reasons: list[str | None] = [None] * len(edits)
+    for i, edit in enumerate(edits):
+        if not isinstance(edit, Image.Image):
+            reasons[i] = "no edit" if edit is None else f"no edit: the editor returned a {type(edit).__name__}"
+            edits[i] = None
+    return edits, reasons
+
+
+def empty_device_cache() -> None:
+    """Gives memory that is no longer used back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _revision(folder: Path) -> str:

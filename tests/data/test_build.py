@@ -18,6 +18,7 @@ from hp_edit_trl.data import BuildConfig, WorkFolder, build_dataset, load_realpr
 from hp_edit_trl.data.instructions import TASK_WEIGHTS
 from hp_edit_trl.data.splits import BENCHMARK_COUNTS
 from hp_edit_trl.miniature.tiny import tiny_clip, tiny_judge
+from hp_edit_trl.policies import Editor
 from hp_edit_trl.rewards import TASKS
 from tests.data.test_export import digests
 from tests.helpers import photo
@@ -53,7 +54,7 @@ def make_config(pictures, output_dir, **changes):
     return BuildConfig(**{**options, **changes})
 
 
-class Moody:
+class Moody(Editor):
     """An editor that does what it is asked for in every third case, and otherwise takes colour away. It can be told to stop."""
 
     identity = {"editor": "moody", "revision": "1"}
@@ -202,7 +203,7 @@ def test_everything_rejected_is_said(pictures, tmp_path):
         )
 
 
-class Blank:
+class Blank(Editor):
     identity = {"editor": "as it was", "revision": "1"}
 
     def __call__(self, images, prompts, ids, seeds):
