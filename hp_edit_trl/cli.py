@@ -1,11 +1,14 @@
 """The command `hp-edit`."""
 
 import argparse
+import importlib
+import importlib.util
 import json
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,6 +77,78 @@ def make_scorer(args: argparse.Namespace, task: str | None = None):
         judge = TransformersJudge(args.judge, batch_size=args.batch_size, model_init_kwargs=options, **shared)
     kept = judge if args.cache == "none" else CachedJudge(judge, args.cache)
     return HPScorerReward(kept, prompts=args.prompts, prompts_revision=args.prompts_revision, task=task)
+
+
+def make_editor(args: argparse.Namespace):
+    """The editor that the options name."""
+    from .policies import FolderEditor, PipelineEditor, PolicyEditor, as_editor, policy_class
+
+    where, _, attribute = args.editor.rpartition(":")
+    is_folder = Path(args.editor).is_dir() and not (Path(args.editor) / "model_index.json").exists()
+    if is_folder or where:
+        unused = [name for name in ("lora", "editor_revision", "policy", "option") if getattr(args, name)]
+        if unused:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            raise ValueError(
+                f"{named}: for pipelines only, and {args.editor} is a {'folder' if is_folder else 'function'}."
+            )
+        return FolderEditor(args.editor, args.name) if is_folder else as_editor(_imported(where, attribute))
+    options: dict[str, Any] = {}
+    for option in args.option:
+        name, _, value = option.partition("=")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    size = None if args.resolution == 0 else args.resolution
+    editor = PipelineEditor(args.editor, args.editor_revision, args.lora, size, args.dtype, **options)
+    if not args.policy:
+        return editor
+    known = {"num_inference_steps", "true_cfg_scale"}
+    if size is None or options.keys() - known:
+        raise ValueError(
+            f"A policy needs a --resolution above 0, and takes no --option beside {', '.join(sorted(known))}."
+        )
+    policy = policy_class(args.editor)(editor.load_pipeline())
+    name = " + ".join(filter(None, (args.editor, args.lora)))
+    return PolicyEditor(policy, name, size, batch_size=args.editor_batch_size, **options)
+
+
+def _imported(where: str, attribute: str):
+    """What a Python file or module calls `attribute`."""
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        else:
+            module = importlib.import_module(where)
+        return getattr(module, attribute)
+    except (ImportError, AttributeError, OSError) as error:
+        raise ValueError(
+            f"--editor {where}:{attribute} names no function that can be imported ({error}): use file.py:function or "
+            "package.module:function."
+        ) from error
+
+
+def bench(args: argparse.Namespace) -> None:
+    from .evaluation import RealPrefBench, run_benchmark
+    from .ratings import read_ratings
+
+    if args.dataset is None:
+        raise ValueError("--dataset names the cases: a folder or Hub repository with id, image, prompt and task.")
+    benchmark = RealPrefBench(make_scorer(args), args.dataset, args.split or "test", args.revision)
+    run = run_benchmark(
+        benchmark,
+        make_editor(args),
+        args.out,
+        name=args.name,
+        batch_size=args.editor_batch_size,
+        chunk_size=args.chunk_size,
+        seed=args.seed,
+        ratings=None if args.ratings is None else read_ratings(args.ratings)[0],
+    )
+    print(run.folder)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -314,6 +389,39 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
     command.add_argument("--seed", type=int, default=0, help="of the intervals' resamples")
     command.set_defaults(run=agreement)
+
+    command = commands.add_parser(
+        "bench", help="let an editor edit a benchmark's cases and score them; goes on where it was"
+    )
+    command.add_argument("benchmark", choices=("realpref",))
+    command.add_argument(
+        "--editor", required=True, help="pipeline (Hub id or folder), folder of edits named by id, or file.py:function"
+    )
+    command.add_argument("--out", required=True, help="folder for the results")
+    command.add_argument("--name", help="what tables call the editor")
+    command.add_argument("--lora", help="on top of the pipeline: Hub id or folder")
+    command.add_argument("--editor-revision", help="branch, tag or commit of the pipeline's repository")
+    command.add_argument(
+        "--resolution", type=int, default=1024, help="side of the square of an edit's area; 0: as it likes"
+    )
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    command.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the pipeline's call, e.g. num_inference_steps=40",
+    )
+    command.add_argument("--policy", action="store_true", help="denoise in batches, as the trainers do")
+    command.add_argument("--editor-batch-size", type=int, default=4, help="cases that are edited together")
+    command.add_argument("--chunk-size", type=int, default=32, help="edits that are judged and written together")
+    command.add_argument("--seed", type=int, default=0, help="of the edits' noise")
+    command.add_argument("--dataset", help="the cases: folder or Hub repository")
+    command.add_argument("--split", help="of the cases")
+    command.add_argument("--revision", help="branch, tag or commit of the cases' repository")
+    command.add_argument("--ratings", help="people's ratings of the edits: file, or folder with ratings-*.jsonl")
+    add_scorer(command)
+    command.set_defaults(run=bench)
 
     command = commands.add_parser("annotate", help="start the page on which people rate edits from 0 to 5")
     add_dataset(command)

@@ -9,10 +9,12 @@ from PIL import Image
 
 from hp_edit_trl import load_scorer_prompts
 from hp_edit_trl.cli import main
+from hp_edit_trl.evaluation import read_run
+from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.ratings import append_rating
 from hp_edit_trl.rewards import read_scores
 from tests.evaluation.test_refine import ARTIFACTS, look, revision, world
-from tests.helpers import make_edits
+from tests.helpers import make_cases, make_edits
 from tests.rewards.test_judges import completion, serve  # noqa: F401
 
 
@@ -106,3 +108,59 @@ def test_what_goes_wrong_is_said_in_a_line(server, tmp_path):
     ]:
         with pytest.raises(SystemExit, match=message):
             main(command if "--cache" in command else [*command, "--cache", str(tmp_path / "cache")])
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def bench_command(server, tmp_path, editor, out):
+    make_cases(3).save_to_disk(tmp_path / "cases")
+    small = ["--resolution", "64", "--dtype", "float32"]
+    where = ["--dataset", str(tmp_path / "cases"), "--split", "train", "--out", str(tmp_path / out)]
+    return ["bench", "realpref", "--editor", editor, *where, *small, *options(server, tmp_path)]
+
+
+def test_bench_of_a_pipeline_a_policy_and_their_edits(server, tmp_path, pipeline, capsys):
+    options = ["--option", "num_inference_steps=2", "--option", "true_cfg_scale=1.0"]
+    main([*bench_command(server, tmp_path, pipeline, "a"), *options])
+    assert str(tmp_path / "a") in capsys.readouterr().out
+    main([*bench_command(server, tmp_path, pipeline, "b"), *options, "--policy"])
+    main([*bench_command(server, tmp_path, str(tmp_path / "a" / "edits"), "c"), "--name", "ready"])
+    runs = [read_run(tmp_path / name) for name in "abc"]
+    assert [run.name for run in runs] == [pipeline, pipeline, "ready"]
+    assert runs[0].settings["editor"]["num_inference_steps"] == 2 and runs[1].settings["editor"]["revision"]
+    for one, two, three in zip(*(run.cases for run in runs), strict=True):
+        images = [Image.open(run.folder / row["edit"]) for run, row in zip(runs, (one, two, three), strict=True)]
+        assert images[0].tobytes() == images[2].tobytes() and images[0].size == images[1].size
+        assert one["hp_score"] == three["hp_score"] is not None
+    with pytest.raises(SystemExit, match="hp-edit: .* holds another run: num_inference_steps of its editor is 2, now"):
+        main([*bench_command(server, tmp_path, pipeline, "a"), "--option", "num_inference_steps=3"])
+
+
+def test_bench_of_a_function(server, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def turned(images, prompts, seeds):\n    return [image.rotate(180) for image in images]\n")
+    main(bench_command(server, tmp_path, f"{file}:turned", "out"))
+    run = read_run(tmp_path / "out")
+    assert run.name == "turned" and run.settings["editor"]["revision"].startswith("source ")
+    case = make_cases(3)[0]
+    assert Image.open(run.folder / run.cases[0]["edit"]).tobytes() == case["image"].rotate(180).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("editor", "more", "message"),
+    [
+        ("nowhere.py:edit", [], "names no function that can be imported"),
+        ("json:edit", [], "names no function that can be imported"),
+        ("json:dumps", ["--lora", "x"], "--lora: for pipelines only, and json:dumps is a function"),
+        ("no/such-model", [], "neither a folder nor a diffusers pipeline"),
+    ],
+)
+def test_bench_with_what_is_no_editor(server, tmp_path, editor, more, message):
+    with pytest.raises(SystemExit, match=f"hp-edit: .*{message}"):
+        main([*bench_command(server, tmp_path, editor, "out"), *more])
+    assert not (tmp_path / "out").exists()

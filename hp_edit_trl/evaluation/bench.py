@@ -95,6 +95,7 @@ def run_benchmark(
     folder: str | Path,
     name: str | None = None,
     batch_size: int = 4,
+    chunk_size: int = 32,
     seed: int = 0,
     ratings: Sequence[Rating] | None = None,
     confidence: float = 0.95,
@@ -119,7 +120,9 @@ def run_benchmark(
         name (`str`, *optional*):
             What tables call the editor. By default the editor's own name, with its LoRA.
         batch_size (`int`, *optional*, defaults to `4`):
-            Number of cases that the editor and the judge are given together.
+            Number of cases that the editor is given together.
+        chunk_size (`int`, *optional*, defaults to `32`):
+            Number of edits that the judge is given, and that are written, together.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the edits' noise, which depends on it and on the case.
         ratings (`Sequence[Rating]`, *optional*):
@@ -137,8 +140,9 @@ def run_benchmark(
             editor failed with its first eight cases.
         `ConnectionError`: If the judge gave no answer eight times in a row. What was done before is kept.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    for option, value in (("batch_size", batch_size), ("chunk_size", chunk_size)):
+        if value < 1:
+            raise ValueError(f"{option}={value} must be at least 1.")
     accelerator = patient_accelerator()
     folder, editor = Path(folder), as_editor(editor)
     cases = benchmark.dataset
@@ -184,7 +188,7 @@ def run_benchmark(
         if case_id in edits and (case_id not in scores or None in scores[case_id]["values"].values())
     ]
     accelerator.wait_for_everyone()
-    _score(folder, cases, unscored, edits, scores, benchmark, batch_size, accelerator)
+    _score(folder, cases, unscored, edits, scores, benchmark, chunk_size, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(folder, cases, benchmark, human, confidence, num_resamples)
@@ -333,7 +337,7 @@ def _score(
     edits: dict[str, dict[str, Any]],
     before: dict[str, dict[str, Any]],
     benchmark: Benchmark,
-    batch_size: int,
+    chunk_size: int,
     accelerator: Any,
 ) -> None:
     """Scores the edits of this process and writes a line about each."""
@@ -346,8 +350,8 @@ def _score(
     unanswered = 0
     progress = tqdm(total=len(mine), desc="Scoring", unit="case", disable=not accelerator.is_local_main_process)
     with progress:
-        for start in range(0, len(mine), batch_size):
-            batch = [cases[row] for row in mine[start : start + batch_size]]
+        for start in range(0, len(mine), chunk_size):
+            batch = [cases[row] for row in mine[start : start + chunk_size]]
             sources = [read_image(case["image"], f"The image of case {case['id']!r}") for case in batch]
             shown = []
             for case, source in zip(batch, sources, strict=True):

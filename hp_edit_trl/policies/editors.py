@@ -99,6 +99,10 @@ class PipelineEditor:
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
+        return self.load_pipeline().to(PartialState().device)
+
+    def load_pipeline(self) -> DiffusionPipeline:
+        """The pipeline with its LoRA, on the CPU."""
         pipeline = DiffusionPipeline.from_pretrained(str(self.folder), dtype=getattr(torch, self.dtype))
         if self.lora is not None:
             try:
@@ -107,7 +111,7 @@ class PipelineEditor:
             except (OSError, ValueError, AttributeError) as error:  # the last where a pipeline takes no LoRA
                 raise ValueError(f"lora={self.lora!r} cannot be loaded onto {self.model!r}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(PartialState().device)
+        return pipeline
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -116,9 +116,9 @@ def test_stopped_while_scoring_it_asks_only_for_the_rest(tmp_path):
             return super().__call__(conversations)
 
     with pytest.raises(KeyboardInterrupt):
-        run_benchmark(bench(judge=Tired()), Painter(), tmp_path, batch_size=2)
+        run_benchmark(bench(judge=Tired()), Painter(), tmp_path, chunk_size=2)
     judge, painter = RuleJudge(), Painter()
-    run = run_benchmark(bench(judge=judge), painter, tmp_path, batch_size=2)
+    run = run_benchmark(bench(judge=judge), painter, tmp_path)
     assert judge.asked == 6 and not painter.painted
     assert [row["hp_score"] for row in run.cases] == [score_of(row, tmp_path) for row in run.cases]
 
