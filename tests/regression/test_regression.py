@@ -1,0 +1,46 @@
+"""
+What the frozen LoRA makes of the frozen cases is what it was. If it is not, and was meant to change: `freeze.py`.
+
+Machines differ in the last digits of floating-point numbers, so that a few pixels may be a level off; every change of what is computed
+moves more than that (the second test).
+"""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .freeze import HERE, bench, exact_scores, load_cases, sheet
+
+
+def difference(run) -> float:
+    """Mean absolute difference of the edits from the frozen ones, in levels of 255."""
+    with Image.open(HERE / "edits.png") as frozen:
+        return float(np.abs(np.asarray(sheet(run), float) - np.asarray(frozen, float)).mean())
+
+
+def test_the_frozen_policy_edits_the_frozen_cases_as_it_did(tmp_path):
+    cases, known = load_cases(), json.loads((HERE / "scores.json").read_text())
+    run = bench(cases, tmp_path)
+    assert run.results["counts"]["edits"] == len(cases) == 64
+    scores = dict(zip(cases["id"], exact_scores(run, cases), strict=True))
+    assert difference(run) < 0.02
+    assert np.mean(list(scores.values())) == pytest.approx(known["mean"], abs=0.002)
+    assert scores == pytest.approx(known["scores"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(lora=None),
+        dict(num_inference_steps=6),
+        dict(true_cfg_scale=1.5),
+    ],
+)
+def test_a_change_of_what_is_computed_is_seen(tmp_path, change):
+    cases = load_cases().select(range(8))
+    run = bench(cases, tmp_path, **change)
+    with Image.open(HERE / "edits.png") as frozen:
+        first = np.asarray(frozen.crop((0, 0, frozen.width, frozen.height // 8)), float)
+    assert np.abs(np.asarray(sheet(run), float) - first).mean() > 0.1
