@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from .cases import load_edits
 from .lora import FORMATS, base_transformer, check_fit, describe_lora, merge_lora, read_lora, write_lora
@@ -132,11 +133,60 @@ def _imported(where: str, attribute: str):
 
 
 def bench(args: argparse.Namespace) -> None:
+    runs = [args] if args.config is None else _configured_runs(args)
+    failed = []
+    for run in runs:
+        try:
+            _bench(run)
+        except (ValueError, OSError, ImportError) as error:
+            if len(runs) == 1:
+                raise
+            print(f"hp-edit: {run.name}: {error}", file=sys.stderr)
+            failed.append(run.name)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(runs)} runs did not finish: {', '.join(failed)}. Run it again to go on."
+        )
+
+
+def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The runs that a YAML file names: options of the command that all share, and a list `runs` with those of each."""
+    shared = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    if not isinstance(shared, dict) or not isinstance(shared.get("runs"), list) or "out" not in shared:
+        raise ValueError(f"{args.config} must hold options of `hp-edit bench`, `out` among them, and a list `runs`.")
+    runs, out = shared.pop("runs"), Path(shared.pop("out"))
+    parsed = []
+    for run in runs:
+        if not isinstance(run, dict) or not isinstance(run.get("name"), str):
+            raise ValueError(f"{args.config}: each of the runs needs a name, but one is {run!r}.")
+        words: list[str] = []
+        for name, value in {**shared, **run, "out": out / run["name"].replace("/", "-")}.items():
+            flag = "--" + name.replace("_", "-")
+            if name == "benchmark":
+                words.insert(0, value)
+            elif isinstance(value, dict):
+                words += [f"{flag}={key}={json.dumps(one, ensure_ascii=False)}" for key, one in value.items()]
+            elif value is True:
+                words.append(flag)
+            elif value is not None and value is not False:
+                words.append(f"{flag}={value}")
+        parsed.append(args.parser.parse_args(["bench", *words]))
+    folders = [run.out for run in parsed]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"{args.config}: two of the runs have one name.")
+    return parsed
+
+
+def _bench(args: argparse.Namespace) -> None:
     from .evaluation import RealPrefBench, run_benchmark
     from .ratings import read_ratings
 
-    if args.dataset is None:
-        raise ValueError("--dataset names the cases: a folder or Hub repository with id, image, prompt and task.")
+    needed = {"benchmark": "realpref", "--editor": "...", "--out": "DIR", "--dataset": "..."}
+    lacking = [name for name in needed if getattr(args, name.lstrip("-")) is None]
+    if lacking:
+        raise ValueError(
+            f"A run needs {' and '.join(lacking)}: hp-edit bench realpref --editor ... --dataset ... --out DIR."
+        )
     benchmark = RealPrefBench(make_scorer(args), args.dataset, args.split or "test", args.revision)
     run = run_benchmark(
         benchmark,
@@ -393,11 +443,12 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser(
         "bench", help="let an editor edit a benchmark's cases and score them; goes on where it was"
     )
-    command.add_argument("benchmark", choices=("realpref",))
+    command.add_argument("benchmark", nargs="?", choices=("realpref",))
+    command.add_argument("--config", help="YAML file with options that several runs share, and a list of runs")
     command.add_argument(
-        "--editor", required=True, help="pipeline (Hub id or folder), folder of edits named by id, or file.py:function"
+        "--editor", help="pipeline (Hub id or folder), folder of edits named by id, or file.py:function"
     )
-    command.add_argument("--out", required=True, help="folder for the results")
+    command.add_argument("--out", help="folder for the results")
     command.add_argument("--name", help="what tables call the editor")
     command.add_argument("--lora", help="on top of the pipeline: Hub id or folder")
     command.add_argument("--editor-revision", help="branch, tag or commit of the pipeline's repository")
@@ -421,7 +472,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--revision", help="branch, tag or commit of the cases' repository")
     command.add_argument("--ratings", help="people's ratings of the edits: file, or folder with ratings-*.jsonl")
     add_scorer(command)
-    command.set_defaults(run=bench)
+    command.set_defaults(run=bench, parser=parser)
 
     command = commands.add_parser("annotate", help="start the page on which people rate edits from 0 to 5")
     add_dataset(command)

@@ -5,6 +5,7 @@ import io
 import json
 
 import pytest
+import yaml
 from PIL import Image
 
 from hp_edit_trl import load_scorer_prompts
@@ -164,3 +165,42 @@ def test_bench_with_what_is_no_editor(server, tmp_path, editor, more, message):
     with pytest.raises(SystemExit, match=f"hp-edit: .*{message}"):
         main([*bench_command(server, tmp_path, editor, "out"), *more])
     assert not (tmp_path / "out").exists()
+
+
+def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, capsys):
+    make_cases(3).save_to_disk(tmp_path / "cases")
+    shared = {
+        "benchmark": "realpref",
+        "dataset": str(tmp_path / "cases"),
+        "split": "train",
+        "out": str(tmp_path / "out"),
+    }
+    shared |= {"judge": "m", "base_url": server.url, "cache": "none", "resolution": 64, "dtype": "float32"}
+    file, config = tmp_path / "mine.py", tmp_path / "bench.yaml"
+    file.write_text("def same(images, prompts):\n    return images\n")
+    few = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "negative_prompt": " "}
+    runs = [
+        {"name": "someone/tiny", "editor": pipeline, "option": few},
+        {"name": "absent", "editor": str(tmp_path / "absent")},
+        {"name": "as it was", "editor": f"{file}:same"},
+    ]
+    config.write_text(yaml.safe_dump(shared | {"runs": runs}))
+    with pytest.raises(SystemExit, match="1 of 3 runs did not finish: absent"):
+        main(["bench", "--config", str(config)])
+    assert "absent: editor=" in capsys.readouterr().err
+    finished = [read_run(tmp_path / "out" / name) for name in ("someone-tiny", "as it was")]
+    assert [run.name for run in finished] == ["someone/tiny", "as it was"]
+    assert finished[0].settings["editor"]["negative_prompt"] == " "
+    for broken, message in (
+        (shared, "a list `runs`"),
+        (shared | {"runs": [{"editor": "x"}]}, "each of the runs needs a name"),
+        (shared | {"runs": [runs[0], runs[0]]}, "two of the runs have one name"),
+        (shared | {"runs": [{"name": "x"}]}, "A run needs --editor"),
+    ):
+        config.write_text(yaml.safe_dump(broken))
+        with pytest.raises(SystemExit, match=f"hp-edit: .*{message}"):
+            main(["bench", "--config", str(config)])
+    config.write_text(yaml.safe_dump(shared | {"runs": [{"name": "x", "edtior": "y"}]}))
+    with pytest.raises(SystemExit):
+        main(["bench", "--config", str(config)])
+    assert "unrecognized arguments: --edtior=y" in capsys.readouterr().err
