@@ -13,6 +13,7 @@ from hp_edit_trl.evaluation import RealPrefBench, read_run, run_benchmark
 from hp_edit_trl.policies import Editor, FolderEditor
 from hp_edit_trl.ratings import Rating
 from hp_edit_trl.rewards import Judgement
+from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, make_cases
 
 
@@ -272,3 +273,29 @@ def test_two_processes_share_the_cases_and_end_with_the_same_results(tmp_path):
     both = read_run(tmp_path / "both")
     assert both.cases == alone.cases and both.results == alone.results
     assert all((both.folder / f"edits-{rank}.jsonl").read_text().count("\n") == 5 for rank in (0, 1))
+
+
+HUB = """
+import sys
+from huggingface_hub import HfApi
+from hp_edit_trl.evaluation import run_benchmark
+from tests.evaluation.test_bench import Painter, bench
+from tests.helpers import make_cases
+first = make_cases(4).push_to_hub("someone/RealPref-Bench", split="test").oid
+make_cases(5).push_to_hub("someone/RealPref-Bench", split="test")
+runs = [run_benchmark(bench("someone/RealPref-Bench", revision=r), Painter(), f"{sys.argv[1]}/{r}") for r in (None, first)]
+newest = HfApi().dataset_info("someone/RealPref-Bench").sha
+assert [len(run.cases) for run in runs] == [5, 4]
+assert [run.settings["benchmark"]["revision"] for run in runs] == [newest, first], runs[0].settings
+assert runs[0].settings["benchmark"]["dataset"] == "someone/RealPref-Bench"
+"""
+
+
+@pytest.mark.slow
+def test_results_carry_the_commit_of_the_cases(tmp_path):
+    with fake_hub() as hub:
+        env = {**os.environ, **hub.env, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", HUB, str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
