@@ -3,12 +3,13 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
-from hp_edit_trl import load_scorer_prompts
+from hp_edit_trl import cli, load_scorer_prompts
 from hp_edit_trl.cli import main
 from hp_edit_trl.evaluation import read_run
 from hp_edit_trl.miniature.tiny import tiny_pipeline
@@ -204,3 +205,30 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
     with pytest.raises(SystemExit):
         main(["bench", "--config", str(config)])
     assert "unrecognized arguments: --edtior=y" in capsys.readouterr().err
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "examples" / "configs" / "bench").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_papers_tables_are_runs_that_parse(recipe, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "_bench", started.append)
+    main(["bench", "--config", str(recipe)])
+    names = [run["name"] for run in yaml.safe_load(recipe.read_text())["runs"]]
+    assert [run.name for run in started] == names and len({run.out for run in started}) == len(names)
+    assert all(run.editor and run.benchmark and run.seed == 0 and run.resolution == 1024 for run in started)
+    for run in started:
+        assert make_editor_options(run) == yaml.safe_load(recipe.read_text()).get("option", make_editor_options(run))
+    head = recipe.read_text().split("\n\n")[0]
+    assert (
+        head.startswith("#")
+        and "80 GB" in head
+        and "# Work" in head
+        and f"--config {recipe.relative_to(ROOT)}" in head
+    )
+
+
+def make_editor_options(run):
+    return {name: json.loads(value) for name, _, value in (option.partition("=") for option in run.option)}

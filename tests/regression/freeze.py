@@ -29,11 +29,12 @@ def load_cases() -> Dataset:
     return Dataset.from_parquet(str(HERE / "cases.parquet"))
 
 
-def bench(cases: Dataset, folder: str | Path, lora: str | Path | None = HERE / "lora", **options) -> Run:
+def bench(cases: Dataset, folder: str | Path, lora: bool = True, scale: float = 1.0, **options) -> Run:
     """A run of RealPref-Bench on the frozen cases. Its judge says 0: the scores that count are those of `exact_scores`."""
     pipeline = load_pipeline()
-    if lora is not None:
-        pipeline.load_lora_weights(str(lora), weight_name="pytorch_lora_weights.safetensors")
+    if lora:
+        pipeline.load_lora_weights(str(HERE / "lora"), weight_name="pytorch_lora_weights.safetensors")
+        pipeline.set_adapters(pipeline.get_active_adapters(), [scale])
     policy = policy_class(pipeline)(pipeline)
     options = {"num_inference_steps": 5, "true_cfg_scale": 1.0, "batch_size": 16, **options}
     editor = PolicyEditor(policy, "frozen LoRA", resolution=SIDE, **options)
@@ -78,7 +79,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         cases = load_cases()
         run = bench(cases, Path(folder) / "lora")
-        base = bench(cases, Path(folder) / "base", lora=None)
+        base = bench(cases, Path(folder) / "base", lora=False)
         sheet(run).save(HERE / "edits.png")
         scores = dict(zip(cases["id"], exact_scores(run, cases), strict=True))
         before = exact_scores(base, cases)
