@@ -33,7 +33,7 @@ from ..jsonl import append_lines, read_lines
 from ..policies import Editor, as_editor, edit_cases, edit_seed
 from ..processes import patient_accelerator
 from ..ratings import Rating
-from .results import FORMAT, CaseScore, Run, check_format, read_json, read_run, summarise
+from .results import FORMAT, WHERE_FROM, CaseScore, Run, check_format, read_json, read_run, summarise
 
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def run_benchmark(
                 **{part: getattr(benchmark, part) for part in ("metrics", "products", "group", "sections")},
                 **benchmark.settings,
                 "cases": len(cases),
-                "cases_sha": _digest(repr(list(zip(cases["id"], cases["prompt"], strict=True))).encode()),
+                "cases_sha": _cases_sha(cases, benchmark),
             },
             "editor": {"name": name, **identity},
             "seed": seed,
@@ -222,6 +222,21 @@ def check_cases(cases: Dataset, benchmark: Benchmark) -> None:
         raise ValueError(f"{len(twice)} ids occur more than once in {benchmark.name}, the first being {twice[0]!r}.")
 
 
+def _cases_sha(cases: Dataset, benchmark: Benchmark) -> str:
+    """A hash of what the cases are: all texts that matter, and the images as they are stored."""
+    columns = {benchmark.group, *(name for part in benchmark.sections.values() for name in part)}
+    digest = hashlib.sha256()
+    for case in cases:
+        image = case["image"] if isinstance(case["image"], dict) else {"bytes": None, "path": case["image"]}
+        content = image["bytes"]
+        if content is None and image["path"] is not None and os.path.isfile(image["path"]):
+            content = Path(image["path"]).read_bytes()
+        digest.update(hashlib.sha256(content or repr(image["path"]).encode()).digest())
+        texts = [case["id"], case["prompt"], case.get("requirement"), *(case[name] for name in sorted(columns))]
+        digest.update(repr(texts).encode())
+    return digest.hexdigest()[:16]
+
+
 def _human(ratings: Sequence[Rating] | None, name: str, ids: list[str]) -> dict[str, float] | None:
     """The mean of people's ratings of each case."""
     if ratings is None:
@@ -252,7 +267,7 @@ def _check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{folder / 'run.json'} cannot be read: name another folder, or remove it.")
     check_format(folder, before)
     for part in ("benchmark", "editor"):
-        for key in sorted({*before[part], *settings[part]}):
+        for key in sorted({*before[part], *settings[part]} - WHERE_FROM):
             if before[part].get(key) != settings[part].get(key):
                 raise ValueError(
                     f"{folder} holds another run: {key} of its {part} is {before[part].get(key)!r}, now it is "

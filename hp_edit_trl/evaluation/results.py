@@ -16,6 +16,8 @@ from .agreement import _estimate, _resamples
 
 
 FORMAT = 1  # of a results folder
+# Settings of a benchmark that say where its cases came from. What they are is told by a hash of them.
+WHERE_FROM = {"dataset", "split", "revision"}
 
 
 @dataclass
@@ -144,7 +146,7 @@ def compare(
         `ValueError`: If the runs are of different benchmarks, cases or judges.
     """
     one, other = a.settings["benchmark"], b.settings["benchmark"]
-    differing = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    differing = [name for name in sorted({*one, *other} - WHERE_FROM) if one.get(name) != other.get(name)]
     if differing:
         name = differing[0]
         raise ValueError(

@@ -203,14 +203,20 @@ def test_an_editor_that_always_fails_and_a_judge_that_is_gone(tmp_path):
 
 def test_a_folder_of_another_run(tmp_path):
     run_benchmark(bench(), Painter(), tmp_path / "run")
+    repainted = make_cases(10).map(
+        lambda row, i: {"image": Image.new("RGB", (64, 64))} if i == 3 else {}, with_indices=True
+    )
     for other, message in (
         (dict(editor=Painter(0.5)), "strength of its editor is 1.0, now it is 0.5"),
         (dict(benchmark=bench(judge=RuleJudge("other"))), "judge of its benchmark is .* now it is"),
         (dict(benchmark=bench(make_cases(9))), "cases of its benchmark is 10, now it is 9"),
+        (dict(benchmark=bench(repainted)), "cases_sha of its benchmark is"),
         (dict(seed=3), "with seed 0, not 3"),
     ):
         with pytest.raises(ValueError, match=message):
             run_benchmark(**{"benchmark": bench(), "editor": Painter(), "folder": tmp_path / "run", **other})
+    make_cases(10).save_to_disk(tmp_path / "cases")  # the same cases from elsewhere are the same cases
+    assert run_benchmark(bench(str(tmp_path / "cases"), split="train"), Painter(), tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(settings | {"format": 0}))
     with pytest.raises(ValueError, match="results in format 0"):
