@@ -54,7 +54,7 @@ def add_scorer(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--score-mode", choices=("integer", "expected"), default="integer")
     command.add_argument("--num-samples", type=int, default=1, help="answers whose scores are averaged")
-    command.add_argument("--max-new-tokens", type=int, default=16, help="raise it for judges that reason aloud")
+    command.add_argument("--max-new-tokens", type=int, help="of an answer; raise it for judges that reason aloud")
     command.add_argument("--batch-size", type=int, default=8, help="of a judge in this process")
     command.add_argument("--max-concurrency", type=int, default=16, help="requests at once to a server")
     command.add_argument("--timeout", type=float, default=120.0, help="seconds for one request to a server")
@@ -64,11 +64,12 @@ def add_scorer(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache", default="~/.cache/hp-edit-trl/judgements.sqlite", help="'none' keeps none")
 
 
-def make_scorer(args: argparse.Namespace, task: str | None = None):
-    """The scorer that the options name."""
-    from .rewards import CachedJudge, HPScorerReward, ServerJudge, TransformersJudge
+def make_judge(args: argparse.Namespace, **kwargs: Any):
+    """The judge that the options name."""
+    from .rewards import CachedJudge, ServerJudge, TransformersJudge
 
     shared = {name: getattr(args, name) for name in ("score_mode", "num_samples", "max_new_tokens")}
+    shared = {name: value for name, value in shared.items() if value is not None} | kwargs
     judge: ServerJudge | TransformersJudge
     if args.base_url is not None:
         of_server = {name: getattr(args, name) for name in ("max_concurrency", "timeout", "max_retries")}
@@ -76,8 +77,34 @@ def make_scorer(args: argparse.Namespace, task: str | None = None):
     else:
         options = {} if args.judge_revision is None else {"revision": args.judge_revision}
         judge = TransformersJudge(args.judge, batch_size=args.batch_size, model_init_kwargs=options, **shared)
-    kept = judge if args.cache == "none" else CachedJudge(judge, args.cache)
-    return HPScorerReward(kept, prompts=args.prompts, prompts_revision=args.prompts_revision, task=task)
+    return judge if args.cache == "none" else CachedJudge(judge, args.cache)
+
+
+def make_scorer(args: argparse.Namespace, task: str | None = None):
+    """The scorer that the options name."""
+    from .rewards import HPScorerReward
+
+    return HPScorerReward(make_judge(args), prompts=args.prompts, prompts_revision=args.prompts_revision, task=task)
+
+
+def make_benchmark(args: argparse.Namespace):
+    """The benchmark that the options name."""
+    from .evaluation import DreamBenchPlus, GEditBench, RealPrefBench, parse_grade, parse_pair
+
+    if args.benchmark == "realpref":
+        return RealPrefBench(make_scorer(args), args.dataset, args.split or "test", args.revision)
+    options: dict[str, Any] = {"prompts": args.prompts, "prompts_revision": args.prompts_revision}
+    options["revision"] = args.revision
+    args.max_new_tokens = args.max_new_tokens or 512  # reasons come with the scores
+    options |= {name: getattr(args, name) for name in ("dataset", "split") if getattr(args, name) is not None}
+    if args.benchmark == "gedit":
+        return GEditBench(make_judge(args, parse=parse_pair), **options)
+    if args.split is not None:
+        raise ValueError("--split: DreamBench++ has none.")
+    named: dict[str, Any] = {
+        name: None if value == "none" else value for name, value in (("clip", args.clip), ("dino", args.dino))
+    }
+    return DreamBenchPlus(make_judge(args, parse=parse_grade), **(options | named))
 
 
 def make_editor(args: argparse.Namespace):
@@ -178,16 +205,14 @@ def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from .evaluation import RealPrefBench, run_benchmark
+    from .evaluation import run_benchmark
     from .ratings import read_ratings
 
-    needed = {"benchmark": "realpref", "--editor": "...", "--out": "DIR", "--dataset": "..."}
-    lacking = [name for name in needed if getattr(args, name.lstrip("-")) is None]
+    needed = ["benchmark", "editor", "out", *(["dataset"] if args.benchmark == "realpref" else [])]
+    lacking = [name if name == "benchmark" else f"--{name}" for name in needed if getattr(args, name) is None]
     if lacking:
-        raise ValueError(
-            f"A run needs {' and '.join(lacking)}: hp-edit bench realpref --editor ... --dataset ... --out DIR."
-        )
-    benchmark = RealPrefBench(make_scorer(args), args.dataset, args.split or "test", args.revision)
+        raise ValueError(f"A run needs {' and '.join(lacking)}, e.g. hp-edit bench gedit --editor ... --out DIR.")
+    benchmark = make_benchmark(args)
     run = run_benchmark(
         benchmark,
         make_editor(args),
@@ -443,7 +468,7 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser(
         "bench", help="let an editor edit a benchmark's cases and score them; goes on where it was"
     )
-    command.add_argument("benchmark", nargs="?", choices=("realpref",))
+    command.add_argument("benchmark", nargs="?", choices=("realpref", "gedit", "dreambench"))
     command.add_argument("--config", help="YAML file with options that several runs share, and a list of runs")
     command.add_argument(
         "--editor", help="pipeline (Hub id or folder), folder of edits named by id, or file.py:function"
@@ -470,6 +495,10 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--dataset", help="the cases: folder or Hub repository")
     command.add_argument("--split", help="of the cases")
     command.add_argument("--revision", help="branch, tag or commit of the cases' repository")
+    command.add_argument(
+        "--clip", default="openai/clip-vit-base-patch32", help="of dreambench; 'none' leaves its metrics out"
+    )
+    command.add_argument("--dino", default="facebook/dino-vits8", help="of dreambench; 'none' leaves its metric out")
     command.add_argument("--ratings", help="people's ratings of the edits: file, or folder with ratings-*.jsonl")
     add_scorer(command)
     command.set_defaults(run=bench, parser=parser)

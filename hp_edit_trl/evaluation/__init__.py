@@ -5,6 +5,8 @@ from pathlib import Path
 from .agreement import agreement, krippendorff_alpha, krippendorff_interval, mean_with_interval, paired_difference
 from .bench import Benchmark, run_benchmark
 from .compare import compare_with_people
+from .dreambench import DreamBenchPlus, parse_grade
+from .gedit import GEditBench, parse_pair
 from .realpref import RealPrefBench
 from .refine import PromptRefiner, add_questions, is_held_out, parse_questions
 from .report import report_text, worst_disagreements, write_report
@@ -18,6 +20,8 @@ __all__ = [
     "METRICS",
     "Benchmark",
     "CaseScore",
+    "DreamBenchPlus",
+    "GEditBench",
     "PromptRefiner",
     "RealPrefBench",
     "Run",
@@ -30,6 +34,8 @@ __all__ = [
     "krippendorff_interval",
     "mean_with_interval",
     "paired_difference",
+    "parse_grade",
+    "parse_pair",
     "parse_questions",
     "read_run",
     "report_text",

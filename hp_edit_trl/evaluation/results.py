@@ -1,8 +1,9 @@
 """Results of a benchmark: how the scores of cases are summed up, the folder that holds a run, and the difference of two runs."""
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset
+from PIL import Image
 
-from ..rewards import Judgement
+from ..rewards import Judge, Judgement
 from .agreement import _estimate, _resamples
 
 
@@ -225,6 +227,41 @@ def data_revision(dataset: Dataset, revision: str | None = None) -> str | None:
     folders = {part for file in dataset.cache_files for part in Path(file["filename"]).parts}
     commits = [part for part in folders if re.fullmatch("[0-9a-f]{40}", part)]
     return commits[0] if len(commits) == 1 else revision
+
+
+def check_values(values: Sequence[float | None], name: str, largest: float) -> list[float | None]:
+    """The values with `None` for NaN. Raises a `ValueError` if one is not between 0 and `largest`."""
+    for number, value in enumerate(values):
+        if value is not None and not math.isnan(value) and not 0 <= value <= largest:
+            raise ValueError(f"{name}[{number}] is {value}, but must be a number from 0 to {largest:g}.")
+    return [None if value is None or math.isnan(value) else value for value in values]
+
+
+def conversation(text: str, shown: list[tuple[str, Image.Image]]) -> list[dict[str, Any]]:
+    """What a judge is shown: its prompt, then images under their names."""
+    content: list[dict[str, Any]] = []
+    for name, image in shown:
+        content += [{"type": "text", "text": f"{name}:"}, {"type": "image", "image": image}]
+    system = [{"type": "text", "text": text}]
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+
+def check_parser(judge: Judge, parse: Callable[[str], float | None], min_new_tokens: int = 1) -> None:
+    """
+    Raises a `ValueError` if a judge takes another kind of score out of its answers, or cuts them off before the score. A judge of the
+    user's own may not tell.
+    """
+    asked: Any = getattr(judge, "judge", judge)  # behind a cache
+    parser = getattr(asked, "parse", parse)
+    if parser is not parse:
+        raise ValueError(
+            f"The judge takes scores out of its answers by {parser.__name__}, but this benchmark needs parse={parse.__name__}."
+        )
+    if getattr(asked, "max_new_tokens", min_new_tokens) < min_new_tokens:
+        raise ValueError(
+            f"The judge's answers end after max_new_tokens={asked.max_new_tokens}, but this benchmark asks for reasons and scores: "
+            f"allow {min_new_tokens} or more."
+        )
 
 
 def why_no_score(judgement: Judgement) -> str:

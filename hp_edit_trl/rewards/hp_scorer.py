@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from .judges import Judge, Judgement, ScoreMode, ServerJudge, TransformersJudge
+from .judges import Judge, Judgement, ScoreMode, ServerJudge, TransformersJudge, describe_judge
 from .prompts import ScorerPrompt, load_scorer_prompts
 
 
@@ -92,11 +92,7 @@ class HPScorerReward:
     @property
     def judge_description(self) -> str:
         """Whatever decides the judge's answers, in one line, e.g. `"ServerJudge m, score_mode integer, ..."`."""
-        identity = getattr(self.judge, "identity", None)
-        if identity is None:  # a judge of the user's own may have none
-            known = {name: getattr(self.judge, name) for name in ("name", "score_mode") if hasattr(self.judge, name)}
-            identity = {"judge": type(self.judge).__name__, **known}
-        return ", ".join(f"{name} {value}" for name, value in identity.items() if value is not None)
+        return describe_judge(self.judge)
 
     def prompt_for(self, task: str | None) -> ScorerPrompt:
         """The prompt that a case of `task` is judged with. Raises `ValueError` if there is none."""

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
 ScoreMode = Literal["integer", "expected"]
+Parser = Callable[[str], float | None]
 
 # Models that are known to read their pictures as one run of patches each, with rotary positions from `get_rope_index`
 SHARES_PREFIX = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
@@ -40,7 +42,7 @@ class Judgement:
 
     Args:
         score (`float` or `None`):
-            The score in [0, 5]; `None` if there is none, never a guess.
+            The score, in [0, 5] unless the judge takes another kind of answer; `None` if there is none, never a guess.
         answer (`str`):
             What the judge answered, or what went wrong.
         answered (`bool`, *optional*, defaults to `True`):
@@ -85,6 +87,15 @@ class Judge(Protocol):
         """
 
 
+def describe_judge(judge: Judge) -> str:
+    """Whatever decides a judge's answers, in one line, e.g. `"ServerJudge m, score_mode integer, ..."`."""
+    identity = getattr(judge, "identity", None)
+    if identity is None:  # a judge of the user's own may have none
+        known = {name: getattr(judge, name) for name in ("name", "score_mode") if hasattr(judge, name)}
+        identity = {"judge": type(judge).__name__, **known}
+    return ", ".join(f"{name} {value}" for name, value in identity.items() if value is not None)
+
+
 def parse_score(answer: str) -> float | None:
     """
     The score in a judge's answer, or `None` if it does not hold exactly one.
@@ -97,7 +108,7 @@ def parse_score(answer: str) -> float | None:
     return float(match[1]) if match else None
 
 
-def _check_settings(score_mode: str, num_samples: int, temperature: float, **counts: int) -> None:
+def _check_settings(score_mode: str, num_samples: int, temperature: float, parse: Parser, **counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}={count} must be at least 1.")
@@ -106,6 +117,11 @@ def _check_settings(score_mode: str, num_samples: int, temperature: float, **cou
     if num_samples < 1 or temperature <= 0:
         raise ValueError(
             f"num_samples={num_samples} and temperature={temperature} must be above zero; num_samples=1 answers greedily."
+        )
+    if score_mode == "expected" and parse is not parse_score:
+        raise ValueError(
+            f"score_mode='expected' reads the probabilities of the digits 0 to 5, so parse={parse.__name__} has no meaning: use "
+            "score_mode='integer'."
         )
     if score_mode == "expected" and num_samples > 1:
         raise ValueError(
@@ -119,9 +135,9 @@ def _pictures(conversation: list[dict[str, Any]]) -> int:
     return sum(part["type"] == "image" for part in conversation[-1]["content"])
 
 
-def _mean_score(answers: list[str]) -> Judgement:
+def _mean_score(answers: list[str], parse: Parser) -> Judgement:
     """Mean of the scores in several answers; none if most of them hold none."""
-    scores = [score for score in map(parse_score, answers) if score is not None]
+    scores = [score for score in map(parse, answers) if score is not None]
     return Judgement(sum(scores) / len(scores) if 2 * len(scores) >= len(answers) else None, " | ".join(answers))
 
 
@@ -211,6 +227,8 @@ class TransformersJudge:
             Where it runs. By default this process's accelerator.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained`, e.g. `{"dtype": "bfloat16", "revision": "..."}`.
+        parse (`Callable[[str], float | None]`, *optional*, defaults to [`parse_score`]):
+            Takes the score out of an answer, `None` if there is none. Scoring prompts of other kinds than HP-Scorer's need one.
 
     Raises:
         `ValueError`: If the model cannot be found, or its vocabulary lacks a token for a score.
@@ -229,12 +247,14 @@ class TransformersJudge:
         min_digit_mass: float = 0.5,
         device: torch.device | str | None = None,
         model_init_kwargs: dict | None = None,
+        parse: Parser = parse_score,
     ):
         counts = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "max_pixels": max_pixels}
-        _check_settings(score_mode, num_samples, temperature, **counts)
+        _check_settings(score_mode, num_samples, temperature, parse, **counts)
         self.name = model
         self.score_mode = score_mode
         self.num_samples = num_samples
+        self.parse = parse
         self.temperature = temperature
         self.seed = seed
         self.batch_size = batch_size
@@ -277,8 +297,9 @@ class TransformersJudge:
         names = ["name", "revision", "score_mode", "max_pixels"]
         names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_samples", "max_new_tokens"]
         names += ["temperature", "seed"] if self.num_samples > 1 else []
+        parser = {} if self.parse is parse_score else {"parse": self.parse.__name__}
         loaded = {name: str(value) for name, value in sorted(self.model_init_kwargs.items()) if name != "revision"}
-        return {"judge": "TransformersJudge", **{name: getattr(self, name) for name in names}, **loaded}
+        return {"judge": "TransformersJudge", **{name: getattr(self, name) for name in names}, **loaded, **parser}
 
     def load(self) -> None:
         """Loads the weights and asks for one judgement of two grey squares."""
@@ -370,7 +391,7 @@ class TransformersJudge:
             )
         drawn = self._answers(tokens[:, inputs["input_ids"].shape[1] :], [read] * self.num_samples)
         written = sum(judgement.output_tokens for judgement in drawn)
-        mean = _mean_score([judgement.answer for judgement in drawn])
+        mean = _mean_score([judgement.answer for judgement in drawn], self.parse)
         return replace(mean, input_tokens=read, output_tokens=written)
 
     def _expected(self, logits: torch.Tensor, read: list[int]) -> list[Judgement]:
@@ -386,7 +407,7 @@ class TransformersJudge:
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         written = (tokens != self.processor.tokenizer.pad_token_id).sum(-1).tolist()
         return [
-            Judgement(parse_score(text), text, input_tokens=count, output_tokens=new)
+            Judgement(self.parse(text), text, input_tokens=count, output_tokens=new)
             for text, count, new in zip(texts, read, written, strict=True)
         ]
 
@@ -501,6 +522,8 @@ class ServerJudge:
             Larger images are scaled down to this area before they are sent.
         min_digit_mass (`float`, *optional*, defaults to `0.5`):
             As in [`TransformersJudge`].
+        parse (`Callable[[str], float | None]`, *optional*, defaults to [`parse_score`]):
+            As in [`TransformersJudge`].
 
     Raises:
         `ImportError`: If the extra is not installed.
@@ -522,9 +545,10 @@ class ServerJudge:
         max_new_tokens: int = 16,
         max_pixels: int = 1024 * 1024,
         min_digit_mass: float = 0.5,
+        parse: Parser = parse_score,
     ):
         counts = {"max_concurrency": max_concurrency, "max_new_tokens": max_new_tokens, "max_pixels": max_pixels}
-        _check_settings(score_mode, num_samples, temperature, **counts)
+        _check_settings(score_mode, num_samples, temperature, parse, **counts)
         try:
             import openai
         except ImportError as error:
@@ -533,6 +557,7 @@ class ServerJudge:
         self.base_url = base_url
         self.score_mode = score_mode
         self.num_samples = num_samples
+        self.parse = parse
         self.temperature = temperature
         self.seed = seed
         self.revision = revision
@@ -564,7 +589,8 @@ class ServerJudge:
         names = ["name", "revision", "score_mode", "max_pixels"]
         names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_samples", "max_new_tokens"]
         names += ["temperature", "seed"] if self.num_samples > 1 else []
-        return {"judge": "ServerJudge", **{name: getattr(self, name) for name in names}}
+        parser = {} if self.parse is parse_score else {"parse": self.parse.__name__}
+        return {"judge": "ServerJudge", **{name: getattr(self, name) for name in names}, **parser}
 
     def load(self) -> None:
         """
@@ -587,7 +613,7 @@ class ServerJudge:
             raise ConnectionError(
                 f"The judge {self.name!r} at {self.base_url} gives no judgements: {type(error).__name__}: {error}"
             ) from error
-        if judgement.score is None:
+        if judgement.score is None and self.parse is parse_score:
             logger.warning(f"The judge {self.name!r} answered a trial without a score: {judgement.answer!r}.")
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
@@ -632,7 +658,7 @@ class ServerJudge:
             read += getattr(usage, "prompt_tokens", None) or 0
             written += getattr(usage, "completion_tokens", None) or 0
         if self.score_mode == "integer":
-            return replace(_mean_score(answers), input_tokens=read, output_tokens=written)
+            return replace(_mean_score(answers, self.parse), input_tokens=read, output_tokens=written)
         try:
             likeliest = first.logprobs.content[0].top_logprobs if first.logprobs and first.logprobs.content else None
             if not likeliest:

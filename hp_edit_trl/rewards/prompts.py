@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,9 @@ def find_prompts(source: str | None, revision: str | None) -> tuple[Path, str]:
     else:
         repo_type, repo_id = ("dataset", source[9:]) if source.startswith("datasets/") else ("model", source)
         try:
-            folder = Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns="*.md"))
+            folder = Path(
+                snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=["*.md", "*.txt"])
+            )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"prompts={source!r} is neither a local folder nor a Hub repository that can be read: {error}"
@@ -171,4 +174,51 @@ def load_scorer_prompts(source: str | None = None, revision: str | None = None) 
         prompts[prompt.task] = prompt
     if not prompts:
         raise FileNotFoundError(f"No scorer prompts (*.md) in {source or folder}.")
+    return prompts
+
+
+def load_benchmark_prompts(
+    benchmark: str, names: Sequence[str], source: str | None = None, revision: str | None = None
+) -> dict[str, ScorerPrompt]:
+    """
+    Loads the prompts of a benchmark's judge. Those of this package are in our own words; who has the benchmark's own can name a
+    folder with them.
+
+    Args:
+        benchmark (`str`):
+            Name of the benchmark, e.g. `"gedit"`.
+        names (`Sequence[str]`):
+            Which prompts it needs.
+        source (`str`, *optional*):
+            A local folder or a Hub repository with a file `<name>.md` or `<name>.txt` for each. A file without a header is used
+            as it is. By default the prompts of this package.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the Hub repository.
+
+    Returns:
+        `dict[str, ScorerPrompt]`: the prompts by name. `{prompt}`, `{instruction}` and `<instruction>` stand for the case's
+        instruction.
+
+    Raises:
+        `FileNotFoundError`: If there is neither a folder nor a repository, or a file is missing.
+        `ValueError`: If there is a revision of a local folder.
+    """
+    folder, origin = find_prompts(source, revision)
+    if source is None:
+        folder, origin = folder / benchmark, f"{origin}:{benchmark}"
+    prompts = {}
+    for name in names:
+        files = [path for suffix in ("md", "txt") if (path := folder / f"{name}.{suffix}").is_file()]
+        if not files:
+            raise FileNotFoundError(
+                f"{source or folder} has no prompt {name}.md or {name}.txt, which {benchmark} needs."
+            )
+        text = files[0].read_text(encoding="utf-8")
+        if text.startswith("---\n"):
+            header, text = read_header(files[0])
+            number = header["revision"]
+        else:
+            number = f"sha-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        text = re.sub(r"\{instruction\}|<instruction>", "{prompt}", text.strip())
+        prompts[name] = ScorerPrompt(name, f"{origin}:{name}:{number}", text)
     return prompts

@@ -39,6 +39,19 @@ alpha.add_batch(annotators=["a", "a"], items=["x", "y"], values=[1, 3])
 alpha.add_batch(annotators=["b", "b"], items=["x", "y"], values=[2, 3])
 results["alpha in batches"] = alpha.compute()
 results["one annotator"] = alpha.compute(annotators=["a"], items=["x"], values=[1])
+nan = float("nan")
+realpref = evaluate.load(str(METRICS / "realpref_bench"))
+results["realpref"] = realpref.compute(predictions=[5, 4, nan, 1], tasks=["add", "add", "add", "style"])
+try:
+    realpref.compute(predictions=[6.0], tasks=["add"])
+except ValueError as error:
+    results["realpref error"] = str(error)
+gedit = evaluate.load(str(METRICS / "gedit_bench"))
+columns = {"semantic_consistency": [9, 4, nan], "perceptual_quality": [4, 9, 5], "tasks": ["a", "a", "b"]}
+results["gedit"] = gedit.compute(**columns)
+dreambench = evaluate.load(str(METRICS / "dreambench_plus"))
+columns = {"concept_preservation": [4, 2, 0, nan], "prompt_following": [4, 1, 1, 2], "kinds": ["x", "x", "y", "y"]}
+results["dreambench"] = dreambench.compute(**columns)
 print(json.dumps(results))
 """
 
@@ -70,3 +83,19 @@ def test_krippendorff_alpha(results):
     assert found["ordinal"] == pytest.approx(1 - 3 * 2 / (2 * (1 + 2 * 2.5**2 + 2 * 1.5**2)))
     assert results["alpha in batches"]["krippendorff_alpha"] == found["ordinal"]
     assert results["one annotator"]["krippendorff_alpha"] is None
+
+
+def test_benchmarks(results):
+    assert results["realpref"] == {
+        "overall": 2.75,
+        "mean": pytest.approx(10 / 3),
+        "add": 4.5,
+        "style": 1,
+        "n": 3,
+        "missing": 1,
+    }
+    assert results["realpref error"] == "predictions[0] is 6.0, but must be a number from 0 to 5."
+    assert results["gedit"] == {"g_sc": None, "g_pq": (13 / 2 + 5) / 2, "g_o": None, "n": 2, "missing": 1}
+    assert results["dreambench"] == {
+        "cp": 0.5, "pf": 0.5, "cp_pf": 0.25, "pf_x": 0.625, "pf_y": 0.375, "n": 3, "missing": 1
+    }  # fmt: skip
