@@ -159,6 +159,9 @@ class SlowEditor:
     def __init__(self, file: Path, latency: float):
         self.file, self.latency, self.identity = file, latency, {"editor": "slow", "revision": None}
 
+    def load(self) -> None:
+        """It is ready."""
+
     def __call__(self, images: list, prompts: list, ids: list, seeds: list) -> list[Image.Image]:
         start = time.perf_counter()
         time.sleep(self.latency * len(images))

@@ -160,16 +160,24 @@ def _imported(where: str, attribute: str):
 
 
 def bench(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from .evaluation import write_bench_report
+
     runs = [args] if args.config is None else _configured_runs(args)
-    failed = []
+    finished, failed = [], []
     for run in runs:
         try:
-            _bench(run)
+            finished.append(_bench(run))
         except (ValueError, OSError, ImportError) as error:
             if len(runs) == 1:
                 raise
             print(f"hp-edit: {run.name}: {error}", file=sys.stderr)
             failed.append(run.name)
+    if args.config is not None and finished and PartialState().is_main_process:
+        report = finished[0].folder.parent / "report"
+        print(write_bench_report(finished, report))
+        print(report)
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(runs)} runs did not finish: {', '.join(failed)}. Run it again to go on."
@@ -199,12 +207,12 @@ def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
                 words.append(f"{flag}={value}")
         parsed.append(args.parser.parse_args(["bench", *words]))
     folders = [run.out for run in parsed]
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"{args.config}: two of the runs have one name.")
+    if len(set(folders)) < len(folders) or str(out / "report") in folders:
+        raise ValueError(f"{args.config}: two of the runs have one name, or one is called report.")
     return parsed
 
 
-def _bench(args: argparse.Namespace) -> None:
+def _bench(args: argparse.Namespace):
     from .evaluation import run_benchmark
     from .ratings import read_ratings
 
@@ -224,6 +232,19 @@ def _bench(args: argparse.Namespace) -> None:
         ratings=None if args.ratings is None else read_ratings(args.ratings)[0],
     )
     print(run.folder)
+    return run
+
+
+def report(args: argparse.Namespace) -> None:
+    from .evaluation import push_results, read_run, write_bench_report
+
+    runs = [read_run(folder) for folder in args.runs]
+    if args.push_to_hub is not None and len(runs) > 1:
+        raise ValueError("--push-to-hub writes the results of one run into its model's card: name one run.")
+    print(write_bench_report(runs, args.out, args.log, args.baseline))
+    print(args.out)
+    if args.push_to_hub is not None:
+        print(push_results(runs[0], args.push_to_hub))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -502,6 +523,16 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--ratings", help="people's ratings of the edits: file, or folder with ratings-*.jsonl")
     add_scorer(command)
     command.set_defaults(run=bench, parser=parser)
+
+    command = commands.add_parser(
+        "report", help="compare runs of `hp-edit bench`: tables, figures and a page of all edits"
+    )
+    command.add_argument("runs", nargs="+", help="results folders")
+    command.add_argument("--out", required=True, help="folder for tables, figures and the page")
+    command.add_argument("--log", action="append", default=[], help="output folder of a training, for its rewards")
+    command.add_argument("--baseline", help="name of the run that the others are compared with; by default the first")
+    command.add_argument("--push-to-hub", metavar="REPO", help="write a run's results into the card of its model")
+    command.set_defaults(run=report)
 
     command = commands.add_parser("annotate", help="start the page on which people rate edits from 0 to 5")
     add_dataset(command)

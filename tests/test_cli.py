@@ -15,6 +15,7 @@ from hp_edit_trl.evaluation import read_run
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.ratings import append_rating
 from hp_edit_trl.rewards import read_scores
+from tests.evaluation.test_gedit import gedit
 from tests.evaluation.test_refine import ARTIFACTS, look, revision, world
 from tests.helpers import make_cases, make_edits
 from tests.rewards.test_judges import completion, serve  # noqa: F401
@@ -188,7 +189,9 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
     config.write_text(yaml.safe_dump(shared | {"runs": runs}))
     with pytest.raises(SystemExit, match="1 of 3 runs did not finish: absent"):
         main(["bench", "--config", str(config)])
-    assert "absent: editor=" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "absent: editor=" in printed.err and "Difference from someone/tiny" in printed.out
+    assert (tmp_path / "out" / "report" / "gallery.html").exists()
     finished = [read_run(tmp_path / "out" / name) for name in ("someone-tiny", "as it was")]
     assert [run.name for run in finished] == ["someone/tiny", "as it was"]
     assert finished[0].settings["editor"]["negative_prompt"] == " "
@@ -214,8 +217,14 @@ RECIPES = sorted((ROOT / "examples" / "configs" / "bench").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_papers_tables_are_runs_that_parse(recipe, monkeypatch):
     started = []
-    monkeypatch.setattr(cli, "_bench", started.append)
-    main(["bench", "--config", str(recipe)])
+
+    def no_editor(args):
+        started.append(args)
+        raise ValueError("not here")
+
+    monkeypatch.setattr(cli, "_bench", no_editor)
+    with pytest.raises(SystemExit, match="runs did not finish"):
+        main(["bench", "--config", str(recipe)])
     names = [run["name"] for run in yaml.safe_load(recipe.read_text())["runs"]]
     assert [run.name for run in started] == names and len({run.out for run in started}) == len(names)
     assert all(run.editor and run.benchmark and run.seed == 0 and run.resolution == 1024 for run in started)
@@ -232,3 +241,19 @@ def test_the_papers_tables_are_runs_that_parse(recipe, monkeypatch):
 
 def make_editor_options(run):
     return {name: json.loads(value) for name, _, value in (option.partition("=") for option in run.option)}
+
+
+def test_bench_of_gedit_with_a_judge_that_gives_reasons(serve, tmp_path):  # noqa: F811
+    def reply(body, count):
+        asked.append((len(pictures(body)), body["max_tokens"]))
+        return 200, completion('{"reasoning": "fine", "score": [9, 4]}' if len(pictures(body)) == 2 else "[6, 8]")
+
+    asked: list = []
+    gedit(4).save_to_disk(tmp_path / "gedit")
+    (tmp_path / "mine.py").write_text("def same(images, prompts):\n    return images\n")
+    where = ["--dataset", str(tmp_path / "gedit"), "--out", str(tmp_path / "out")]
+    main(["bench", "gedit", "--editor", f"{tmp_path}/mine.py:same", *where, *options(serve(reply), tmp_path)])
+    run = read_run(tmp_path / "out")
+    assert [(row["sc"], row["pq"]) for row in run.cases] == [(4, 6)] * 4
+    assert sorted(set(asked)) == [(1, 512), (2, 512)]  # the trial shows two pictures
+    assert "parse parse_pair" in run.settings["benchmark"]["judge"]

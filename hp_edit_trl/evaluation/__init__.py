@@ -7,6 +7,7 @@ from .bench import Benchmark, run_benchmark
 from .compare import compare_with_people
 from .dreambench import DreamBenchPlus, parse_grade
 from .gedit import GEditBench, parse_pair
+from .leaderboard import push_results, read_rewards, write_bench_report
 from .realpref import RealPrefBench
 from .refine import PromptRefiner, add_questions, is_held_out, parse_questions
 from .report import report_text, worst_disagreements, write_report
@@ -37,10 +38,13 @@ __all__ = [
     "parse_grade",
     "parse_pair",
     "parse_questions",
+    "push_results",
+    "read_rewards",
     "read_run",
     "report_text",
     "run_benchmark",
     "summarise",
     "worst_disagreements",
+    "write_bench_report",
     "write_report",
 ]

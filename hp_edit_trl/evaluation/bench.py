@@ -54,6 +54,8 @@ class Benchmark(Protocol):
             The metrics and their largest values. All are better when larger; the first is the main one.
         products (`dict[str, tuple[str, str]]`):
             Those of them that are products of two others' means.
+        average (`str`):
+            The main result: `"overall"`, the unweighted mean of the groups' means, or `"cases"`, the mean over all cases.
         group (`str`):
             The column whose values are the groups, e.g. `"task"`.
         sections (`dict[str, dict]`):
@@ -71,6 +73,8 @@ class Benchmark(Protocol):
     def metrics(self) -> dict[str, float]: ...
     @property
     def products(self) -> dict[str, tuple[str, str]]: ...
+    @property
+    def average(self) -> str: ...
     @property
     def group(self) -> str: ...
     @property
@@ -155,7 +159,7 @@ def run_benchmark(
             "format": FORMAT,
             "benchmark": {
                 "name": benchmark.name,
-                **{part: getattr(benchmark, part) for part in ("metrics", "products", "group", "sections")},
+                **{part: getattr(benchmark, part) for part in ("metrics", "products", "average", "group", "sections")},
                 **benchmark.settings,
                 "cases": len(cases),
                 "cases_sha": _cases_sha(cases, benchmark),

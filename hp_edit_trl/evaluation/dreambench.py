@@ -76,6 +76,7 @@ class DreamBenchPlus:
     """
 
     name = "dreambench"
+    average = "cases"
     group = "kind"
 
     def __init__(

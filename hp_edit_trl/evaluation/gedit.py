@@ -84,6 +84,7 @@ class GEditBench:
     name = "gedit"
     metrics = {"o": 10.0, "sc": 10.0, "pq": 10.0}
     products: dict[str, tuple[str, str]] = {}
+    average = "overall"
     group = "task_type"
 
     def __init__(

@@ -37,6 +37,7 @@ class RealPrefBench:
     name = "realpref"
     metrics = {"hp_score": 5.0}
     products: dict[str, tuple[str, str]] = {}
+    average = "overall"
     group = "task"
     sections: dict[str, dict[str, Any]] = {"": {}}
 

@@ -18,6 +18,7 @@ from .agreement import _estimate, _resamples
 
 
 FORMAT = 1  # of a results folder
+BENCHMARKS = {"realpref": "RealPref-Bench", "gedit": "GEdit-Bench", "dreambench": "DreamBench++"}
 # Settings of a benchmark that say where its cases came from. What they are is told by a hash of them.
 WHERE_FROM = {"dataset", "split", "revision"}
 
@@ -283,6 +284,7 @@ def _means(
 ) -> list[tuple[dict[str, Any], np.ndarray, int, int]]:
     """For each row of a summary what it is of, its mean and those of the resamples, and how many cases have and lack a value."""
     table = []
+    order = list(dict.fromkeys(str(case[group]) for case in cases))
     for section, wanted in ({"": {}} if sections is None else sections).items():
         members = [case for case in cases if all(case[name] == value for name, value in wanted.items())]
         groups = np.array([case[group] for case in members], str)
@@ -295,7 +297,7 @@ def _means(
             if np.isinf(values).any():
                 case = members[int(np.isinf(values).argmax())]
                 raise ValueError(f"{metric} of case {case.get('id')!r} is {case[metric]}: it must be a finite number.")
-            names = list(dict.fromkeys(groups.tolist()))
+            names = [name for name in order if name in groups]
             for name in names:
                 means[metric, "group", name] = _mean_of(values, weights, (groups == name) & present[metric])
             of_groups = [means[metric, "group", name] for name in names]
