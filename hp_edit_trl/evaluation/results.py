@@ -305,13 +305,13 @@ def _means(
             means[metric, "cases", None] = _mean_of(values, weights, present[metric])
         for product, (first, second) in products.items():
             present[product] = present[first] & present[second]
-            for metric, kind, name in list(means):
+            for metric, kind, of_group in list(means):
                 if metric == first:
-                    means[product, kind, name] = means[first, kind, name] * means[second, kind, name]
-        for (metric, kind, name), rows in means.items():
-            of = groups == name if kind == "group" else np.ones(len(members), bool)
+                    means[product, kind, of_group] = means[first, kind, of_group] * means[second, kind, of_group]
+        for (metric, kind, of_group), rows in means.items():
+            of = groups == of_group if kind == "group" else np.ones(len(members), bool)
             n = int((of & present[metric]).sum())
-            key = {"section": section, "kind": kind, "group": name, "metric": metric}
+            key = {"section": section, "kind": kind, "group": of_group, "metric": metric}
             table.append((key, rows, n, int(of.sum()) - n))
     return table
 
