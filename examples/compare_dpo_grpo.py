@@ -1,5 +1,6 @@
 """
-Table S5 of HP-Edit in miniature: the pretrained policy, DPO, Flow-GRPO with the base scorer, and Flow-GRPO in full.
+Table S5 of HP-Edit in miniature: the pretrained policy, DPO, Flow-GRPO, and Flow-GRPO in full. Where the paper's Flow-GRPO learns from
+HP-Scorer on all cases, this one learns from the base scorer, so that the last two differ by all that the method adds.
 
     python examples/compare_dpo_grpo.py
 
@@ -7,16 +8,7 @@ Each has several seeds and the same budget of data: the first 600 training cases
 pairs from and Flow-GRPO samples while it learns. Results go to docs/results/. It can be stopped at any time and goes on with
 the runs that are missing.
 
-With a real model the three that are trained are these commands; all four are then to be judged on a benchmark:
-
-    accelerate launch examples/mine_preference_pairs.py --model_name_or_path Qwen/Qwen-Image-Edit-2509 \
-        --dataset_name someone/RealPref-unfiltered --judge_base_url http://localhost:8000/v1 --num_inference_steps 10
-    accelerate launch examples/train_qwen_edit_dpo.py --config examples/configs/qwen_image_edit_2509_dpo.yaml \
-        --dataset_name outputs/preference-pairs/dataset
-    accelerate launch examples/train_qwen_edit.py --config examples/configs/qwen_image_edit_2509.yaml \
-        --dataset_name someone/RealPref-unfiltered --scorer_task base
-    accelerate launch examples/train_qwen_edit.py --config examples/configs/qwen_image_edit_2509.yaml \
-        --dataset_name someone/RealPref-50K
+With a real model: examples/configs/bench/table_s5.yaml.
 """
 
 from pathlib import Path

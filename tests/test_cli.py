@@ -1,12 +1,14 @@
 """The commands, as a user runs them, with a judge behind a server on this machine."""
 
 import base64
+import inspect
 import io
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline
 from PIL import Image
 
 from hp_edit_trl import cli, load_scorer_prompts
@@ -228,8 +230,16 @@ def test_the_papers_tables_are_runs_that_parse(recipe, monkeypatch):
     names = [run["name"] for run in yaml.safe_load(recipe.read_text())["runs"]]
     assert [run.name for run in started] == names and len({run.out for run in started}) == len(names)
     assert all(run.editor and run.benchmark and run.seed == 0 and run.resolution == 1024 for run in started)
-    for run in started:
-        assert make_editor_options(run) == yaml.safe_load(recipe.read_text()).get("option", make_editor_options(run))
+    recipes = yaml.safe_load(recipe.read_text())
+    calls = {
+        "Qwen/Qwen-Image-Edit": QwenImageEditPipeline,
+        "Qwen/Qwen-Image-Edit-2509": QwenImageEditPlusPipeline,
+        "black-forest-labs/FLUX.1-Kontext-dev": FluxKontextPipeline,
+    }
+    for run, wanted in zip(started, recipes["runs"], strict=True):
+        assert make_editor_options(run) == wanted.get("option", recipes.get("option", {}))
+        if not run.editor.startswith("edits/"):
+            assert set(make_editor_options(run)) <= set(inspect.signature(calls[run.editor].__call__).parameters)
     head = recipe.read_text().split("\n\n")[0]
     assert (
         head.startswith("#")

@@ -389,7 +389,7 @@ def _score(
                         "values": score.values,
                         "reason": score.reason,
                         "judgements": {
-                            name: {"score": one.score, "answer": one.answer, "answered": one.answered}
+                            name: {key: getattr(one, key) for key in ("score", "answer", "answered", "unparsed")}
                             for name, one in score.judgements.items()
                         },
                     }
@@ -425,7 +425,19 @@ def _finish(
     kept = [name for name in cases.column_names if name in columns or name in ("id", "prompt", "requirement")]
     rows = []
     counts = Counter(
-        dict.fromkeys(("no_edit", "resized", "reshaped", "no_score", "judgements", "parse_failures", "unanswered"), 0)
+        dict.fromkeys(
+            (
+                "no_edit",
+                "resized",
+                "reshaped",
+                "no_score",
+                "judgements",
+                "parse_failures",
+                "unparsed_samples",
+                "unanswered",
+            ),
+            0,
+        )
     )
     reasons: Counter = Counter()
     for case in cases.select_columns(kept):
@@ -450,6 +462,7 @@ def _finish(
             for one in score["judgements"].values():
                 counts["judgements"] += 1
                 counts["parse_failures"] += one["answered"] and one["score"] is None
+                counts["unparsed_samples"] += one["unparsed"]
                 counts["unanswered"] += not one["answered"]
         counts["no_edit"] += row["edit"] is None
         counts["no_score"] += row["edit"] is not None and any(row[name] is None for name in direct)

@@ -1,5 +1,6 @@
 """DreamBench++: a subject in other circumstances, graded for whether it is still the same and whether the description was followed."""
 
+import logging
 import re
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,13 @@ from PIL import Image
 from torchvision import transforms
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPProcessor
 
-from ..rewards import Judge, Judgement, parse_score
+from ..rewards import Judge, Judgement
 from ..rewards.judges import describe_judge
 from ..rewards.prompts import load_benchmark_prompts
 from .results import CaseScore, check_parser, conversation, why_no_score
 
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("photorealistic",) * 4 + ("style",) * 3 + ("imaginative",) * 2  # of the nine descriptions, in their order
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -28,14 +31,22 @@ def parse_grade(answer: str) -> float | None:
     """
     The grade, 0 to 4, in a judge's answer, or `None` if it does not hold exactly one.
 
-    Accepts what [`parse_score`] accepts, and a line of its own such as `Score: 3` after other lines.
+    Accepts a digit from 0 to 4, alone or as in `"Score: 3"`, `"3/4"`, `"3.0"` or `"**3**"`, also as the only sentence `Score: 3` at the
+    end of a line, after any reasoning that is closed by `</think>`. A grade on another scale, such as `"4/5"`, is none, and reasoning that
+    was cut off holds none.
     """
-    grades = {parse_score(answer)} - {None}
-    if not grades:
-        lines = re.findall(r"^\W*(?:final )?score\W+([0-9]+)\W*$", answer, re.IGNORECASE | re.MULTILINE)
-        grades = {float(line) for line in lines}
-    grade = grades.pop() if len(grades) == 1 else None
-    return grade if grade is not None and grade <= 4 else None
+    text = re.sub(r"[*_`#]+", " ", answer.rpartition("</think>")[2])
+    if "<think>" in text:
+        return None
+    name, grade = r"(?:final |overall )?(?:score|grade|rating|answer)", r"\[?([0-4])\]?(?:\.0)?(?:\s*/\s*4)?\.?"
+    whole = re.fullmatch(rf"\s*(?:{name}\s*(?:is|:|=)?\s*)?{grade}\s*", text, re.IGNORECASE)
+    if whole:
+        return float(whole[1])
+    lines = re.findall(rf"(?:^[ \t>-]*|[.!?;][ \t]+){name}\s*[:=]\s*(.*?)\s*$", text, re.IGNORECASE | re.MULTILINE)
+    # A line without a grade counts too: what stands beside it is then not the only one.
+    grades = {match and match[1] for match in (re.fullmatch(grade, line) for line in lines)}
+    only = grades.pop() if len(grades) == 1 else None
+    return None if only is None else float(only)
 
 
 class DreamBenchPlus:
@@ -61,8 +72,9 @@ class DreamBenchPlus:
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
         prompts (`str`, *optional*):
-            Folder or Hub repository with the judge's prompts `concept_preservation` and `prompt_following` (`.md` or `.txt`), for
-            those who have the benchmark's own. By default this package's, in other words.
+            Folder or Hub repository with the judge's prompts `concept_preservation`, `style_preservation` (for subjects of the category
+            `style`) and `prompt_following` (`.md` or `.txt`), for those who have the benchmark's own. By default this package's, in
+            other words.
         prompts_revision (`str`, *optional*):
             Branch, tag or commit of that Hub repository.
         clip (`str`, *optional*, defaults to `"openai/clip-vit-base-patch32"`):
@@ -72,7 +84,8 @@ class DreamBenchPlus:
 
     Raises:
         `FileNotFoundError`: If there are no cases at `dataset`.
-        `ValueError`: If the judge takes other answers, or an image has not nine descriptions.
+        `ValueError`: If the judge takes other answers, the prompt `prompt_following` has no place for the description, an image has
+            not nine descriptions, or `clip` is no CLIP model.
     """
 
     name = "dreambench"
@@ -90,11 +103,21 @@ class DreamBenchPlus:
         dino: str | None = "facebook/dino-vits8",
     ):
         check_parser(judge, parse_grade)
+        samples = getattr(getattr(judge, "judge", judge), "num_samples", 3)
+        if samples < 3:
+            logger.warning(
+                "The judge gives num_samples=%d grades for each edit. DreamBench++ takes the mean of three.", samples
+            )
         self.judge = judge
         self.source = str(dataset)
         self.revision = revision
-        names = ("concept_preservation", "prompt_following")
+        names = ("concept_preservation", "style_preservation", "prompt_following")
         self.prompts = load_benchmark_prompts("dreambench", names, prompts, prompts_revision)
+        if "{prompt}" not in self.prompts["prompt_following"].text:
+            raise ValueError(
+                f"The prompt prompt_following in {prompts} has no {{instruction}}, so the judge would not see the description: write it "
+                "where the description belongs. The benchmark's own file has none, because its code sends the description apart."
+            )
         self.clip = clip
         self.dino = dino
 
@@ -129,7 +152,8 @@ class DreamBenchPlus:
     @cached_property
     def dataset(self) -> Dataset:
         rows = []
-        captions = sorted(self._folder[0].glob("**/captions/**/*.txt"))
+        # Without what a Mac hides beside the files of an archive
+        captions = sorted(self._folder[0].glob("**/captions/**/[!.]*.txt"))
         for file in captions:
             parts = list(file.parts)
             parts[len(parts) - 1 - parts[::-1].index("captions")] = "images"
@@ -169,6 +193,11 @@ class DreamBenchPlus:
 
     @cached_property
     def _clip(self) -> CLIPModel:
+        kind = AutoConfig.from_pretrained(self.clip).model_type
+        if kind != "clip":  # it would be loaded all the same, with random weights
+            raise ValueError(
+                f"clip={self.clip!r} is a model of type {kind}: name a CLIP model, or None to leave it out."
+            )
         return CLIPModel.from_pretrained(self.clip).requires_grad_(False).eval()
 
     @cached_property
@@ -185,7 +214,8 @@ class DreamBenchPlus:
         conversations = []
         for case, source, edit in zip(cases, sources, edits, strict=True):
             text = {name: prompt.fill(case["prompt"]) for name, prompt in self.prompts.items()}
-            conversations.append(conversation(text["concept_preservation"], [("Image A", source), ("Image B", edit)]))
+            kept = "style_preservation" if case["category"] == "style" else "concept_preservation"
+            conversations.append(conversation(text[kept], [("Image A", source), ("Image B", edit)]))
             conversations.append(conversation(text["prompt_following"], [("The image", edit)]))
         judged = self.judge(conversations)
         cosines: dict[str, list[float]] = {}

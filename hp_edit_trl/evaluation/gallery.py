@@ -1,7 +1,6 @@
 """A page with every case of a benchmark and what each editor made of it. Static: it opens from a disk, without a network."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from urllib.parse import quote
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .results import BENCHMARKS, Run
+from .results import BENCHMARKS, LABELS, Run
 
 
 THUMBNAIL = 512  # longest side of a picture on the page
@@ -19,7 +18,7 @@ THUMBNAIL = 512  # longest side of a picture on the page
 def write_gallery(runs: Sequence[Run], out: str | Path) -> Path:
     """
     Writes `gallery.html` and `images/`: source, edits, instruction, scores and the judge's answers of each case; to be filtered by group
-    and section, and sorted by the score of a run or the difference of two.
+    and section, and sorted by any score of a run or the difference of two.
 
     Args:
         runs (`Sequence[Run]`):
@@ -31,10 +30,10 @@ def write_gallery(runs: Sequence[Run], out: str | Path) -> Path:
         `Path`: the page.
     """
     out = Path(out)
-    shutil.rmtree(out / "images", ignore_errors=True)
-    (out / "images").mkdir(parents=True)
+    (out / "images").mkdir(parents=True, exist_ok=True)
     benchmark = runs[0].settings["benchmark"]
-    direct = [name for name in benchmark["metrics"] if name not in benchmark["products"]]
+    shown = [name for name in benchmark["metrics"] if name not in benchmark["products"]]
+    shown += ["human"] if any(row["human"] is not None for run in runs for row in run.cases) else []
     sections = {name: wanted for name, wanted in benchmark["sections"].items() if wanted}
     cases = []
     for number, rows in enumerate(
@@ -47,15 +46,12 @@ def write_gallery(runs: Sequence[Run], out: str | Path) -> Path:
                 source = _picture(run.folder / row["source"], out, f"{number}-source")
         edits = []
         for place, (run, row) in enumerate(zip(runs, rows, strict=True)):
-            values = {name: row[name] for name in direct}
-            score = values[direct[0]]
-            values |= {} if row["human"] is None else {"people": row["human"]}
+            values = [row[name] for name in shown]
             answers = json.loads(row["answers"]) if row["answers"] else {}
             edit = {
                 "values": values,
-                "score": score,
                 "reason": row["reason"],
-                "answers": list(answers.items()),
+                "answers": [(LABELS.get(name, name), text) for name, text in answers.items()],
                 "file": None,
             }
             if row["edit"] is not None:
@@ -80,6 +76,7 @@ def write_gallery(runs: Sequence[Run], out: str | Path) -> Path:
     data: dict[str, Any] = {
         "title": BENCHMARKS.get(benchmark["name"], benchmark["name"]),
         "runs": [run.name for run in runs],
+        "metrics": [LABELS.get(name, name) for name in shown],
         "sections": list(sections),
         "groups": list(dict.fromkeys(case["group"] for case in cases)),
         "cases": cases,

@@ -22,15 +22,19 @@ def parse_pair(answer: str) -> float | None:
     The smaller one of the two scores, 0 to 10, in a judge's answer, or `None` if it does not hold exactly two.
 
     Accepts JSON with a list `score`, such as `{"score": [7, 8], "reasoning": "..."}`, alone or in a fence or between other words, and a
-    list alone, after any reasoning that is closed by `</think>`.
+    list alone, after any reasoning that is closed by `</think>`. Reasoning that was cut off holds no scores.
     """
     text = answer.rpartition("</think>")[2].strip()
+    if "<think>" in text:
+        return None
     text = re.sub(r"^```(?:json)?\s*|\s*```$", "", text)
     found: list[Any] = []
     decoder = json.JSONDecoder()
     for start in (match.start() for match in re.finditer(r"\{", text)):
         try:
             value, _ = decoder.raw_decode(text, start)
+        except RecursionError:  # a judge that repeats one bracket until its answer ends
+            return None
         except ValueError:
             continue
         if isinstance(value, dict) and "score" in value:
@@ -38,7 +42,7 @@ def parse_pair(answer: str) -> float | None:
     if not found:
         try:
             found.append(json.loads(text))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     scores = found[0]
     if len(found) > 1 or not isinstance(scores, list) or len(scores) != 2:
@@ -78,7 +82,8 @@ class GEditBench:
             Branch, tag or commit of that Hub repository.
 
     Raises:
-        `ValueError`: If the judge takes other answers, or the data lack a column.
+        `ValueError`: If the judge takes other answers, the prompt `consistency` has no place for the instruction, or the data lack a
+            column or a language.
     """
 
     name = "gedit"
@@ -102,6 +107,11 @@ class GEditBench:
         self.split = split
         self.revision = revision
         self.prompts = load_benchmark_prompts("gedit", ("consistency", "quality"), prompts, prompts_revision)
+        if "{prompt}" not in self.prompts["consistency"].text:
+            raise ValueError(
+                f"The prompt consistency in {prompts} has no {{instruction}}, so the judge would not see the instruction: write it "
+                "where the instruction belongs."
+            )
 
     @cached_property
     def _loaded(self) -> tuple[Dataset, str | None]:
@@ -117,6 +127,10 @@ class GEditBench:
             raise ValueError(
                 f"GEdit-Bench has no column {', '.join(map(repr, lacking))}; its columns are {raw.column_names}."
             )
+        if None in (languages := raw["instruction_language"][:]):
+            raise ValueError(
+                f"Row {languages.index(None)} of GEdit-Bench has no instruction_language: write 'en' or 'cn'."
+            )
         commit = data_revision(raw, self.revision)
         cases = raw.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
         if len(set(cases["id"])) < len(cases):  # one key for both languages
@@ -130,11 +144,19 @@ class GEditBench:
 
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
-        there = sorted(set(self.dataset["language"]), reverse=True)
+        languages, marks = self.dataset["language"], self.dataset["intersection"]
+        there = sorted(set(languages), reverse=True)
         whole = {language: {"language": language} for language in there}
-        return whole | {
-            f"{language}, intersection": {"language": language, "intersection": True} for language in there
+        marked = {
+            language: {mark for one, mark in zip(languages, marks, strict=True) if one == language}
+            for language in there
         }
+        parts = {
+            f"{language}, intersection": {"language": language, "intersection": True}
+            for language in there
+            if marked[language] == {True, False}  # else it is all of them, or none
+        }
+        return whole | parts
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -11,22 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .gallery import write_gallery
 from .report import _shown, _table
-from .results import BENCHMARKS, Run, compare
+from .results import BENCHMARKS, LABELS, Run, compare
 
 
-METRICS = {
-    "hp_score": "HP-score",
-    "o": "O",
-    "sc": "SC",
-    "pq": "PQ",
-    "cp_pf": "CP·PF",
-    "cp": "CP",
-    "pf": "PF",
-    "dino_i": "DINO-I",
-    "clip_i": "CLIP-I",
-    "clip_t": "CLIP-T",
-    "human": "people",
-}
 SIGNS = {
     "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "·": r"$\cdot$", "–": "--",
@@ -179,7 +166,7 @@ def push_results(run: Run, repo_id: str, token: str | None = None) -> str:
             dataset_split=benchmark.get("split"),
             dataset_revision=benchmark.get("revision"),
             metric_type=row["metric"],
-            metric_name=f"{METRICS.get(row['metric'], row['metric'])} ({benchmark['judge']})",
+            metric_name=f"{LABELS.get(row['metric'], row['metric'])} ({benchmark['judge']})",
             metric_value=round(row["value"], 4),
         )
         for row in run.results["summary"]
@@ -220,11 +207,11 @@ def _section(runs: Sequence[Run], section: str) -> tuple[str, list[str], list[li
     summaries = [_summary(run, section) for run in runs]
     groups = list(dict.fromkeys(name for rows in summaries for metric, kind, name in rows if kind == "group"))
     columns: list[tuple[str, tuple[str, str, str | None]]] = [(str(name), (main, "group", name)) for name in groups]
-    columns += [(f"{METRICS.get(main, main)}, overall", (main, "overall", None))]
-    columns += [(f"{METRICS.get(main, main)}, all cases", (main, "cases", None))]
+    columns += [(f"{LABELS.get(main, main)}, overall", (main, "overall", None))]
+    columns += [(f"{LABELS.get(main, main)}, all cases", (main, "cases", None))]
     others = [name for name in [*benchmark["metrics"], "human"] if name != main]
     columns += [
-        (METRICS.get(name, name), (name, benchmark["average"], None))
+        (LABELS.get(name, name), (name, benchmark["average"], None))
         for name in others
         if any((name, benchmark["average"], None) in rows for rows in summaries)
     ]
@@ -280,7 +267,7 @@ def _differences(first: Run, differences: dict[str, list[dict[str, Any]]]) -> st
     head = [
         "editor",
         *(["section"] if len(benchmark["sections"]) > 1 else []),
-        METRICS.get(main, main),
+        LABELS.get(main, main),
         "cases of both",
     ]
     return f"Difference from {first.name}, on the cases that both have a score for:\n\n" + _table(head, rows)
@@ -322,6 +309,8 @@ def _notes(runs: Sequence[Run]) -> list[str]:
             missing.append(
                 f"{counts['parse_failures']} of {counts['judgements']} answers without a score ({share:.1%})"
             )
+        if counts["unparsed_samples"]:
+            missing.append(f"{counts['unparsed_samples']} answers without a score among those that were averaged")
         if missing:
             reasons = ", ".join(f"{reason} {count}" for reason, count in run.results["reasons"].items())
             notes.append(f"{run.name} lacks: {'; '.join(missing)}" + (f" (reasons: {reasons})." if reasons else "."))
@@ -384,7 +373,7 @@ def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
         ]
         axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 11 else 20, fontsize=8)
         axes.axvline(len(labels) - 1.5, color="grey", linewidth=0.6)
-        axes.set(ylabel=METRICS.get(main, main), ylim=(0, benchmark["metrics"][main] * 1.02), title=section or None)
+        axes.set(ylabel=LABELS.get(main, main), ylim=(0, benchmark["metrics"][main] * 1.02), title=section or None)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     shown: dict[str, Any] = {}

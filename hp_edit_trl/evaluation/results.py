@@ -19,6 +19,20 @@ from .agreement import _estimate, _resamples
 
 FORMAT = 1  # of a results folder
 BENCHMARKS = {"realpref": "RealPref-Bench", "gedit": "GEdit-Bench", "dreambench": "DreamBench++"}
+# What metrics are called where people read them
+LABELS = {
+    "hp_score": "HP-score",
+    "o": "O",
+    "sc": "SC",
+    "pq": "PQ",
+    "cp_pf": "CP·PF",
+    "cp": "CP",
+    "pf": "PF",
+    "dino_i": "DINO-I",
+    "clip_i": "CLIP-I",
+    "clip_t": "CLIP-T",
+    "human": "people",
+}
 # Settings of a benchmark that say where its cases came from. What they are is told by a hash of them.
 WHERE_FROM = {"dataset", "split", "revision"}
 
@@ -238,6 +252,17 @@ def check_values(values: Sequence[float | None], name: str, largest: float) -> l
     return [None if value is None or math.isnan(value) else value for value in values]
 
 
+def check_groups(groups: Sequence[str | None], name: str, taken: Sequence[str] = ()) -> list[str]:
+    """The groups, `name` for an error message. Raises a `ValueError` if one is missing, or has the name of another result."""
+    for number, group in enumerate(groups):
+        if group is None or group in taken:
+            raise ValueError(
+                f"{name}[{number}] is {group!r}, but must name a group"
+                + (f", and not be one of {', '.join(taken)}, which are other results." if taken else ".")
+            )
+    return [str(group) for group in groups]
+
+
 def conversation(text: str, shown: list[tuple[str, Image.Image]]) -> list[dict[str, Any]]:
     """What a judge is shown: its prompt, then images under their names."""
     content: list[dict[str, Any]] = []
@@ -289,31 +314,39 @@ def _means(
         members = [case for case in cases if all(case[name] == value for name, value in wanted.items())]
         groups = np.array([case[group] for case in members], str)
         weights = _resamples(np.arange(len(members)), groups, confidence, num_resamples, seed)
+        names = [name for name in order if name in groups]
         means: dict[tuple[str, str, str | None], np.ndarray] = {}
-        present = {}
+        values, present = {}, {}
         for metric in metrics:
-            values = np.array([np.nan if case[metric] is None else case[metric] for case in members], float)
-            present[metric] = ~np.isnan(values)
-            if np.isinf(values).any():
-                case = members[int(np.isinf(values).argmax())]
+            values[metric] = np.array([np.nan if case[metric] is None else case[metric] for case in members], float)
+            present[metric] = ~np.isnan(values[metric])
+            if np.isinf(values[metric]).any():
+                case = members[int(np.isinf(values[metric]).argmax())]
                 raise ValueError(f"{metric} of case {case.get('id')!r} is {case[metric]}: it must be a finite number.")
-            names = [name for name in order if name in groups]
-            for name in names:
-                means[metric, "group", name] = _mean_of(values, weights, (groups == name) & present[metric])
-            of_groups = [means[metric, "group", name] for name in names]
-            means[metric, "overall", None] = np.mean(of_groups, 0) if names else np.full(len(weights), np.nan)
-            means[metric, "cases", None] = _mean_of(values, weights, present[metric])
+            sums = _sums(values[metric], weights, groups, names, present[metric])
+            means |= {(metric, *key): rows for key, rows in sums.items()}
         for product, (first, second) in products.items():
             present[product] = present[first] & present[second]
-            for metric, kind, of_group in list(means):
-                if metric == first:
-                    means[product, kind, of_group] = means[first, kind, of_group] * means[second, kind, of_group]
+            # Both factors on the same cases: those that have both
+            factors = [_sums(values[factor], weights, groups, names, present[product]) for factor in (first, second)]
+            means |= {(product, *key): rows * factors[1][key] for key, rows in factors[0].items()}
         for (metric, kind, of_group), rows in means.items():
             of = groups == of_group if kind == "group" else np.ones(len(members), bool)
             n = int((of & present[metric]).sum())
             key = {"section": section, "kind": kind, "group": of_group, "metric": metric}
             table.append((key, rows, n, int(of.sum()) - n))
     return table
+
+
+def _sums(
+    values: np.ndarray, weights: np.ndarray, groups: np.ndarray, names: list[str], present: np.ndarray
+) -> dict[tuple[str, str | None], np.ndarray]:
+    """The mean of each group, the mean of these, and the mean over all cases, for each row of weights."""
+    means: dict[tuple[str, str | None], np.ndarray] = {
+        ("group", name): _mean_of(values, weights, (groups == name) & present) for name in names
+    }
+    overall = np.mean(list(means.values()), 0) if names else np.full(len(weights), np.nan)
+    return means | {("overall", None): overall, ("cases", None): _mean_of(values, weights, present)}
 
 
 def _mean_of(values: np.ndarray, weights: np.ndarray, members: np.ndarray) -> np.ndarray:

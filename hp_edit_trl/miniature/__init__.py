@@ -5,6 +5,7 @@ from .policy import load_pipeline
 from .raters import (
     SimulatedJudge,
     SimulatedProposer,
+    TargetJudge,
     flawed_edits,
     known_pearson,
     simulate_ratings,
@@ -23,6 +24,7 @@ __all__ = [
     "SimulatedJudge",
     "SimulatedProposer",
     "SimulatedWriter",
+    "TargetJudge",
     "before_after_sheet",
     "comparison_table",
     "edit_dataset",

@@ -6,7 +6,7 @@ what its prompt asks for. What agreement between them must come out is known in 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..ratings import Rating
-from ..rewards import Judgement
+from ..rewards import Judgement, parse_score
 from ..seeding import seeded_generator
 from .scorers import RuleScorer
 from .world import to_image
@@ -153,6 +153,51 @@ class SimulatedJudge:
         reached, kept = RuleScorer().parts(edit, source, target)
         score = math.floor(5 * reached * (kept if KEPT in text else 1.0) + 0.5)
         return Judgement(float(score), str(score))
+
+
+class TargetJudge:
+    """
+    A judge of the small world that knows what every instruction asks for. To HP-Scorer's prompts it answers with [`RuleScorer`]'s score as
+    a whole number; to those of GEdit-Bench with two from 0 to 10: how far the target was reached and how much of the rest was kept or,
+    of an edit alone, how near it is to any picture of its cases.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The cases whose targets it knows.
+        parse (`Callable[[str], float | None]`, *optional*, defaults to [`parse_score`]):
+            What takes the score out of its answers: [`parse_score`] or [`parse_pair`].
+    """
+
+    def __init__(self, dataset: Dataset, parse: Callable[[str], float | None] = parse_score):
+        self.parse = parse
+        self.targets = {(row["image"].tobytes(), row["prompt"]): row["target"] for row in dataset}
+        pictures = [row[name] for row in dataset for name in ("image", "target")]
+        self.pictures = np.stack([np.asarray(picture, np.float32) / 255 for picture in pictures])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"judge": "TargetJudge", "name": "miniature", "parse": self.parse.__name__}
+
+    def load(self) -> None:
+        pass
+
+    def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
+        answers = [self._answer(system["content"][0]["text"], user["content"]) for system, user in conversations]
+        return [Judgement(self.parse(answer), answer) for answer in answers]
+
+    def _answer(self, text: str, content: list[dict[str, Any]]) -> str:
+        *sources, edit = (part["image"] for part in content if part["type"] == "image")
+        if not sources:
+            away = np.abs(self.pictures - np.asarray(edit, np.float32) / 255).mean((1, 2, 3)).min()
+            return json.dumps([round(10 * max(0.0, 1 - float(away) / 0.1))] * 2)
+        instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
+        target = self.targets.get((sources[0].tobytes(), instruction[1] if instruction else ""))
+        if target is None:
+            return "I do not know this picture."
+        reached, kept = RuleScorer().parts(edit, sources[0], target)
+        if self.parse is parse_score:
+            return str(math.floor(5 * reached * kept + 0.5))
+        return json.dumps([round(10 * reached), round(10 * kept)])
 
 
 class SimulatedProposer:

@@ -50,7 +50,8 @@ class CachedJudge:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._connection() as connection:
             connection.execute(
-                "CREATE TABLE IF NOT EXISTS judgements (key BLOB PRIMARY KEY, score REAL, answer TEXT) WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS judgements (key BLOB PRIMARY KEY, score REAL, answer TEXT, unparsed INTEGER) "
+                "WITHOUT ROWID"
             )
 
     @property
@@ -67,17 +68,19 @@ class CachedJudge:
         known: dict[bytes, Judgement] = {}
         with self._connection() as connection:
             for key in keys:
-                row = connection.execute("SELECT score, answer FROM judgements WHERE key = ?", (key,)).fetchone()
+                row = connection.execute(
+                    "SELECT score, answer, unparsed FROM judgements WHERE key = ?", (key,)
+                ).fetchone()
                 if row is not None:
-                    known[key] = Judgement(score=row[0], answer=row[1], cached=True)
+                    known[key] = Judgement(score=row[0], answer=row[1], unparsed=row[2], cached=True)
         missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}  # the first of equal ones
         asked = sorted(missing.values())
         judged = dict(zip(asked, self.judge([conversations[i] for i in asked]), strict=True)) if asked else {}
         try:
             with self._connection() as connection:
                 connection.executemany(
-                    "INSERT OR REPLACE INTO judgements VALUES (?, ?, ?)",
-                    [(keys[i], one.score, one.answer) for i, one in judged.items() if one.answered],
+                    "INSERT OR REPLACE INTO judgements VALUES (?, ?, ?, ?)",
+                    [(keys[i], one.score, one.answer, one.unparsed) for i, one in judged.items() if one.answered],
                 )
         except ValueError as error:  # what was paid for is not thrown away
             logger.warning("%d judgements were not kept: %s", len(judged), error)

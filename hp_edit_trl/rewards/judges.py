@@ -55,6 +55,8 @@ class Judgement:
             Number of tokens that it wrote.
         cached (`bool`, *optional*, defaults to `False`):
             Whether it was known from before, see [`CachedJudge`].
+        unparsed (`int`, *optional*, defaults to `0`):
+            How many of several answers, whose scores were averaged, held none.
     """
 
     score: float | None
@@ -64,6 +66,7 @@ class Judgement:
     input_tokens: int = 0
     output_tokens: int = 0
     cached: bool = False
+    unparsed: int = 0
 
     def __post_init__(self):
         # Half a character, which servers cut off at times, cannot be written to any file.
@@ -138,7 +141,10 @@ def _pictures(conversation: list[dict[str, Any]]) -> int:
 def _mean_score(answers: list[str], parse: Parser) -> Judgement:
     """Mean of the scores in several answers; none if most of them hold none."""
     scores = [score for score in map(parse, answers) if score is not None]
-    return Judgement(sum(scores) / len(scores) if 2 * len(scores) >= len(answers) else None, " | ".join(answers))
+    text = " | ".join(answers)
+    if 2 * len(scores) < len(answers):
+        return Judgement(None, text)
+    return Judgement(sum(scores) / len(scores), text, unparsed=len(answers) - len(scores))
 
 
 def conversation_digest(conversation: list[dict[str, Any]]) -> bytes:

@@ -68,7 +68,7 @@ def test_a_run_from_cases_to_results(tmp_path):
     assert overall["value"] == pytest.approx(np.mean([np.mean(values) for values in by_task.values()]))
     assert run.results["counts"] == {
         "cases": 10, "edits": 10, "no_edit": 0, "resized": 0, "reshaped": 0, "no_score": 0, "judgements": 10, "parse_failures": 0,
-        "unanswered": 0,
+        "unparsed_samples": 0, "unanswered": 0,
     }  # fmt: skip
     settings = run.settings
     assert settings["editor"]["strength"] == 1.0 and settings["seed"] == 0 and settings["versions"]["hp-edit-trl"]
@@ -79,6 +79,20 @@ def test_a_run_from_cases_to_results(tmp_path):
     run_benchmark(bench(judge=judge), painter, tmp_path / "run")
     assert (len(painter.painted), judge.asked) == (10, 10)
     assert before == ((run.folder / "results.json").read_bytes(), (run.folder / "cases.parquet").read_bytes())
+
+
+def test_the_judge_reads_instruction_and_requirement(tmp_path):
+    texts = []
+
+    def rule(text, pictures):
+        texts.append(text)
+        return 3
+
+    asked = make_cases(4).add_column("requirement", [None, "Keep the hat", None, "Leave the sky"])
+    run_benchmark(bench(asked, RuleJudge(rule=rule)), Painter(), tmp_path)
+    for place, row in enumerate(asked):
+        (text,) = [text for text in texts if f"number {place}" in text]
+        assert row["requirement"] is None or row["requirement"] in text
 
 
 def test_seeds_do_not_depend_on_the_batch_or_the_order(tmp_path):
@@ -157,6 +171,7 @@ def test_cases_that_go_wrong_are_missing_and_the_rest_goes_on(tmp_path):
     assert (rows["case-3"]["width"], rows["case-3"]["resized"], rows["case-3"]["reshaped"]) == (32, True, True)
     assert run.results["counts"] == {
         "cases": 10, "edits": 6, "no_edit": 4, "resized": 2, "reshaped": 2, "no_score": 1, "judgements": 6, "parse_failures": 1,
+        "unparsed_samples": 0,
         "unanswered": 0,
     }  # fmt: skip
     assert run.results["reasons"] == {

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor, ViTConfig, ViTModel
 
+from hp_edit_trl import ServerJudge
 from hp_edit_trl.evaluation import DreamBenchPlus, parse_grade, run_benchmark
 from hp_edit_trl.miniature.tiny import tiny_clip
 from hp_edit_trl.rewards import Judgement
 from tests.helpers import photo
+from tests.rewards.test_judges import completion, serve  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,8 @@ class GradeJudge:
         judgements = []
         for system, user in conversations:
             pictures = [part["image"] for part in user["content"] if part["type"] == "image"]
+            labels = [part["text"] for part in user["content"][::2]]
+            assert labels == (["Image A:", "Image B:"] if len(pictures) == 2 else labels[:1])
             self.texts.append(system["content"][0]["text"])
             grade = 1 + round(3 * np.asarray(pictures[-1])[..., 0].mean() / 255) - (len(pictures) == 2)
             answer = "perhaps" if any(word in self.texts[-1] for word in self.wrong) else str(grade)
@@ -65,8 +69,11 @@ def redder(images, prompts, seeds):
 @pytest.mark.parametrize(
     ("answer", "grade"),
     [
-        ("3", 3), ("4/5", 4), ("The ears differ.\nScore: 3", 3), ("**Score:** 2\n", 2), ("Final score: [4]", 4),
+        ("3", 3), ("3/4", 3), ("The ears differ.\nScore: 3", 3), ("**Score:** 2\n", 2), ("Final score: [4]", 4), ("4.0", 4),
+        ("Score is 2.", 2), ("Scores are high.\n- Score: **3**/4", 3), ("<think>\nScore: 1\n</think>\nFine.\nScore: 0", 0),
         ("5", None), ("Score: 3\nScore: 4", None), ("Score: 5", None), ("perhaps 3", None), ("", None), ("Score: 12", None),
+        ("4/5", None), ("Fine.\nScore: 4/5", None), ("Fine.\nScore: -1", None), ("Fine.\nScore: 3.5", None),
+        ("<think>\nScore: 3\nbut", None), ("Analysis: fine. Score: 3", 3), ("Bad. Score: 1. Or so", None), ("<think>\nScore: 3\n</think>\nI cannot say", None), ("Score: 3\nScore: good", None),
     ],
 )  # fmt: skip
 def test_one_grade_or_none(answer, grade):
@@ -109,7 +116,10 @@ def test_grades_and_cosines(data, models, tmp_path):
     assert mean["cp_pf"] == pytest.approx(mean["cp"] * mean["pf"])
     assert run.settings["benchmark"]["clip"][0] == models["clip"]
     assert any("Description 3 of 1" in text for text in judge.texts)
-    assert len(set(judge.texts)) == 28  # concept preservation is asked without the description
+    assert len(set(judge.texts)) == 29  # a subject or a style is asked for without the description
+    styles = [text for text in judge.texts if text.startswith("Image A shows a style")]
+    assert len(styles) == 9 and len([text for text in judge.texts if text.startswith("Image A shows a subject")]) == 18
+    assert run.settings["benchmark"]["dino"][0] == models["dino"] and run.settings["benchmark"]["average"] == "cases"
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
@@ -133,15 +143,58 @@ def test_an_answer_without_a_grade_is_missing(data, tmp_path):
     assert product[0]["missing"] == 1 and run.results["counts"]["parse_failures"] == 1
 
 
+def test_grades_of_a_server_are_the_mean_of_three(serve, data, tmp_path):  # noqa: F811
+    def reply(body, count):
+        system, user = body["messages"]
+        pictures = sum(part["type"] == "image_url" for part in user["content"])
+        texts = ["Score: 4", "3", "4/5"] if pictures == 2 else ["0", "Fine.\nScore: 1", "2"]
+        if "Description 2 of 0" in system["content"][0]["text"]:
+            texts = ["0", "5", "none"]
+        choices = [completion(text)["choices"][0] for text in texts[: body["n"]]]
+        return 200, {**completion(""), "choices": choices}
+
+    server = serve(reply)
+    judge = ServerJudge("m", server.url, parse=parse_grade, num_samples=3)
+    run = run_benchmark(DreamBenchPlus(judge, data, clip=None, dino=None), redder, tmp_path)
+    assert {row["cp"] for row in run.cases} == {3.5 / 4}  # of two grades; the third is on another scale
+    assert [row["pf"] for row in run.cases] == [0.25, 0.25, None, *[0.25] * 24]
+    assert run.results["counts"]["parse_failures"] == 1
+    assert run.results["counts"]["unparsed_samples"] == 27  # one of three for each concept
+    assert {request["n"] for request in server.requests[1:]} == {3}
+
+
+def test_prompts_and_models_that_are_none(data, models, tmp_path):
+    (tmp_path / "concept_preservation.txt").write_text("Is it the same one?")
+    (tmp_path / "style_preservation.txt").write_text("Is it the same style?")
+    (tmp_path / "prompt_following.txt").write_text("Does it agree with the words?")
+    with pytest.raises(ValueError, match="prompt prompt_following in .* has no {instruction}"):
+        DreamBenchPlus(GradeJudge(), data, prompts=str(tmp_path))
+    bench = DreamBenchPlus(GradeJudge(), data, clip=models["dino"], dino=None)
+    with pytest.raises(ValueError, match="is a model of type vit: name a CLIP model"):
+        bench.load()
+
+
+def test_less_than_three_grades_are_warned_of(data, caplog):
+    judge = ServerJudge("m", "http://127.0.0.1:9/v1", parse=parse_grade)
+    DreamBenchPlus(judge, data, clip=None, dino=None)
+    assert "num_samples=1 grades" in caplog.text
+
+
 def test_an_archive_of_the_hub_is_unpacked(data, tmp_path, monkeypatch):
+    asked: list = []
     snapshot = tmp_path / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     with zipfile.ZipFile(snapshot / "data.zip", "w") as archive:
         for file in data.rglob("*.*"):
             archive.write(file, file.relative_to(data))
-    monkeypatch.setattr("hp_edit_trl.evaluation.dreambench.snapshot_download", lambda *args, **kwargs: str(snapshot))
-    bench = DreamBenchPlus(GradeJudge(), clip=None, dino=None)
+        archive.writestr("__MACOSX/data/captions/style/._00.txt", b"\x00\x05\x16\x07\xff")
+    monkeypatch.setattr(
+        "hp_edit_trl.evaluation.dreambench.snapshot_download",
+        lambda *args, **kwargs: asked.append((args, kwargs)) or str(snapshot),
+    )
+    bench = DreamBenchPlus(GradeJudge(), revision="v1", clip=None, dino=None)
     assert len(bench.dataset) == 27 and bench.settings["revision"] == "0" * 40
+    assert asked == [(("yuangpeng/dreambench_plus",), {"repo_type": "dataset", "revision": "v1"})]
 
 
 def test_data_that_are_not_the_benchmark(data, tmp_path):

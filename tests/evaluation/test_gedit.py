@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 import math
 
@@ -11,6 +13,7 @@ from hp_edit_trl import ServerJudge
 from hp_edit_trl.evaluation import GEditBench, parse_pair, run_benchmark
 from hp_edit_trl.rewards import CachedJudge, Judgement
 from tests.helpers import photo
+from tests.rewards.test_judges import completion, serve  # noqa: F401
 
 
 TASKS = ("color_alter", "subject-add", "text_change")
@@ -50,6 +53,8 @@ class PairJudge:
         judgements = []
         for system, user in conversations:
             pictures = [part["image"] for part in user["content"] if part["type"] == "image"]
+            labels = [part["text"] for part in user["content"][::2]]
+            assert labels == (["Image A:", "Image B:"] if len(pictures) == 2 else labels[:1])
             text = system["content"][0]["text"]
             self.texts.append((text, [picture.size for picture in pictures]))
             red = np.asarray(pictures[-1])[..., 0].mean() / 255
@@ -73,7 +78,7 @@ def redder(images, prompts, seeds):
         ("7 8", None), ('{"score": [7]}', None), ('{"score": [7, 8, 9]}', None), ('{"score": [7, 11]}', None),
         ('{"score": [7, -1]}', None), ('{"score": [7, "8"]}', None), ('{"score": [true, 8]}', None), ('{"score": 7}', None),
         ('{"score": [7, 8]} or {"score": [2, 3]}', None), ("", None), ('{"score": [7, 8', None), ('{"rating": [7, 8]}', None),
-        ('{"score": [7, NaN]}', None),
+        ('{"score": [7, NaN]}', None), ('<think>{"score": [7, 8]} or rather', None), ("[" * 3000, None), ('{"a": ' * 3000, None),
     ],
 )  # fmt: skip
 def test_two_scores_or_none(answer, score):
@@ -89,6 +94,8 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
             red = edit.getpixel((0, 0))[0] / 255
         sc, pq = round(10 * red), 9 - round(4 * red)
         assert (row["sc"], row["pq"], row["o"]) == (sc, pq, pytest.approx(math.sqrt(sc * pq)))
+    assert run.settings["benchmark"]["average"] == "overall"
+    assert run.settings["benchmark"]["metrics"] == {"o": 10, "sc": 10, "pq": 10}
     # The source has the size of the raw image, and the judge sees both in it.
     assert {tuple(sizes) for _, sizes in judge.texts} == {((64, 48), (64, 48)), ((64, 48),)}
     assert [text for text, _ in judge.texts if "指令 1\n" in text]
@@ -111,6 +118,59 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
     benchmark = run.settings["benchmark"]
     assert benchmark["prompts"]["quality"][0] == "hp-edit-trl:gedit:quality:1"
     assert benchmark["judge"] == "judge PairJudge"
+
+
+def shown(part) -> np.ndarray:
+    """A picture as the server was sent it."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1]))), float)
+
+
+def test_a_judge_on_a_server_that_goes_by_what_it_is_shown(serve, tmp_path):  # noqa: F811
+    def reply(body, count):
+        system, user = body["messages"]
+        text = system["content"][0]["text"]
+        pictures = [shown(part) for part in user["content"] if part["type"] == "image_url"]
+        if "Instruction 4\n" in text:
+            return 200, completion('<think>perhaps {"score": [9, 9]}')  # cut off
+        if "Instruction 6\n" in text:
+            return 400, {"error": {"message": "refused"}}
+        red = pictures[-1][..., 0].mean() / 25.5
+        if len(pictures) == 1:
+            return 200, completion(json.dumps([8 - red / 2, 9]))
+        scores = [red, pictures[0][..., 1].mean() / 25.5]  # of the edit and of the source
+        return 200, completion(json.dumps({"score": [score / 2 for score in scores] if "指令" in text else scores}))
+
+    judge = ServerJudge("m", serve(reply).url, parse=parse_pair, max_new_tokens=128, max_retries=0)
+    data = gedit()
+    run = run_benchmark(GEditBench(CachedJudge(judge, tmp_path / "cache"), data), redder, tmp_path / "run")
+    smaller = set()
+    for source, row in zip(data, run.cases, strict=True):
+        with Image.open(run.folder / row["edit"]) as edit:
+            red = edit.getpixel((0, 0))[0] / 25.5
+        green = np.asarray(source["input_image_raw"], float)[..., 1].mean() / 25.5
+        sc, pq = min(red, green) / (2 if source["instruction_language"] == "cn" else 1), 8 - red / 2
+        assert row["pq"] == pytest.approx(pq)
+        if row["id"] in ("key4", "key6"):
+            assert row["sc"] is row["o"] is None
+        else:
+            assert (row["sc"], row["o"]) == (pytest.approx(sc), pytest.approx(math.sqrt(sc * pq)))
+            smaller.add(red < green)
+    assert smaller == {True, False}  # each of the two scores was the smaller one somewhere
+    counts = run.results["counts"]
+    assert (counts["parse_failures"], counts["unanswered"], counts["no_score"]) == (1, 1, 2)
+    assert set(run.results["reasons"]) == {"no score in the answer", "the judge gave no answer"}
+    assert "parse parse_pair" in run.settings["benchmark"]["judge"]
+
+
+def test_sections_are_those_of_the_data(tmp_path):
+    # Each language has its own part only if that is some of its cases.
+    english = gedit().map(lambda row: {"Intersection_exist": row["key"] in ("key0", "key4")})
+    assert list(GEditBench(PairJudge(), english).sections) == ["en", "cn", "en, intersection"]
+    every = gedit().map(lambda row: {"Intersection_exist": True})
+    assert list(GEditBench(PairJudge(), every).sections) == ["en", "cn"]
+    unknown = gedit().map(lambda row, i: {"instruction_language": None if i == 2 else "en"}, with_indices=True)
+    with pytest.raises(ValueError, match="Row 2 of GEdit-Bench has no instruction_language"):
+        run_benchmark(GEditBench(PairJudge(), unknown), redder, tmp_path)
 
 
 def test_an_answer_without_scores_is_missing_and_counted(tmp_path):
@@ -150,6 +210,9 @@ def test_prompts_of_ones_own(tmp_path):
         "Theirs too.",
     }
     assert bench.settings["prompts"]["consistency"][0].startswith(f"{folder}:consistency:sha-")
+    (folder / "consistency.txt").write_text("Theirs, but the instruction is nowhere.")
+    with pytest.raises(ValueError, match="prompt consistency in .* has no {instruction}"):
+        GEditBench(PairJudge(), gedit(), prompts=str(folder))
 
 
 def test_a_judge_that_reads_other_answers(tmp_path):

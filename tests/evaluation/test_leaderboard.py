@@ -171,6 +171,26 @@ def test_gedit_has_a_table_for_each_section_and_dreambench_its_product(tmp_path,
     assert (tmp_path / "b" / "bars.png").exists() and (tmp_path / "b" / "gallery.html").exists()
 
 
+def test_the_page_of_gedit_sorts_by_any_score_of_a_section(tmp_path, browser):  # noqa: F811
+    from hp_edit_trl.evaluation import GEditBench
+
+    run = run_benchmark(GEditBench(PairJudge(), gedit()), redder, tmp_path / "gedit", name="one")
+    write_bench_report([run], tmp_path / "out")
+    page = browser.new_page()
+    page.goto((tmp_path / "out" / "gallery.html").as_uri())
+    assert page.locator("#metric option").all_text_contents() == ["O", "SC", "PQ"]
+    page.select_option("#section", "cn, intersection")
+    page.select_option("#metric", label="PQ")
+    page.select_option("#sort", "lowest")
+    rows = [row for row in run.cases if row["language"] == "cn" and row["intersection"]]
+    wanted = [row["id"] for row in sorted(rows, key=lambda row: row["pq"])]
+    assert len(wanted) == 3 and wanted != [row["id"] for row in rows]
+    assert page.evaluate("[...document.querySelectorAll('article')].map(one => one.dataset.id)") == wanted
+    caption = page.locator("article").first.locator("figcaption").nth(1).text_content()
+    assert f"PQ {min(row['pq'] for row in rows):g}" in caption
+    page.close()
+
+
 def log_of(folder, rewards):
     history = [{"step": 2 * i, "reward": reward, "loss": 0} for i, reward in enumerate(rewards)] + [
         {"step": 9, "eval_reward": 1}
@@ -252,9 +272,9 @@ def test_the_page_in_a_browser(runs, written, browser):  # noqa: F811
     assert lost.locator(".missing").first.text_content() == "no edit"
     first = page.locator("article").first
     first.scroll_into_view_if_needed()
-    assert "hp_score" in first.locator("figcaption").nth(1).text_content()
+    assert "HP-score" in first.locator("figcaption").nth(1).text_content()
     first.locator("summary").first.click()
-    assert first.locator("pre").first.text_content().startswith("hp_score: ")
+    assert first.locator("pre").first.text_content().startswith("HP-score: ")
     assert page.evaluate("document.querySelector('article img').complete") and not problems
     if os.environ.get("SCREENSHOTS"):
         page.select_option("#sort", "order")
@@ -301,7 +321,10 @@ def test_results_in_a_model_card(tmp_path):
 
 
 def test_the_command(runs, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.jpg").write_text("somebody's")
     main(["report", *(str(run.folder) for run in runs[:2]), "--out", str(tmp_path), "--baseline", NAMES[1]])
+    assert (tmp_path / "images" / "mine.jpg").exists()
     assert f"Difference from {NAMES[1]}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="name one run"):
         main(["report", *(str(run.folder) for run in runs), "--out", str(tmp_path), "--push-to-hub", "someone/lora"])

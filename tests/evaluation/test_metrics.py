@@ -52,6 +52,19 @@ results["gedit"] = gedit.compute(**columns)
 dreambench = evaluate.load(str(METRICS / "dreambench_plus"))
 columns = {"concept_preservation": [4, 2, 0, nan], "prompt_following": [4, 1, 1, 2], "kinds": ["x", "x", "y", "y"]}
 results["dreambench"] = dreambench.compute(**columns)
+columns = {"concept_preservation": [4, nan, 2], "prompt_following": [nan, 2, nan], "kinds": ["x", "x", "y"]}
+results["dreambench without both"] = dreambench.compute(**columns)
+results["refused"] = []
+for module, columns in (
+    (realpref, {"predictions": [1.0], "tasks": ["overall"]}),
+    (realpref, {"predictions": [1.0, 2.0], "tasks": ["add", None]}),
+    (gedit, {"semantic_consistency": [1, 2], "perceptual_quality": [1, 2], "tasks": ["add", None]}),
+    (dreambench, {"concept_preservation": [1], "prompt_following": [1], "kinds": ["pf"]}),
+):
+    try:
+        module.compute(**columns)
+    except ValueError as error:
+        results["refused"].append(str(error))
 print(json.dumps(results))
 """
 
@@ -95,7 +108,22 @@ def test_benchmarks(results):
         "missing": 1,
     }
     assert results["realpref error"] == "predictions[0] is 6.0, but must be a number from 0 to 5."
-    assert results["gedit"] == {"g_sc": None, "g_pq": (13 / 2 + 5) / 2, "g_o": None, "n": 2, "missing": 1}
-    assert results["dreambench"] == {
-        "cp": 0.5, "pf": 0.5, "cp_pf": 0.25, "pf_x": 0.625, "pf_y": 0.375, "n": 3, "missing": 1
+    assert results["gedit"] == {
+        "g_sc": None, "g_pq": (13 / 2 + 5) / 2, "g_o": None, "mean_o": 6, "o_a": 6, "o_b": None, "n": 2, "missing": 1
     }  # fmt: skip
+    assert results["dreambench"] == {
+        "cp": 0.5, "pf": 0.5, "cp_pf": 0.25, "cp_x": 0.75, "cp_y": 0, "pf_x": 0.625, "pf_y": 0.375, "n": 3, "missing": 1
+    }  # fmt: skip
+
+
+def test_a_product_is_of_the_cases_with_both_grades(results):
+    without = results["dreambench without both"]
+    assert (without["cp_pf"], without["n"], without["missing"]) == (None, 0, 3)
+    assert without["cp"] == pytest.approx(0.75) and without["pf"] == pytest.approx(0.5)
+
+
+def test_groups_that_would_hide_a_result(results):
+    names = ("tasks[0] is 'overall'", "tasks[1] is None", "tasks[1] is None", "kinds[0] is 'pf'")
+    assert len(results["refused"]) == 4
+    for found, name in zip(results["refused"], names, strict=True):
+        assert found.startswith(name), found

@@ -48,8 +48,12 @@ def test_means_of_groups_and_cases():
     assert over_cases["value"] == pytest.approx(sum(every) / len(every))
     assert overall["value"] != pytest.approx(over_cases["value"])
     assert (overall["n"], overall["missing"]) == (len(every), len(data) - len(every))
-    product = row(rows, "both", "cases")
-    assert product["value"] == pytest.approx(over_cases["value"] * row(rows, "other", "cases")["value"])
+    product, both = (
+        row(rows, "both", "cases"),
+        [case for case in data if None not in (case["score"], case["other"])],
+    )
+    factors = [np.mean([case[name] for case in both]) for name in ("score", "other")]
+    assert product["value"] == pytest.approx(factors[0] * factors[1]) and product["n"] == len(both) < len(data)
 
 
 def test_intervals_are_those_of_resampling_within_groups():

@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
+from datasets import Dataset
+from PIL import Image
 
 from hp_edit_trl import HPScorerReward, load_scorer_prompts
-from hp_edit_trl.evaluation import add_questions
+from hp_edit_trl.evaluation import GEditBench, add_questions, parse_pair
 from hp_edit_trl.miniature import (
     RuleScorer,
     SimulatedJudge,
     SimulatedProposer,
+    TargetJudge,
     flawed_edits,
     known_pearson,
     load_dataset,
@@ -78,3 +81,35 @@ def test_the_proposer_runs_out_of_ideas():
         return SimulatedProposer()([[{"content": [{"text": text}]}]])[0].answer
 
     assert IDEAS[0] in ask("nothing") and IDEAS[1] in ask(IDEAS[0]) and ask(" ".join(IDEAS)) == "[]"
+
+
+def test_a_judge_that_knows_the_targets(cases):
+    rows = list(cases.select(range(24)))
+    sources, prompts, tasks, targets = ([row[name] for row in rows] for name in ("image", "prompt", "task", "target"))
+    scorer = HPScorerReward(TargetJudge(cases))
+
+    def scores(edits, sources=sources):
+        columns = prompts, edits, [[image] for image in sources], tasks, [None] * 24
+        return [judgement.score for judgement in scorer.judge_cases(*columns)]
+
+    assert scores(targets) == [5] * 24 and scores(sources) == [0] * 24
+    assert scores(targets, sources[1:] + sources[:1]) == [None] * 24  # not cases that it knows
+    halves = [Image.blend(source, target, 0.6) for source, target in zip(sources, targets, strict=True)]
+    rule = RuleScorer()
+    parts = [rule.parts(*pictures) for pictures in zip(halves, sources, targets, strict=True)]
+    assert scores(halves) == [np.floor(5 * reached * kept + 0.5) for reached, kept in parts]
+    assert {reached > 0.3 for reached, _ in parts} == {True} and set(scores(halves)) & {1, 2, 3, 4}
+    # GEdit-Bench asks for two scores from 0 to 10, of both pictures and of the edit alone.
+    gedit = [
+        {"key": row["id"], "input_image": row["image"], "instruction": row["prompt"], "task_type": row["task"]}
+        | {"instruction_language": "en", "Intersection_exist": False}
+        for row in rows
+    ]
+    bench = GEditBench(TargetJudge(cases, parse_pair), Dataset.from_list(gedit))
+    as_cases = [dict(bench.dataset[i]) for i in range(24)]
+    for edits, sc, pq in ((targets, 10, 10), (sources, 0, 10)):
+        assert [(one.values["sc"], one.values["pq"]) for one in bench.score(as_cases, sources, edits)] == [
+            (sc, pq)
+        ] * 24
+    noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)) for i in range(24)]
+    assert all(one.values["pq"] == 0 for one in bench.score(as_cases, sources, noise))

@@ -1,8 +1,8 @@
 """
 What the frozen LoRA makes of the frozen cases is what it was. If it is not, and was meant to change: `freeze.py`.
 
-Machines differ in the last digits of floating-point numbers, so that a few pixels may be a level off; every change of what is computed
-moves more than that (the second test).
+Machines differ in the last digits of floating-point numbers, so that a few pixels may be a level off: by some 0.00001 on average with
+other batch sizes, threads or instruction sets. Changes of what is computed move more than that (the second test).
 """
 
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 from .freeze import HERE, bench, exact_scores, load_cases, sheet
 
 
-LIMIT = 0.02  # mean absolute difference of the edits, in levels of 255
+LIMIT = 0.005  # mean absolute difference of the edits, in levels of 255
 
 
 def difference(run) -> float:
@@ -34,8 +34,12 @@ def test_the_frozen_policy_edits_the_frozen_cases_as_it_did(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(lora=False), dict(scale=0.95), dict(num_inference_steps=6), dict(true_cfg_scale=1.5)], ids=str
+    "change", [dict(lora=False), dict(scale=0.98), dict(num_inference_steps=6), dict(true_cfg_scale=1.5)], ids=str
 )
 def test_a_change_of_what_is_computed_is_seen(tmp_path, change):
     cases = load_cases()
-    assert difference(bench(cases, tmp_path, **change)) > 2 * LIMIT
+    run = bench(cases, tmp_path, **change)
+    assert difference(run) > 2 * LIMIT
+    if change == {"lora": False}:
+        known = json.loads((HERE / "scores.json").read_text())
+        assert np.mean(exact_scores(run, cases)) == pytest.approx(known["mean_without_lora"], abs=0.002)

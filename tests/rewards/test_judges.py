@@ -24,7 +24,7 @@ from transformers import (
 
 from hp_edit_trl import HPScorerReward, ServerJudge, TransformersJudge
 from hp_edit_trl.miniature.tiny import CHAT_TEMPLATE, tiny_judge, tiny_text_encoder, tiny_tokenizer
-from hp_edit_trl.rewards import parse_score
+from hp_edit_trl.rewards import CachedJudge, parse_score
 from tests.helpers import photo
 
 
@@ -495,3 +495,48 @@ def test_a_judge_on_a_server_can_be_sent_to_another_process(serve):
     assert judge([conversation()])[0].score == 3  # with a connection open
     sent = pickle.loads(pickle.dumps(judge))
     assert sent([conversation()])[0].score == 3 and sent.identity == judge.identity and len(server.requests) == 2
+
+
+def letters(answer):
+    """A parser of another kind: how many letters a stands in the answer, `None` where there are none."""
+    return float(answer.count("a")) or None
+
+
+def test_another_parser_takes_the_score_out_of_a_server_s_answers(serve, caplog):
+    server = serve(lambda body, n: (200, completion(body["messages"][0]["content"][0]["text"])))
+    judge = ServerJudge("m", server.url, parse=letters)
+    judge.load()  # the trial's answer need not hold a digit
+    assert "without a score" not in caplog.text
+    judged = judge([conversation(text) for text in ("aaaaaaaaa", "4", "a")])
+    assert [(one.score, one.answered) for one in judged] == [(9, True), (None, True), (1, True)]
+    several = serve(lambda body, n: (200, {**completion(""), "choices": [completion(t)["choices"][0] for t in ("aaaaaaaa", "5", "aa")]}))  # fmt: skip
+    assert ServerJudge("m", several.url, num_samples=3, parse=letters)([conversation()])[0].score == 5
+
+
+def test_another_parser_takes_the_score_out_of_a_model_s_answers(judge_folder):
+    chats = [conversation(f"Number {i}", seed=i) for i in range(4)] + edits_of_one_case(2)
+    judge = TransformersJudge(judge_folder, max_new_tokens=8, batch_size=4, parse=lambda answer: float(len(answer)))
+    judge.load()
+    judged = judge(chats)
+    assert [one.score for one in judged] == [len(one.answer) for one in judged]
+    several = TransformersJudge(judge_folder, num_samples=3, max_new_tokens=8, parse=lambda answer: float(len(answer)))
+    (one,) = several([chats[0]])
+    assert one.score == pytest.approx((len(one.answer) - 2 * len(" | ")) / 3)
+
+
+def test_the_parser_is_part_of_what_a_judge_is(judge_folder, serve, tmp_path):
+    assert ServerJudge("m", "http://127.0.0.1:9/v1").identity == {
+        "judge": "ServerJudge", "name": "m", "revision": None, "score_mode": "integer", "max_pixels": 1048576,
+        "num_samples": 1, "max_new_tokens": 16,
+    }  # fmt: skip
+    assert "parse" not in TransformersJudge(judge_folder).identity
+    assert TransformersJudge(judge_folder, parse=letters).identity["parse"] == "letters"
+    server = serve(lambda body, n: (200, completion("4")))
+    for expected in (4, None, 4):
+        parse = parse_score if expected == 4 else letters
+        judge = CachedJudge(ServerJudge("m", server.url, parse=parse), tmp_path / "cache")
+        assert judge([conversation()])[0].score == expected
+    assert len(server.requests) == 2
+    for make in (lambda **kw: TransformersJudge(judge_folder, **kw), lambda **kw: ServerJudge("m", server.url, **kw)):
+        with pytest.raises(ValueError, match="so parse=letters has no meaning"):
+            make(score_mode="expected", parse=letters)

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 
 from hp_edit_trl.evaluation import summarise
-from hp_edit_trl.evaluation.results import check_values
+from hp_edit_trl.evaluation.results import check_groups, check_values
 
 
 class DreamBenchPlus(evaluate.Metric):
@@ -15,7 +15,7 @@ class DreamBenchPlus(evaluate.Metric):
             inputs_description=(
                 "concept_preservation and prompt_following: mean grades from 0 to 4 of each edit, NaN where there is none. kinds: the kind of "
                 "each description, e.g. photorealistic. Returns cp and pf (means over all cases, divided by 4), cp_pf (their product), "
-                "pf of each kind, n (edits with both grades) and missing."
+                "cp_ and pf_ with a kind's name (the means of that kind), n (edits with both grades) and missing."
             ),
             features=datasets.Features(
                 {
@@ -31,6 +31,7 @@ class DreamBenchPlus(evaluate.Metric):
     ) -> dict[str, float | None]:
         kept = check_values(concept_preservation, "concept_preservation", 4)
         followed = check_values(prompt_following, "prompt_following", 4)
+        kinds = check_groups(kinds, "kinds", ("pf",))  # cp_pf is the product
         cases = [
             {"kind": kind, "cp": None if cp is None else cp / 4, "pf": None if pf is None else pf / 4}
             for cp, pf, kind in zip(kept, followed, kinds, strict=True)
@@ -38,7 +39,9 @@ class DreamBenchPlus(evaluate.Metric):
         rows = summarise(cases, ["cp", "pf"], "kind", products={"cp_pf": ("cp", "pf")}, num_resamples=0)
         whole = {row["metric"]: row for row in rows if row["kind"] == "cases"}
         of_kinds = {
-            f"pf_{row['group']}": row["value"] for row in rows if (row["kind"], row["metric"]) == ("group", "pf")
+            f"{row['metric']}_{row['group']}": row["value"]
+            for row in rows
+            if row["kind"] == "group" and row["metric"] in ("cp", "pf")
         }
         result = {name: row["value"] for name, row in whole.items()}
         return {**result, **of_kinds, "n": whole["cp_pf"]["n"], "missing": whole["cp_pf"]["missing"]}

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 
 from hp_edit_trl.evaluation import summarise
-from hp_edit_trl.evaluation.results import check_values
+from hp_edit_trl.evaluation.results import check_groups, check_values
 
 
 class RealPrefBench(evaluate.Metric):
@@ -21,6 +21,7 @@ class RealPrefBench(evaluate.Metric):
 
     def _compute(self, predictions: list[float], tasks: list[str]) -> dict[str, float | None]:
         scores = check_values(predictions, "predictions", 5)
+        tasks = check_groups(tasks, "tasks", ("overall", "mean", "n", "missing"))
         cases = [{"task": task, "score": score} for task, score in zip(tasks, scores, strict=True)]
         rows = summarise(cases, ["score"], "task", num_resamples=0)
         result = {row["group"]: row["value"] for row in rows if row["kind"] == "group"}
