@@ -178,6 +178,7 @@ def bench(args: argparse.Namespace) -> None:
         report = finished[0].folder.parent / "report"
         print(write_bench_report(finished, report))
         print(report)
+    PartialState().destroy_process_group()  # gloo's threads may abort a process that ends without
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(runs)} runs did not finish: {', '.join(failed)}. Run it again to go on."
@@ -186,13 +187,21 @@ def bench(args: argparse.Namespace) -> None:
 
 def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The runs that a YAML file names: options of the command that all share, and a list `runs` with those of each."""
-    shared = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    defaults = vars(args.parser.parse_args(["bench"]))
+    beside = [name for name, value in vars(args).items() if name != "config" and value != defaults[name]]
+    if beside:
+        given = ", ".join(name if name == "benchmark" else f"--{name.replace('_', '-')}" for name in beside)
+        raise ValueError(f"{given}: with --config, options stand in the file.")
+    try:
+        shared = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{args.config} is no YAML: {error}") from error
     if not isinstance(shared, dict) or not isinstance(shared.get("runs"), list) or "out" not in shared:
         raise ValueError(f"{args.config} must hold options of `hp-edit bench`, `out` among them, and a list `runs`.")
     runs, out = shared.pop("runs"), Path(shared.pop("out"))
     parsed = []
     for run in runs:
-        if not isinstance(run, dict) or not isinstance(run.get("name"), str):
+        if not isinstance(run, dict) or not isinstance(run.get("name"), str) or not run["name"]:
             raise ValueError(f"{args.config}: each of the runs needs a name, but one is {run!r}.")
         words: list[str] = []
         for name, value in {**shared, **run, "out": out / run["name"].replace("/", "-")}.items():
@@ -214,16 +223,18 @@ def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def _bench(args: argparse.Namespace):
     from .evaluation import run_benchmark
+    from .processes import in_step, patient_accelerator
     from .ratings import read_ratings
 
     needed = ["benchmark", "editor", "out", *(["dataset"] if args.benchmark == "realpref" else [])]
     lacking = [name if name == "benchmark" else f"--{name}" for name in needed if getattr(args, name) is None]
     if lacking:
         raise ValueError(f"A run needs {' and '.join(lacking)}, e.g. hp-edit bench gedit --editor ... --out DIR.")
-    benchmark = make_benchmark(args)
+    with in_step(patient_accelerator()):
+        benchmark, editor = make_benchmark(args), make_editor(args)
     run = run_benchmark(
         benchmark,
-        make_editor(args),
+        editor,
         args.out,
         name=args.name,
         batch_size=args.editor_batch_size,

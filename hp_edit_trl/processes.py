@@ -1,11 +1,34 @@
 """The processes of a launch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 
 def patient_accelerator() -> Accelerator:
     """The processes of this launch. At a barrier they wait for each other as long as it takes: hours, for a slow judge."""
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+
+
+@contextmanager
+def in_step(accelerator: Accelerator) -> Iterator[None]:
+    """
+    A part of the work at whose end processes wait for each other. If it fails in one of them, it fails in all, so that none waits
+    for another that gave up.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failures = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+    if accelerator.num_processes > 1:
+        failures = gather_object(failures)
+    if failure is not None:
+        raise failure
+    for rank, told in enumerate(failures):
+        if told is not None:
+            raise ValueError(f"Process {rank} failed: {told}")

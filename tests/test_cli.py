@@ -201,6 +201,7 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
         (shared, "a list `runs`"),
         (shared | {"runs": [{"editor": "x"}]}, "each of the runs needs a name"),
         (shared | {"runs": [runs[0], runs[0]]}, "two of the runs have one name"),
+        (shared | {"runs": [{"name": "", "editor": "x"}]}, "each of the runs needs a name"),
         (shared | {"runs": [{"name": "x"}]}, "A run needs --editor"),
     ):
         config.write_text(yaml.safe_dump(broken))
@@ -210,6 +211,11 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
     with pytest.raises(SystemExit):
         main(["bench", "--config", str(config)])
     assert "unrecognized arguments: --edtior=y" in capsys.readouterr().err
+    config.write_text("runs: [}")
+    with pytest.raises(SystemExit, match="hp-edit: .*bench.yaml is no YAML: "):
+        main(["bench", "--config", str(config)])
+    with pytest.raises(SystemExit, match="hp-edit: benchmark, --seed: with --config, options stand in the file"):
+        main(["bench", "gedit", "--config", str(config), "--seed", "3"])
 
 
 ROOT = Path(__file__).parents[1]

@@ -31,7 +31,7 @@ from .. import __version__
 from ..cases import UnreadableImageError, read_image
 from ..jsonl import append_lines, read_lines
 from ..policies import Editor, as_editor, edit_cases, edit_seed
-from ..processes import patient_accelerator
+from ..processes import in_step, patient_accelerator
 from ..ratings import Rating
 from .results import FORMAT, WHERE_FROM, CaseScore, Run, check_format, read_json, read_run, summarise
 
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 THUMBNAIL = 768  # longest side of a source in a results folder
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "datasets", "pillow")
+LONGEST_ID = 240  # of the 255 letters of a file's name
 IN_A_ROW = 8  # failures after which it is not the cases' fault
 
 
@@ -141,7 +142,7 @@ def run_benchmark(
 
     Raises:
         `ValueError`: If the benchmark's data lack a column, the folder holds another run, the ratings are of other edits, or the
-            editor failed with its first eight cases.
+            editor failed with its first eight cases. What fails in one process fails in all of a launch.
         `ConnectionError`: If the judge gave no answer eight times in a row. What was done before is kept.
     """
     for option, value in (("batch_size", batch_size), ("chunk_size", chunk_size)):
@@ -149,54 +150,57 @@ def run_benchmark(
             raise ValueError(f"{option}={value} must be at least 1.")
     accelerator = patient_accelerator()
     folder, editor = Path(folder), as_editor(editor)
-    cases = benchmark.dataset
-    check_cases(cases, benchmark)
-    identity = editor.identity
-    name = name or " + ".join(str(identity[part]) for part in ("editor", "lora") if identity.get(part))
-    human = _human(ratings, name, cases["id"][:])
-    settings = _plain(
-        {
-            "format": FORMAT,
-            "benchmark": {
-                "name": benchmark.name,
-                **{part: getattr(benchmark, part) for part in ("metrics", "products", "average", "group", "sections")},
-                **benchmark.settings,
-                "cases": len(cases),
-                "cases_sha": _cases_sha(cases, benchmark),
-            },
-            "editor": {"name": name, **identity},
-            "seed": seed,
-        }
-    )
-    _check_same_run(folder, settings)
-    accelerator.wait_for_everyone()  # everyone has looked before the folder is written to
-    if accelerator.is_main_process and not (folder / "run.json").exists():
-        for part in ("edits", "sources"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        versions = {"hp-edit-trl": __version__, "python": platform.python_version()}
-        versions |= {library: version(library) for library in LIBRARIES}
-        _write_json(folder / "run.json", {**settings, "versions": versions, "command": sys.argv})
-    accelerator.wait_for_everyone()
+    with in_step(accelerator):
+        cases = benchmark.dataset
+        check_cases(cases, benchmark)
+        identity = editor.identity
+        name = name or " + ".join(str(identity[part]) for part in ("editor", "lora") if identity.get(part))
+        human = _human(ratings, name, cases["id"][:])
+        settings = _plain(
+            {
+                "format": FORMAT,
+                "benchmark": {
+                    "name": benchmark.name,
+                    **{
+                        part: getattr(benchmark, part)
+                        for part in ("metrics", "products", "average", "group", "sections")
+                    },
+                    **benchmark.settings,
+                    "cases": len(cases),
+                    "cases_sha": _cases_sha(cases, benchmark),
+                },
+                "editor": {"name": name, **identity},
+                "seed": seed,
+            }
+        )
+        _check_same_run(folder, settings)
+    with in_step(accelerator):  # everyone has looked before the folder is written to
+        if accelerator.is_main_process and not (folder / "run.json").exists():
+            for part in ("edits", "sources"):
+                (folder / part).mkdir(parents=True, exist_ok=True)
+            versions = {"hp-edit-trl": __version__, "python": platform.python_version()}
+            versions |= {library: version(library) for library in LIBRARIES}
+            _write_json(folder / "run.json", {**settings, "versions": versions, "command": sys.argv})
 
-    edits = _read_edits(folder)
-    missing = [row for row, case_id in enumerate(cases["id"]) if not _is_whole(folder, edits.get(case_id))]
-    accelerator.wait_for_everyone()
-    _make_edits(folder, cases, missing, edits, editor, batch_size, seed, accelerator)
-    accelerator.wait_for_everyone()
+    with in_step(accelerator):
+        edits = _read_edits(folder)
+        missing = [row for row, case_id in enumerate(cases["id"]) if not _is_whole(folder, edits.get(case_id))]
+    with in_step(accelerator):
+        _make_edits(folder, cases, missing, edits, editor, batch_size, seed, accelerator)
 
-    edits = {case_id: line for case_id, line in _read_edits(folder).items() if _is_whole(folder, line)}
-    scores = _read_scores(folder, edits)
-    unscored = [
-        row
-        for row, case_id in enumerate(cases["id"])
-        if case_id in edits and (case_id not in scores or None in scores[case_id]["values"].values())
-    ]
-    accelerator.wait_for_everyone()
-    _score(folder, cases, unscored, edits, scores, benchmark, chunk_size, accelerator)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _finish(folder, cases, benchmark, human, confidence, num_resamples)
-    accelerator.wait_for_everyone()
+    with in_step(accelerator):
+        edits = {case_id: line for case_id, line in _read_edits(folder).items() if _is_whole(folder, line)}
+        scores = _read_scores(folder, edits)
+        unscored = [
+            row
+            for row, case_id in enumerate(cases["id"])
+            if case_id in edits and (case_id not in scores or None in scores[case_id]["values"].values())
+        ]
+    with in_step(accelerator):
+        _score(folder, cases, unscored, edits, scores, benchmark, chunk_size, accelerator)
+    with in_step(accelerator):
+        if accelerator.is_main_process:
+            _finish(folder, cases, benchmark, human, confidence, num_resamples)
     return read_run(folder)
 
 
@@ -221,6 +225,12 @@ def check_cases(cases: Dataset, benchmark: Benchmark) -> None:
         for row, value in enumerate(cases[column]):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{column} of row {row} of {benchmark.name} is {value!r}, but must be a text.")
+    for row, case_id in enumerate(cases["id"]):
+        if len(quote(case_id, safe="")) > LONGEST_ID:
+            raise ValueError(
+                f"The id of row {row} of {benchmark.name} is too long to name a file: {case_id[:40]!r}... Give its cases ids of "
+                f"up to {LONGEST_ID} letters; a letter beyond ASCII counts as 6 or more."
+            )
     twice = [case_id for case_id, count in Counter(cases["id"]).items() if count > 1]
     if twice:
         raise ValueError(f"{len(twice)} ids occur more than once in {benchmark.name}, the first being {twice[0]!r}.")
@@ -271,15 +281,16 @@ def _check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{folder / 'run.json'} cannot be read: name another folder, or remove it.")
     check_format(folder, before)
     for part in ("benchmark", "editor"):
-        for key in sorted({*before[part], *settings[part]} - WHERE_FROM):
-            if before[part].get(key) != settings[part].get(key):
+        held = before.get(part) or {}
+        for key in sorted({*held, *settings[part]} - WHERE_FROM):
+            if held.get(key) != settings[part].get(key):
                 raise ValueError(
-                    f"{folder} holds another run: {key} of its {part} is {before[part].get(key)!r}, now it is "
+                    f"{folder} holds another run: {key} of its {part} is {held.get(key)!r}, now it is "
                     f"{settings[part].get(key)!r}. Name another folder, or go on with the same settings."
                 )
-    if before["seed"] != settings["seed"]:
+    if before.get("seed") != settings["seed"]:
         raise ValueError(
-            f"{folder} holds a run with seed {before['seed']}, not {settings['seed']}: name another folder."
+            f"{folder} holds a run with seed {before.get('seed')}, not {settings['seed']}: name another folder."
         )
 
 
@@ -482,6 +493,7 @@ def _finish(
     for column, kind in schema.items():
         place = table.column_names.index(column)
         table = table.set_column(place, column, table.column(column).cast(kind))
+    (folder / "results.json").unlink(missing_ok=True)  # it would not be that of the new rows
     _replace(folder / "cases.parquet", lambda part: pq.write_table(table, part))
     asked = [*direct, *(["human"] if human is not None else [])]
     summary = summarise(
@@ -502,13 +514,13 @@ def _finish(
 
 
 def _read_edits(folder: Path) -> dict[str, dict[str, Any]]:
-    """The last line about each case's edit."""
+    """The line about each case's edit: the one that tells of the file that is there, else the last."""
     lines: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("edits-*.jsonl")):
         for number, line, text in read_lines(file):
             if line is None or not isinstance(line.get("id"), str):
                 logger.warning("Left out: %s, line %d: not a whole line: %r.", file, number, text[:60])
-            elif "sha" in line or "sha" not in lines.get(line["id"], {}) or not _is_whole(folder, lines[line["id"]]):
+            elif not _is_whole(folder, lines.get(line["id"])):
                 lines[line["id"]] = line
     return lines
 
@@ -530,7 +542,7 @@ def _read_scores(folder: Path, edits: dict[str, dict[str, Any]]) -> dict[str, di
                 logger.warning("Left out: %s, line %d: not a whole line: %r.", file, number, text[:60])
                 continue
             case_id = line["id"]
-            if line["sha"] == edits.get(case_id, {}).get("sha") and (
+            if line.get("sha") == edits.get(case_id, {}).get("sha") and (
                 case_id not in lines or None in lines[case_id]["values"].values()
             ):
                 lines[case_id] = line

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .gallery import write_gallery
 from .report import _shown, _table
@@ -129,6 +130,7 @@ def read_rewards(path: str | Path) -> tuple[str, list[tuple[int, float]]]:
             f"{path} has no trainer_state.json with rewards: name the output folder of FlowGRPOEditTrainer, which writes one with "
             "every checkpoint."
         )
+    folder = folder.resolve()
     return (folder.parent if folder.name.startswith("checkpoint-") else folder).name, best
 
 
@@ -174,7 +176,7 @@ def push_results(run: Run, repo_id: str, token: str | None = None) -> str:
     ]
     try:
         card = ModelCard.load(repo_id, token=token)
-    except OSError:  # a repository without a card
+    except RemoteEntryNotFoundError:  # a repository without a card; one that cannot be read now is not overwritten
         card = ModelCard("---\n---\n")
     data = card.data.to_dict()
     name = data.get("model_name") or repo_id.partition("/")[2]
@@ -231,7 +233,7 @@ def _section(runs: Sequence[Run], section: str) -> tuple[str, list[str], list[li
 
 
 def _markdown(head: list[str], rows: list[list[tuple[str, bool]]], title: str) -> str:
-    body = [[f"**{text}**" if best else text.replace("|", r"\|") for text, best in row] for row in rows]
+    body = [[f"**{text}**" if best else text for text, best in row] for row in rows]
     return (f"## {title}\n\n" if title else "") + _table(head, body)
 
 
@@ -328,6 +330,11 @@ def _write_csv(runs: Sequence[Run], differences: dict[str, list[dict[str, Any]]]
             writer.writerows({"editor": name, "of": "difference", **row} for row in rows)
 
 
+def _drawn(text: str) -> str:
+    """A text as it is, where Matplotlib would take what stands between two dollar signs for a formula."""
+    return text.replace("$", r"\$")
+
+
 def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
     """
     Draws the main metric of each run in each group and over all, with intervals; for each section.
@@ -363,17 +370,21 @@ def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
                 one = rows.get((main, kind, name))
                 if one is None or one["value"] is None:
                     continue
-                axes.bar(place + offset, one["value"], 0.76 / len(runs), color=f"C{number % 10}", label=run.name)
+                axes.bar(
+                    place + offset, one["value"], 0.76 / len(runs), color=f"C{number % 10}", label=_drawn(run.name)
+                )
                 if one["low"] is not None:
                     sides = [[max(0.0, one["value"] - one["low"])], [max(0.0, one["high"] - one["value"])]]
                     axes.errorbar(place + offset, one["value"], sides, color="black", capsize=2, linewidth=0.8)
         labels = [
-            str(name) if kind == "group" else {"overall": "overall", "cases": "all cases"}[kind]
+            _drawn(str(name)) if kind == "group" else {"overall": "overall", "cases": "all cases"}[kind]
             for kind, name in places[section]
         ]
         axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 11 else 20, fontsize=8)
         axes.axvline(len(labels) - 1.5, color="grey", linewidth=0.6)
-        axes.set(ylabel=LABELS.get(main, main), ylim=(0, benchmark["metrics"][main] * 1.02), title=section or None)
+        axes.set(
+            ylabel=LABELS.get(main, main), ylim=(0, benchmark["metrics"][main] * 1.02), title=_drawn(section) or None
+        )
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     shown: dict[str, Any] = {}
@@ -384,7 +395,7 @@ def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
             if label not in shown
         }
     if len(runs) > 1 and shown:
-        named = [run.name for run in runs if run.name in shown]
+        named = [name for name in (_drawn(run.name) for run in runs) if name in shown]
         figure.legend(
             [shown[name] for name in named],
             named,
@@ -419,7 +430,7 @@ def draw_curves(curves: dict[str, list[tuple[int, float]]], path: str | Path) ->
             sum_of_weights = (1 - weight) * sum_of_weights + weight
             smooth.append(total / sum_of_weights)
         axes.plot(steps, rewards, color=f"C{number % 10}", alpha=0.2, linewidth=0.8)
-        axes.plot(steps, smooth, color=f"C{number % 10}", label=name)
+        axes.plot(steps, smooth, color=f"C{number % 10}", label=_drawn(name))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path)

@@ -359,8 +359,16 @@ def edit_cases(
         return [edits[0] for edits, _ in alone], [reasons[0] for _, reasons in alone]
     reasons: list[str | None] = [None] * len(edits)
     for i, edit in enumerate(edits):
-        if not isinstance(edit, Image.Image):
-            reasons[i] = "no edit" if edit is None else f"no edit: the editor returned a {type(edit).__name__}"
+        try:
+            if not isinstance(edit, Image.Image):
+                reasons[i] = "no edit" if edit is None else f"no edit: the editor returned a {type(edit).__name__}"
+            elif 0 in edit.size:
+                reasons[i] = "no edit: the editor returned an empty picture"
+            else:
+                edit.load()  # a file may have been opened, but not read
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
+            reasons[i] = f"no edit: the picture cannot be read: {error}"
+        if reasons[i] is not None:
             edits[i] = None
     return edits, reasons
 

@@ -148,7 +148,7 @@ def test_ray_builds_the_same(pictures, whole, tmp_path):
 @pytest.mark.slow
 def test_two_processes_build_the_same(pictures, whole, tmp_path):
     script, out = tmp_path / "ranks.py", tmp_path / "build"
-    script.write_text(f"from pathlib import Path; from tests.data import test_build as t; t.build(Path({str(pictures)!r}), {str(out)!r})")  # fmt: skip
+    script.write_text(f"from pathlib import Path; from tests.data import test_build as t; t.build(Path({str(pictures)!r}), {str(out)!r}); import torch; torch.distributed.destroy_process_group()")  # fmt: skip
     run(str(script), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert digests(out) == digests(whole.parent)
 

@@ -329,6 +329,7 @@ def test_two_processes_mine_the_same(mined, pipeline, cases, tmp_path):
     script.write_text(
         "from tests.data.test_preference_pairs import *\n"
         f"mine(load_pipeline(), load_world('train', 6), {str(tmp_path / 'out')!r})\n"
+        "import torch; torch.distributed.destroy_process_group()\n"  # gloo's threads may abort a process that ends without
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -285,6 +285,7 @@ def test_two_processes_share_the_cases_and_end_with_the_same_results(tmp_path):
     script.write_text(
         "import sys\nfrom tests.evaluation.test_bench import Painter, bench\nfrom hp_edit_trl.evaluation import run_benchmark\n"
         "run_benchmark(bench(), Painter(), sys.argv[1], batch_size=2)\n"
+        "import torch; torch.distributed.destroy_process_group()\n"  # gloo's threads may abort a process that ends without
     )
     alone = run_benchmark(bench(), Painter(), tmp_path / "alone")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -294,6 +295,116 @@ def test_two_processes_share_the_cases_and_end_with_the_same_results(tmp_path):
     both = read_run(tmp_path / "both")
     assert both.cases == alone.cases and both.results == alone.results
     assert all((both.folder / f"edits-{rank}.jsonl").read_text().count("\n") == 5 for rank in (0, 1))
+
+
+class Painful(Painter):
+    """Fails with whatever the second process gives it."""
+
+    def __call__(self, images, prompts, ids, seeds):
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("no paint")
+        return super().__call__(images, prompts, ids, seeds)
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_fails_in_both_and_the_next_run_is_made(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\nfrom tests.evaluation.test_bench import Painful, Painter, bench, make_cases\n"
+        "from hp_edit_trl.evaluation import run_benchmark\n"
+        "for name, editor in (('bad', Painful()), ('good', Painter())):\n"
+        "    try:\n        run_benchmark(bench(make_cases(20)), editor, f'{sys.argv[1]}/{name}', batch_size=2)\n"
+        "    except ValueError as error:\n        print(name, error, flush=True)\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith(("bad", "good")))
+    assert len(told) == 2 and told[0].startswith("bad Process 1 failed: ValueError: The editor failed with all")
+    assert told[1].startswith("bad The editor failed with all of the first 8 cases") and "no paint" in told[1]
+    good = read_run(tmp_path / "good")
+    assert good.cases == run_benchmark(bench(make_cases(20)), Painter(), tmp_path / "alone").cases
+    # What the other process had made is kept.
+    assert len((tmp_path / "bad" / "edits-0.jsonl").read_text().splitlines()) == 10
+
+
+def test_a_picture_that_was_opened_but_cannot_be_read_is_no_edit(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 50).save(whole)
+    (tmp_path / "torn.png").write_bytes(whole.read_bytes()[:1500])
+
+    def edit(images, prompts, ids):
+        return [
+            Image.open(tmp_path / "torn.png") if case_id == "case-1"
+            else Image.new("RGB", (0, 5)) if case_id == "case-2"
+            else image
+            for case_id, image in zip(ids, images, strict=True)
+        ]  # fmt: skip
+
+    run = run_benchmark(bench(), edit, tmp_path / "run")
+    reasons = {row["id"]: row["reason"] for row in run.cases if row["reason"] is not None}
+    assert (
+        list(reasons) == ["case-1", "case-2"] and reasons["case-2"] == "no edit: the editor returned an empty picture"
+    )
+    assert reasons["case-1"].startswith("no edit: the picture cannot be read: ")
+    assert run.results["counts"]["edits"] == 8 and run.results["reasons"] == {"no edit": 2}
+
+
+def test_an_edit_that_was_lost_is_made_again_and_found(tmp_path):
+    run = run_benchmark(bench(), Painter(), tmp_path / "run")
+    # As if two processes had made the edits: the lines of one file are read after those of the other.
+    (run.folder / "edits-0.jsonl").rename(run.folder / "edits-1.jsonl")
+    (run.folder / run.cases[3]["edit"]).unlink()
+
+    class Other(Painter):  # as one that draws otherwise each time
+        def __call__(self, images, prompts, ids, seeds):
+            return super().__call__(images, prompts, ids, [seed + 1 for seed in seeds])
+
+    again, editor, judge = None, Other(), RuleJudge()
+    for _ in range(2):
+        again = run_benchmark(bench(judge=judge), editor, run.folder)
+    assert editor.painted == [run.cases[3]["id"]] and judge.asked == 1
+    assert again.cases[3]["hp_score"] == score_of(again.cases[3], run.folder)
+    assert again.cases[:3] == run.cases[:3] and again.cases[4:] == run.cases[4:]
+
+
+def test_results_are_those_of_the_rows(tmp_path, monkeypatch):
+    run_benchmark(bench(), Painter(), tmp_path)
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hp_edit_trl.evaluation.bench.summarise", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(bench(), Painter(), tmp_path)
+    with pytest.raises(ValueError, match="did not finish"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("case_id", ["../x", "..", "a/b", "第三 个?*", "x" * 240, "%2e"])
+def test_any_id_is_a_file_in_the_folder(tmp_path, case_id):
+    odd = make_cases(2).to_list()
+    odd[0]["id"] = case_id
+    cases = make_cases(2).from_list(odd, features=make_cases(2).features)
+    run = run_benchmark(bench(cases), Painter(), tmp_path / "run")
+    assert run.cases[0]["hp_score"] == score_of(run.cases[0], run.folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    assert len(list((run.folder / "edits").iterdir())) == 2
+    again = run_benchmark(bench(cases), FolderEditor(run.folder / "edits"), tmp_path / "again")
+    assert [row["hp_score"] for row in again.cases] == [row["hp_score"] for row in run.cases]
+
+
+def test_an_id_that_is_too_long_for_a_file_is_refused(tmp_path):
+    odd = make_cases(2).to_list()
+    odd[1]["id"] = "第" * 30
+    cases = make_cases(2).from_list(odd, features=make_cases(2).features)
+    with pytest.raises(ValueError, match="The id of row 1 of realpref is too long to name a file: '第第"):
+        run_benchmark(bench(cases), Painter(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 HUB = """

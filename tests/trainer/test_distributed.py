@@ -46,6 +46,7 @@ torch.save({
     "weights": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
     "history": trainer.state.log_history, "seen": seen,
 }, f"{output}/result_{rank}.pt")
+trainer.accelerator.end_training()  # gloo's threads may abort a process that ends without
 """
 
 
