@@ -178,7 +178,7 @@ def bench(args: argparse.Namespace) -> None:
         report = finished[0].folder.parent / "report"
         print(write_bench_report(finished, report))
         print(report)
-    PartialState().destroy_process_group()  # gloo's threads may abort a process that ends without
+    PartialState().destroy_process_group()  # NCCL warns of a process that ends without
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(runs)} runs did not finish: {', '.join(failed)}. Run it again to go on."

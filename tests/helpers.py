@@ -8,6 +8,11 @@ from hp_edit_trl import FlowGRPOEditConfig
 from hp_edit_trl.rewards import Judgement, parse_score
 
 
+# Last line of a script of several processes. A thread of gloo's may still hold a tensor when the interpreter ends, and then aborts
+# the process: what is left to it is to end without.
+END = "import os, sys; sys.stdout.flush(); os._exit(0)\n"
+
+
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)

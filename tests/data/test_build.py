@@ -21,7 +21,7 @@ from hp_edit_trl.miniature.tiny import tiny_clip, tiny_judge
 from hp_edit_trl.policies import Editor
 from hp_edit_trl.rewards import TASKS
 from tests.data.test_export import digests
-from tests.helpers import photo
+from tests.helpers import END, photo
 from tests.rewards.test_judges import completion, serve  # noqa: F401
 
 
@@ -148,7 +148,7 @@ def test_ray_builds_the_same(pictures, whole, tmp_path):
 @pytest.mark.slow
 def test_two_processes_build_the_same(pictures, whole, tmp_path):
     script, out = tmp_path / "ranks.py", tmp_path / "build"
-    script.write_text(f"from pathlib import Path; from tests.data import test_build as t; t.build(Path({str(pictures)!r}), {str(out)!r}); import torch; torch.distributed.destroy_process_group()")  # fmt: skip
+    script.write_text(f"from pathlib import Path; from tests.data import test_build as t; t.build(Path({str(pictures)!r}), {str(out)!r})\n" + END)  # fmt: skip
     run(str(script), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert digests(out) == digests(whole.parent)
 

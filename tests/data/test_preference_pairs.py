@@ -20,6 +20,7 @@ from hp_edit_trl import HPScorerReward
 from hp_edit_trl.data import build_preference_dataset, mine_preference_pairs, preference_pairs, sample_and_score
 from hp_edit_trl.miniature import CoarseScorer, RuleScorer, load_pipeline
 from hp_edit_trl.miniature import load_dataset as load_world
+from tests.helpers import END
 
 
 ROOT = Path(__file__).parents[2]
@@ -328,8 +329,7 @@ def test_two_processes_mine_the_same(mined, pipeline, cases, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from tests.data.test_preference_pairs import *\n"
-        f"mine(load_pipeline(), load_world('train', 6), {str(tmp_path / 'out')!r})\n"
-        "import torch; torch.distributed.destroy_process_group()\n"  # gloo's threads may abort a process that ends without
+        f"mine(load_pipeline(), load_world('train', 6), {str(tmp_path / 'out')!r})\n" + END
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

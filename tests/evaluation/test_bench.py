@@ -14,7 +14,7 @@ from hp_edit_trl.policies import Editor, FolderEditor
 from hp_edit_trl.ratings import Rating
 from hp_edit_trl.rewards import Judgement
 from tests.fake_hub import fake_hub
-from tests.helpers import RuleJudge, make_cases
+from tests.helpers import END, RuleJudge, make_cases
 
 
 ROOT = Path(__file__).parents[2]
@@ -284,8 +284,7 @@ def test_two_processes_share_the_cases_and_end_with_the_same_results(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nfrom tests.evaluation.test_bench import Painter, bench\nfrom hp_edit_trl.evaluation import run_benchmark\n"
-        "run_benchmark(bench(), Painter(), sys.argv[1], batch_size=2)\n"
-        "import torch; torch.distributed.destroy_process_group()\n"  # gloo's threads may abort a process that ends without
+        "run_benchmark(bench(), Painter(), sys.argv[1], batch_size=2)\n" + END
     )
     alone = run_benchmark(bench(), Painter(), tmp_path / "alone")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -310,12 +309,11 @@ class Painful(Painter):
 def test_what_fails_in_one_process_fails_in_both_and_the_next_run_is_made(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, torch\nfrom tests.evaluation.test_bench import Painful, Painter, bench, make_cases\n"
+        "import sys\nfrom tests.evaluation.test_bench import Painful, Painter, bench, make_cases\n"
         "from hp_edit_trl.evaluation import run_benchmark\n"
         "for name, editor in (('bad', Painful()), ('good', Painter())):\n"
         "    try:\n        run_benchmark(bench(make_cases(20)), editor, f'{sys.argv[1]}/{name}', batch_size=2)\n"
-        "    except ValueError as error:\n        print(name, error, flush=True)\n"
-        "torch.distributed.destroy_process_group()\n"
+        "    except ValueError as error:\n        print(name, error, flush=True)\n" + END
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}

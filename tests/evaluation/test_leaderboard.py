@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -116,6 +117,17 @@ def test_latex_takes_any_name(written):
     assert r"tuned \& better 50\% & \textbf{" in text and "第三 & " in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {len(re.findall(r"(?<!\\)&", line)) for line in rows} == {10}
+
+
+def test_any_name_is_written_and_drawn(runs, tmp_path):
+    odd = [dataclasses.replace(run, name=name) for run, name in zip(runs, (r"a | $\x$", "_b_\nc", "$"), strict=True)]
+    write_bench_report(odd, tmp_path, gallery=False)
+    table = (tmp_path / "table.md").read_text()
+    assert "| a \\| $\\x$ " in table and "| _b_ c " in table
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows[:4]} == {len(re.split(r"\|", rows[0]))}
+    with Image.open(tmp_path / "bars.png") as picture:
+        assert picture.size[0] > 300
 
 
 def test_one_run_alone_has_nothing_to_be_better_than(runs, tmp_path):
@@ -286,6 +298,7 @@ def test_the_page_in_a_browser(runs, written, browser):  # noqa: F811
 CARD = """
 import sys
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hp_edit_trl.evaluation import push_results, run_benchmark
 from tests.evaluation.test_bench import Painter, bench
 from tests.helpers import make_cases
@@ -301,6 +314,20 @@ card = ModelCard.load("someone/lora")
 assert abs(result.metric_value - value) < 1e-4 and result.metric_type == "hp_score", result
 assert result.dataset_type == "someone/RealPref-Bench" and result.dataset_split == "test" and len(result.dataset_revision) == 40
 assert card.data.license == "mit" and card.data.tags == ["lora"] and "# My LoRA" in card.text
+text, load = card.content, ModelCard.load
+def unreachable(*args, **kwargs):
+    raise LocalEntryNotFoundError("no network")
+ModelCard.load = unreachable
+try:  # a card that cannot be read is not replaced by an empty one
+    push_results(run, "someone/lora")
+except LocalEntryNotFoundError:
+    ModelCard.load = load
+    assert ModelCard.load("someone/lora").content == text
+else:
+    raise AssertionError
+HfApi().create_repo("someone/bare")
+push_results(run, "someone/bare")
+assert len(ModelCard.load("someone/bare").data.eval_results) == 1
 try:
     push_results(run_benchmark(bench(), Painter(), sys.argv[1] + "-local"), "someone/lora")
 except ValueError as error:

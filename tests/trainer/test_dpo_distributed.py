@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import END
 from tests.trainer.test_dpo_edit_trainer import RUN_KEYS
 
 
@@ -55,13 +56,12 @@ torch.save({
     "weights": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
     "history": trainer.state.log_history, "seen": seen, "evaluated": evaluated, "encoded": encoded, "metrics": metrics,
 }, f"{output}/result_{rank}.pt")
-trainer.accelerator.end_training()  # gloo's threads may abort a process that ends without
 """
 
 
 def run(folder, name, processes, per_device, accumulation, *arguments):
     script, output = folder / "script.py", folder / name
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT + END)
     output.mkdir()
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
