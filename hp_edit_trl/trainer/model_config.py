@@ -10,6 +10,10 @@ class EditModelConfig(ModelConfig):
     LoRA of the paper, with the modules left to the policy.
 
     Parameters:
+        dtype (`str`, *optional*):
+            Type in which the pipeline's weights are loaded: `"bfloat16"`, `"float16"` or `"float32"`. Defaults to
+            `"bfloat16"` if the trainer's `bf16` is set, and to `"float32"` otherwise. [`~trl.ModelConfig`] always loads
+            float32, which takes 82 GB for the transformer of Qwen-Image-Edit alone.
         use_peft (`bool`, *optional*, defaults to `True`):
             Whether to take the LoRA from these arguments. Nothing else than a LoRA can be trained.
         lora_r (`int`, *optional*, defaults to `32`):
@@ -25,6 +29,13 @@ class EditModelConfig(ModelConfig):
         `ValueError`: If an option of language models is set that image editors do not have.
     """
 
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type in which the weights are loaded. Defaults to bfloat16 if `bf16` is set, else float32.",
+            "choices": ["bfloat16", "float16", "float32"],
+        },
+    )
     use_peft: bool = field(default=True, metadata={"help": "Whether to take the LoRA from these arguments."})
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})

@@ -78,5 +78,7 @@ def test_every_config_parses(config, monkeypatch):
     script_args, args, model_args = parser.parse_args_and_config(arguments)
     if "dpo" not in config.name:
         assert args.generation_batch_size % args.num_generations == 0
+    # The weights' type follows `bf16`: in float32 the real models do not fit on the cards that the headers name.
+    assert model_args.dtype is None and args.bf16 == (model_args.model_name_or_path is not None)
     if model_args.model_name_or_path:
         assert config.read_text().startswith("#") and "accelerate launch" in config.read_text().split("\n\n")[0]
