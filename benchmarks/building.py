@@ -37,13 +37,13 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from hp_edit_trl import HPScorerReward
-from hp_edit_trl.data import BuildConfig, ClipCategories, build_dataset
-from hp_edit_trl.data.edits import MakeEdits, ScoreEdits
-from hp_edit_trl.data.engine import Stage, WorkFolder, run_stage
-from hp_edit_trl.data.instructions import Plan, WriteInstructions
-from hp_edit_trl.data.sources import Duplicates, ImageCheck, Sources
+from hp_edit_trl.data.builder import BuildConfig, ClipCategories, build_dataset
+from hp_edit_trl.data.builder.edits import MakeEdits, ScoreEdits
+from hp_edit_trl.data.builder.engine import Stage, WorkFolder, run_stage
+from hp_edit_trl.data.builder.instructions import Plan, WriteInstructions
+from hp_edit_trl.data.builder.sources import Duplicates, ImageCheck, Sources
+from hp_edit_trl.judges import Judgement, ServerJudge
 from hp_edit_trl.miniature.tiny import tiny_clip
-from hp_edit_trl.rewards import Judgement, ServerJudge
 
 
 torch.set_num_threads(1)

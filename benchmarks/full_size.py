@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.policies import EditConditions, rollout
-from hp_edit_trl.seeding import seeded_generator
 from hp_edit_trl.trainer.flow_grpo_edit_trainer import Sample
+from hp_edit_trl.utils.seeding import seeded_generator
 
 
 def timed(function, device: torch.device, repeats: int) -> float:

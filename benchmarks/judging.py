@@ -25,8 +25,9 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from hp_edit_trl import HPScorerReward, TransformersJudge
+from hp_edit_trl.judges import base as judges
 from hp_edit_trl.miniature.tiny import tiny_judge
-from hp_edit_trl.rewards import ScorerPrompt, judges
+from hp_edit_trl.rewards import ScorerPrompt
 
 
 torch.set_num_threads(1)

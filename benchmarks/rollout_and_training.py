@@ -30,7 +30,7 @@ from PIL import Image
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.policies import decode, rollout
-from hp_edit_trl.seeding import seeded_generator
+from hp_edit_trl.utils.seeding import seeded_generator
 
 
 torch.set_num_threads(1)

@@ -21,10 +21,12 @@ from pathlib import Path
 import torch
 
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward, miniature
-from hp_edit_trl.data import BuildConfig, build_dataset, load_realpref
+from hp_edit_trl.data import load_realpref
+from hp_edit_trl.data.builder import BuildConfig, build_dataset
+from hp_edit_trl.editors import PolicyEditor
 from hp_edit_trl.miniature.tiny import tiny_clip
-from hp_edit_trl.policies import PolicyEditor, policy_class
-from hp_edit_trl.rewards import TASKS
+from hp_edit_trl.policies import policy_class
+from hp_edit_trl.tasks import TASKS
 
 
 def main(output_dir: Path, num_scenes: int, engine: str) -> None:

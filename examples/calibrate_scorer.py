@@ -20,8 +20,8 @@ import argparse
 from pathlib import Path
 
 from hp_edit_trl import HPScorerReward, miniature
-from hp_edit_trl.evaluation import PromptRefiner, compare_with_people, write_report
-from hp_edit_trl.rewards import CachedJudge, read_scores, score_dataset
+from hp_edit_trl.calibration import PromptRefiner, compare_with_people, read_scores, score_dataset, write_report
+from hp_edit_trl.judges import CachedJudge
 
 
 EDITORS = {"careful": 0.25, "careless": 0.7}  # how often an edit stops half-way, and how often it spoils the rest

@@ -14,8 +14,8 @@ _MODULES = {
     "FlowGRPOEditConfig": "trainer.flow_grpo_edit_config",
     "FlowGRPOEditTrainer": "trainer.flow_grpo_edit_trainer",
     "HPScorerReward": "rewards",
-    "ServerJudge": "rewards",
-    "TransformersJudge": "rewards",
+    "ServerJudge": "judges",
+    "TransformersJudge": "judges",
     "load_scorer_prompts": "rewards",
 }
 
@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .rewards import HPScorerReward, ServerJudge, TransformersJudge, load_scorer_prompts
+    from .judges import ServerJudge, TransformersJudge
+    from .rewards import HPScorerReward, load_scorer_prompts
     from .trainer.dpo_edit_config import DPOEditConfig
     from .trainer.dpo_edit_trainer import DPOEditTrainer
     from .trainer.flow_grpo_edit_config import FlowGRPOEditConfig

@@ -10,11 +10,8 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
-from PIL import ImageOps
 
-
-class UnreadableImageError(ValueError):
-    """An image of a case cannot be decoded."""
+from .utils.images import UnreadableImageError, read_image
 
 
 def is_text(feature: Any) -> bool:
@@ -264,28 +261,6 @@ def case_images(row: dict[str, Any], case_id: Any) -> list[PILImage.Image]:
     if not values or any(value is None for value in values):
         raise UnreadableImageError(f"Case {case_id!r} has no image.")
     return [read_image(value, f"An image of case {case_id!r}") for value in values]
-
-
-def read_image(value: Any, name: str) -> PILImage.Image:
-    """
-    An image, decoded, turned upright, in RGB.
-
-    Args:
-        value (`PIL.Image.Image`, `str` or `dict`):
-            A PIL image, a path, or datasets' encoded form.
-        name (`str`):
-            What an error calls it.
-
-    Raises:
-        [`UnreadableImageError`]: If it cannot be decoded.
-    """
-    try:
-        if isinstance(value, str):
-            value = {"path": value, "bytes": None}
-        image = value if isinstance(value, PILImage.Image) else Image().decode_example(value)
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
-        raise UnreadableImageError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
 
 
 def pair_images(row: dict[str, Any], case_id: Any) -> tuple[PILImage.Image, PILImage.Image]:

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from .cases import load_edits
-from .lora import FORMATS, base_transformer, check_fit, describe_lora, merge_lora, read_lora, write_lora
+from .lora_formats import FORMATS, base_transformer, check_fit, describe_lora, merge_lora, read_lora, write_lora
 
 
 def export_lora(args: argparse.Namespace) -> None:
@@ -66,7 +66,7 @@ def add_scorer(command: argparse.ArgumentParser) -> None:
 
 def make_judge(args: argparse.Namespace, **kwargs: Any):
     """The judge that the options name."""
-    from .rewards import CachedJudge, ServerJudge, TransformersJudge
+    from .judges import CachedJudge, ServerJudge, TransformersJudge
 
     shared = {name: getattr(args, name) for name in ("score_mode", "num_samples", "max_new_tokens")}
     shared = {name: value for name, value in shared.items() if value is not None} | kwargs
@@ -89,7 +89,7 @@ def make_scorer(args: argparse.Namespace, task: str | None = None):
 
 def make_benchmark(args: argparse.Namespace):
     """The benchmark that the options name."""
-    from .evaluation import DreamBenchPlus, GEditBench, RealPrefBench, parse_grade, parse_pair
+    from .bench import DreamBenchPlus, GEditBench, RealPrefBench, parse_grade, parse_pair
 
     if args.benchmark == "realpref":
         return RealPrefBench(make_scorer(args), args.dataset, args.split or "test", args.revision)
@@ -109,7 +109,8 @@ def make_benchmark(args: argparse.Namespace):
 
 def make_editor(args: argparse.Namespace):
     """The editor that the options name."""
-    from .policies import FolderEditor, PipelineEditor, PolicyEditor, as_editor, policy_class
+    from .editors import FolderEditor, PipelineEditor, PolicyEditor, as_editor
+    from .policies import policy_class
 
     where, _, attribute = args.editor.rpartition(":")
     is_folder = Path(args.editor).is_dir() and not (Path(args.editor) / "model_index.json").exists()
@@ -162,7 +163,7 @@ def _imported(where: str, attribute: str):
 def bench(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    from .evaluation import write_bench_report
+    from .bench import write_bench_report
 
     runs = [args] if args.config is None else _configured_runs(args)
     finished, failed = [], []
@@ -222,9 +223,9 @@ def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 
 def _bench(args: argparse.Namespace):
-    from .evaluation import run_benchmark
-    from .processes import in_step, patient_accelerator
+    from .bench import run_benchmark
     from .ratings import read_ratings
+    from .utils.distributed import in_step, patient_accelerator
 
     needed = ["benchmark", "editor", "out", *(["dataset"] if args.benchmark == "realpref" else [])]
     lacking = [name if name == "benchmark" else f"--{name}" for name in needed if getattr(args, name) is None]
@@ -247,7 +248,7 @@ def _bench(args: argparse.Namespace):
 
 
 def report(args: argparse.Namespace) -> None:
-    from .evaluation import push_results, read_run, write_bench_report
+    from .bench import push_results, read_run, write_bench_report
 
     runs = [read_run(folder) for folder in args.runs]
     if args.push_to_hub is not None and len(runs) > 1:
@@ -259,7 +260,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    from .rewards import score_dataset
+    from .calibration import score_dataset
 
     dataset = load_edits(args.dataset, args.split, args.revision)
     report = score_dataset(make_scorer(args, args.task), dataset, args.out, args.chunk_size)
@@ -267,7 +268,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def probe(args: argparse.Namespace) -> None:
-    from .rewards import probe_judge
+    from .calibration import probe_judge
 
     dataset = load_edits(args.dataset, args.split, args.revision)
     table = probe_judge(make_scorer(args), dataset, args.num_cases, args.seed)
@@ -283,9 +284,10 @@ def probe(args: argparse.Namespace) -> None:
 
 
 def refine(args: argparse.Namespace) -> None:
-    from .evaluation import PromptRefiner
+    from .calibration import PromptRefiner
+    from .judges import ServerJudge, TransformersJudge
     from .ratings import read_ratings
-    from .rewards import ServerJudge, TransformersJudge, read_scorer_prompt
+    from .rewards import read_scorer_prompt
 
     dataset = load_edits(args.dataset, args.split, args.revision)
     ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
@@ -325,9 +327,8 @@ def refine(args: argparse.Namespace) -> None:
 
 
 def agreement(args: argparse.Namespace) -> None:
-    from .evaluation import compare_with_people, report_text, write_report
+    from .calibration import compare_with_people, read_scores, report_text, write_report
     from .ratings import read_ratings
-    from .rewards import read_scores
 
     dataset = None if args.dataset is None else load_edits(args.dataset, args.split, args.revision)
     ratings, _ = read_ratings(args.ratings, rubric=args.rubric)
@@ -340,8 +341,8 @@ def agreement(args: argparse.Namespace) -> None:
 
 
 def annotate(args: argparse.Namespace) -> None:
-    from .annotation import annotate as serve
-    from .annotation import load_rubric
+    from .calibration import annotate as serve
+    from .calibration import load_rubric
 
     serve(
         load_edits(args.dataset, args.split, args.revision),
@@ -357,7 +358,7 @@ def annotate(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    from .data import BuildConfig, build_dataset
+    from .data.builder import BuildConfig, build_dataset
 
     logging.getLogger("hp_edit_trl").setLevel(logging.INFO)
     stages = None if args.stages is None else args.stages.split(",")
@@ -381,7 +382,7 @@ def check_dataset(args: argparse.Namespace) -> None:
 
 
 def export_ratings(args: argparse.Namespace) -> None:
-    from .annotation import label_studio_config, load_rubric, ratings_dataset, to_label_studio
+    from .calibration import label_studio_config, load_rubric, ratings_dataset, to_label_studio
     from .ratings import read_ratings
 
     out, to_studio = Path(args.out), args.format == "label-studio"
@@ -413,7 +414,7 @@ def export_ratings(args: argparse.Namespace) -> None:
 
 
 def import_ratings(args: argparse.Namespace) -> None:
-    from .annotation import add_ratings, from_label_studio
+    from .calibration import add_ratings, from_label_studio
 
     dataset = load_edits(args.dataset, args.split, args.revision)
     ratings, problems = from_label_studio(args.file, dataset, args.rubric)

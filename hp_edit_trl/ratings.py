@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from .cases import edit_keys
-from .jsonl import append_lines, read_lines
+from .utils.files import append_jsonl, read_jsonl
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Rating:
 
 def append_rating(file: str | Path, rating: Rating) -> None:
     """Appends a rating to a file and waits until it is on disk. A line that a crash cut off before it is closed first."""
-    append_lines(file, [asdict(rating)])
+    append_jsonl(file, [asdict(rating)])
 
 
 def read_ratings(
@@ -85,7 +85,7 @@ def read_ratings(
     problems = []
     names = {field.name for field in fields(Rating)}
     for file in files:
-        for number, values, line in read_lines(file):
+        for number, values, line in read_jsonl(file):
             try:
                 if values is None:
                     raise TypeError

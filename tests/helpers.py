@@ -5,7 +5,7 @@ from datasets import Dataset
 from PIL import Image
 
 from hp_edit_trl import FlowGRPOEditConfig
-from hp_edit_trl.rewards import Judgement, parse_score
+from hp_edit_trl.judges import Judgement, parse_score
 
 
 # Last line of a script of several processes. A thread of gloo's may still hold a tensor when the interpreter ends, and then aborts

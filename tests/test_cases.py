@@ -2,7 +2,8 @@ import pytest
 from datasets import DatasetDict
 from datasets import Image as ImageFeature
 
-from hp_edit_trl.cases import check_columns, check_edits, edit_keys, load_edits, read_image
+from hp_edit_trl.cases import check_columns, check_edits, edit_keys, load_edits
+from hp_edit_trl.utils.images import read_image
 from tests.helpers import make_cases, make_edits
 
 

@@ -12,15 +12,15 @@ from diffusers import FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditP
 from PIL import Image
 
 from hp_edit_trl import cli, load_scorer_prompts
+from hp_edit_trl.bench import read_run
+from hp_edit_trl.calibration import read_scores
 from hp_edit_trl.cli import main
-from hp_edit_trl.evaluation import read_run
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.ratings import append_rating
-from hp_edit_trl.rewards import read_scores
-from tests.evaluation.test_gedit import gedit
-from tests.evaluation.test_refine import ARTIFACTS, look, revision, world
+from tests.bench.test_gedit import gedit
+from tests.calibration.test_refine import ARTIFACTS, look, revision, world
 from tests.helpers import make_cases, make_edits
-from tests.rewards.test_judges import completion, serve  # noqa: F401
+from tests.judges.test_judges import completion, serve  # noqa: F401
 
 
 def pictures(body):

@@ -71,12 +71,11 @@ def test_the_wheel_holds_the_prompts_and_the_miniature(tmp_path):
     prompts = {path.relative_to(ROOT / "prompts").as_posix() for path in (ROOT / "prompts").rglob("*.md")}
     assert {f"hp_edit_trl/prompts/{name}" for name in prompts} <= set(names)
     assert "hp_edit_trl/py.typed" in names and "hp_edit_trl/trainer/model_card.md" in names
-    assert {"hp_edit_trl/data/pairs_card.md", "hp_edit_trl/data/dataset_card.md"} <= set(names)
+    assert {"hp_edit_trl/data/pairs_card.md", "hp_edit_trl/data/builder/dataset_card.md"} <= set(names)
     assert "hp_edit_trl/prompts/instructions/bokeh.md" in names
-    assert {"hp_edit_trl/evaluation/gallery.html", "hp_edit_trl/prompts/gedit/quality.md"} <= set(names)
+    assert {"hp_edit_trl/bench/gallery.html", "hp_edit_trl/prompts/gedit/quality.md"} <= set(names)
     assert {
-        f"hp_edit_trl/evaluation/metrics/{name}/{name}.py"
-        for name in ("realpref_bench", "gedit_bench", "dreambench_plus")
+        f"hp_edit_trl/metrics/{name}/{name}.py" for name in ("realpref_bench", "gedit_bench", "dreambench_plus")
     } <= set(names)
     assert not any(name.startswith(("tests/", "benchmarks/", "examples/")) for name in names)
     weights = [info for info in zipfile.ZipFile(wheel).infolist() if "/miniature/weights/" in info.filename]

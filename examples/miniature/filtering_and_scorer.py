@@ -10,7 +10,7 @@ stopped at any time and goes on with the runs that are missing.
 
 from pathlib import Path
 
-from hp_edit_trl.miniature.experiments import Arm, command
+from experiments import Arm, command
 
 
 ARMS = [

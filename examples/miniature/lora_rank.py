@@ -9,7 +9,7 @@ and goes on with the runs that are missing.
 
 from pathlib import Path
 
-from hp_edit_trl.miniature.experiments import Arm, command
+from experiments import Arm, command
 
 
 ARMS = [Arm(f"rank {rank}", options={"lora_r": rank, "lora_alpha": 2 * rank}, filtered=True) for rank in (8, 32, 128)]

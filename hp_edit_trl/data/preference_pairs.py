@@ -27,13 +27,14 @@ from tqdm import tqdm
 from trl.trainer.utils import get_callable_name
 
 from .. import __version__
-from ..cases import UnreadableImageError, case_images, check_columns, check_references, without_decoding
-from ..jsonl import append_lines, read_lines
+from ..cases import case_images, check_columns, check_references, without_decoding
 from ..policies import EditPolicy, bucketed, decode, policy_class, rollout
-from ..policies.editors import weights_digest
-from ..processes import patient_accelerator
 from ..rewards import HPScorerReward
-from ..seeding import seeded_generator
+from ..utils.distributed import patient_accelerator
+from ..utils.files import append_jsonl, read_jsonl
+from ..utils.images import UnreadableImageError
+from ..utils.revisions import weights_digest
+from ..utils.seeding import seeded_generator
 
 
 logger = logging.getLogger(__name__)
@@ -368,14 +369,14 @@ def _score(
         if value is None:
             logger.warning("No score for sample %d of case %s.", k, row["id"])
         lines.append({"id": str(row["id"]), "case": place.name, "sample": k, "score": value})
-    append_lines(file, lines)
+    append_jsonl(file, lines)
 
 
 def read_scores(output_dir: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
     """All scores of a folder, by the name of the case's folder and the number of the sample; the latest one counts."""
     scores: dict[tuple[str, int], dict[str, Any]] = {}
     for file in sorted(Path(output_dir).glob("scores-*.jsonl")):
-        for _, entry, _ in read_lines(file):
+        for _, entry, _ in read_jsonl(file):
             if entry is None:  # cut off by a kill: the sample is scored again
                 continue
             key = entry["case"], entry["sample"]

@@ -1,6 +1,7 @@
 """Floor 4: a small world, a small policy and a scorer that knows the answers. Nothing else in the library knows them."""
 
 from .building import MINIATURE_STYLES, SceneJudge, SimulatedWriter, save_pictures
+from .comparison import before_after_sheet, comparison_table, edit_dataset, report, score_edits
 from .policy import load_pipeline
 from .raters import (
     SimulatedJudge,
@@ -11,7 +12,6 @@ from .raters import (
     simulate_ratings,
     true_scores,
 )
-from .report import before_after_sheet, comparison_table, edit_dataset, paired_difference, report, score_edits
 from .scorers import CoarseScorer, RuleScorer
 from .world import load_dataset
 
@@ -32,7 +32,6 @@ __all__ = [
     "known_pearson",
     "load_dataset",
     "load_pipeline",
-    "paired_difference",
     "report",
     "save_pictures",
     "score_edits",

@@ -12,27 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.instructions import load_instruction_templates
-from ..data.styles import Style
-from ..rewards import Judgement
+from ..data.builder.instructions import load_instruction_templates
+from ..data.builder.styles import Style
+from ..judges import Judgement
+from ..tasks import TASKS
 from .photographs import load_photographs
 from .raters import _rng
 from .scorers import RuleScorer
-from .world import (
-    COLORS,
-    LIGHTS,
-    PLACES,
-    SHAPES,
-    STYLES,
-    TASKS,
-    TONES,
-    Scene,
-    _instruct,
-    draw,
-    draw_case,
-    stylised,
-    to_image,
-)
+from .world import COLORS, LIGHTS, PLACES, SHAPES, STYLES, TONES, Scene, _instruct, draw, draw_case, stylised, to_image
 
 
 # What an instruction of the small world names, in the words that it uses
@@ -114,7 +101,7 @@ def save_pictures(folder: str | Path, num_scenes: int, seed: int = 0) -> None:
 
 
 def _scenes(count: int, seed: int) -> list[Scene]:
-    return [draw_case(TASKS[i % len(TASKS)], "train", seed, i).scene for i in range(count)]
+    return [draw_case(list(TASKS)[i % len(TASKS)], "train", seed, i).scene for i in range(count)]
 
 
 class SimulatedWriter:

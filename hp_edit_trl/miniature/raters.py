@@ -14,9 +14,9 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from ..judges import Judgement, parse_score
 from ..ratings import Rating
-from ..rewards import Judgement, parse_score
-from ..seeding import seeded_generator
+from ..utils.seeding import seeded_generator
 from .scorers import RuleScorer
 from .world import to_image
 

@@ -15,6 +15,8 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from ..tasks import TASKS
+
 
 SIZE = 32  # pixels; pictures are drawn four times as large and averaged, which makes edges soft
 SUPERSAMPLING = 4
@@ -48,7 +50,6 @@ PLACES = {
 LIGHTS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "top": (0.0, -1.0), "bottom": (0.0, 1.0)}
 TONES = {"warm": (1.12, 0.98, 0.72), "cool": (0.74, 0.96, 1.14)}
 STYLES = ("black and white", "sepia", "negative", "poster", "mosaic", "faded")
-TASKS = ("add", "remove", "swap", "background", "color", "bokeh", "relight", "style")
 SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 
 
@@ -289,7 +290,7 @@ def draw_case(task: str, split: str, seed: int, index: int) -> Case:
             return Case(scene, task, prompt, category, source, target)
 
 
-def stream(split: str, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> Iterator[Case]:
+def stream(split: str, seed: int = 0, tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Case]:
     """
     An endless stream of cases, the tasks in turn.
 
@@ -317,7 +318,7 @@ def to_image(picture: np.ndarray) -> Image.Image:
     return Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
 
 
-def load_dataset(split: str, num_cases: int = 400, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> Dataset:
+def load_dataset(split: str, num_cases: int = 400, seed: int = 0, tasks: tuple[str, ...] = tuple(TASKS)) -> Dataset:
     """
     The first cases of a stream as a dataset.
 

@@ -1,18 +1,8 @@
-"""Floor 2: diffusers edit pipelines seen as RL policies."""
+"""Diffusers edit pipelines as RL policies."""
 
 from diffusers import DiffusionPipeline
 
 from .edit_policy import EditConditions, EditPolicy, bucketed
-from .editors import (
-    Editor,
-    FolderEditor,
-    FunctionEditor,
-    PipelineEditor,
-    PolicyEditor,
-    as_editor,
-    edit_cases,
-    edit_seed,
-)
 from .flux2_klein import Flux2KleinPolicy
 from .flux_kontext import FluxKontextPolicy
 from .qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
@@ -63,21 +53,13 @@ __all__ = [
     "POLICIES",
     "EditConditions",
     "EditPolicy",
-    "Editor",
     "Flux2KleinPolicy",
     "FluxKontextPolicy",
-    "FolderEditor",
-    "FunctionEditor",
-    "PipelineEditor",
-    "PolicyEditor",
     "QwenImageEditPlusPolicy",
     "QwenImageEditPolicy",
     "Trajectory",
-    "as_editor",
     "bucketed",
     "decode",
-    "edit_cases",
-    "edit_seed",
     "policy_class",
     "rollout",
 ]

@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from .judges import Judge, Judgement, ScoreMode, ServerJudge, TransformersJudge, describe_judge
+from ..judges import Judge, Judgement, ServerJudge, TransformersJudge, describe_judge
+from ..judges.base import ScoreMode
 from .prompts import ScorerPrompt, load_scorer_prompts
 
 

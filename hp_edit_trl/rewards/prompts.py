@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import snapshot_download
 
-
-TASKS = ("add", "remove", "swap", "background", "color", "bokeh", "relight", "style")
+from ..utils.files import write_text
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,7 @@ class ScorerPrompt:
     def save(self, path: str | Path) -> None:
         """Writes the prompt as a file that [`read_scorer_prompt`] reads."""
         header = yaml.safe_dump({"task": self.task, "revision": self.name}, sort_keys=False)
-        unfinished = Path(path).with_suffix(".part")  # a kill leaves the old file or the new one
-        unfinished.write_text(f"---\n{header}---\n{self.text}\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_text(path, f"---\n{header}---\n{self.text}\n")
 
     def fill(self, prompt: str, requirement: str | None = None) -> str:
         """The text for one case. Braces inside `prompt` and `requirement` mean nothing."""

@@ -15,10 +15,12 @@ from PIL import Image
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import use_adapter
 
-from ..cases import UnreadableImageError, case_images
+from ..cases import case_images
 from ..policies import EditConditions, EditPolicy, decode, rollout
-from ..seeding import seeded_generator
-from .hub import save_lora, save_pictures, write_model_card
+from ..utils.images import UnreadableImageError
+from ..utils.seeding import seeded_generator
+from .lora import save_lora
+from .model_card import save_pictures, write_model_card
 
 
 logger = get_logger(__name__)

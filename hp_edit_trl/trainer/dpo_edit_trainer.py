@@ -18,21 +18,14 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import identity, use_adapter
 
-from ..cases import (
-    UnreadableImageError,
-    case_images,
-    check_pairs,
-    check_references,
-    pair_images,
-    read_image,
-    without_decoding,
-)
+from ..cases import case_images, check_pairs, check_references, pair_images, without_decoding
 from ..flow.preference import draw_sigma, flow_error, implicit_reward, preference_loss, safeguard_scale
 from ..policies import EditConditions, EditPolicy, bucketed, policy_class
-from ..seeding import seeded_generator
+from ..utils.images import UnreadableImageError, read_image
+from ..utils.seeding import seeded_generator
 from .base_edit_trainer import _BaseEditTrainer, load_policy
 from .dpo_edit_config import DPOEditConfig
-from .hub import check_lora, prepare_lora
+from .lora import check_lora, prepare_lora
 
 
 logger = get_logger(__name__)

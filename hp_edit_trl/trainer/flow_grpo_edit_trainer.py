@@ -31,15 +31,16 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from ..cases import UnreadableImageError, check_columns, check_references, without_decoding
+from ..cases import check_columns, check_references, without_decoding
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..policies import EditConditions, Trajectory, bucketed, decode, policy_class, rollout
 from ..rewards import HPScorerReward
-from ..seeding import seeded_generator
+from ..utils.images import UnreadableImageError
+from ..utils.seeding import seeded_generator
 from .base_edit_trainer import _BaseEditTrainer, load_policy
-from .callbacks import log_completions_table
+from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
-from .hub import check_lora, prepare_lora
+from .lora import check_lora, prepare_lora
 
 
 logger = get_logger(__name__)

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, con
 from PIL import Image
 
 from hp_edit_trl import FlowGRPOEditTrainer, HPScorerReward
+from hp_edit_trl.calibration import score_dataset
 from hp_edit_trl.cases import check_columns, check_edits
 from hp_edit_trl.data import (
     CASE_FEATURES,
@@ -19,12 +20,12 @@ from hp_edit_trl.data import (
     SCHEMA_VERSION,
     SCORE_FEATURES,
     check_realpref,
-    export_dataset,
     load_realpref,
 )
+from hp_edit_trl.data.builder import export_dataset
 from hp_edit_trl.miniature.tiny import tiny_pipeline
-from hp_edit_trl.rewards import load_scorer_prompts, score_dataset
-from tests.data.test_edits import encoded
+from hp_edit_trl.rewards import load_scorer_prompts
+from tests.data.builder.test_edits import encoded
 from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, make_config, photo
 

@@ -4,7 +4,7 @@ import pytest
 from datasets import load_dataset
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 
-from .test_train_qwen_edit import EXAMPLES, run
+from tests.examples.test_train_qwen_edit import EXAMPLES, run
 
 
 @pytest.mark.slow

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.examples.test_train_qwen_edit import EXAMPLES
 from tests.fake_hub import fake_hub
-
-from .test_train_qwen_edit import EXAMPLES
 
 
 CHECK = """

@@ -1,7 +1,7 @@
 import pytest
 from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 
-from .test_train_qwen_edit import EXAMPLES, run
+from tests.examples.test_train_qwen_edit import EXAMPLES, run
 
 
 @pytest.mark.slow

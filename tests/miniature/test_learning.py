@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from experiments import make_trainer
 
-from hp_edit_trl.miniature import RuleScorer, edit_dataset, load_dataset, paired_difference, score_edits
-from hp_edit_trl.miniature.experiments import make_trainer
+from hp_edit_trl.miniature import RuleScorer, edit_dataset, load_dataset, score_edits
+from hp_edit_trl.utils.statistics import paired_difference
 
 
 CONFIG = Path(__file__).parents[2] / "examples" / "miniature" / "experiment.yaml"

@@ -10,7 +10,7 @@ from hp_edit_trl.miniature import RuleScorer, edit_dataset, load_dataset, load_p
 from hp_edit_trl.miniature.policy import WEIGHTS
 from hp_edit_trl.policies import policy_class
 from hp_edit_trl.policies.rollout import decode, rollout
-from hp_edit_trl.seeding import seeded_generator
+from hp_edit_trl.utils.seeding import seeded_generator
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ from datasets import Dataset
 from PIL import Image
 
 from hp_edit_trl import HPScorerReward, load_scorer_prompts
-from hp_edit_trl.evaluation import GEditBench, add_questions, parse_pair
+from hp_edit_trl.bench import GEditBench, parse_pair
+from hp_edit_trl.calibration import add_questions
 from hp_edit_trl.miniature import (
     RuleScorer,
     SimulatedJudge,

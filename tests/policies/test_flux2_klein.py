@@ -1,8 +1,7 @@
 import pytest
 
 from hp_edit_trl.miniature.tiny import tiny_klein_pipeline
-
-from .contract import STEPS, PolicyContract
+from tests.policies.contract import STEPS, PolicyContract
 
 
 class KleinContract(PolicyContract):

@@ -4,8 +4,7 @@ import torch
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline
 from hp_edit_trl.policies import FluxKontextPolicy
 from tests.helpers import photo
-
-from .contract import STEPS, PolicyContract
+from tests.policies.contract import STEPS, PolicyContract
 
 
 class TestFluxKontext(PolicyContract):

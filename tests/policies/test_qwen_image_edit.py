@@ -4,8 +4,7 @@ import pytest
 
 from hp_edit_trl.miniature.tiny import tiny_pipeline, tiny_qwen_image_edit_pipeline
 from hp_edit_trl.policies import policy_class
-
-from .contract import STEPS, PolicyContract
+from tests.policies.contract import STEPS, PolicyContract
 
 
 class QwenContract(PolicyContract):

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from experiments import make_trainer
 from PIL import Image
 
 from hp_edit_trl import HPScorerReward
-from hp_edit_trl.evaluation import RealPrefBench, Run, run_benchmark
+from hp_edit_trl.bench import RealPrefBench, Run, run_benchmark
+from hp_edit_trl.editors import PolicyEditor
 from hp_edit_trl.miniature import RuleScorer, load_dataset, load_pipeline
-from hp_edit_trl.miniature.experiments import make_trainer
-from hp_edit_trl.policies import PolicyEditor, policy_class
+from hp_edit_trl.policies import policy_class
 from tests.helpers import RuleJudge
 
 

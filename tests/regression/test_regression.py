@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .freeze import HERE, bench, exact_scores, load_cases, sheet
+from tests.regression.freeze import HERE, bench, exact_scores, load_cases, sheet
 
 
 LIMIT = 0.005  # mean absolute difference of the edits, in levels of 255

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from hp_edit_trl import HPScorerReward
-from hp_edit_trl.rewards import Judgement
+from hp_edit_trl.judges import Judgement
 from tests.helpers import photo
 
 

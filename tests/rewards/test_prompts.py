@@ -1,6 +1,7 @@
 import pytest
 
-from hp_edit_trl.rewards import TASKS, load_scorer_prompts
+from hp_edit_trl.rewards import load_scorer_prompts
+from hp_edit_trl.tasks import TASKS
 
 
 # One word or phrase for each criterion of the paper's figures S2 to S9. A prompt that loses one has lost a criterion.

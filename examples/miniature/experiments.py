@@ -1,0 +1,464 @@
+"""Comparisons in miniature: several recipes, several seeds each, and results that the script itself writes down."""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+import hp_edit_trl
+from hp_edit_trl.data import mine_preference_pairs
+from hp_edit_trl.miniature.comparison import edit_dataset, report, score_edits
+from hp_edit_trl.miniature.policy import WEIGHTS, load_pipeline
+from hp_edit_trl.miniature.scorers import CoarseScorer, RuleScorer
+from hp_edit_trl.miniature.world import load_dataset
+from hp_edit_trl.tasks import TASKS
+from hp_edit_trl.trainer.dpo_edit_config import DPOEditConfig
+from hp_edit_trl.trainer.dpo_edit_trainer import DPOEditTrainer
+from hp_edit_trl.trainer.flow_grpo_edit_config import FlowGRPOEditConfig
+from hp_edit_trl.trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+from hp_edit_trl.utils.statistics import paired_difference
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One of the recipes that an experiment compares.
+
+    Args:
+        name (`str`):
+            Its name in tables and figures.
+        options (`dict[str, Any]`, *optional*):
+            What it changes in the experiment's config: arguments of [`FlowGRPOEditConfig`] or, with DPO, of
+            [`DPOEditConfig`]; or `lora_r`, `lora_alpha`.
+        task_aware (`bool`, *optional*, defaults to `True`):
+            Whether [`RuleScorer`] or [`CoarseScorer`] is the reward.
+        filtered (`bool`, *optional*, defaults to `False`):
+            Whether training leaves out the cases that the pretrained policy's edit scores 5 (rounded) on already.
+        method (`str`, *optional*, defaults to `"grpo"`):
+            `"grpo"`; `"dpo"`, on pairs that are mined from the same cases; or `"none"`, which evaluates the pretrained policy.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    task_aware: bool = True
+    filtered: bool = False
+    method: str = "grpo"
+
+
+# What DPO takes of a config that is written for Flow-GRPO. The rest it is given by its arm.
+SHARED_OPTIONS = (
+    "use_cpu", "bf16", "gradient_checkpointing", "report_to", "resolution", "num_inference_steps", "true_cfg_scale",
+    "rollout_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "max_steps",
+)  # fmt: skip
+
+
+def make_trainer(
+    config: Path, options: dict[str, Any], output_dir: Path, seed: int, reward: Any, train: Dataset
+) -> FlowGRPOEditTrainer | DPOEditTrainer:
+    """A trainer of the miniature, from a YAML file and what is to be changed in it. Without a reward it is DPO's."""
+    values = yaml.safe_load(config.read_text())
+    lora = {name: options.get(name, values.pop(name)) for name in ("lora_r", "lora_alpha")}
+    peft_config = LoraConfig(r=lora["lora_r"], lora_alpha=lora["lora_alpha"])
+    values |= {"output_dir": str(output_dir), "seed": seed}
+    options = {name: value for name, value in options.items() if name not in lora}
+    if reward is None:
+        values = {name: value for name, value in values.items() if name in (*SHARED_OPTIONS, "output_dir", "seed")}
+        return DPOEditTrainer(load_pipeline(), DPOEditConfig(**(values | options)), train, peft_config=peft_config)
+    args = FlowGRPOEditConfig(**(values | options))
+    return FlowGRPOEditTrainer(load_pipeline(), reward, args, train, peft_config=peft_config)
+
+
+def fingerprint(*parts: Any) -> str:
+    """A hash of the given and of everything that a run depends on: the package's code and the miniature's weights."""
+    digest = hashlib.sha256(repr(parts).encode())
+    package = Path(hp_edit_trl.__file__).parent
+    for path in sorted([*package.rglob("*.py"), *WEIGHTS.rglob("*.safetensors")]):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def hard_cases(config: Path, num_cases: int, folder: Path) -> tuple[list[int], float]:
+    """
+    Which of the first training cases the pretrained policy does not edit well enough for a 5 (rounded), and the CPU seconds
+    that it took to find out.
+    """
+    file = folder / f"base_scores_{fingerprint(config.read_bytes(), num_cases)}.json"
+    if not file.exists():
+        train = load_dataset("train", num_cases)
+        trainer = make_trainer(config, {"save_strategy": "no"}, folder / "base", 0, RuleScorer(), train)
+        began = time.process_time()
+        scores = score_edits(edit_dataset(trainer.sample_edits, train), train)
+        kept = {"scores": scores, "cpu_seconds": time.process_time() - began}
+        file.with_suffix(".part").write_text(json.dumps(kept))
+        file.with_suffix(".part").replace(file)
+    kept = json.loads(file.read_text())
+    return [i for i, score in enumerate(kept["scores"]) if score < 4.5], kept["cpu_seconds"]
+
+
+class Progress(TrainerCallback):
+    """
+    Score on validation cases against the work done until then: transformer passes in thousands of images (a backward pass is
+    not counted), and CPU seconds of this process, without this evaluation.
+
+    Args:
+        trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
+            The trainer.
+        dataset (`~datasets.Dataset`):
+            The validation cases.
+        every (`int`):
+            Number of updates between two evaluations.
+        passes_per_update (`float`):
+            Transformer passes of an update, in images.
+        passes (`float`, *optional*, defaults to `0.0`):
+            Those done before training.
+        seconds (`float`, *optional*, defaults to `0.0`):
+            CPU seconds used before training.
+    """
+
+    def __init__(
+        self,
+        trainer: FlowGRPOEditTrainer | DPOEditTrainer,
+        dataset: Dataset,
+        every: int,
+        passes_per_update: float,
+        passes: float = 0.0,
+        seconds: float = 0.0,
+    ):
+        self.trainer, self.dataset, self.every = trainer, dataset, every
+        self.passes_per_update, self.passes, self.seconds = passes_per_update, passes, seconds
+        self.curve: list[dict[str, float]] = []
+        self.started = time.process_time()
+
+    def evaluate(self, step: int) -> None:
+        scores = score_edits(edit_dataset(self.trainer.sample_edits, self.dataset), self.dataset)
+        passes = self.passes + step * self.passes_per_update
+        self.curve.append(
+            {
+                "step": step,
+                "thousand_passes": passes / 1000,
+                "cpu_seconds": round(self.seconds, 1),
+                "score": float(np.mean(scores)),
+            }
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seconds += time.process_time() - self.started  # DPO has encoded its pairs
+        self.evaluate(0)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.process_time() - self.started
+        if state.global_step % self.every == 0:
+            self.evaluate(state.global_step)
+
+
+def run_arm(
+    arm: Arm, seed: int, config: Path, num_cases: int, folder: Path, num_test_cases: int = 400
+) -> dict[str, Any]:
+    """Trains one arm with one seed, and scores it on the test cases. A finished run of just this is not done again."""
+    output_dir = folder / f"{arm.name.replace(' ', '_').replace('/', '-')}-{seed}"
+    file = output_dir / "result.json"
+    key = fingerprint(arm, seed, num_cases, num_test_cases, config.read_bytes())
+    if file.exists():
+        result = json.loads(file.read_text())
+        if result["key"] == key:
+            return result
+    torch.set_num_threads(1)
+    where = environment()
+    train, validation = load_dataset("train", num_cases), load_dataset("validation", 100)
+    # Of seed 1: the first test cases of seed 0 are those that the recipe was looked for with.
+    test = load_dataset("test", num_test_cases, 1)
+    shared = yaml.safe_load(config.read_text())
+    passes = seconds = 0.0  # before training
+    if arm.filtered:
+        hard, seconds = hard_cases(config, num_cases, folder)
+        train, passes = train.select(hard), float(num_cases * shared["num_inference_steps"])
+    scorer = RuleScorer() if arm.task_aware else CoarseScorer()
+    options = {"save_strategy": "no", "disable_tqdm": True, **arm.options}
+    began, started = time.time(), time.process_time()
+    if arm.method == "dpo":
+        shutil.rmtree(output_dir / "mining", ignore_errors=True)  # what a stopped run has mined was not counted
+        pairs = mine_preference_pairs(
+            load_pipeline(), scorer, train, output_dir / "mining", score_name=scorer.log_name, min_gap=0.5, resolution=32,
+            num_inference_steps=shared["num_inference_steps"], true_cfg_scale=1.0, batch_size=100, cases_per_round=20, seed=seed,
+        )  # fmt: skip
+        passes += 5.0 * len(train) * shared["num_inference_steps"]
+        seconds += time.process_time() - started
+        options["latents_cache_dir"] = str(output_dir / "mining" / "latents")
+        trainer = make_trainer(config, options, output_dir, seed, None, pairs)
+        # Chosen and rejected, of policy and reference
+        passes_per_update = 4.0 * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    else:
+        trainer = make_trainer(config, options, output_dir, seed, scorer, train)
+        args = trainer.args
+        assert args.num_inference_steps is not None
+        passes_per_image = args.num_inference_steps / args.num_iterations + args.sde_window_size
+        passes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * passes_per_image
+    every = arm.options.get("eval_steps", shared["eval_steps"])
+    progress = Progress(trainer, validation, every, passes_per_update, passes, seconds)
+    if arm.method == "none":
+        progress.evaluate(0)
+    else:
+        trainer.add_callback(progress)
+        trainer.train()
+    wall_seconds = time.time() - began
+    before, after = report(trainer, test)
+    difference, error = paired_difference(before, after)
+    clipped = [log["clip_ratio/region_mean"] for log in trainer.state.log_history if "clip_ratio/region_mean" in log]
+    result = {
+        "key": key,
+        "arm": arm.name,
+        "seed": seed,
+        "before": float(np.mean(before)),
+        "score": float(np.mean(after)),
+        "difference": difference,
+        "standard_error": error,
+        "share_of_5_before": float(np.mean(np.array(before) >= 4.5)),
+        "share_of_5": float(np.mean(np.array(after) >= 4.5)),
+        **{task: float(np.mean([s for t, s in zip(test["task"], after, strict=True) if t == task])) for task in TASKS},
+        "train_cases": len(train),
+        "clip_fraction": float(np.mean(clipped)) if clipped else 0.0,
+        "cpu_seconds": round(progress.seconds, 1),
+        "wall_seconds": round(wall_seconds, 1),
+        "commit": where["commit"],
+        "machine": where["machine"],
+        "curve": progress.curve,
+        "scores": after,
+        "environment": where,
+    }
+    file.with_suffix(".part").write_text(json.dumps(result))
+    file.with_suffix(".part").replace(file)
+    return result
+
+
+def run_experiment(
+    name: str, arms: Sequence[Arm], seeds: Sequence[int], config: Path, results: Path, num_cases: int = 1500,
+    processes: int = 2, folder: Path = Path("outputs/experiments"), num_test_cases: int = 400,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """
+    Runs every arm with every seed, one core each, and writes the results as `name.json`, `name.csv`, `name_curves.csv`,
+    `name.md` and `name.png`. It can be stopped at any time: finished runs are kept in `folder/name` and are not done again,
+    unless the code, the weights or the recipe have changed.
+
+    Args:
+        name (`str`):
+            The experiment's name.
+        arms (`Sequence[Arm]`):
+            The recipes. All are compared with the first.
+        seeds (`Sequence[int]`):
+            The seeds; each arm runs with each.
+        config (`Path`):
+            YAML file with the recipe that the arms have in common.
+        results (`Path`):
+            Folder for the results.
+        num_cases (`int`, *optional*, defaults to `1500`):
+            Number of training cases, before filtering.
+        processes (`int`, *optional*, defaults to `2`):
+            Number of runs at a time.
+        folder (`Path`, *optional*, defaults to `outputs/experiments`):
+            Folder for the runs themselves.
+        num_test_cases (`int`, *optional*, defaults to `400`):
+            Number of test cases.
+
+    Returns:
+        `list[dict]`: one per run.
+    """
+    folder = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
+    if any(arm.filtered for arm in arms):
+        hard_cases(config, num_cases, folder)  # once, before the runs that read it
+    runs = []
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+    with ProcessPoolExecutor(processes, mp_context=spawn) as executor:
+        rest = config, num_cases, folder, num_test_cases
+        jobs = [executor.submit(run_arm, arm, seed, *rest) for seed in seeds for arm in arms]
+        for job in tqdm(as_completed(jobs), name, total=len(jobs)):
+            runs.append(job.result())
+    order = [arm.name for arm in arms]
+    runs.sort(key=lambda run: (order.index(run["arm"]), run["seed"]))
+    columns = [column for column in runs[0] if column not in ("key", "curve", "scores", "environment")]
+    write_csv(results / f"{name}.csv", columns, runs)
+    points = [{"arm": run["arm"], "seed": run["seed"], **point} for run in runs for point in run["curve"]]
+    write_csv(results / f"{name}_curves.csv", list(points[0]), points)
+    summary = summarise(runs)
+    record = {
+        "command": shown_command(),
+        "config": yaml.safe_load(config.read_text()),
+        "summary": summary,
+        "runs": runs,
+    }
+    (results / f"{name}.json").write_text(json.dumps(record, indent=1))
+    (results / f"{name}.md").write_text(summary_page(name, summary, runs))
+    draw_figure(runs, summary, results / f"{name}.png")
+    print(summary_table(summary))
+    return runs
+
+
+def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def command(name: str, arms: Sequence[Arm], config: Path, description: str, num_cases: int = 1500) -> None:
+    """Runs an experiment from the command line: its options are seeds, processes, config and the folder of results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=config, help="the recipe that the arms have in common")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder for the results")
+    args = parser.parse_args()
+    run_experiment(name, arms, args.seeds, args.config, args.results, num_cases, args.processes)
+
+
+def at_budget(run: dict[str, Any], budget: str, limit: float) -> float:
+    """Validation score of a run when it had used `limit` of its `budget`, between two evaluations linearly."""
+    curve = run["curve"]
+    return float(np.interp(limit, [point[budget] for point in curve], [point["score"] for point in curve]))
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    For each arm: means over its seeds with their standard error; the difference from the first arm, paired by case and
+    averaged over seeds, with its standard error over the cases; validation scores when all arms had used as many
+    transformer passes, and as many CPU seconds, as the most frugal one in the end.
+    """
+    trained = [run for run in runs if len(run["curve"]) > 1]
+    limits = {
+        budget: min(run["curve"][-1][budget] for run in trained) for budget in ("thousand_passes", "cpu_seconds")
+    }
+    summary = []
+    first = None
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        rows = [run for run in runs if run["arm"] == arm]
+        line: dict[str, Any] = {"arm": arm, "seeds": len(rows)}
+        names = ("before", "score", "difference", "share_of_5", *TASKS, "clip_fraction", "cpu_seconds", "wall_seconds")
+        for name in names:
+            values = np.array([row[name] for row in rows])
+            line[name] = round(float(values.mean()), 4)
+            if name in ("score", "difference", *TASKS) and len(rows) > 1:
+                line[f"{name}_se"] = round(float(values.std(ddof=1) / len(rows) ** 0.5), 4)
+        per_case = np.mean([row["scores"] for row in rows], axis=0)
+        first = per_case if first is None else first
+        line["against_first"], line["against_first_se"] = (
+            round(x, 4) for x in paired_difference(first.tolist(), per_case.tolist())
+        )
+        for budget, limit in limits.items():
+            line[f"at_{budget}"] = round(float(np.mean([at_budget(row, budget, limit) for row in rows])), 4)
+        summary.append(line)
+    return summary
+
+
+def summary_table(summary: list[dict[str, Any]]) -> str:
+    """Markdown table of a summary."""
+    columns = ["arm", "seeds", "before", "after", "gain", "against the first", "share of 5", *TASKS]
+    columns += ["at equal passes", "at equal CPU seconds", "clipped", "CPU minutes"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for line in summary:
+        seeds = {name: f" ± {line[f'{name}_se']:.3f}" if line["seeds"] > 1 else "" for name in ("score", "difference")}
+        cells = [line["arm"], str(line["seeds"]), f"{line['before']:.3f}", f"{line['score']:.3f}{seeds['score']}"]
+        cells += [f"{line['difference']:+.3f}{seeds['difference']}"]
+        cells += [f"{line['against_first']:+.3f} ± {line['against_first_se']:.3f}", f"{line['share_of_5']:.2f}"]
+        cells += [
+            f"{line[task]:.2f}" + (f" ± {line[f'{task}_se']:.2f}" if line["seeds"] > 1 else "") for task in TASKS
+        ]
+        cells += [f"{line['at_thousand_passes']:.3f}", f"{line['at_cpu_seconds']:.3f}", f"{line['clip_fraction']:.3f}"]
+        cells += [f"{line['cpu_seconds'] / 60:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def summary_page(name: str, summary: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
+    """The table with what its figures mean, and what made them."""
+    commits, machines = ({run[key] for run in runs} for key in ("commit", "machine"))
+    note = " (**runs of several commits**)" if len(commits) > 1 else ""
+    return f"""# {name}
+
+{summary_table(summary)}
+Scores are RuleScorer's (0 to 5) on {len(runs[0]["scores"])} test cases. *gain* is against the pretrained policy from the same
+noise. ± of *after*, *gain* and the tasks: standard error over the seeds. *against the first*: difference from the first arm, paired by
+case, ± its standard error over the cases. *at equal passes*, *at equal CPU seconds*: validation scores when each arm had used
+as much as the most frugal one in the end. *clipped*: share of trained steps that were clipped.
+
+![Validation scores over passes and CPU seconds; test scores of each run]({name}.png)
+
+Made by `{shown_command()}` at commit {", ".join(sorted(commits))}{note} on {"; ".join(sorted(machines))}.
+"""
+
+
+def draw_figure(runs: list[dict[str, Any]], summary: list[dict[str, Any]], path: Path) -> None:
+    """Validation scores over transformer passes and CPU seconds, mean and range over the seeds, and all test scores."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5), dpi=100, layout="constrained")
+    by_passes, by_seconds, ends = figure.subplots(1, 3)
+    styles = ("-", "--", ":", "-.")
+    for i, line in enumerate(summary):
+        rows = [run for run in runs if run["arm"] == line["arm"]]
+        scores = np.array([[point["score"] for point in run["curve"]] for run in rows])
+        color, style = f"C{i % 10}", styles[i // 4 % 4]
+        for axes, budget in ((by_passes, "thousand_passes"), (by_seconds, "cpu_seconds")):
+            places = np.mean([[point[budget] for point in run["curve"]] for run in rows], axis=0)
+            axes.plot(places, scores.mean(0), label=line["arm"], color=color, linestyle=style)
+            axes.fill_between(places, scores.min(0), scores.max(0), color=color, alpha=0.12, linewidth=0)
+        ends.plot([run["score"] for run in rows], [i] * len(rows), "o", color=color, alpha=0.4)
+        ends.errorbar(line["score"], i, xerr=line.get("score_se"), fmt="D", color=color, capsize=4)
+    by_passes.set(xlabel="transformer passes (thousands)", ylabel="score on validation cases")
+    by_seconds.set(xlabel="CPU seconds")
+    figure.legend(*by_passes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
+    ends.axvline(np.mean([run["before"] for run in runs]), color="grey", linestyle=":", label="before training")
+    ends.set(xlabel="score on test cases: each seed, mean ± standard error", yticks=range(len(summary)))
+    ends.set_yticklabels([line["arm"] for line in summary], fontsize="small")
+    ends.invert_yaxis()
+    ends.legend(fontsize="small")
+    for axes in (by_passes, by_seconds, ends):
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def shown_command() -> str:
+    return " ".join(["python", *sys.argv])
+
+
+def environment() -> dict[str, Any]:
+    """What a result has to name so that it can be repeated: commit, versions, machine."""
+    commit, root = "unknown", Path(__file__).parents[2]
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError):
+            git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        "commit": commit,
+        "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "peft", "trl")},
+        "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
+    }

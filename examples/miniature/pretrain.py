@@ -1,0 +1,477 @@
+"""
+Makes weights of the miniature's policy: `python examples/miniature/pretrain.py`.
+
+Five stages, each of which can be stopped at any time; the same command goes on where they were:
+
+1. `vae`: encoder and decoder learn the world's pictures together;
+2. `decoder`: the encoder is frozen and the decoder goes on, which does not change the latents;
+3. `transformer`: it learns the world's edits by flow matching. A share of the targets is deliberately sloppy, which leaves
+   reinforcement learning something to improve;
+4. `polish`: a second, gentler course of the same, with fewer sloppy targets;
+5. `export`: all is saved as a pipeline.
+
+The second and the third can run at the same time (`--stages decoder --threads 1` and `--stages transformer --threads 1`).
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from diffusers.models.autoencoders import autoencoder_kl_qwenimage
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
+
+from hp_edit_trl.miniature.scorers import RuleScorer
+from hp_edit_trl.miniature.tiny import assemble, tiny_text_encoder, tiny_tokenizer
+from hp_edit_trl.miniature.world import SIZE, Case, blur, draw_case, stream, to_image
+from hp_edit_trl.policies import EditConditions
+from hp_edit_trl.policies.qwen_image_edit import QwenImageEditPlusPolicy
+from hp_edit_trl.policies.rollout import decode, rollout
+from hp_edit_trl.tasks import TASKS
+from hp_edit_trl.utils.seeding import seeded_generator
+
+
+VAE_BATCH = 32
+TRANSFORMER_BATCH = 64
+# Of both courses of the transformer: highest learning rate, share of sloppy targets, decay of the averaged weights
+COURSES = {"transformer": (2e-3, 0.15, 0.999), "polish": (7e-4, 0.10, 0.998)}
+STAGES = ["vae", "decoder", "transformer", "polish", "export"]
+NUM_INFERENCE_STEPS = 5
+EVALUATION_CASES = 400
+SHARD = 1_000  # cases that are encoded at a time
+SAVE_EVERY = 500  # steps
+VAE_CASES = 8_000  # cases whose pictures the VAE is trained on
+
+
+@contextmanager
+def fast_convolutions() -> Iterator[None]:
+    """
+    Within it the VAE's causal convolutions take videos of one frame only, and leave out the frames of zeros that stand
+    before it: the same result in a third of the time.
+    """
+    convolution = autoencoder_kl_qwenimage.QwenImageCausalConv3d
+    stock = convolution.forward
+
+    def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        frame = F.pad(x[:, :, 0], self._padding[:4])
+        return F.conv2d(frame, self.weight[:, :, -1], self.bias, self.stride[1:])[:, :, None]
+
+    convolution.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        convolution.forward = stock  # type: ignore[method-assign]
+
+
+def fit(
+    name: str,
+    loss_of_step: Callable[[int], torch.Tensor],
+    parameters: list[nn.Parameter],
+    steps: int,
+    learning_rate: float,
+    folder: Path,
+    modules: dict[str, nn.Module],
+    evaluate: Callable[[], dict],
+    every: int,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """AdamW with a one-cycle learning rate. The state is saved now and then, and it goes on with what is saved."""
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
+    schedule = OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    stateful: dict[str, Any] = {**modules, "optimizer": optimizer, "schedule": schedule}
+    file = folder / f"{name}.pt"
+    start, seconds = 0, 0.0
+    if file.exists():
+        state = torch.load(file)
+        start, seconds = state["step"], state["seconds"]
+        if state["schedule"]["total_steps"] != steps:
+            raise ValueError(
+                f"{file} is of a training of {state['schedule']['total_steps']} steps, but {steps} are asked for: its learning "
+                "rate has another course. Ask for as many, or choose another output_dir."
+            )
+        for key, thing in stateful.items():
+            thing.load_state_dict(state[key])
+    losses = []
+    began = time.process_time()
+    for step in tqdm(range(start, steps), name, initial=start, total=steps, mininterval=5):
+        loss = loss_of_step(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        after_step(step)
+        losses.append(loss.item())
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            now = seconds + time.process_time() - began
+            row = {
+                "stage": name,
+                "step": step + 1,
+                "cpu_seconds": round(now),
+                "loss": round(float(np.mean(losses)), 5),
+            }
+            if (step + 1) % every == 0 or step + 1 == steps:
+                row |= evaluate()
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            state = {key: thing.state_dict() for key, thing in stateful.items()} | {"step": step + 1, "seconds": now}
+            torch.save(state, file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+            losses = []
+
+
+def new_vae() -> AutoencoderKLQwenImage:
+    """The miniature's VAE: a picture of 32 by 32 pixels becomes 8 by 8 latents of 16 channels, as many as Qwen's have."""
+    return AutoencoderKLQwenImage(
+        base_dim=16,
+        z_dim=16,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+
+
+def new_transformer() -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        axes_dims_rope=(16, 8, 8),
+    )
+
+
+def new_pipeline(vae: AutoencoderKLQwenImage) -> QwenImageEditPlusPipeline:
+    """The untrained pipeline around a VAE. Its text encoder stays as it is: random, and still different for each word."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer([case.prompt for case in itertools.islice(stream("train", seed=9), 2000)])
+    return assemble(new_transformer(), vae, tiny_text_encoder(tokenizer, hidden_size=64), tokenizer, pixels=28 * 28)
+
+
+def pictures(arrays: list[np.ndarray]) -> torch.Tensor:
+    """Float arrays in [0, 1] as a tensor of shape `(num_pictures, 3, 1, height, width)` in [-1, 1]."""
+    return torch.from_numpy(np.stack(arrays).astype(np.float32)).permute(0, 3, 1, 2)[:, :, None] * 2 - 1
+
+
+def sloppy(case: Case, rng: np.random.Generator) -> np.ndarray:
+    """A target that a careless editor might have left: half done, spoiling the rest, or something else than asked."""
+    kind = rng.integers(4)
+    if kind == 0:  # a ghost, a half-way recolour, a pale style
+        share = rng.uniform(0.3, 0.7)
+        return share * case.source + (1 - share) * case.target
+    if kind == 1:  # a tint over the whole picture
+        return np.clip(case.target * rng.uniform(0.7, 1.3, size=3), 0, 1)
+    if kind == 2:  # details lost
+        return blur(case.target, sigma=1.0)
+    return case.source
+
+
+def mean_by_task(tasks: list[str], scores: list[float]) -> dict[str, float]:
+    """Mean score of each task, and over all cases as `score`; the median, and the share of those that round to 5."""
+    by_task = {task: [s for t, s in zip(tasks, scores, strict=True) if t == task] for task in TASKS}
+    means = {"score": float(np.mean(scores))} | {task: float(np.mean(values)) for task, values in by_task.items()}
+    means |= {"median": float(np.median(scores)), "share_of_5": float(np.mean(np.array(scores) >= 4.5))}
+    return {name: round(value, 3) for name, value in means.items()}
+
+
+@torch.no_grad()
+def reconstruction_scores(vae: AutoencoderKLQwenImage) -> dict[str, float]:
+    """What RuleScorer gives the target picture itself after it went through the VAE: the best score that there is."""
+    cases = list(itertools.islice(stream("validation"), EVALUATION_CASES))
+    wanted = pictures([case.target for case in cases])
+    decoded = vae.decode(vae.encode(wanted).latent_dist.mode()).sample
+    arrays = ((decoded[:, :, 0].clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    scorer = RuleScorer()
+    scores = [
+        scorer.score(to_image(array), to_image(case.source), to_image(case.target))
+        for case, array in zip(cases, arrays, strict=True)
+    ]
+    error = (decoded - wanted).abs().mean().item()
+    return {"error": round(error, 5)} | mean_by_task([case.task for case in cases], scores)
+
+
+def train_vae(folder: Path, steps: int, compiled: bool) -> None:
+    torch.manual_seed(0)
+    vae = new_vae()
+    pool = pictures(
+        [p for case in itertools.islice(stream("train", seed=1), VAE_CASES) for p in (case.source, case.target)]
+    )
+
+    def reconstruct(batch: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        latents = vae.quant_conv(vae.encoder(batch))[:, : vae.config.z_dim]
+        # A little noise, because a policy's latents are never quite those that the encoder would have given.
+        noisy = latents + 0.03 * latents.detach().std() * noise
+        decoded = vae.decoder(vae.post_quant_conv(noisy))
+        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-4 * latents.square().mean()
+
+    loss_of = torch.compile(reconstruct) if compiled else reconstruct
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        generator = seeded_generator("vae", step)
+        batch = pool[torch.randint(len(pool), (VAE_BATCH,), generator=generator)]
+        return loss_of(batch, torch.randn((VAE_BATCH, 16, 1, 8, 8), generator=generator))
+
+    fit(
+        "vae", loss_of_step, list(vae.parameters()), steps, 2e-3, folder, {"vae": vae},
+        lambda: reconstruction_scores(vae), 1000,
+    )  # fmt: skip
+
+
+def load_vae(folder: Path) -> AutoencoderKLQwenImage:
+    """The VAE of the first stage, with the decoder of the second if that has begun, and the latents' mean and std."""
+    vae = new_vae()
+    vae.load_state_dict(torch.load(folder / "vae.pt")["vae"])
+    with torch.no_grad():
+        cases = itertools.islice(stream("train", seed=1), 1000)
+        latents = vae.encode(pictures([case.target for case in cases])).latent_dist.mode()
+    vae.register_to_config(
+        latents_mean=[round(x, 4) for x in latents.mean((0, 2, 3, 4)).tolist()],
+        latents_std=[round(x, 4) for x in latents.std((0, 2, 3, 4)).tolist()],
+    )
+    if (folder / "decoder.pt").exists():
+        state = torch.load(folder / "decoder.pt")
+        vae.decoder.load_state_dict(state["decoder"])
+        vae.post_quant_conv.load_state_dict(state["post_quant_conv"])
+    return vae
+
+
+def train_decoder(folder: Path, steps: int, compiled: bool) -> None:
+    vae = load_vae(folder)
+    pool = pictures(
+        [p for case in itertools.islice(stream("train", seed=1), VAE_CASES) for p in (case.source, case.target)]
+    )
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in pool.split(500)])
+
+    def reconstruct(batch: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+        decoded = vae.decoder(vae.post_quant_conv(noisy))
+        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch)
+
+    loss_of = torch.compile(reconstruct) if compiled else reconstruct
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        generator = seeded_generator("decoder", step)
+        rows = torch.randint(len(pool), (VAE_BATCH,), generator=generator)
+        noise = torch.randn((VAE_BATCH, *latents.shape[1:]), generator=generator)
+        return loss_of(pool[rows], latents[rows] + 0.03 * latents.std() * noise)
+
+    modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    fit(
+        "decoder", loss_of_step, parameters, steps, 1.5e-3, folder, modules,
+        lambda: reconstruction_scores(vae), 1000,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+@fast_convolutions()
+def encode_shard(folder: Path, shard: int, size: int, encoder: str) -> Path:
+    """Cases of one part of the pool as the transformer takes them: text, latents of source, target and sloppy target."""
+    file = folder / "pool" / f"{encoder}-{size}-{shard:03d}.pt"
+    if file.exists():
+        return file
+    policy = QwenImageEditPlusPolicy(new_pipeline(load_vae(folder)))
+    indices = range(shard * size, (shard + 1) * size)
+    cases = [draw_case(list(TASKS)[i % len(TASKS)], "train", 2, i) for i in indices]
+    rng = np.random.default_rng(shard)
+    sources = [to_image(case.source) for case in cases]
+    targets = [to_image(case.target) for case in cases]
+    careless = [to_image(sloppy(case, rng)) for case in cases]
+    torch.save(
+        {
+            "prompt_embeds": encode_texts(policy, [case.prompt for case in cases], sources),
+            "image_latents": encode_pictures(policy, sources),
+            "targets": encode_pictures(policy, targets),
+            "sloppy": encode_pictures(policy, careless),
+        },
+        file.with_suffix(".part"),
+    )
+    return file.with_suffix(".part").rename(file)
+
+
+def encode_pictures(policy: QwenImageEditPlusPolicy, images: list[Image.Image]) -> torch.Tensor:
+    """Packed latents of shape `(num_pictures, num_tokens, num_channels)`, as the pipeline encodes them."""
+    pipeline = policy.pipeline
+    pixels = torch.cat([pipeline.image_processor.preprocess(image, SIZE, SIZE) for image in images]).unsqueeze(2)
+    latents = torch.cat([pipeline._encode_vae_image(batch, generator=None) for batch in pixels.split(250)])
+    return pipeline._pack_latents(latents, len(images), *latents.shape[1:2], *latents.shape[3:])
+
+
+def encode_texts(policy: QwenImageEditPlusPolicy, prompts: list[str], images: list[Image.Image]) -> list[torch.Tensor]:
+    """Embeddings of prompts with one image each, as `policy.encode` makes them one at a time, ten times faster."""
+    pipeline = policy.pipeline
+    template, skipped = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+    embeddings = []
+    for start in range(0, len(prompts), 100):
+        texts = [
+            template.format(f"Picture 1: <|vision_start|><|image_pad|><|vision_end|>{prompt}")
+            for prompt in prompts[start : start + 100]
+        ]
+        shown = [pipeline.image_processor.resize(image, 384, 384) for image in images[start : start + 100]]
+        inputs = pipeline.processor(text=texts, images=shown, padding=True, padding_side="right", return_tensors="pt")
+        hidden = pipeline.text_encoder(**inputs, output_hidden_states=True).hidden_states[-1]
+        embeddings += [h[m.bool()][skipped:] for h, m in zip(hidden, inputs["attention_mask"], strict=True)]
+    expected = policy.encode([images[0]], prompts[0], None, SIZE).tensors["prompt_embeds"]
+    torch.testing.assert_close(embeddings[0], expected, rtol=1e-3, atol=1e-4)
+    return embeddings
+
+
+@torch.no_grad()
+def policy_scores(policy: QwenImageEditPlusPolicy, model: nn.Module) -> dict[str, float]:
+    """RuleScorer's means over validation cases, edited along the ODE from fixed noise."""
+    cases = list(itertools.islice(stream("validation"), EVALUATION_CASES))
+    conditions = [policy.encode([to_image(case.source)], case.prompt, None, SIZE) for case in cases]
+    generators = [seeded_generator("evaluation", i) for i in range(len(cases))]
+    paths = rollout(
+        policy,
+        model,
+        conditions,
+        generators,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        true_cfg_scale=1.0,
+        batch_size=100,
+    )
+    images = decode(policy, [path.final for path in paths], conditions, 100)
+    scorer = RuleScorer()
+    scores = [
+        scorer.score(image, to_image(case.source), to_image(case.target))
+        for image, case in zip(images, cases, strict=True)
+    ]
+    return mean_by_task([case.task for case in cases], scores)
+
+
+def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, compiled: bool, processes: int) -> None:
+    """One of the transformer's `COURSES`; the second begins with the averaged weights of the first."""
+    learning_rate, sloppy_share, decay = COURSES[stage]
+    (folder / "pool").mkdir(exist_ok=True)
+    size = min(num_cases, SHARD)
+    if size < 1 or num_cases % size:
+        raise ValueError(f"{num_cases} cases are not a multiple of {SHARD}, nor fewer.")
+    numbers = range(num_cases // size)
+    vae = torch.load(folder / "vae.pt")["vae"]
+    encoder = hashlib.sha256(b"".join(vae[name].numpy().tobytes() for name in sorted(vae) if "decoder" not in name))
+    key = encoder.hexdigest()[:8]  # latents of another encoder are not taken for its own
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        shards = executor.map(
+            encode_shard, itertools.repeat(folder), numbers, itertools.repeat(size), itertools.repeat(key)
+        )
+        parts = [torch.load(file) for file in tqdm(shards, "pool", total=len(numbers))]
+    embeds = [embed for part in parts for embed in part["prompt_embeds"]]
+    sources, targets, careless = (
+        torch.cat([p[name] for p in parts]) for name in ("image_latents", "targets", "sloppy")
+    )
+    policy = QwenImageEditPlusPolicy(new_pipeline(load_vae(folder)))
+    transformer = policy.pipeline.transformer
+    if stage == "polish":
+        transformer.load_state_dict(finished(folder, "transformer")["average"])
+    average = new_transformer().eval()
+    average.load_state_dict(transformer.state_dict())
+    average.requires_grad_(False)
+    model: nn.Module = torch.compile(transformer) if compiled else transformer  # type: ignore[assignment]
+    num_tokens, num_channels = targets.shape[1:]
+
+    def conditions(row: int) -> EditConditions:
+        tensors = {"prompt_embeds": embeds[row], "image_latents": sources[row]}
+        return EditConditions(SIZE, SIZE, num_tokens, num_channels, ((SIZE, SIZE),), tensors)
+
+    shift = policy.sigmas(1000, conditions(0))  # evaluation's noise levels, finely
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        generator = seeded_generator("transformer", step)
+        rows = torch.randint(len(targets), (TRANSFORMER_BATCH,), generator=generator)
+        wanted = targets[rows]
+        spoilt = torch.rand(TRANSFORMER_BATCH, generator=generator) < sloppy_share
+        wanted = torch.where(spoilt[:, None, None], careless[rows], wanted)
+        sigma = shift[torch.randint(1000, (TRANSFORMER_BATCH,), generator=generator)]
+        noise = torch.randn(wanted.shape, generator=generator)
+        level = sigma[:, None, None]
+        noisy = (1 - level) * wanted + level * noise
+        velocity = policy.velocity(model, noisy, sigma, policy.collate([conditions(r) for r in rows.tolist()]), 1.0)
+        return F.mse_loss(velocity, noise - wanted)
+
+    def average_weights(step: int) -> None:
+        weight = max(1 - decay, 1 / (step + 1))
+        for slow, fast in zip(average.parameters(), transformer.parameters(), strict=True):
+            slow.lerp_(fast.detach(), weight)
+
+    modules = {"transformer": transformer, "average": average}
+    fit(
+        stage, loss_of_step, list(transformer.parameters()), steps, learning_rate, folder, modules,
+        lambda: policy_scores(policy, average), 1000, average_weights,
+    )  # fmt: skip
+
+
+def finished(folder: Path, stage: str) -> dict[str, Any]:
+    """The saved state of a stage, which has to be at its end."""
+    state = torch.load(folder / f"{stage}.pt")
+    if state["step"] < state["schedule"]["total_steps"]:
+        raise ValueError(f"The stage {stage!r} is at step {state['step']} of {state['schedule']['total_steps']}.")
+    return state
+
+
+def export(folder: Path) -> None:
+    """Saves the trained pipeline to `folder/pipeline`, its large parts in half precision, with its log and its scores."""
+    states = {stage: finished(folder, stage) for stage in STAGES if stage != "export"}
+    vae = load_vae(folder)
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, autoencoder_kl_qwenimage.QwenImageCausalConv3d):
+                module.weight[:, :, :-1] = 0  # pictures have one frame: these were never trained
+    pipeline = new_pipeline(vae)
+    pipeline.transformer.load_state_dict(states["polish"]["average"])
+    for module in (vae, pipeline.transformer):
+        module.half()
+    pipeline.save_pretrained(folder / "pipeline")
+    shutil.copy(folder / "log.jsonl", folder / "pipeline" / "pretraining.jsonl")
+    # Scores of what was saved, as it will be loaded
+    loaded = QwenImageEditPlusPipeline.from_pretrained(str(folder / "pipeline"), dtype=torch.float32)
+    policy = QwenImageEditPlusPolicy(loaded)
+    scores = {"vae": reconstruction_scores(loaded.vae), "policy": policy_scores(policy, loaded.transformer)}
+    (folder / "pipeline" / "scores.json").write_text(json.dumps(scores, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/miniature"))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--vae_steps", type=int, default=3_000)
+    parser.add_argument("--decoder_steps", type=int, default=10_000)
+    parser.add_argument("--transformer_steps", type=int, default=12_000)
+    parser.add_argument("--polish_steps", type=int, default=5_000)
+    parser.add_argument("--cases", type=int, default=32_000, help="cases that the transformer is trained on")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    with fast_convolutions():
+        if "vae" in args.stages:
+            train_vae(args.output_dir, args.vae_steps, args.compile)
+        if "decoder" in args.stages:
+            train_decoder(args.output_dir, args.decoder_steps, args.compile)
+        for stage, steps in (("transformer", args.transformer_steps), ("polish", args.polish_steps)):
+            if stage in args.stages:
+                train_transformer(args.output_dir, stage, steps, args.cases, args.compile, args.threads)
+        if "export" in args.stages:
+            export(args.output_dir)

@@ -1,0 +1,436 @@
+"""What several runs of a benchmark look like side by side: tables, bars, training curves, and results in a model card."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import RemoteEntryNotFoundError
+
+from ..utils.tables import format_estimate, markdown_table
+from .gallery import write_gallery
+from .results import BENCHMARKS, LABELS, Run, compare
+
+
+SIGNS = {
+    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "·": r"$\cdot$", "–": "--",
+}  # fmt: skip
+
+
+def write_bench_report(
+    runs: Sequence[Run],
+    out: str | Path,
+    logs: Sequence[str | Path] = (),
+    baseline: str | None = None,
+    gallery: bool = True,
+) -> str:
+    """
+    Writes `table.md`, `table.csv`, `table.tex`, `bars.png`, with training logs `curves.png` and `curves.csv`, and `gallery.html` with
+    `images/`. Files of an earlier report are replaced.
+
+    Args:
+        runs (`Sequence[Run]`):
+            Runs of one benchmark on the same cases with the same judge.
+        out (`str` or `Path`):
+            Folder to write to. It is made if need be.
+        logs (`Sequence[str or Path]`, *optional*):
+            Output folders of [`FlowGRPOEditTrainer`], or their `trainer_state.json`, whose rewards are drawn as in the paper's
+            figure 5.
+        baseline (`str`, *optional*):
+            Name of the run that the others are compared with. By default the first.
+        gallery (`bool`, *optional*, defaults to `True`):
+            Whether to write the page with all edits.
+
+    Returns:
+        `str`: the tables in Markdown.
+
+    Raises:
+        `ValueError`: If runs cannot be compared, two have one name, there is no run `baseline`, or a log holds no rewards.
+    """
+    out = Path(out)
+    if not runs:
+        raise ValueError("There are no runs to report on.")
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        folders = ", ".join(str(run.folder) for run in runs if run.name == twice)
+        raise ValueError(f"Several runs have the name {twice!r} ({folders}): give them different ones with --name.")
+    if baseline not in (None, *names):
+        raise ValueError(f"No run has the name {baseline!r}; the names are {', '.join(names)}.")
+    first = runs[0] if baseline is None else runs[names.index(baseline)]
+    differences = {
+        run.name: compare(first, run) for run in runs if run is not first
+    }  # refuses what cannot be compared
+    curves = dict(map(read_rewards, logs))
+    if len(curves) < len(logs):
+        raise ValueError(f"Two of the logs are in folders of one name: {', '.join(str(log) for log in logs)}.")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("curves.png", "curves.csv", "gallery.html"):  # these are not always written
+        (out / name).unlink(missing_ok=True)
+    tables = [_section(runs, section) for section in _benchmark(runs)["sections"]]
+    parts = [_markdown(head, rows, title) for title, head, rows in tables]
+    if differences:
+        parts.append(_differences(first, differences))
+    parts.append("\n".join(f"- {note}" for note in _notes(runs)) + "\n")
+    text = "\n".join(parts)
+    pictures = "![Scores with intervals](bars.png)\n" + ("\n![Rewards in training](curves.png)\n" if curves else "")
+    title = BENCHMARKS.get(_benchmark(runs)["name"], _benchmark(runs)["name"])
+    (out / "table.md").write_text(f"# {title}\n\n{text}\n{pictures}", encoding="utf-8")
+    (out / "table.tex").write_text("\n".join(_latex(*table) for table in tables), encoding="utf-8")
+    _write_csv(runs, differences, out / "table.csv")
+    draw_bars(runs, out / "bars.png")
+    if curves:
+        draw_curves(curves, out / "curves.png")
+        with (out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["log", "step", "reward"])
+            writer.writerows((name, step, reward) for name, points in curves.items() for step, reward in points)
+    if gallery:
+        write_gallery(runs, out)
+    return text
+
+
+def read_rewards(path: str | Path) -> tuple[str, list[tuple[int, float]]]:
+    """
+    Reads the rewards of a training from its log.
+
+    Args:
+        path (`str` or `Path`):
+            The trainer's output folder, one of its checkpoints, or a `trainer_state.json`.
+
+    Returns:
+        `tuple[str, list[tuple[int, float]]]`: the folder's name, and steps with their rewards.
+
+    Raises:
+        `ValueError`: If there is no log, or it holds no rewards.
+    """
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    files = (
+        [path]
+        if path.is_file()
+        else [path / "trainer_state.json", *sorted(path.glob("checkpoint-*/trainer_state.json"))]
+    )
+    best: list[tuple[int, float]] = []
+    for file in files:
+        try:
+            history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+            points = [(int(log["step"]), float(log["reward"])) for log in history if log.get("reward") is not None]
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no log of a trainer: {type(error).__name__}: {error}") from error
+        best = max(best, points, key=len)  # the last checkpoint knows all that came before
+    if not best:
+        raise ValueError(
+            f"{path} has no trainer_state.json with rewards: name the output folder of FlowGRPOEditTrainer, which writes one with "
+            "every checkpoint."
+        )
+    folder = folder.resolve()
+    return (folder.parent if folder.name.startswith("checkpoint-") else folder).name, best
+
+
+def push_results(run: Run, repo_id: str, token: str | None = None) -> str:
+    """
+    Writes a run's main results into the metadata of a model card on the Hub, where the model's page shows them.
+
+    Args:
+        run ([`Run`]):
+            The run.
+        repo_id (`str`):
+            The model's repository, e.g. of the LoRA. Its card is kept; results of the same benchmark and judge are replaced.
+        token (`str`, *optional*):
+            Token with the right to write. By default that of `hf auth login`.
+
+    Returns:
+        `str`: address of the commit.
+
+    Raises:
+        `ValueError`: If the cases are not from the Hub, so that the card could not say what was measured.
+    """
+    benchmark = run.settings["benchmark"]
+    source = benchmark.get("dataset")
+    if source is None or Path(source).exists() or source.count("/") != 1:
+        raise ValueError(
+            f"The cases of {run.folder} are from {source!r}, which is no data set on the Hub: a model card can only name one that is."
+        )
+    results = [
+        EvalResult(
+            task_type="image-to-image",
+            dataset_type=source,
+            dataset_name=BENCHMARKS.get(benchmark["name"], benchmark["name"])
+            + (f", {row['section']}" if row["section"] else ""),
+            dataset_config=row["section"] or None,
+            dataset_split=benchmark.get("split"),
+            dataset_revision=benchmark.get("revision"),
+            metric_type=row["metric"],
+            metric_name=f"{LABELS.get(row['metric'], row['metric'])} ({benchmark['judge']})",
+            metric_value=round(row["value"], 4),
+        )
+        for row in run.results["summary"]
+        if row["kind"] == benchmark["average"] and row["value"] is not None
+    ]
+    try:
+        card = ModelCard.load(repo_id, token=token)
+    except RemoteEntryNotFoundError:  # a repository without a card; one that cannot be read now is not overwritten
+        card = ModelCard("---\n---\n")
+    data = card.data.to_dict()
+    name = data.get("model_name") or repo_id.partition("/")[2]
+    mine = {(one.dataset_type, one.dataset_config, one.metric_name) for one in results}
+    kept = [
+        one
+        for one in (getattr(card.data, "eval_results", None) or [])
+        if (one.dataset_type, one.dataset_config, one.metric_name) not in mine
+    ]
+    data = {key: value for key, value in data.items() if key not in ("model-index", "model_name")}
+    card.data = ModelCardData(**data, model_name=name, eval_results=[*kept, *results])
+    return str(
+        card.push_to_hub(repo_id, token=token, commit_message=f"Results on {BENCHMARKS.get(benchmark['name'], '')}")
+    )
+
+
+def _benchmark(runs: Sequence[Run]) -> dict[str, Any]:
+    return runs[0].settings["benchmark"]
+
+
+def _summary(run: Run, section: str) -> dict[tuple[str, str, str | None], dict[str, Any]]:
+    rows = [row for row in run.results["summary"] if row["section"] == section]
+    return {(row["metric"], row["kind"], row["group"]): row for row in rows}
+
+
+def _section(runs: Sequence[Run], section: str) -> tuple[str, list[str], list[list[tuple[str, bool]]]]:
+    """Title, head and cells of the table of one section; a cell is its text and whether it is the best of its column."""
+    benchmark = _benchmark(runs)
+    main = next(iter(benchmark["metrics"]))
+    summaries = [_summary(run, section) for run in runs]
+    groups = list(dict.fromkeys(name for rows in summaries for metric, kind, name in rows if kind == "group"))
+    columns: list[tuple[str, tuple[str, str, str | None]]] = [(str(name), (main, "group", name)) for name in groups]
+    columns += [(f"{LABELS.get(main, main)}, overall", (main, "overall", None))]
+    columns += [(f"{LABELS.get(main, main)}, all cases", (main, "cases", None))]
+    others = [name for name in [*benchmark["metrics"], "human"] if name != main]
+    columns += [
+        (LABELS.get(name, name), (name, benchmark["average"], None))
+        for name in others
+        if any((name, benchmark["average"], None) in rows for rows in summaries)
+    ]
+    cells: list[list[tuple[str, bool]]] = [[(run.name, False)] for run in runs]
+    for _, key in columns:
+        estimates = [rows.get(key) for rows in summaries]
+        values = [None if one is None else one["value"] for one in estimates]
+        shown = [
+            "–" if one is None or one["value"] is None
+            else format_estimate(one) if key[1] == benchmark["average"] else f"{one['value']:.3f}"
+            for one in estimates
+        ]  # fmt: skip
+        known = [round(value, 3) for value in values if value is not None]
+        for row, value, text in zip(cells, values, shown, strict=True):
+            row.append((text, len(runs) > 1 and value is not None and round(value, 3) == max(known)))
+    return section, ["editor", *(name for name, _ in columns)], cells
+
+
+def _markdown(head: list[str], rows: list[list[tuple[str, bool]]], title: str) -> str:
+    body = [[f"**{text}**" if best else text for text, best in row] for row in rows]
+    return (f"## {title}\n\n" if title else "") + markdown_table(head, body)
+
+
+def _latex(title: str, head: list[str], rows: list[list[tuple[str, bool]]]) -> str:
+    def escaped(text: str) -> str:
+        return "".join(SIGNS.get(sign, sign) for sign in text)
+
+    lines = [" & ".join(escaped(name) for name in head) + r" \\"]
+    body = [
+        " & ".join(rf"\textbf{{{escaped(text)}}}" if best else escaped(text) for text, best in row) + r" \\"
+        for row in rows
+    ]
+    begin = [rf"% {title}"] if title else []
+    begin += [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule"]
+    return "\n".join([*begin, *lines, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _differences(first: Run, differences: dict[str, list[dict[str, Any]]]) -> str:
+    benchmark = first.settings["benchmark"]
+    main = next(iter(benchmark["metrics"]))
+    rows = []
+    for name, compared in differences.items():
+        for row in compared:
+            if (row["metric"], row["kind"]) == (main, benchmark["average"]):
+                rows.append(
+                    [
+                        name,
+                        *([row["section"]] if len(benchmark["sections"]) > 1 else []),
+                        format_estimate(row, signed=True),
+                        row["n"],
+                    ]
+                )
+    head = [
+        "editor",
+        *(["section"] if len(benchmark["sections"]) > 1 else []),
+        LABELS.get(main, main),
+        "cases of both",
+    ]
+    return f"Difference from {first.name}, on the cases that both have a score for:\n\n" + markdown_table(head, rows)
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    benchmark, results = _benchmark(runs), runs[0].results
+    where = " ".join(str(benchmark[name]) for name in ("dataset", "split") if benchmark.get(name) is not None)
+    prompts = ", ".join(sorted({revision for revision, _ in benchmark["prompts"].values()}))
+    notes = [
+        f"{benchmark['cases']} cases of {where or 'a data set in memory'}, revision {benchmark.get('revision') or 'unknown'}, content "
+        f"{benchmark['cases_sha']}.",
+        f"Judge: {benchmark['judge']}; prompts {prompts}.",
+        f"In brackets: {results['confidence']:.0%} bootstrap intervals from {results['num_resamples']} resamples of cases within their "
+        f"groups, seed {results['bootstrap_seed']}. Bold: the best of a column.",
+    ]
+    for run in runs:
+        editor = {
+            name: value for name, value in run.settings["editor"].items() if name != "name" and value is not None
+        }
+        notes.append(
+            f"{run.name}: "
+            + ", ".join(f"{name} {value}" for name, value in editor.items())
+            + f"; seed {run.settings['seed']}."
+        )
+        counts = run.results["counts"]
+        missing = [
+            f"{counts[name]} {what}"
+            for name, what in (
+                ("no_edit", "cases without an edit"),
+                ("no_score", "edits without a score"),
+                ("unanswered", "questions that the judge did not answer"),
+                ("reshaped", "edits of another shape than their sources"),
+            )
+            if counts[name]
+        ]
+        if counts["judgements"] and counts["parse_failures"]:
+            share = counts["parse_failures"] / counts["judgements"]
+            missing.append(
+                f"{counts['parse_failures']} of {counts['judgements']} answers without a score ({share:.1%})"
+            )
+        if counts["unparsed_samples"]:
+            missing.append(f"{counts['unparsed_samples']} answers without a score among those that were averaged")
+        if missing:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in run.results["reasons"].items())
+            notes.append(f"{run.name} lacks: {'; '.join(missing)}" + (f" (reasons: {reasons})." if reasons else "."))
+    return notes
+
+
+def _write_csv(runs: Sequence[Run], differences: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    columns = ["editor", "of", "section", "kind", "group", "metric", "value", "low", "high", "n", "missing"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for run in runs:
+            writer.writerows({"editor": run.name, "of": "score", **row} for row in run.results["summary"])
+        for name, rows in differences.items():
+            writer.writerows({"editor": name, "of": "difference", **row} for row in rows)
+
+
+def _drawn(text: str) -> str:
+    """A text as it is, where Matplotlib would take what stands between two dollar signs for a formula."""
+    return text.replace("$", r"\$")
+
+
+def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
+    """
+    Draws the main metric of each run in each group and over all, with intervals; for each section.
+
+    Args:
+        runs (`Sequence[Run]`):
+            The runs.
+        path (`str` or `Path`):
+            PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    benchmark = _benchmark(runs)
+    main = next(iter(benchmark["metrics"]))
+    sections = list(benchmark["sections"])
+    summaries = {section: [_summary(run, section) for run in runs] for section in sections}
+    places = {
+        section: [
+            *dict.fromkeys(
+                (kind, name) for rows in summaries[section] for metric, kind, name in rows if kind == "group"
+            ),
+            (benchmark["average"], None),
+        ]
+        for section in sections
+    }
+    widest = max(len(names) for names in places.values())
+    size = (max(6.0, 1.2 + widest * (0.35 + 0.13 * len(runs))), 3.2 * len(sections) + 0.4 + 0.22 * -(-len(runs) // 4))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    for axes, section in zip(figure.subplots(len(sections), squeeze=False)[:, 0], sections, strict=True):
+        for number, (run, rows) in enumerate(zip(runs, summaries[section], strict=True)):
+            offset = (number - (len(runs) - 1) / 2) * 0.8 / len(runs)
+            for place, (kind, name) in enumerate(places[section]):
+                one = rows.get((main, kind, name))
+                if one is None or one["value"] is None:
+                    continue
+                axes.bar(
+                    place + offset, one["value"], 0.76 / len(runs), color=f"C{number % 10}", label=_drawn(run.name)
+                )
+                if one["low"] is not None:
+                    sides = [[max(0.0, one["value"] - one["low"])], [max(0.0, one["high"] - one["value"])]]
+                    axes.errorbar(place + offset, one["value"], sides, color="black", capsize=2, linewidth=0.8)
+        labels = [
+            _drawn(str(name)) if kind == "group" else {"overall": "overall", "cases": "all cases"}[kind]
+            for kind, name in places[section]
+        ]
+        axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 11 else 20, fontsize=8)
+        axes.axvline(len(labels) - 1.5, color="grey", linewidth=0.6)
+        axes.set(
+            ylabel=LABELS.get(main, main), ylim=(0, benchmark["metrics"][main] * 1.02), title=_drawn(section) or None
+        )
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    shown: dict[str, Any] = {}
+    for axes in figure.axes:
+        shown |= {
+            label: handle
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+            if label not in shown
+        }
+    if len(runs) > 1 and shown:
+        named = [name for name in (_drawn(run.name) for run in runs) if name in shown]
+        figure.legend(
+            [shown[name] for name in named],
+            named,
+            loc="outside upper center",
+            ncols=min(4, len(named)),
+            fontsize="small",
+        )
+    figure.savefig(path)
+
+
+def draw_curves(curves: dict[str, list[tuple[int, float]]], path: str | Path) -> None:
+    """
+    Draws the rewards of trainings over their updates, as in the paper's figure 5: as they were logged, faintly, and smoothed by an
+    exponential mean over a twentieth of the run.
+
+    Args:
+        curves (`dict[str, list[tuple[int, float]]]`):
+            Steps and rewards by name, see [`read_rewards`].
+        path (`str` or `Path`):
+            PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="update", ylabel="mean reward")
+    for number, (name, points) in enumerate(curves.items()):
+        steps, rewards = (np.array(column, float) for column in zip(*points, strict=True))
+        weight = 1 / max(1.0, len(points) / 20)
+        smooth, total, sum_of_weights = [], 0.0, 0.0
+        for reward in rewards:  # weights that add up to 1 from the first point on
+            total = (1 - weight) * total + weight * reward
+            sum_of_weights = (1 - weight) * sum_of_weights + weight
+            smooth.append(total / sum_of_weights)
+        axes.plot(steps, rewards, color=f"C{number % 10}", alpha=0.2, linewidth=0.8)
+        axes.plot(steps, smooth, color=f"C{number % 10}", label=_drawn(name))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path)

@@ -1,0 +1,56 @@
+"""Stage 1 of HP-Edit: people rate edits, a scorer scores them, and the scorer's prompts are refined until both agree."""
+
+from typing import TYPE_CHECKING, Any
+
+from .agreement import agreement, agreement_difference, krippendorff_alpha, krippendorff_interval
+from .agreement_page import report_text, worst_disagreements, write_report
+from .comparison import compare_with_people
+from .export import add_ratings, from_label_studio, label_studio_config, ratings_dataset, to_label_studio
+from .refine import PromptRefiner, add_questions, is_held_out, parse_questions
+from .rubric import Rubric, load_rubric
+from .scoring import JudgingReport, probe_judge, read_scores, score_dataset
+from .session import RatingSession, assign_cases, ratings_file
+
+
+if TYPE_CHECKING:
+    from .page import annotate, build_app
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("annotate", "build_app"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import page  # the only module that needs Gradio
+
+    return getattr(page, name)
+
+
+__all__ = [
+    "JudgingReport",
+    "PromptRefiner",
+    "RatingSession",
+    "Rubric",
+    "add_questions",
+    "add_ratings",
+    "agreement",
+    "agreement_difference",
+    "annotate",
+    "assign_cases",
+    "build_app",
+    "compare_with_people",
+    "from_label_studio",
+    "is_held_out",
+    "krippendorff_alpha",
+    "krippendorff_interval",
+    "label_studio_config",
+    "load_rubric",
+    "parse_questions",
+    "probe_judge",
+    "ratings_dataset",
+    "ratings_file",
+    "read_scores",
+    "report_text",
+    "score_dataset",
+    "to_label_studio",
+    "worst_disagreements",
+    "write_report",
+]

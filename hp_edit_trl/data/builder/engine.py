@@ -1,0 +1,493 @@
+"""
+The engine of a build: it takes a stage through all rows of a work folder, batch by batch, and can be stopped anywhere.
+
+A stage is a function from a batch of columns to a batch of columns. Each batch that it returns becomes one Parquet file, written
+beside its place and then moved there, so that a file that exists is whole. A run that was killed goes on with the batches that
+have no file: it redoes the one that was being computed, and ends with the same bytes as a run that was not.
+
+Columns are never copied from stage to stage. Pixels are written once, by the stage that made them.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate import Accelerator
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from tqdm import tqdm
+
+from ...utils.files import write_atomically, write_json
+
+
+Batch = dict[str, list]
+
+OPEN_FILES = 32  # shards that are held open for reading
+
+
+class Stage(Protocol):
+    """
+    What a stage is: a function from a batch of columns to a batch of columns, as [`~datasets.Dataset.map`] with `batched=True` and
+    Ray Data's `map_batches` call it. It returns a row for every row that it is given, in the same order.
+
+    Attributes:
+        name (`str`):
+            Name of its folder.
+        inputs (`tuple[str, ...]`):
+            The columns that it reads.
+        features ([`~datasets.Features`]):
+            The columns that it adds. Beside them it returns `reason`: `None`, or why the row is rejected. A rejected row stays
+            on disk, and no later stage sees it.
+        batch_size (`int` or `None`):
+            Number of rows at once. `None`: all of them, for choices that depend on all rows; such a stage reads no images.
+            It may also return `parent`, for each of its rows the number of the row of the batch that it comes from: then its
+            rows take the place of those before.
+        settings (`dict`):
+            Whatever decides what it returns. Results of different settings do not mix.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+    @property
+    def features(self) -> Features: ...
+    @property
+    def batch_size(self) -> int | None: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def load(self) -> None:
+        """Gets ready. Raises if every row would fail."""
+
+    def __call__(self, batch: Batch) -> Batch: ...
+
+
+class Reader(Protocol):
+    """Where the first stage's rows come from: numbered rows with columns."""
+
+    settings: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Batch: ...
+
+
+@dataclass
+class FinishedStage:
+    """
+    A stage whose rows are all there.
+
+    Args:
+        name (`str`):
+            Its name.
+        key (`str`):
+            A hash of its settings and of all stages before.
+        columns (`tuple[str, ...]`):
+            The columns that it added.
+        rows (`numpy.ndarray`):
+            The numbers of its rows, ascending.
+        batch_size (`int`):
+            Number of rows of each of its files.
+        level (`int`):
+            How many stages before it, itself included, have taken other rows: columns of an earlier level are found by `parents`.
+    """
+
+    name: str
+    key: str
+    columns: tuple[str, ...]
+    rows: np.ndarray
+    batch_size: int
+    level: int
+
+
+class WorkFolder:
+    """
+    The folder of a build: the finished stages, and the rows that they have left. It can be sent to other processes.
+
+    Args:
+        path (`str` or `Path`):
+            The folder.
+        sources ([`Reader`]):
+            Where the rows of the first stage come from.
+    """
+
+    def __init__(self, path: str | Path, sources: Reader):
+        self.path = Path(path)
+        self.sources = sources
+        self.stages: list[FinishedStage] = []
+        self.live = np.arange(len(sources))
+        self.parents: list[np.ndarray] = []  # for each level after the first: the row of the level before
+        self._open: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    @property
+    def key(self) -> str:
+        """A hash of the settings of all finished stages."""
+        return self.stages[-1].key if self.stages else _digest(self.sources.settings)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def locked(path: str | Path) -> Iterator[None]:
+        """
+        Keeps other builders out of a folder.
+
+        Args:
+            path (`str` or `Path`):
+                The folder, which is made if need be.
+
+        Raises:
+            `ValueError`: If another one is at work in it.
+        """
+        import fcntl  # not on Windows, where the rest of the package works
+
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with open(Path(path) / ".lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise ValueError(
+                    f"Another builder is at work in {path} ({lock.read() or 'unknown'}): wait until it has ended, stop it, or "
+                    "choose another output_dir."
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
+            lock.truncate(0)
+
+    def read(self, rows: np.ndarray, columns: tuple[str, ...] | list[str]) -> Batch:
+        """
+        Reads columns of some live rows.
+
+        Args:
+            rows (`numpy.ndarray`):
+                Numbers of rows, of the latest level.
+            columns (`tuple[str, ...]`):
+                Names of columns.
+
+        Raises:
+            `ValueError`: If a column is not there, or a file is damaged.
+        """
+        batch: Batch = {}
+        by_stage: dict[str, list[str]] = {}
+        for column in columns:
+            home = [stage for stage in self.stages if column in stage.columns]
+            if not home:
+                raise ValueError(
+                    f"There is no column {column!r} yet; there are {[name for stage in self.stages for name in stage.columns]}."
+                )
+            by_stage.setdefault(home[-1].name, []).append(column)  # the latest, e.g. of two splits
+        for stage in self.stages:
+            if wanted := by_stage.get(stage.name):
+                of_stage = rows
+                for parents in reversed(self.parents[stage.level :]):
+                    of_stage = parents[of_stage]
+                batch |= self._read(stage, of_stage, wanted)
+        return {column: batch[column] for column in columns}
+
+    def _read(self, stage: FinishedStage, rows: np.ndarray, columns: list[str]) -> Batch:
+        places = np.searchsorted(stage.rows, rows)
+        shards, offsets = places // stage.batch_size, places % stage.batch_size
+        pieces, order = [], []
+        for shard in np.unique(shards):
+            members = np.flatnonzero(shards == shard)
+            order.append(members)
+            file = self._file(stage.name, int(shard))
+            try:
+                parquet = self._parquet(file)
+                per_group = parquet.metadata.row_group(0).num_rows
+                groups = np.unique(offsets[members] // per_group)
+                table = parquet.read_row_groups(groups.tolist(), columns)
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(
+                    f"{file} is missing or damaged ({error}): remove it and run again, then this batch is made anew."
+                ) from error
+            starts = np.searchsorted(groups, offsets[members] // per_group) * per_group
+            pieces.append(table.take(pa.array(starts + offsets[members] % per_group)))
+        back = np.argsort(np.concatenate(order)) if order else np.empty(0, dtype=int)
+        table = pa.concat_tables(pieces).take(pa.array(back)) if pieces else None
+        return {column: table[column].to_pylist() if table is not None else [] for column in columns}
+
+    def _parquet(self, file: Path) -> pq.ParquetFile:
+        if file not in self._open:
+            self._open[file] = pq.ParquetFile(file, page_checksum_verification=True)
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(file)
+        return self._open[file]
+
+    def _file(self, name: str, number: int) -> Path:
+        return self.path / name / f"{number:08d}.parquet"
+
+    def input_batch(self, stage: Stage, number: int) -> tuple[np.ndarray, Batch]:
+        """The rows of a stage's batch, and their columns."""
+        size = stage.batch_size or max(len(self.live), 1)
+        rows = self.live[number * size : (number + 1) * size]
+        if self.stages:
+            return rows, self.read(rows, stage.inputs)
+        batch = self.sources.read(int(rows[0]), int(rows[-1]) + 1)
+        return rows, {column: batch[column] for column in stage.inputs}
+
+    def compute(self, stage: Stage, number: int) -> dict[str, int]:
+        """Computes and writes one batch of a stage. Returns its number of rows and of rejected ones."""
+        rows, batch = self.input_batch(stage, number)
+        done = stage(batch)
+        parents = done.pop("parent", None)
+        if done.keys() != {*stage.features, "reason"} or parents is not None and stage.batch_size is not None:
+            raise ValueError(
+                f"The stage {stage.name!r} returned the columns {sorted(done)}; expected are {sorted([*stage.features, 'reason'])}."
+            )
+        count = len(rows) if parents is None else len(parents)
+        if lengths := {name: len(values) for name, values in done.items() if len(values) != count}:
+            raise ValueError(f"The stage {stage.name!r} was given {count} rows and returned {lengths}.")
+        arrays = {"row": pa.array(rows if parents is None else np.arange(count), pa.int64())}
+        if parents is not None:
+            arrays["parent"] = pa.array(rows[np.asarray(parents, dtype=int)], pa.int64())
+        schema = stage.features.arrow_schema
+        arrays |= {name: pa.array(done[name], schema.field(name).type) for name in stage.features}
+        arrays["reason"] = pa.array(done["reason"], pa.string())
+        # Images are read one at a time later on, in another order.
+        with_images = any(isinstance(feature, ImageFeature) for feature in stage.features.values())
+        _write(self._file(stage.name, number), pa.table(arrays), row_group_size=1 if with_images else 1000)
+        return {"rows": count, "rejected": count - done["reason"].count(None)}
+
+    def begin(self, stage: Stage) -> None:
+        """
+        Writes down how a stage is made.
+
+        Raises:
+            `ValueError`: If there are rows of it that were made otherwise.
+        """
+        folder = self.path / stage.name
+        file = folder / "manifest.json"
+        new = {"stage": stage.name, "after": self.key, "batch_size": stage.batch_size, "settings": stage.settings}
+        new = json.loads(json.dumps(new))
+        if file.exists():
+            known = json.loads(file.read_text())
+            before = {**known["settings"], "batch_size": known["batch_size"]}
+            now = {**new["settings"], "batch_size": new["batch_size"]}
+            changed = [f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]  # fmt: skip
+            if known["after"] != new["after"]:
+                changed.append("the stages before it were made anew")
+            if changed:
+                raise ValueError(
+                    f"{folder} holds rows of the stage {stage.name!r} that were made otherwise ({'; '.join(changed)}): remove the "
+                    "folder to make it and all later stages anew, or choose another output_dir."
+                )
+            for unfinished in folder.glob("*.part"):
+                unfinished.unlink()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.glob("*.parquet")):
+                raise ValueError(
+                    f"{folder} holds files without a manifest.json, of unknown origin: remove the folder."
+                )
+            write_json(file, new)
+
+    def is_finished(self, stage: Stage) -> bool:
+        """Whether all rows of a stage are there, if all earlier ones are."""
+        return (self.path / stage.name / "manifest.json").exists() and not self.missing(stage)
+
+    def missing(self, stage: Stage) -> list[int]:
+        """The numbers of a stage's batches that have no file yet."""
+        there = {int(file.stem) for file in (self.path / stage.name).glob("[0-9]*.parquet")}
+        size = stage.batch_size or max(len(self.live), 1)
+        return [number for number in range(-(-len(self.live) // size)) if number not in there]
+
+    def finish(self, stage: Stage, write: bool = True) -> Counter:
+        """
+        Takes a stage whose batches are all there into account: later reads see its columns, and no rows that it rejected.
+
+        Args:
+            stage ([`Stage`]):
+                The stage.
+            write (`bool`, *optional*, defaults to `True`):
+                Complete its manifest. One process of several does.
+
+        Returns:
+            `Counter`: number of rejected rows by reason, as far as a reason goes before its first colon.
+        """
+        folder = self.path / stage.name
+        rows, live, parents, reasons = [], [], [], Counter[str]()
+        for file in sorted(folder.glob("[0-9]*.parquet")):
+            try:
+                table = pq.read_table(file, columns=None if stage.batch_size is None else ["row", "reason"])
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{file} is damaged ({error}): remove it and run again.") from error
+            rows.append(table["row"].to_numpy())
+            live.append(rows[-1][table["reason"].is_null().to_numpy()])
+            parents += [table["parent"].to_numpy()] if "parent" in table.column_names else []
+            reasons.update(reason.partition(":")[0] for reason in table["reason"].drop_null().to_pylist())
+        empty = np.empty(0, dtype=int)
+        self.parents += [np.concatenate(parents)] if parents else []
+        manifest = folder / "manifest.json"
+        known = json.loads(manifest.read_text())
+        key = _digest({name: known[name] for name in ("stage", "after", "batch_size", "settings")})
+        done = FinishedStage(
+            stage.name,
+            key,
+            tuple(stage.features),
+            np.concatenate([empty, *rows]),
+            stage.batch_size or max(len(self.live), sum(map(len, rows)), 1),
+            len(self.parents),
+        )
+        self.live = np.concatenate([empty, *live])
+        self.stages.append(done)
+        if write:
+            counts = {"rows": len(done.rows), "kept": len(self.live), "rejected": dict(sorted(reasons.items()))}
+            if known != (complete := known | counts):
+                write_json(manifest, complete)
+        return reasons
+
+    def rejected(self) -> Iterator[dict[str, Any]]:
+        """Every rejected row of the finished stages: `stage`, `row`, `reason`, and from the sources `source` and `file`."""
+        for number, stage in enumerate(self.stages):
+            for file in sorted((self.path / stage.name).glob("[0-9]*.parquet")):
+                table = pq.read_table(file, columns=["row", "reason"])
+                table = table.filter(table["reason"].is_valid())
+                rows = images = table["row"].to_numpy()
+                for parents in reversed(self.parents[: stage.level]):
+                    images = parents[images]
+                origin = self._read(self.stages[0], images, ["source", "file"]) if len(rows) else {}
+                for i, reason in enumerate(table["reason"].to_pylist()):
+                    yield {
+                        "stage": self.stages[number].name,
+                        "row": int(rows[i]),
+                        "reason": reason,
+                        **{name: values[i] for name, values in origin.items()},
+                    }
+
+
+def run_stage(
+    folder: WorkFolder,
+    stage: Stage,
+    accelerator: Accelerator,
+    engine: str = "local",
+    num_workers: int = 1,
+    gpus_per_worker: float = 0,
+) -> Counter:
+    """
+    Takes a stage through all batches that have no file yet.
+
+    Args:
+        folder ([`WorkFolder`]):
+            The folder, with all earlier stages finished.
+        stage ([`Stage`]):
+            The stage.
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes of this launch. Each takes a part of the batches.
+        engine (`str`, *optional*, defaults to `"local"`):
+            `"local"`: in these processes, through `datasets`. `"ray"`: on Ray Data, on this machine or the cluster that Ray is
+            connected to; the folder must be reachable from all of it under the same path.
+        num_workers (`int`, *optional*, defaults to `1`):
+            With Ray: number of workers, each with a model of its own.
+        gpus_per_worker (`float`, *optional*, defaults to `0`):
+            With Ray: number of GPUs of a worker.
+
+    Returns:
+        `Counter`: number of rejected rows by reason.
+
+    Raises:
+        `ValueError`: If the folder holds rows of this stage that were made otherwise.
+        `OSError`: If a batch cannot be written. What was written before is kept.
+    """
+    if accelerator.is_main_process:
+        folder.begin(stage)
+    accelerator.wait_for_everyone()
+    missing = folder.missing(stage)
+    accelerator.wait_for_everyone()  # before anything is written that another process has yet to look for
+    # Dealt out by number, as a process must not depend on how far another has come.
+    mine = [number for number in missing if number % accelerator.num_processes == accelerator.process_index]
+    if mine:
+        size = stage.batch_size or max(len(folder.live), 1)
+        progress = tqdm(
+            total=len(folder.live),
+            initial=max(0, len(folder.live) - len(missing) * size),
+            desc=stage.name,
+            unit="row",
+            disable=not accelerator.is_main_process,
+        )
+        # A choice among all rows is quicker made than sent.
+        if engine == "ray" and stage.batch_size is not None:
+            batches = _on_ray(folder, stage, mine, num_workers, gpus_per_worker)
+        else:
+            batches = _locally(folder, stage, mine)
+        with progress:
+            for done in batches:
+                progress.update(done["rows"] * (accelerator.num_processes if stage.batch_size else 0))
+    accelerator.wait_for_everyone()
+    return folder.finish(stage, write=accelerator.is_main_process)
+
+
+def _locally(folder: WorkFolder, stage: Stage, numbers: list[int]) -> Iterator[dict]:
+    stage.load()
+    batches = Dataset.from_dict({"number": numbers}).to_iterable_dataset()
+    yield from batches.map(lambda row: folder.compute(stage, row["number"]), remove_columns="number")
+
+
+def _on_ray(
+    folder: WorkFolder, stage: Stage, numbers: list[int], num_workers: int, gpus_per_worker: float
+) -> Iterator[dict]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("engine='ray' needs Ray Data: pip install hp-edit-trl[ray]") from error
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    class Worker:
+        """Holds the stage's model from one batch to the next."""
+
+        def __init__(self, folder: WorkFolder, stage: Stage):
+            self.folder, self.stage = folder, stage
+            stage.load()
+
+        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[int]]:
+            done = [self.folder.compute(self.stage, int(number)) for number in batch["number"]]
+            return {name: [one[name] for one in done] for name in ("rows", "rejected")}
+
+    blocks = min(len(numbers), 1000)
+    batches = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=blocks)
+    done = batches.map_batches(
+        Worker,
+        batch_size=1,
+        fn_constructor_args=(folder, stage),
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        num_cpus=1,
+        num_gpus=gpus_per_worker,
+    )
+    try:
+        yield from done.iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error  # what the stage or the disk has said
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"Ray could not run the stage {stage.name!r}: {lines[-1]}") from error
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(file: Path, table: pa.Table, row_group_size: int) -> None:
+    def write(part: Path) -> None:
+        pq.write_table(table, part, compression="zstd", row_group_size=row_group_size, write_page_checksum=True)
+
+    write_atomically(file, write)

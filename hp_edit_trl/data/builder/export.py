@@ -1,0 +1,399 @@
+"""Writes a finished data set as it lies on the Hub: Parquet files, a card, figures."""
+
+import hashlib
+import logging
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ... import __version__
+from ...utils.files import write_atomically
+from .engine import Batch
+from ..schema import CASE_FEATURES, EDIT_FEATURES, SCORE_FEATURES, check_row, with_presence
+
+
+logger = logging.getLogger(__name__)
+
+FILE_BYTES = 500_000_000  # of a Parquet file, about
+GROUP_BYTES = 50_000_000  # of a row group: the Hub's viewer shows none above 100 MB, and reads a group as a whole
+GROUP_ROWS = 100
+
+# Licences that a card may name for the whole data set; others are named row by row
+LICENSES = {
+    "apache-2.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
+    "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0",
+    "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "mit", "odbl", "odc-by", "openrail", "pddl", "unlicense",
+}  # fmt: skip
+
+MAKERS = {
+    "writer": "instructions by",
+    "writer_prompt": "instruction template",
+    "editor": "edits by",
+    "editor_revision": "revision of the editor",
+    "judge": "scores by",
+    "scorer_prompt": "scorer prompt",
+    "prompt_sha": "hash of the scorer prompt",
+    "score_mode": "mode of the score",
+}
+
+
+class Contents:
+    """What a data set has in it: gathered row by row while it is written."""
+
+    def __init__(self) -> None:
+        self.cases: Counter[tuple[str, str]] = Counter()  # by split and task
+        self.categories: Counter[str] = Counter()
+        self.languages: Counter[str] = Counter()
+        self.licenses: Counter[tuple[str | None, str | None]] = Counter()
+        self.makers: Counter[tuple[str, str]] = Counter()
+        self.scores: dict[tuple[str, str], list[float | None]] = {}  # by split and task
+        self.num_bytes: Counter[str] = Counter()
+
+    def add(self, split: str, batch: Batch, num_bytes: int) -> None:
+        self.cases.update((split, task) for task in batch["task"])
+        self.categories.update(category or "unknown" for category in batch["category"])
+        self.languages.update(language for language in batch["language"] if language)
+        self.licenses.update(zip(batch["source"], batch["license"], strict=True))
+        for name in MAKERS:
+            self.makers.update((name, str(value)) for value in batch.get(name, []) if value is not None)
+        for task, score in zip(batch["task"], batch.get("score", []), strict=False):
+            self.scores.setdefault((split, task), []).append(score)
+        self.num_bytes[split] += num_bytes
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Number of rows of each split."""
+        return {
+            split: sum(count for (name, _), count in self.cases.items() if name == split) for split in self.num_bytes
+        }
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({task for _, task in self.cases})
+
+
+def export_dataset(
+    splits: Mapping[str, Iterable[Batch]],
+    folder: str | Path,
+    *,
+    name: str = "Hard cases for image editing",
+    rejected: Mapping[str, Mapping[str, int]] | None = None,
+) -> Contents:
+    """
+    Writes a data set as it lies on the Hub: `data/*.parquet` with the images inside, in row groups that the Hub's viewer can show;
+    `README.md`, the card; `figures/*.png`. The same rows give the same bytes. What was in the folder before is replaced when all is
+    written.
+
+    Args:
+        splits (`Mapping[str, Iterable[dict[str, list]]]`):
+            For each split its rows in batches of columns, images encoded as `{"bytes": ..., "path": None}`. Only a row group of them
+            is held in memory.
+        folder (`str` or `Path`):
+            The folder.
+        name (`str`, *optional*):
+            Title of the card.
+        rejected (`Mapping[str, Mapping[str, int]]`, *optional*):
+            For the card: by stage, how many rows were rejected for each reason.
+
+    Returns:
+        [`Contents`]: what was written.
+
+    Raises:
+        `ValueError`: If there are no rows, their columns differ, or one does not fit the schema.
+        `OSError`: If the disk is full. What was there before is kept.
+    """
+    folder = Path(folder)
+    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():  # killed between the two renamings below
+        old.rename(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "data").mkdir(parents=True)
+    (part / "figures").mkdir()
+    contents = Contents()
+    features: Features | None = None
+    try:
+        for split, batches in splits.items():
+            features = _write_split(_checked(batches, split, features), part / "data", split, contents) or features
+        if features is None:
+            raise ValueError(f"There are no rows to export in the splits {list(splits)}.")
+        draw_tasks_and_categories(contents, part / "figures" / "tasks_and_categories.png")
+        if any(score is not None for scores in contents.scores.values() for score in scores):
+            draw_scores(contents, part / "figures" / "scores.png")
+        _write_card(part, name, contents, features, rejected or {})
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{folder} cannot be written ({error}). Make room, and run again") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return contents
+
+
+def _checked(batches: Iterable[Batch], split: str, features: Features | None) -> Iterator[Batch]:
+    """The batches, as long as they have the same columns, those of `features` if there are some, and can be loaded again."""
+    columns = None if features is None else set(features)
+    known = {*CASE_FEATURES, *EDIT_FEATURES, *SCORE_FEATURES}
+    seen: dict[tuple, int] = {}
+    for batch in batches:
+        if missing := CASE_FEATURES.keys() - batch.keys():
+            raise ValueError(
+                f"The split {split!r} has no columns {sorted(missing)}: the rows of a data set have all of a case."
+            )
+        if unknown := batch.keys() - known:
+            raise ValueError(
+                f"The split {split!r} has columns that are none of the schema: {sorted(unknown)}. Leave them out."
+            )
+        if columns is not None and batch.keys() != columns:
+            raise ValueError(
+                f"The split {split!r} has other columns than the rows before it: {sorted(batch.keys() ^ columns)} are in one alone."
+            )
+        columns = set(batch)
+        for i in range(len(batch["id"])):
+            row = {column: values[i] for column, values in batch.items()}
+            check_row(with_presence(row), len(seen), f"the split {split!r}", seen)
+        yield batch
+
+
+def _write_split(batches: Iterable[Batch], folder: Path, split: str, contents: Contents) -> Features | None:
+    """Writes one split. Files are counted first and named last, as their number is part of their names."""
+    features: Features | None = None
+    writer: pq.ParquetWriter | None = None
+    files: list[Path] = []
+    written = 0
+    for group, size in _groups(batches):
+        if features is None:
+            known = {**CASE_FEATURES, **EDIT_FEATURES, **SCORE_FEATURES}
+            features = Features({column: known[column] for column in group})
+        if writer is None or written >= FILE_BYTES:
+            if writer is not None:
+                writer.close()
+            files.append(folder / f"{split}-{len(files):05d}.part")
+            # The metadata tells `datasets` and the Hub which columns are images.
+            writer = pq.ParquetWriter(
+                files[-1], features.arrow_schema, compression="zstd", write_page_index=True, write_page_checksum=True
+            )
+            written = 0
+        schema = features.arrow_schema
+        arrays = [pa.array(group[column], schema.field(column).type) for column in schema.names]
+        writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=GROUP_ROWS)
+        written += size
+        contents.add(split, group, size)
+    if writer is not None:
+        writer.close()
+    for number, file in enumerate(files):
+        file.rename(folder / f"{split}-{number:05d}-of-{len(files):05d}.parquet")
+    return features
+
+
+def _groups(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
+    """Rows in groups of at most `GROUP_ROWS`, and of `GROUP_BYTES` unless one row alone has more."""
+    group: Batch = {}
+    size = 0
+    for batch in batches:
+        for i in range(len(batch["id"])):
+            row = {column: values[i] for column, values in batch.items()}
+            row_size = sum(_size(value) for value in row.values())
+            if group and (len(group["id"]) == GROUP_ROWS or size + row_size > GROUP_BYTES):
+                yield group, size
+                group, size = {}, 0
+            for column, value in row.items():
+                group.setdefault(column, []).append(value)
+            size += row_size
+    if group:
+        yield group, size
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, dict):
+        return len(value["bytes"] or b"")
+    return len(value.encode()) if isinstance(value, str) else 8
+
+
+def _write_card(
+    folder: Path, name: str, contents: Contents, features: Features, rejected: Mapping[str, Mapping[str, int]]
+) -> None:
+    digest = hashlib.sha256()
+    for file in sorted((folder / "data").glob("*.parquet")):
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    splits = contents.splits
+    licenses = {license for _, license in contents.licenses}
+    total = sum(splits.values())
+    data = DatasetCardData(
+        license=licenses.pop() if len(licenses) == 1 and licenses <= LICENSES else "other",
+        language=sorted(contents.languages) or None,
+        task_categories=["image-to-image"],
+        tags=["hp-edit-trl", "image-editing", "preference"],
+        size_categories=[_size_category(total)],
+        configs=[
+            {
+                "config_name": "default",
+                # `load_dataset` finds a local folder in its cache by the name of the folder and by what the card says. Without
+                # this it would take other rows, in a folder of the same name, for these.
+                "description": f"content {digest.hexdigest()[:16]}",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
+            }
+        ],
+        dataset_info={
+            "features": features._to_yaml_list(),
+            "splits": [
+                {"name": split, "num_bytes": contents.num_bytes[split], "num_examples": count}
+                for split, count in splits.items()
+            ],
+            "download_size": sum(file.stat().st_size for file in (folder / "data").iterdir()),
+            "dataset_size": sum(contents.num_bytes.values()),
+        },
+    )
+    makers = [(MAKERS[what], _cell(which), count) for (what, which), count in contents.makers.items()]
+    card = DatasetCard.from_template(
+        data,
+        template_path=str(Path(__file__).parent / "dataset_card.md"),
+        name=name,
+        rows=total,
+        splits=splits,
+        tasks=contents.tasks,
+        cases={split: {task: contents.cases[split, task] for task in contents.tasks} for split in splits},
+        has_edits="edited" in features,
+        has_scores=bool(contents.scores) and (folder / "figures" / "scores.png").exists(),
+        rejected={stage: {_cell(reason): count for reason, count in reasons.items()} for stage, reasons in rejected.items()},
+        licenses=[
+            ((_cell(source), _cell(license)), count)
+            for (source, license), count in sorted(contents.licenses.items(), key=lambda item: (-item[1], str(item[0])))
+        ],
+        makers=sorted(makers, key=lambda row: (list(MAKERS.values()).index(row[0]), row[1])),
+        version=__version__,
+    )  # fmt: skip
+    # A template leaves holes where it had conditions.
+    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"\|\n+(?=\|)", "|\n", str(card)))
+    write_atomically(folder / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _cell(value: str | None) -> str | None:
+    """A text that does not end its cell of a table."""
+    return None if value is None else " ".join(value.replace("|", "\\|").split())
+
+
+def _size_category(count: int) -> str:
+    for limit, category in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
+        if count < limit:
+            return category
+    return "1M<n<10M"
+
+
+def _plain(text: str) -> str:
+    """A text in which matplotlib sees no formula."""
+    return text.replace("$", r"\$")
+
+
+def draw_tasks_and_categories(contents: Contents, path: Path) -> None:
+    """How many cases of each task and category there are, in all splits together: bars, and the tasks' share of the whole."""
+    tasks = Counter[str]()
+    for (_, task), count in contents.cases.items():
+        tasks[task] += count
+    total = sum(tasks.values())
+    categories = contents.categories.most_common()
+    figure = Figure(figsize=(12, 4.6 if len(categories) <= 40 else 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2.6))
+    names = [task for task, _ in tasks.most_common()][::-1]
+    bars = left.barh([_plain(task) for task in names], [tasks[task] for task in names], color="#4477aa")
+    left.bar_label(bars, [f"{tasks[task]:,} ({tasks[task] / total:.1%})" for task in names], padding=3, fontsize=8)
+    left.margins(x=0.35)
+    left.set_title(f"{total:,} cases of {len(tasks)} tasks")
+    right.bar(range(len(categories)), [count for _, count in categories], color="#66aa88")
+    size = 9 if len(categories) <= 20 else 7
+    labels = [_plain(category) for category, _ in categories]
+    right.set_xticks(range(len(categories)), labels, rotation=90 if len(categories) > 8 else 0, fontsize=size)
+    right.set_xlim(-0.7, max(len(categories), 4) - 0.3)
+    right.set_title(f"{len(categories)} categories")
+    for axes, counts in ((left, left.xaxis), (right, right.yaxis)):
+        axes.spines[["top", "right"]].set_visible(False)
+        counts.set_major_locator(MaxNLocator(5, integer=True))
+    right.set_ylabel("cases")
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def draw_scores(contents: Contents, path: Path) -> None:
+    """Histograms of the scores of each task: before the filter (`train` and `filtered`), and after it (`train`)."""
+    tasks = [task for task in contents.tasks if any(key[1] == task and key[0] != "test" for key in contents.scores)]
+    tasks = tasks or contents.tasks
+    columns = min(3, len(tasks) + 1)
+    rows = -(-(len(tasks) + 1) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.2 * rows + 0.5), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    edges = np.arange(-0.25, 5.5, 0.5)
+    for axes, task in zip(grid, ["all tasks", *tasks], strict=False):
+        chosen = [task] if task != "all tasks" else tasks
+        after = [s for name in chosen for s in contents.scores.get(("train", name), []) if s is not None]
+        easy = [s for name in chosen for s in contents.scores.get(("filtered", name), []) if s is not None]
+        before = after + easy
+        axes.hist(before, edges, color="#bbbbbb", label="before the filter")
+        axes.hist(after, edges, color="#cc6677", rwidth=0.7, label="after: trained on")
+        if before:
+            top = float(np.mean([score >= 4.75 for score in before]))
+            mean = f"mean {np.mean(before):.2f}" + (f" → {np.mean(after):.2f}" if after else "")
+            axes.set_title(f"{_plain(task)}: {mean}, {top:.0%} at 5", fontsize=8)
+        axes.set_xticks(range(6))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(tasks) + 1 :]:
+        axes.set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+    """
+    Pushes a data set that [`export_dataset`] wrote to the Hub.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+        repo_id (`str`):
+            The repository, e.g. `"me/my-realpref"`. It is made if need be.
+        private (`bool`, *optional*, defaults to `True`):
+            Whether it is private, if it is new.
+        token (`str`, *optional*):
+            Token with the right to write. Defaults to the one that is logged in.
+
+    Returns:
+        `str`: the address of the commit; its last part can be passed as `revision` to [`load_realpref`].
+
+    Raises:
+        `FileNotFoundError`: If the folder holds no data set.
+        `ValueError`: If it should be private, and there is a public repository of that name.
+    """
+    folder = Path(folder)
+    if not any((folder / "data").glob("*.parquet")) or not (folder / "README.md").exists():
+        raise FileNotFoundError(f"{folder} holds no data set: a README.md and data/*.parquet. Build it first.")
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id, repo_type="dataset").private:
+        raise ValueError(
+            f"{repo_id} is a public repository already: make it private in its settings, name another one, or pass private=False."
+        )
+    # Files of an earlier version that are no longer there go with the same commit.
+    commit = api.upload_folder(
+        folder_path=folder,
+        repo_id=repo_id,
+        repo_type="dataset",
+        commit_message="Data set",
+        delete_patterns=["data/*", "figures/*"],
+    )
+    return str(commit.commit_url)

@@ -1,0 +1,381 @@
+"""
+Editors: whatever makes an edit of an image and an instruction. A diffusers pipeline, a policy, a function, or a folder of edits
+that are there already.
+"""
+
+import gc
+import hashlib
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+from trl.trainer.utils import get_callable_name
+
+from .lora_formats import lora_file
+from .policies.edit_policy import EditPolicy, bucketed, fitted_size
+from .policies.rollout import decode, rollout
+from .utils.revisions import folder_revision, weights_digest
+from .utils.seeding import seeded_generator
+
+
+logger = logging.getLogger(__name__)
+
+
+class Editor(Protocol):
+    """What edits."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Whatever decides an edit, beside the case and its seed: model, revision, settings."""
+
+    def load(self) -> None:
+        """Gets ready to edit. Raises if that is impossible."""
+
+    def unload(self) -> None:
+        """Makes room on the device for whatever comes next."""
+
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+    ) -> list[Image.Image | None]:
+        """One edit of each image, `None` where there is none."""
+
+
+class PipelineEditor:
+    """
+    Any diffusers pipeline that is called with `image` and `prompt`, one case at a time, as its own users call it.
+
+    Args:
+        model (`str`):
+            Hub id or local folder, e.g. `"Qwen/Qwen-Image-Edit-2509"`.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the Hub repository.
+        lora (`str`, *optional*):
+            A LoRA that is loaded on top: Hub id or local folder.
+        resolution (`int`, *optional*):
+            Side in pixels of the square whose area an edit has, in its image's aspect ratio. By default the pipeline's own choice.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Type of the weights.
+        **options:
+            Further arguments of the pipeline's call, e.g. `num_inference_steps` and `true_cfg_scale`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        lora: str | None = None,
+        resolution: int | None = None,
+        dtype: str = "bfloat16",
+        **options: Any,
+    ):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype={dtype!r} is no type of tensors: use e.g. 'bfloat16' or 'float32'.")
+        self.model = model
+        self.revision = revision
+        self.lora = lora
+        self.resolution = resolution
+        self.dtype = dtype
+        self.options = options
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the pipeline's files lie; they are downloaded first, if need be."""
+        if os.path.isdir(self.model):
+            return Path(self.model)
+        try:
+            return Path(DiffusionPipeline.download(self.model, revision=self.revision))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"editor={self.model!r} is neither a folder nor a diffusers pipeline on the Hub that can be read: {error}"
+            ) from error
+
+    @cached_property
+    def pipeline(self) -> DiffusionPipeline:
+        return self.load_pipeline().to(PartialState().device)
+
+    def load_pipeline(self) -> DiffusionPipeline:
+        """The pipeline with its LoRA, on the CPU."""
+        pipeline = DiffusionPipeline.from_pretrained(str(self.folder), dtype=getattr(torch, self.dtype))
+        if self.lora is not None:
+            try:
+                file = lora_file(self.lora)
+                pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+            except (OSError, ValueError, AttributeError) as error:  # the last where a pipeline takes no LoRA
+                raise ValueError(f"lora={self.lora!r} cannot be loaded onto {self.model!r}: {error}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"resolution": self.resolution, "dtype": self.dtype, **self.options}
+        if self.lora is not None:
+            content = hashlib.sha256(lora_file(self.lora).read_bytes()).hexdigest()
+            options |= {"lora": self.lora, "lora_sha": content[:12]}
+        return {"editor": self.model, "revision": folder_revision(self.folder), **options}
+
+    def load(self) -> None:
+        self.pipeline  # noqa: B018
+
+    def unload(self) -> None:
+        self.__dict__.pop("pipeline", None)
+        empty_device_cache()
+
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+    ) -> list[Image.Image | None]:
+        edits: list[Image.Image | None] = []
+        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
+            size = {}
+            if self.resolution is not None:
+                size = dict(zip(("height", "width"), fitted_size(image, self.resolution, 16), strict=True))
+            generator = torch.Generator().manual_seed(seed)
+            edits += self.pipeline(image=image, prompt=prompt, generator=generator, **size, **self.options).images
+        return edits
+
+
+class PolicyEditor:
+    """
+    A policy as an editor: cases of one size are edited together.
+
+    Args:
+        policy ([`EditPolicy`]):
+            The policy.
+        name (`str`):
+            What it is called in a dataset.
+        resolution (`int`, *optional*, defaults to `512`):
+            Side in pixels of the square whose area every edit has.
+        num_inference_steps (`int`, *optional*):
+            Number of denoising steps. By default what the pipeline is meant to be used with.
+        true_cfg_scale (`float`, *optional*):
+            Scale of classifier-free guidance. By default what the pipeline is meant to be used with.
+        batch_size (`int`, *optional*, defaults to `4`):
+            Largest number of edits that are denoised together.
+    """
+
+    def __init__(
+        self,
+        policy: EditPolicy,
+        name: str,
+        resolution: int = 512,
+        num_inference_steps: int | None = None,
+        true_cfg_scale: float | None = None,
+        batch_size: int = 4,
+    ):
+        self.policy = policy
+        self.name = name
+        self.resolution = resolution
+        self.num_inference_steps = num_inference_steps or policy.default_num_inference_steps
+        self.true_cfg_scale = policy.default_true_cfg_scale if true_cfg_scale is None else true_cfg_scale
+        self.batch_size = batch_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        names = ("resolution", "num_inference_steps", "true_cfg_scale")
+        settings = {name: getattr(self, name) for name in names}
+        return {"editor": self.name, "revision": weights_digest(self.policy.pipeline.transformer), **settings}
+
+    def load(self) -> None:
+        device = PartialState().device
+        self.policy.place(device)
+        self.policy.pipeline.transformer.requires_grad_(False).eval().to(device)
+
+    def unload(self) -> None:
+        self.policy.pipeline.to("cpu")
+        empty_device_cache()
+
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+    ) -> list[Image.Image | None]:
+        policy = self.policy
+        negative_prompt = policy.default_negative_prompt if self.true_cfg_scale > 1 else None
+        with policy.loaded(*policy.encoders), torch.no_grad():
+            conditions = [
+                policy.encode([image], prompt, negative_prompt, self.resolution)
+                for image, prompt in zip(images, prompts, strict=True)
+            ]
+        autocast = torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype == torch.bfloat16)
+        edits: dict[int, Image.Image] = {}
+        for members in bucketed(conditions, self.batch_size):
+            chosen = [conditions[i] for i in members]
+            with autocast:
+                paths = rollout(
+                    policy,
+                    policy.pipeline.transformer,
+                    chosen,
+                    [torch.Generator().manual_seed(seeds[i]) for i in members],
+                    num_inference_steps=self.num_inference_steps,
+                    true_cfg_scale=self.true_cfg_scale,
+                    batch_size=self.batch_size,
+                )
+            decoded = decode(policy, [path.final for path in paths], chosen, self.batch_size)
+            edits.update(zip(members, decoded, strict=True))
+        return [edits[i] for i in range(len(images))]
+
+
+class FolderEditor:
+    """
+    Edits that are there already: files named by the id of their case, e.g. `0f3a….png`. An id with characters that file names do
+    not take is written as in a URL, e.g. `a%2Fb.png` for `a/b`.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+        name (`str`, *optional*):
+            What made the edits. By default the folder's name.
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder, or no picture in it.
+    """
+
+    SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+    def __init__(self, folder: str | Path, name: str | None = None):
+        self.folder = Path(folder)
+        self.name = name or self.folder.name
+        if not self.folder.is_dir() or not any(file.suffix in self.SUFFIXES for file in self.folder.iterdir()):
+            raise FileNotFoundError(
+                f"{folder} is no folder of edits ({', '.join(self.SUFFIXES)}), named by their case's id."
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"editor": self.name, "revision": folder_revision(self.folder)}
+
+    def load(self) -> None:
+        """There is nothing to get ready."""
+
+    def unload(self) -> None:
+        """There is nothing to give back."""
+
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+    ) -> list[Image.Image | None]:
+        edits: list[Image.Image | None] = []
+        for case_id in ids:
+            stems = (case_id, quote(case_id, safe=""))
+            paths = [self.folder / f"{stem}{suffix}" for stem in stems for suffix in self.SUFFIXES]
+            files = [path for path in paths if path.is_file()]
+            if not files:
+                edits.append(None)
+                continue
+            with Image.open(files[0]) as image:
+                edits.append(image.convert("RGB"))
+        return edits
+
+
+class FunctionEditor:
+    """
+    A Python function as an editor.
+
+    Args:
+        function (`Callable`):
+            Takes a list of images and a list of prompts, and returns a list of images, `None` where there is none. If it has
+            parameters `ids` and `seeds`, it is given the cases' ids and their seeds too; without `seeds` it must not draw.
+        name (`str`, *optional*):
+            What it is called in a dataset. By default the function's name.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None):
+        self.function = function
+        self.name = name or get_callable_name(function)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        try:
+            source = inspect.getsource(self.function)
+            return {"editor": self.name, "revision": f"source {hashlib.sha256(source.encode()).hexdigest()[:12]}"}
+        except (OSError, TypeError):  # typed into an interpreter, or no plain function
+            return {"editor": self.name, "revision": None}
+
+    def load(self) -> None:
+        """There is nothing to get ready."""
+
+    def unload(self) -> None:
+        """There is nothing to give back."""
+
+    def __call__(
+        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+    ) -> list[Image.Image | None]:
+        asked = inspect.signature(self.function).parameters
+        given = {name: values for name, values in (("ids", ids), ("seeds", seeds)) if name in asked}
+        return self.function(images, prompts, **given)
+
+
+def as_editor(editor: Editor | Callable[..., Any]) -> Editor:
+    """The editor itself, or one that calls a plain function."""
+    return editor if hasattr(editor, "identity") else FunctionEditor(editor)  # type: ignore[return-value]
+
+
+def edit_seed(seed: int, case_id: str) -> int:
+    """The seed of the noise of a case's edit: the same in every run, whatever else is edited."""
+    return seeded_generator(seed, "edit", case_id).initial_seed() % 2**31
+
+
+def edit_cases(
+    editor: Editor, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[Image.Image | None], list[str | None]]:
+    """
+    Edits cases together, and one by one where that fails, so that a case that cannot be edited takes no other with it.
+
+    Args:
+        editor ([`Editor`]):
+            What edits.
+        images (`list[PIL.Image.Image]`):
+            The sources.
+        prompts (`list[str]`):
+            The instructions.
+        ids (`Sequence[str]`):
+            The cases' ids.
+        seeds (`Sequence[int]`):
+            The seed of each edit.
+
+    Returns:
+        `tuple[list[PIL.Image.Image | None], list[str | None]]`: the edits, and for each that is missing why, e.g.
+        `"editor failed: ..."` or `"no edit: ..."`.
+
+    Raises:
+        `torch.OutOfMemoryError`: If the device has too little memory, which says nothing about the cases.
+    """
+    try:
+        edits = list(editor(images, prompts, ids, seeds))
+        if len(edits) != len(images):
+            raise ValueError(f"The editor returned {len(edits)} edits of {len(images)} images.")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an editor of the user's own may raise anything
+        if len(images) == 1:
+            logger.warning("No edit of case %s: %s: %s", ids[0], type(error).__name__, error)
+            return [None], [f"editor failed: {type(error).__name__}: {error}"]
+        cases = zip(images, prompts, ids, seeds, strict=True)
+        alone = [edit_cases(editor, [image], [prompt], [case_id], [seed]) for image, prompt, case_id, seed in cases]
+        return [edits[0] for edits, _ in alone], [reasons[0] for _, reasons in alone]
+    reasons: list[str | None] = [None] * len(edits)
+    for i, edit in enumerate(edits):
+        try:
+            if not isinstance(edit, Image.Image):
+                reasons[i] = "no edit" if edit is None else f"no edit: the editor returned a {type(edit).__name__}"
+            elif 0 in edit.size:
+                reasons[i] = "no edit: the editor returned an empty picture"
+            else:
+                edit.load()  # a file may have been opened, but not read
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
+            reasons[i] = f"no edit: the picture cannot be read: {error}"
+        if reasons[i] is not None:
+            edits[i] = None
+    return edits, reasons
+
+
+def empty_device_cache() -> None:
+    """Gives memory that is no longer used back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,123 @@
+"""Edits and scores of many cases, before and after training."""
+
+import csv
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+from tqdm import tqdm
+
+from ..tasks import TASKS
+from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+from ..utils.images import comparison_sheet
+from ..utils.statistics import paired_difference
+from .scorers import RuleScorer
+
+
+def edit_dataset(
+    sample_edits: Callable[[list[tuple[dict, list[Image.Image]]]], list[Image.Image]],
+    dataset: Dataset,
+    batch_size: int = 100,
+) -> list[Image.Image]:
+    """
+    A policy's edits of a dataset of [`load_dataset`].
+
+    Args:
+        sample_edits (`Callable`):
+            The policy: takes pairs of a row and its images, and returns the edits, as `trainer.sample_edits` does.
+        dataset (`~datasets.Dataset`):
+            The cases.
+        batch_size (`int`, *optional*, defaults to `100`):
+            Number of cases per call.
+    """
+    edits: list[Image.Image] = []
+    for start in tqdm(range(0, len(dataset), batch_size), "Editing", leave=False):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        edits += sample_edits([(row, [row["image"]]) for row in rows])
+    return edits
+
+
+def score_edits(edits: list[Image.Image], dataset: Dataset) -> list[float]:
+    """Scores of [`RuleScorer`], 0 to 5, one for each edit of a dataset of [`load_dataset`]."""
+    scorer = RuleScorer()
+    return [scorer.score(edit, row["image"], row["target"]) for edit, row in zip(edits, dataset, strict=True)]
+
+
+def comparison_table(tasks: list[str], before: list[float], after: list[float]) -> str:
+    """
+    Markdown table of mean scores before and after, per task and overall, with paired differences and standard errors.
+
+    Args:
+        tasks (`list[str]`):
+            The task of each case.
+        before (`list[float]`):
+            The score of each case before training.
+        after (`list[float]`):
+            The score of each case after it.
+    """
+    lines = ["| task | cases | before | after | difference |", "|---|---|---|---|---|"]
+    for name in [*[task for task in TASKS if task in tasks], "all"]:
+        rows = [i for i, task in enumerate(tasks) if name in (task, "all")]
+        old, new = [before[i] for i in rows], [after[i] for i in rows]
+        difference, error = paired_difference(old, new)
+        lines.append(
+            f"| {name} | {len(rows)} | {np.mean(old):.2f} | {np.mean(new):.2f} | {difference:+.2f} ± {error:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def before_after_sheet(
+    dataset: Dataset, before: list[Image.Image], after: list[Image.Image], below: float = 3.0
+) -> Image.Image:
+    """
+    The first case of each task whose edit scored low before training: source, both edits, and what was asked for.
+
+    Args:
+        dataset (`~datasets.Dataset`):
+            The cases.
+        before (`list[PIL.Image.Image]`):
+            Their edits before training.
+        after (`list[PIL.Image.Image]`):
+            Their edits after it.
+        below (`float`, *optional*, defaults to `3.0`):
+            The score before training has to be below this.
+    """
+    scores = list(zip(score_edits(before, dataset), score_edits(after, dataset), strict=True))
+    rows = []
+    for task in TASKS:
+        index = next((i for i, t in enumerate(dataset["task"]) if t == task and scores[i][0] < below), None)
+        if index is not None:
+            row, (old, new) = dataset[index], scores[index]
+            text = f"{row['prompt']}  ({old:.1f} -> {new:.1f})"
+            rows.append((text, [row["image"], before[index], after[index], row["target"]]))
+    return comparison_sheet(rows, ["source", f"before (below {below:g})", "after", "asked for"], height=128)
+
+
+def report(trainer: FlowGRPOEditTrainer, dataset: Dataset) -> tuple[list[float], list[float]]:
+    """
+    Edits a dataset with and without the trained adapter, along the ODE and from the same noise; prints the scores per
+    task and writes `scores.csv` and `hard_cases.png` to the trainer's output folder.
+
+    Args:
+        trainer ([`FlowGRPOEditTrainer`]):
+            The trainer, after training.
+        dataset (`~datasets.Dataset`):
+            Held-out cases of [`load_dataset`].
+
+    Returns:
+        `tuple[list[float], list[float]]`: the score of each case before and after.
+    """
+    before = edit_dataset(partial(trainer.sample_edits, adapter=False), dataset)
+    after = edit_dataset(trainer.sample_edits, dataset)
+    scores = score_edits(before, dataset), score_edits(after, dataset)
+    print(comparison_table(dataset["task"], *scores))
+    folder = Path(trainer.args.output_dir)
+    with (folder / "scores.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "task", "before", "after"])
+        writer.writerows(zip(dataset["id"], dataset["task"], *scores, strict=True))
+    before_after_sheet(dataset, before, after).save(folder / "hard_cases.png")
+    return scores

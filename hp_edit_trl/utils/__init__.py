@@ -1,0 +1,1 @@
+"""Files, images, seeds, processes and statistics, each in one place."""

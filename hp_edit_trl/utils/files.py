@@ -1,0 +1,107 @@
+"""Files that survive a kill: written whole or not at all, or appended to line by line."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(file: str | Path, write: Callable[[Path], Any]) -> None:
+    """
+    Writes a file completely or not at all: to a temporary file beside it, which is synced and then renamed.
+
+    Args:
+        file (`str` or `Path`):
+            The file.
+        write (`Callable[[Path], Any]`):
+            Writes the content to the path that it is given, which ends in `.part`.
+
+    Raises:
+        `OSError`: If it cannot be written. An older file is left as it was.
+    """
+    file = Path(file)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")  # other processes may write the same file
+    try:
+        write(part)
+        with open(part, "rb") as written:
+            os.fsync(written.fileno())
+        part.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"{file} cannot be written ({error.strerror or error}). Everything before it is kept: make room, and run again",
+        ) from error
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Writes a text file in UTF-8, completely or not at all."""
+    write_atomically(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(file: str | Path, value: Any) -> None:
+    """Writes a JSON file, completely or not at all. Raises `ValueError` if a number in it is not finite."""
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(file: str | Path) -> dict[str, Any] | None:
+    """Reads a JSON object. Returns `None` if there is no such file, or it does not hold a complete object."""
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def append_jsonl(file: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Appends a line for each row and syncs the file. A line that a crash cut off before is closed first."""
+    with open(file, "ab+") as lines:
+        if lines.seek(0, os.SEEK_END) > 0:
+            lines.seek(-1, os.SEEK_END)
+            if lines.read() != b"\n":
+                lines.write(b"\n")
+        for row in rows:
+            lines.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def read_jsonl(file: str | Path) -> Iterator[tuple[int, Any, bytes]]:
+    """Yields the number, the JSON object (`None` if the line is not a complete one) and the bytes of each non-empty line."""
+    for number, line in enumerate(Path(file).read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            yield number, value if isinstance(value, dict) else None, line
+
+
+def check_unchanged(what: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
+    """
+    Raises an error if files were made with other settings than the present ones.
+
+    Args:
+        what (`str`):
+            What the error says of the files, e.g. `"outputs/a holds samples"`.
+        before (`dict`):
+            The settings that the files were made with.
+        now (`dict`):
+            The present settings. Values are compared as JSON would return them.
+        remedy (`str`):
+            What to do about it, e.g. `"choose another output_dir"`.
+
+    Raises:
+        `ValueError`: If a setting differs; it lists each with its old and its new value.
+    """
+    now = json.loads(json.dumps(now, default=str))
+    changed = [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in before | now
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{what} made with other settings ({'; '.join(changed)}): {remedy}.")

@@ -1,0 +1,297 @@
+"""A whole build: from pictures to a data set, from the configuration to the command."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from hp_edit_trl import HPScorerReward, miniature
+from hp_edit_trl.cli import main
+from hp_edit_trl.data.builder import BuildConfig, WorkFolder, build_dataset
+from hp_edit_trl.data import load_realpref
+from hp_edit_trl.miniature.tiny import tiny_clip, tiny_judge
+from hp_edit_trl.editors import Editor
+from hp_edit_trl.tasks import TASKS
+from tests.data.builder.test_export import digests
+from tests.helpers import END, photo
+from tests.judges.test_judges import completion, serve  # noqa: F401
+
+
+TASK_WEIGHTS = {task.name: task.realpref_50k for task in TASKS.values()}
+BENCHMARK_COUNTS = {task.name: task.realpref_bench for task in TASKS.values()}
+
+
+SCENES = 48
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    miniature.save_pictures(folder, SCENES)
+    tiny_clip(str(folder / "clip"))
+    return folder
+
+
+def make_config(pictures, output_dir, **changes):
+    options = dict(
+        sources=[
+            {"folder": str(pictures / "scenes"), "license": "cc0-1.0"},
+            {"folder": str(pictures / "photographs"), "license": "cc0-1.0", "source": "scikit-image"},
+        ],
+        output_dir=str(output_dir),
+        min_side=32,
+        resolution=64,
+        clip_model=str(pictures / "clip"),
+        task_weights=dict.fromkeys(TASKS, 1),
+        benchmark_counts={"add": 1, "remove": 1},
+        batch_sizes={"sources": 8, "instructions": 5, "edits": 3, "scores": 7},
+    )
+    return BuildConfig(**{**options, **changes})
+
+
+class Moody(Editor):
+    """An editor that does what it is asked for in every third case, and otherwise takes colour away. It can be told to stop."""
+
+    identity = {"editor": "moody", "revision": "1"}
+
+    def __init__(self, stop_at=None):
+        self.calls, self.stop_at, self.knows = 0, stop_at, miniature.SimulatedWriter(SCENES)
+
+    def __call__(self, images, prompts, ids, seeds):
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        return [self.edit(*case) for case in zip(images, prompts, seeds, strict=True)]
+
+    def edit(self, image, prompt, seed):
+        asked = [(task, None) for task in TASKS if task != "style"]
+        known = [found[1] for task in asked if (found := self.knows.target(image, *task)) and found[0] == prompt]
+        return known[0] if known and seed % 3 == 0 else image.point(lambda value: value * (seed % 100) // 100)
+
+
+def build(pictures, output_dir, editor=None, engine="local", stages=None, **changes):
+    writer = miniature.SimulatedWriter(SCENES)
+    return build_dataset(
+        make_config(pictures, output_dir, **changes),
+        writer=writer,
+        editor=editor or Moody(),
+        scorer=HPScorerReward(miniature.SceneJudge(writer)),
+        styles=miniature.MINIATURE_STYLES,
+        engine=engine,
+        stages=stages,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
+    return build(pictures, tmp_path_factory.mktemp("whole") / "build")
+
+
+def test_the_data_set_has_what_the_stages_made(whole):
+    splits = {name: load_realpref(str(whole), name) for name in ("train", "test", "filtered")}
+    train, test, filtered = splits.values()
+    assert Counter(test["task"]) == {"add": 1, "remove": 1}
+    assert max(train["score"]) < 5 and set(filtered["score"]) == {5.0}
+    assert not set(test["image_id"]) & {*train["image_id"], *filtered["image_id"]}
+    for rows in splits.values():
+        assert set(rows["schema_version"]) == {1} and set(rows["license"]) == {"cc0-1.0"}
+        for row in rows:
+            assert row["image"].size == (row["width"], row["height"]) == row["edited"].size
+            assert row["scorer_prompt"] == f"hp-edit-trl:{row['task']}:1"
+            assert row["writer_prompt"] == f"hp-edit-trl:instructions/{row['task']}:1"
+    ids = [case_id for rows in splits.values() for case_id in rows["id"]]
+    assert len(set(ids)) == len(ids)
+    # What was rejected is there with its reason, and nothing is lost.
+    rejected = pq.read_table(whole.parent / "rejected.parquet").to_pylist()
+    sources = json.loads((whole.parent / "sources" / "manifest.json").read_text())
+    assert sources["rows"] == SCENES + 4 + 4 and len(ids) + len(rejected) == sources["rows"]
+    reasons = {(row["stage"], row["reason"].partition(":")[0], row["file"]) for row in rejected}
+    assert {("sources", "unreadable", "cut-off.png"), ("sources", "too small", "dot.png")} <= reasons
+    assert ("duplicates", "duplicate", "the-same-cat.png") in reasons
+    assert ("duplicates", "near duplicate", "smaller-coffee.jpg") in reasons
+    card = (whole / "README.md").read_text()
+    assert "| sources | too small | 1 |" in card and "| scikit-image | cc0-1.0 |" in card
+
+
+def test_stopped_and_run_again_it_ends_with_the_same_bytes(pictures, whole, tmp_path):
+    for stop_at in (2, 4):
+        with pytest.raises(KeyboardInterrupt):
+            build(pictures, tmp_path / "build", Moody(stop_at))
+    editor = Moody()
+    folder = build(pictures, tmp_path / "build", editor)
+    batches = len(list((tmp_path / "build" / "edits").glob("*.parquet")))
+    assert editor.calls == batches - 1 - 3  # what was there before was not made again
+    assert digests(folder) == digests(whole)
+    assert digests(tmp_path / "build") == digests(whole.parent)
+
+
+def run(code: str, *launcher: str) -> None:
+    """Runs code in a process of its own, or in several."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launcher, *([] if launcher else ["-c"]), code], env=env, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_ray_builds_the_same(pictures, whole, tmp_path):
+    pytest.importorskip("ray")
+    out = tmp_path / "build"
+    run(f"from pathlib import Path; from tests.data import test_build as t; t.build(Path({str(pictures)!r}), {str(out)!r}, engine='ray')")  # fmt: skip
+    assert digests(out) == digests(whole.parent)
+
+
+@pytest.mark.slow
+def test_two_processes_build_the_same(pictures, whole, tmp_path):
+    script, out = tmp_path / "ranks.py", tmp_path / "build"
+    script.write_text(f"from pathlib import Path; from tests.data import test_build as t; t.build(Path({str(pictures)!r}), {str(out)!r})\n" + END)  # fmt: skip
+    run(str(script), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert digests(out) == digests(whole.parent)
+
+
+def test_stages_alone_and_with_other_settings(pictures, whole, tmp_path):
+    with pytest.raises(ValueError, match="stage 'sources' is not finished in .*: run it first"):
+        build(pictures, tmp_path / "build", stages=["edits"])
+    build(pictures, tmp_path / "build", stages=["sources", "duplicates"])
+    assert sorted(path.name for path in (tmp_path / "build").iterdir() if path.is_dir()) == ["duplicates", "sources"]
+    with pytest.raises(ValueError, match="stage 'category' is not finished"):
+        build(pictures, tmp_path / "build", stages=["balance"])
+    with pytest.raises(
+        ValueError, match=r"stage 'sources' .*made otherwise \(min_side: 32 -> 33\): remove the folder"
+    ):
+        build(pictures, tmp_path / "build", min_side=33)
+    with pytest.raises(ValueError, match=r"There are no stages \['edit'\]"):
+        build(pictures, tmp_path / "build", stages=["edit"])
+    # The filter can be changed without anything being edited or scored again.
+    shutil.copytree(whole.parent, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "filter")
+    editor = Moody()
+    folder = build(pictures, tmp_path / "copy", editor, filter_rule="hardest", filter_threshold=0.3)
+    assert editor.calls == 0
+    assert len(load_realpref(str(folder))) < len(load_realpref(str(whole)))
+
+
+def test_a_task_without_a_prompt_is_said_before_anything_is_read(pictures, tmp_path):
+    shutil.copytree(ROOT / "prompts" / "instructions", tmp_path / "templates")
+    (tmp_path / "templates" / "bokeh.md").unlink()
+    with pytest.raises(ValueError, match="no instruction template for the task 'bokeh', which task_weights asks for"):
+        build(pictures, tmp_path / "build", instruction_templates=str(tmp_path / "templates"))
+    with pytest.raises(FileNotFoundError, match="neither a local folder nor a Hub repository"):
+        build(pictures, tmp_path / "build", instruction_templates=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "build" / "sources").exists()
+
+
+def test_a_second_builder_is_refused_before_it_reads_anything(pictures, tmp_path):
+    with WorkFolder.locked(tmp_path / "build"):
+        with pytest.raises(ValueError, match="Another builder is at work"):
+            build(pictures, tmp_path / "build")
+    assert not (tmp_path / "build" / "sources").exists()
+
+
+def test_everything_rejected_is_said(pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"stage 'sources' rejected all of 56 rows \(\{'too small': 56\}\)"):
+        build(pictures, tmp_path / "one", min_side=2000, resolution=None)
+    with pytest.raises(ValueError, match="No case is left for training .*raise filter_threshold=0.1"):
+        # Photographs that were left as they are: the stand-in for a judge finds nothing wrong with them.
+        only = [{"folder": str(pictures / "photographs"), "license": "cc0-1.0"}]
+        build(
+            pictures, tmp_path / "two", Blank(), filter_threshold=0.1, benchmark_counts={}, sources=only, num_cases=3
+        )
+
+
+class Blank(Editor):
+    identity = {"editor": "as it was", "revision": "1"}
+
+    def __call__(self, images, prompts, ids, seeds):
+        return images
+
+
+def test_the_defaults_are_the_papers():
+    config = BuildConfig(sources=[], output_dir="x")
+    assert config.task_weights == TASK_WEIGHTS and sum(TASK_WEIGHTS.values()) == 55795
+    assert config.benchmark_counts == BENCHMARK_COUNTS and sum(BENCHMARK_COUNTS.values()) == 1638
+    assert config.filter_threshold == 5 and config.filter_rule == "below"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b", "must be a mapping of options, but is a list"),
+        ("sources: [", "is no YAML"),
+        ("output_dir: x", r"lacks the options \['sources'\]"),
+        ("sources: []\noutput_dir: x\nwrite: y", r"unknown options \['write'\]. Known are: sources, output_dir, "),
+        ("sources: []\noutput_dir: x\nseed: often", "seed must be a int, but is 'often'"),
+        ("sources: []\noutput_dir: x\nbatch_sizes: {edit: 3}", r"batch_sizes names \['edit'\]"),
+        ("sources: []\noutput_dir: x\nbatch_sizes: {edits: 0}", "edits=0 must be a whole number of at least 1"),
+    ],
+)
+def test_configurations_that_are_none(tmp_path, text, message):
+    (tmp_path / "build.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        BuildConfig.from_yaml(tmp_path / "build.yaml")
+
+
+def test_the_example_configuration_is_one():
+    config = BuildConfig.from_yaml(ROOT / "examples" / "configs" / "build_realpref.yaml")
+    assert config.editor == "Qwen/Qwen-Image-Edit-2509" and config.benchmark_counts == BENCHMARK_COUNTS
+
+
+def test_the_command_with_models_behind_a_server_and_a_folder_of_edits(pictures, tmp_path, serve, capsys):  # noqa: F811
+    def reply(body, number):
+        text = body["messages"][0]["content"][0]["text"]
+        if "is feasible only if" in text:
+            return 200, completion('{"feasible": true, "reason": ""}')
+        if "grade" in text:
+            return 200, completion("4")
+        return 200, completion(
+            'Here: ```json\n{"instruction": "把杯子变成绿色", "object": "杯子", "color": "绿色"}\n```'
+        )
+
+    server = serve(reply)
+    config = make_config(pictures, tmp_path / "build")
+    options = {
+        **{name: getattr(config, name) for name in ("output_dir", "min_side", "clip_model", "sources")},
+        **{"writer_base_url": server.url, "judge_base_url": server.url, "languages": {"zh": 1}, "max_repeats": 8},
+        **{"task_weights": {"color": 1}, "benchmark_counts": {}, "editor": str(tmp_path / "edits"), "max_images": 12},
+    }
+    (tmp_path / "build.yaml").write_text(yaml.safe_dump(options))
+    command = ["build-dataset", "--config", str(tmp_path / "build.yaml")]
+    main([*command, "--stages", "sources,duplicates,category,balance,plan,instructions,split"])
+    rows = [
+        row
+        for file in (tmp_path / "build" / "instructions").glob("*.parquet")
+        for row in pq.read_table(file).to_pylist()
+    ]
+    (tmp_path / "edits").mkdir()
+    for row in rows[:7]:
+        photo(32, 32).save(tmp_path / "edits" / f"{row['id']}.png")
+    main(command)
+    dataset = load_realpref(str(tmp_path / "build" / "dataset"))
+    assert 0 < len(dataset) <= 7 and set(dataset["score"]) == {4.0} and set(dataset["language"]) == {"zh"}
+    assert set(dataset["prompt"]) == {"把杯子变成绿色"} and set(dataset["editor"]) == {"edits"}
+    asked = len(server.requests)
+    main(command)  # nothing is left to do but the servers' trials
+    assert len(server.requests) == asked
+    capsys.readouterr()
+    main(["check-dataset", str(tmp_path / "build" / "dataset")])
+    assert f"{len(dataset)} rows in order" in capsys.readouterr().out
+    rejected = Counter(row["reason"] for row in pq.read_table(tmp_path / "build" / "rejected.parquet").to_pylist())
+    assert rejected["no edit"] == 8 - len(dataset)
+
+
+def test_a_model_that_writes_rubbish_is_said_in_one_line(pictures, tmp_path):
+    config = make_config(pictures, tmp_path / "build")
+    options = {
+        name: getattr(config, name) for name in ("output_dir", "min_side", "clip_model", "sources", "resolution")
+    }
+    options |= {"writer": tiny_judge(str(tmp_path / "writer")), "benchmark_counts": {}, "max_images": 4}
+    (tmp_path / "build.yaml").write_text(yaml.safe_dump(options))
+    with pytest.raises(SystemExit, match=r"hp-edit: The stage 'instructions' rejected all of 4 rows \(\{'"):
+        main(["build-dataset", "--config", str(tmp_path / "build.yaml")])

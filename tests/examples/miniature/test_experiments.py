@@ -1,0 +1,120 @@
+import csv
+import json
+from pathlib import Path
+
+import experiments
+import pytest
+import yaml
+from experiments import Arm, run_experiment, summarise
+from PIL import Image
+
+
+CONFIG = Path(__file__).parents[3] / "examples" / "miniature" / "experiment.yaml"
+
+
+@pytest.fixture
+def config(tmp_path):
+    values = yaml.safe_load(CONFIG.read_text()) | {
+        "num_generations": 4, "per_device_train_batch_size": 4, "steps_per_generation": 1, "max_steps": 1,
+        "eval_steps": 1, "logging_steps": 1, "num_inference_steps": 3, "sde_window_size": 1, "sde_window_range": [0, 1],
+    }  # fmt: skip
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.mark.slow
+def test_an_experiment_writes_its_results_and_goes_on_where_it_was(config, tmp_path):
+    arms = [
+        Arm("plain"),
+        Arm("filtered, coarse", {"lora_r": 4, "lora_alpha": 8}, task_aware=False, filtered=True),
+        Arm("pairs", {"beta": 500.0}, method="dpo"),
+        Arm("base", method="none"),
+    ]
+    where = {"results": tmp_path / "results", "folder": tmp_path / "runs", "num_cases": 16, "num_test_cases": 24}
+    runs = run_experiment("trial", arms, [3], config, **where)
+    assert [(run["arm"], run["seed"]) for run in runs] == [(arm.name, 3) for arm in arms]
+    assert runs[0]["train_cases"] == 16 and 0 < runs[1]["train_cases"] < 16
+    assert all(0 < run["score"] < 5 for run in runs) and [len(run["curve"]) for run in runs] == [2, 2, 2, 1]
+    assert runs[3]["score"] == runs[3]["before"] == runs[0]["before"] != runs[2]["score"]
+    # DPO has mined its pairs when it starts: 16 cases * 5 edits * 3 steps.
+    assert [point["thousand_passes"] for point in runs[2]["curve"]] == [0.24, 0.256]
+    assert runs[2]["curve"][0]["cpu_seconds"] > 0
+    record = json.loads((tmp_path / "results" / "trial.json").read_text())
+    assert record["runs"] == runs and record["config"]["max_steps"] == 1
+    assert all(run["commit"] and {"versions", "machine"} <= set(run["environment"]) for run in record["runs"])
+    assert all(len(run["scores"]) == 24 for run in runs) and all(run["cpu_seconds"] > 0 for run in runs[:3])
+    with (tmp_path / "results" / "trial_curves.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 7
+    with (tmp_path / "results" / "trial.csv").open() as file:
+        assert [row["arm"] for row in csv.DictReader(file)] == [run["arm"] for run in runs]
+    assert "| filtered, coarse | 1 |" in (tmp_path / "results" / "trial.md").read_text()
+    assert min(Image.open(tmp_path / "results" / "trial.png").size) > 300
+
+    # What is there is not done again, unless what it was made with has changed.
+    done = {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("result.json")}
+    run_experiment("trial", arms, [3], config, **where)
+    assert {path: path.stat().st_mtime for path in done} == done
+    other = [arms[0], Arm(arms[1].name, {"lora_r": 8, "lora_alpha": 8}, task_aware=False, filtered=True), *arms[2:]]
+    run_experiment("trial", other, [3], config, **where)
+    changed = [path.parent.name for path in done if path.stat().st_mtime != done[path]]
+    assert changed == ["filtered,_coarse-3"]
+
+
+def test_a_summary_pairs_arms_and_compares_equal_budgets():
+    def run(arm, seed, gain, scores, passes):
+        curve = [
+            {"step": 10 * i, "thousand_passes": passes * i, "cpu_seconds": 5.0 * i, "score": 4.0 + i} for i in range(3)
+        ]
+        values = {"before": 4.0, "score": 4.0 + gain, "difference": gain, "share_of_5": 0.5, "clip_fraction": 0.1}
+        values |= dict.fromkeys([*experiments.TASKS, "cpu_seconds", "wall_seconds"], 1.0)
+        return {"arm": arm, "seed": seed, "scores": scores, "curve": curve, **values}
+
+    runs = [
+        run("a", 0, 0.1, [1.0, 2.0, 3.0], 2.0), run("a", 1, 0.3, [3.0, 2.0, 3.0], 2.0), run("b", 0, 0.2, [3.0, 4.0, 4.0], 1.0),
+    ]  # fmt: skip
+    a, b = summarise(runs)
+    assert (a["seeds"], a["score"], a["difference_se"], a["against_first"]) == (2, 4.2, 0.1, 0.0)
+    assert b["seeds"] == 1 and "score_se" not in b
+    # Per case: 3, 4, 4 against the means over seeds 2, 2, 3.
+    assert b["against_first"] == pytest.approx(4 / 3, abs=1e-4)
+    assert b["against_first_se"] == pytest.approx(1 / 3, abs=1e-4)
+    # b ends after 2 thousand passes, where a has made one of its two steps.
+    assert (a["at_thousand_passes"], b["at_thousand_passes"], a["at_cpu_seconds"]) == (5.0, 6.0, 6.0)
+    assert "+1.333 ± 0.333" in experiments.summary_table([a, b])
+
+
+def count_passes(trainer):
+    counted = [0]
+    trainer.policy.pipeline.transformer.register_forward_hook(
+        lambda module, inputs, output: counted.__setitem__(0, counted[0] + len(output[0]))
+    )
+    return counted
+
+
+def test_passes_of_grpo_are_counted(config, tmp_path):
+    # One generation batch of 8 edits, trained on twice in microbatches of 4: 8 * 3 passes to sample, 2 * 8 * 1 to train.
+    options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "save_strategy": "no"}
+    data = experiments.load_dataset("train", 8)
+    trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, experiments.RuleScorer(), data)
+    counted = count_passes(trainer)
+    per_image = trainer.args.num_inference_steps / trainer.args.num_iterations + trainer.args.sde_window_size
+    progress = experiments.Progress(trainer, data.select(range(4)), 4, 4 * per_image)
+    trainer.add_callback(progress)
+    trainer.train()
+    evaluations = 2 * 4 * 3
+    start, end = progress.curve
+    assert (start["thousand_passes"], end["step"]) == (0, 4)
+    assert end["thousand_passes"] * 1000 == counted[0] - evaluations
+    assert 0 < end["cpu_seconds"] == round(progress.seconds, 1)
+
+
+def test_passes_of_dpo_are_counted(config, tmp_path):
+    cases = experiments.load_dataset("train", 8)
+    pairs = cases.map(lambda case: {"chosen": case["target"], "rejected": case["image"]})
+    options = {"max_steps": 3, "save_strategy": "no"}
+    trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, None, pairs)
+    assert (trainer.args.resolution, trainer.args.per_device_train_batch_size) == (32, 4)
+    counted = count_passes(trainer)
+    trainer.train()
+    assert counted[0] == 3 * 4.0 * 4

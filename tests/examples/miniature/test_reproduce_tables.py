@@ -1,0 +1,48 @@
+"""Tables 1 and 3 in miniature, from LoRAs that are there already; training them is what the experiments' own tests do."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+from experiments import fingerprint
+
+from tests.examples.test_train_qwen_edit import EXAMPLES, run
+
+
+LORA = Path(__file__).parents[2] / "regression" / "lora" / "pytorch_lora_weights.safetensors"
+
+
+def overall(file):
+    """Of each editor, the main score over all tasks."""
+    with file.open() as lines:
+        return {
+            row["editor"]: float(row["value"])
+            for row in csv.DictReader(lines)
+            if (row["of"], row["kind"]) == ("score", "overall") and row["metric"] in ("hp_score", "o")
+        }
+
+
+@pytest.mark.slow
+def test_two_tables(tmp_path):
+    key = fingerprint((EXAMPLES / "miniature" / "experiment.yaml").read_bytes())
+    for name in ("grpo_base_scorer", "grpo_in_full"):
+        (tmp_path / "out" / f"{name}_{key}").mkdir(parents=True)
+        shutil.copy(LORA, tmp_path / "out" / f"{name}_{key}")
+    arguments = ["--folder", "out", "--results", "results", "--num-cases", "16"]
+    done = run("table_1", "table_3", *arguments, cwd=tmp_path, script="reproduce_tables.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name, best in (("table_1", 5), ("table_3", 10)):
+        found = overall(tmp_path / "results" / name / "table.csv")
+        assert found["untouched source"] == 0 and found["what was asked for"] == best
+        assert 0 < found["pretrained"] < best and found["GRPO in full"] == found["GRPO, base scorer"] > 0
+        assert (
+            "python examples/miniature/reproduce_tables.py" in (tmp_path / "results" / name / "table.md").read_text()
+        )
+        assert list((tmp_path / "out").glob(f"{name}_*/report/gallery.html"))
+        assert not (tmp_path / "results" / name / "gallery.html").exists()
+    first = (tmp_path / "results" / "table_1" / "table.csv").read_bytes()
+    done = run("table_1", *arguments, cwd=tmp_path, script="reproduce_tables.py")
+    assert done.returncode == 0 and (tmp_path / "results" / "table_1" / "table.csv").read_bytes() == first
+    done = run("table_4", *arguments, cwd=tmp_path, script="reproduce_tables.py")
+    assert done.returncode == 2 and "table_4: choose from table_1, table_3" in done.stderr

@@ -1,0 +1,45 @@
+import math
+
+import numpy as np
+import pytest
+
+from hp_edit_trl.miniature import (
+    before_after_sheet,
+    comparison_table,
+    edit_dataset,
+    load_dataset,
+    score_edits,
+)
+from hp_edit_trl.utils.statistics import paired_difference
+
+
+def test_edits_and_scores_stay_with_their_cases():
+    dataset = load_dataset("test", 20)
+    edits = edit_dataset(lambda cases: [row["target"] for row, _ in cases], dataset, batch_size=7)
+    assert [edit.tobytes() for edit in edits] == [row["target"].tobytes() for row in dataset]
+    assert score_edits(edits, dataset) == [5.0] * 20
+    mixed = [row["target"] if i % 2 else row["image"] for i, row in enumerate(dataset)]
+    assert score_edits(mixed, dataset) == [5.0 * (i % 2) for i in range(20)]
+    with pytest.raises(ValueError):
+        score_edits(edits[:-1], dataset)
+
+
+def test_paired_difference():
+    mean, error = paired_difference([1.0, 2.0, 3.0], [2.0, 2.0, 5.0])
+    assert mean == pytest.approx(1.0) and error == pytest.approx(1.0 / math.sqrt(3))
+
+
+def test_the_table_has_a_line_per_task_and_one_for_all():
+    lines = comparison_table(["add", "style", "add"], [1.0, 4.0, 2.0], [2.0, 4.5, 2.0]).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["add", "style", "all"]
+    assert lines[2] == "| add | 2 | 1.50 | 2.00 | +0.50 ± 0.50 |"
+    assert lines[-1].startswith("| all | 3 | 2.33 | 2.83 | +0.50")
+
+
+def test_the_sheet_shows_cases_that_went_wrong_before():
+    dataset = load_dataset("test", 16)
+    sources, targets = list(dataset["image"]), list(dataset["target"])
+    sheet = before_after_sheet(dataset, sources, targets)
+    one = before_after_sheet(dataset, [sources[0], *targets[1:]], targets)
+    assert sheet.width == one.width and sheet.height > 7 * one.height / 1.5
+    assert np.asarray(one).std() > 0

@@ -1,0 +1,87 @@
+"""Editors against what they stand for: the pipeline's own call, the policy's own rollout, the files of a folder."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+from PIL import Image
+
+from hp_edit_trl.editors import FolderEditor, PipelineEditor, PolicyEditor
+from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
+from hp_edit_trl.policies import policy_class
+from tests.helpers import photo
+
+
+IMAGES = [photo(64, 64, 1), photo(96, 64, 2), photo(64, 64, 3)]
+PROMPTS = ["Make it red", "Make it blue", "Make it bright"]
+IDS, SEEDS = ["a", "b", "c"], [5, 6, 7]
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and np.array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kontext")
+    tiny_kontext_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_pipeline_edits_as_its_own_call_does(saved):
+    editor = PipelineEditor(saved, resolution=64, dtype="float32", num_inference_steps=2, max_area=64 * 64)
+    edits = editor(IMAGES, PROMPTS, IDS, SEEDS)
+    pipeline = FluxKontextPipeline.from_pretrained(saved)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = pipeline(
+        image=IMAGES[1],
+        prompt=PROMPTS[1],
+        height=48,
+        width=80,
+        max_area=64 * 64,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(6),
+    ).images[0]
+    assert same(edits[1], wanted)
+    # An edit depends on its own case and seed alone.
+    (alone,) = editor(IMAGES[1:2], PROMPTS[1:2], ["b"], [6])
+    (other,) = editor(IMAGES[1:2], PROMPTS[1:2], ["b"], [8])
+    assert same(alone, wanted) and not same(other, wanted)
+    assert editor.identity["revision"].startswith("files ") and editor.identity["num_inference_steps"] == 2
+
+
+def test_a_policy_edits_as_its_pipeline_does_whatever_the_batch():
+    pipeline = tiny_pipeline()
+    policy = policy_class(pipeline)(pipeline)
+    editor = PolicyEditor(policy, "tiny", resolution=64, num_inference_steps=2, true_cfg_scale=1.0, batch_size=2)
+    editor.load()
+    edits = editor(IMAGES, PROMPTS, IDS, SEEDS)
+    assert [edit.size for edit in edits] == [(64, 64), (80, 48), (64, 64)]
+    for i in range(3):
+        (alone,) = editor(IMAGES[i : i + 1], PROMPTS[i : i + 1], IDS[i : i + 1], SEEDS[i : i + 1])
+        difference = np.abs(np.asarray(alone, dtype=int) - np.asarray(edits[i], dtype=int))
+        assert alone.size == edits[i].size and difference.max() <= 1
+    before = editor.identity
+    with torch.no_grad():
+        next(pipeline.transformer.parameters()).flatten()[0] += 1
+    assert editor.identity != before
+
+
+def test_a_folder_gives_what_is_in_it(tmp_path):
+    IMAGES[0].save(tmp_path / "a.png")
+    IMAGES[1].convert("RGBA").save(tmp_path / "c.webp", lossless=True)
+    editor = FolderEditor(tmp_path, "someone")
+    edits = editor(IMAGES, PROMPTS, IDS, SEEDS)
+    assert same(edits[0], IMAGES[0]) and edits[1] is None and same(edits[2], IMAGES[1])
+    assert editor.identity["editor"] == "someone"
+    (tmp_path / "nothing").mkdir()
+    for folder in (tmp_path / "nothing", tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="is no folder of edits"):
+            FolderEditor(folder)
+
+
+def test_what_cannot_be_an_editor():
+    with pytest.raises(ValueError, match="neither a folder nor a diffusers pipeline on the Hub"):
+        PipelineEditor("nobody/nothing").identity  # noqa: B018
+    with pytest.raises(ValueError, match="dtype='float' is no type|dtype='half-life'"):
+        PipelineEditor("x", dtype="half-life")
