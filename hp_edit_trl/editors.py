@@ -1,28 +1,29 @@
-"""
-Editors: whatever makes an edit of an image and an instruction. A diffusers pipeline, a policy, a function, or a folder of edits
-that are there already.
-"""
+"""Editors: everything that makes an edit of a case. A diffusers pipeline, a policy, a function, or a folder of finished edits."""
 
+import functools
 import gc
 import hashlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import quote
 
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 from trl.trainer.utils import get_callable_name
 
 from .lora_formats import lora_file
-from .policies.edit_policy import EditPolicy, bucketed, fitted_size
-from .policies.rollout import decode, rollout
+from .policies import EditPolicy, bucketed, decode, rollout
+from .policies.edit_policy import fitted_size
+from .utils.images import read_image
 from .utils.revisions import folder_revision, weights_digest
 from .utils.seeding import seeded_generator
 
@@ -30,23 +31,39 @@ from .utils.seeding import seeded_generator
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Editor(Protocol):
-    """What edits."""
+    """An editor: a pipeline, a policy, a folder of finished edits, or a function."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Whatever decides an edit, beside the case and its seed: model, revision, settings."""
+        """Everything that decides an edit besides the case and its seed: `editor` (its name), `revision`, settings."""
 
     def load(self) -> None:
-        """Gets ready to edit. Raises if that is impossible."""
+        """Gets ready to edit. Raises an error if that is impossible."""
 
     def unload(self) -> None:
-        """Makes room on the device for whatever comes next."""
+        """Frees the memory of the device."""
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+        self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
-        """One edit of each image, `None` where there is none."""
+        """
+        Edits cases.
+
+        Args:
+            references (`list[list[PIL.Image.Image]]`):
+                The reference images of each case, one or several.
+            prompts (`list[str]`):
+                The prompt of each case.
+            ids (`Sequence[str]`):
+                The id of each case.
+            seeds (`Sequence[int]`):
+                The seed of each edit.
+
+        Returns:
+            `list[PIL.Image.Image | None]`: one edit per case, `None` where there is none.
+        """
 
 
 class PipelineEditor:
@@ -130,35 +147,48 @@ class PipelineEditor:
         empty_device_cache()
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+        self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
         edits: list[Image.Image | None] = []
-        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
+        for images, prompt, seed in zip(references, prompts, seeds, strict=True):
             size = {}
             if self.resolution is not None:
-                size = dict(zip(("height", "width"), fitted_size(image, self.resolution, 16), strict=True))
+                size = dict(zip(("height", "width"), fitted_size(images[-1], self.resolution, 16), strict=True))
             generator = torch.Generator().manual_seed(seed)
+            image = images[0] if len(images) == 1 else images
             edits += self.pipeline(image=image, prompt=prompt, generator=generator, **size, **self.options).images
         return edits
 
 
 class PolicyEditor:
     """
-    A policy as an editor: cases of one size are edited together.
+    A policy as an editor: the one way to sample edits deterministically, along the ODE, for evaluation, mining and benchmarks.
+    Cases of one size are denoised together.
 
     Args:
-        policy ([`EditPolicy`]):
+        policy ([`~hp_edit_trl.policies.EditPolicy`]):
             The policy.
         name (`str`):
-            What it is called in a dataset.
+            Name of the editor in datasets and tables.
         resolution (`int`, *optional*, defaults to `512`):
             Side in pixels of the square whose area every edit has.
         num_inference_steps (`int`, *optional*):
-            Number of denoising steps. By default what the pipeline is meant to be used with.
+            Number of denoising steps. Defaults to what the pipeline is meant to be used with.
         true_cfg_scale (`float`, *optional*):
-            Scale of classifier-free guidance. By default what the pipeline is meant to be used with.
+            Scale of classifier-free guidance. Defaults to what the pipeline is meant to be used with.
+        negative_prompt (`str`, *optional*):
+            Prompt of the unconditional pass. Defaults to what the pipeline is meant to be used with.
+        guidance_scale (`float`, *optional*):
+            Guidance that the transformer takes as an input, if it does.
         batch_size (`int`, *optional*, defaults to `4`):
             Largest number of edits that are denoised together.
+        model (`torch.nn.Module`, *optional*):
+            The transformer to sample from, possibly wrapped (PEFT, DDP). Defaults to the pipeline's.
+        autocast (`Callable[[], ContextManager]`, *optional*):
+            Context for denoising. By default autocast to bfloat16 if the transformer's weights are of that type.
+
+    Raises:
+        `ValueError`: If the pipeline does not have the kind of guidance that is asked for.
     """
 
     def __init__(
@@ -168,19 +198,27 @@ class PolicyEditor:
         resolution: int = 512,
         num_inference_steps: int | None = None,
         true_cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
         batch_size: int = 4,
+        model: nn.Module | None = None,
+        autocast: Callable[[], AbstractContextManager] | None = None,
     ):
         self.policy = policy
         self.name = name
         self.resolution = resolution
         self.num_inference_steps = num_inference_steps or policy.default_num_inference_steps
-        self.true_cfg_scale = policy.default_true_cfg_scale if true_cfg_scale is None else true_cfg_scale
+        self.true_cfg_scale, self.negative_prompt = policy.resolve_guidance(
+            true_cfg_scale, negative_prompt, guidance_scale
+        )
         self.batch_size = batch_size
+        self.model = policy.pipeline.transformer if model is None else model
+        self.autocast = autocast
 
     @property
     def identity(self) -> dict[str, Any]:
-        names = ("resolution", "num_inference_steps", "true_cfg_scale")
-        settings = {name: getattr(self, name) for name in names}
+        names = ("resolution", "num_inference_steps", "true_cfg_scale", "negative_prompt")
+        settings = {name: getattr(self, name) for name in names} | {"guidance_scale": self.policy.guidance_scale}
         return {"editor": self.name, "revision": weights_digest(self.policy.pipeline.transformer), **settings}
 
     def load(self) -> None:
@@ -193,32 +231,44 @@ class PolicyEditor:
         empty_device_cache()
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+        self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
-        policy = self.policy
-        negative_prompt = policy.default_negative_prompt if self.true_cfg_scale > 1 else None
-        with policy.loaded(*policy.encoders), torch.no_grad():
-            conditions = [
-                policy.encode([image], prompt, negative_prompt, self.resolution)
-                for image, prompt in zip(images, prompts, strict=True)
-            ]
-        autocast = torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype == torch.bfloat16)
         edits: dict[int, Image.Image] = {}
+        for members, images in self.batches(references, prompts, ids, seeds):
+            edits.update(zip(members, images, strict=True))
+        return [edits[i] for i in range(len(references))]
+
+    def batches(
+        self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[Image.Image]]]:
+        """
+        Yields edits batch by batch, so that each can be saved before the next one begins: the numbers of the cases, and
+        their edits. Arguments are those of the call; a case that occurs several times is encoded once.
+        """
+        policy = self.policy
+        negative_prompt = self.negative_prompt if self.true_cfg_scale > 1 else None
+        with policy.loaded(*policy.encoders):
+            encoded = {
+                case_id: policy.encode(references[i], prompts[i], negative_prompt, self.resolution)
+                for case_id, i in {case_id: i for i, case_id in enumerate(ids)}.items()
+            }
+        conditions = [encoded[case_id] for case_id in ids]
+        autocast = self.autocast or functools.partial(
+            torch.autocast, policy.device.type, policy.dtype, enabled=policy.dtype == torch.bfloat16
+        )
         for members in bucketed(conditions, self.batch_size):
-            chosen = [conditions[i] for i in members]
-            with autocast:
-                paths = rollout(
+            batch = [conditions[i] for i in members]
+            with autocast():
+                trajectories = rollout(
                     policy,
-                    policy.pipeline.transformer,
-                    chosen,
+                    self.model,
+                    batch,
                     [torch.Generator().manual_seed(seeds[i]) for i in members],
                     num_inference_steps=self.num_inference_steps,
                     true_cfg_scale=self.true_cfg_scale,
                     batch_size=self.batch_size,
                 )
-            decoded = decode(policy, [path.final for path in paths], chosen, self.batch_size)
-            edits.update(zip(members, decoded, strict=True))
-        return [edits[i] for i in range(len(images))]
+            yield members, decode(policy, [path.final for path in trajectories], batch, self.batch_size)
 
 
 class FolderEditor:
@@ -257,7 +307,7 @@ class FolderEditor:
         """There is nothing to give back."""
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+        self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
         edits: list[Image.Image | None] = []
         for case_id in ids:
@@ -267,8 +317,7 @@ class FolderEditor:
             if not files:
                 edits.append(None)
                 continue
-            with Image.open(files[0]) as image:
-                edits.append(image.convert("RGB"))
+            edits.append(read_image(str(files[0]), f"The edit of case {case_id!r}"))
         return edits
 
 
@@ -278,8 +327,9 @@ class FunctionEditor:
 
     Args:
         function (`Callable`):
-            Takes a list of images and a list of prompts, and returns a list of images, `None` where there is none. If it has
-            parameters `ids` and `seeds`, it is given the cases' ids and their seeds too; without `seeds` it must not draw.
+            Takes a list of images and a list of prompts, and returns a list of edits, `None` where there is none. A case
+            with several reference images has a list of them in place of its image. If the function has parameters `ids`
+            and `seeds`, it is given the cases' ids and seeds too; without `seeds` it must be deterministic.
         name (`str`, *optional*):
             What it is called in a dataset. By default the function's name.
     """
@@ -303,16 +353,17 @@ class FunctionEditor:
         """There is nothing to give back."""
 
     def __call__(
-        self, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+        self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
         asked = inspect.signature(self.function).parameters
         given = {name: values for name, values in (("ids", ids), ("seeds", seeds)) if name in asked}
+        images = [case[0] if len(case) == 1 else case for case in references]
         return self.function(images, prompts, **given)
 
 
 def as_editor(editor: Editor | Callable[..., Any]) -> Editor:
     """The editor itself, or one that calls a plain function."""
-    return editor if hasattr(editor, "identity") else FunctionEditor(editor)  # type: ignore[return-value]
+    return editor if isinstance(editor, Editor) else FunctionEditor(editor)
 
 
 def edit_seed(seed: int, case_id: str) -> int:
@@ -321,18 +372,18 @@ def edit_seed(seed: int, case_id: str) -> int:
 
 
 def edit_cases(
-    editor: Editor, images: list[Image.Image], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
+    editor: Editor, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
 ) -> tuple[list[Image.Image | None], list[str | None]]:
     """
     Edits cases together, and one by one where that fails, so that a case that cannot be edited takes no other with it.
 
     Args:
         editor ([`Editor`]):
-            What edits.
-        images (`list[PIL.Image.Image]`):
-            The sources.
+            The editor.
+        references (`list[list[PIL.Image.Image]]`):
+            The reference images of each case.
         prompts (`list[str]`):
-            The instructions.
+            The prompts.
         ids (`Sequence[str]`):
             The cases' ids.
         seeds (`Sequence[int]`):
@@ -346,17 +397,17 @@ def edit_cases(
         `torch.OutOfMemoryError`: If the device has too little memory, which says nothing about the cases.
     """
     try:
-        edits = list(editor(images, prompts, ids, seeds))
-        if len(edits) != len(images):
-            raise ValueError(f"The editor returned {len(edits)} edits of {len(images)} images.")
+        edits = list(editor(references, prompts, ids, seeds))
+        if len(edits) != len(references):
+            raise ValueError(f"The editor returned {len(edits)} edits of {len(references)} cases.")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an editor of the user's own may raise anything
-        if len(images) == 1:
+        if len(references) == 1:
             logger.warning("No edit of case %s: %s: %s", ids[0], type(error).__name__, error)
             return [None], [f"editor failed: {type(error).__name__}: {error}"]
-        cases = zip(images, prompts, ids, seeds, strict=True)
-        alone = [edit_cases(editor, [image], [prompt], [case_id], [seed]) for image, prompt, case_id, seed in cases]
+        cases = zip(references, prompts, ids, seeds, strict=True)
+        alone = [edit_cases(editor, [images], [prompt], [case_id], [seed]) for images, prompt, case_id, seed in cases]
         return [edits[0] for edits, _ in alone], [reasons[0] for _, reasons in alone]
     reasons: list[str | None] = [None] * len(edits)
     for i, edit in enumerate(edits):

@@ -176,6 +176,46 @@ class EditPolicy(ABC):
     def decode(self, latents: torch.Tensor, conditions: EditConditions) -> list[Image.Image]:
         """Decodes latents of shape `(batch_size, num_tokens, num_channels)` that share one bucket into images."""
 
+    def resolve_guidance(
+        self,
+        true_cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+    ) -> tuple[float, str]:
+        """
+        The guidance to edit with: what is asked for, or else what the pipeline is meant to be used with.
+
+        Args:
+            true_cfg_scale (`float`, *optional*):
+                Scale of classifier-free guidance.
+            negative_prompt (`str`, *optional*):
+                Prompt of the unconditional pass.
+            guidance_scale (`float`, *optional*):
+                Guidance that the transformer takes as an input. The policy keeps it.
+
+        Returns:
+            `tuple[float, str]`: `true_cfg_scale` and `negative_prompt`.
+
+        Raises:
+            `ValueError`: If the pipeline does not have the kind of guidance that is asked for.
+        """
+        name = type(self.pipeline).__name__
+        if guidance_scale is not None:
+            if self.guidance_scale is None:
+                raise ValueError(
+                    f"guidance_scale={guidance_scale}, but the transformer of this {name} takes no guidance as an input: "
+                    "leave it out. The scale of classifier-free guidance is true_cfg_scale."
+                )
+            self.guidance_scale = guidance_scale
+        if true_cfg_scale is None:
+            true_cfg_scale = self.default_true_cfg_scale
+        if true_cfg_scale > 1 and not self.has_true_cfg:
+            raise ValueError(
+                f"true_cfg_scale={true_cfg_scale}, but this {name} is guidance-distilled and has no unconditional pass: "
+                "leave it out, or set it to 1.0."
+            )
+        return true_cfg_scale, self.default_negative_prompt if negative_prompt is None else negative_prompt
+
     def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
         """What the pipeline has to be called with to edit as the policy does, beside image, prompt and steps."""
         return {"negative_prompt": negative_prompt, "true_cfg_scale": true_cfg_scale} if true_cfg_scale > 1 else {}

@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Features, Value
 from datasets import Image as ImageFeature
 
-from ...utils.images import UnreadableImageError, read_image
 from ...editors import Editor, as_editor, edit_cases, edit_seed
 from ...rewards import HPScorerReward
+from ...utils.images import UnreadableImageError, read_image
 from .engine import Batch
 
 

@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ... import __version__
 from ...utils.files import write_atomically
-from .engine import Batch
 from ..schema import CASE_FEATURES, EDIT_FEATURES, SCORE_FEATURES, check_row, with_presence
+from .engine import Batch
 
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from typing import Any
 from datasets import Features, Value
 from PIL import Image
 
-from ...utils.images import UnreadableImageError, read_image
-from ...tasks import TASKS
 from ...judges import Judge, Judgement
-from ...rewards.prompts import find_prompts, prompt_files, read_header
 from ...judges.base import without_reasoning
+from ...rewards.prompts import find_prompts, prompt_files, read_header
+from ...tasks import TASKS
+from ...utils.images import UnreadableImageError, read_image
 from ...utils.seeding import seeded_generator
 from .engine import Batch
 from .styles import STYLES, Style
@@ -82,7 +82,9 @@ class Plan:
         self.num_cases = num_cases
         self.tasks_per_image = tasks_per_image
         self.task_weights = _checked_weights(
-            "task_weights", {task.name: task.realpref_50k for task in TASKS.values()} if task_weights is None else task_weights, TASKS
+            "task_weights",
+            {task.name: task.realpref_50k for task in TASKS.values()} if task_weights is None else task_weights,
+            TASKS,
         )
         self.languages = _checked_weights("languages", {"en": 1.0} if languages is None else languages, LANGUAGES)
         self.seed = seed

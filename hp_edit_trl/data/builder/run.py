@@ -16,17 +16,17 @@ import yaml
 from accelerate import Accelerator
 
 from ...editors import Editor, FolderEditor, PipelineEditor
-from ...utils.distributed import patient_accelerator
-from ...rewards import HPScorerReward, load_scorer_prompts
 from ...judges import Judge, ServerJudge, TransformersJudge
+from ...rewards import HPScorerReward, load_scorer_prompts
 from ...tasks import TASKS
+from ...utils.distributed import patient_accelerator
+from ...utils.files import write_atomically
+from ..schema import CASE_FEATURES, EDIT_FEATURES, SCHEMA_VERSION, SCORE_FEATURES
 from .categories import Balance, ClipCategories
 from .edits import MakeEdits, ScoreEdits
-from ...utils.files import write_atomically
 from .engine import Batch, Stage, WorkFolder, run_stage
 from .export import export_dataset, push_dataset
 from .instructions import Plan, WriteInstructions, load_instruction_templates
-from ..schema import CASE_FEATURES, EDIT_FEATURES, SCHEMA_VERSION, SCORE_FEATURES
 from .sources import Duplicates, ImageCheck, Sources
 from .splits import Filter, Split
 from .styles import STYLES, Style
@@ -157,7 +157,9 @@ class BuildConfig:
     category_quota: int | None = None
     num_cases: int | None = None
     tasks_per_image: int = 1
-    task_weights: dict[str, float] = field(default_factory=lambda: {task.name: task.realpref_50k for task in TASKS.values()})
+    task_weights: dict[str, float] = field(
+        default_factory=lambda: {task.name: task.realpref_50k for task in TASKS.values()}
+    )
     languages: dict[str, float] = field(default_factory=lambda: {"en": 1.0})
     writer: str = "Qwen/Qwen3-VL-32B-Instruct"
     writer_base_url: str | None = None
@@ -166,7 +168,9 @@ class BuildConfig:
     instruction_templates_revision: str | None = None
     check_feasibility: bool = True
     max_repeats: int = 20
-    benchmark_counts: dict[str, int] = field(default_factory=lambda: {task.name: task.realpref_bench for task in TASKS.values()})
+    benchmark_counts: dict[str, int] = field(
+        default_factory=lambda: {task.name: task.realpref_bench for task in TASKS.values()}
+    )
     benchmark_distance: int = 8
     editor: str = "Qwen/Qwen-Image-Edit-2509"
     editor_revision: str | None = None

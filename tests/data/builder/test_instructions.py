@@ -9,11 +9,18 @@ import pytest
 from PIL import Image
 
 from hp_edit_trl import ServerJudge
-from hp_edit_trl.data.builder.instructions import LANGUAGES, InstructionTemplate, Plan, WriteInstructions, load_instruction_templates, repeated_prompts
+from hp_edit_trl.data.builder.instructions import (
+    LANGUAGES,
+    InstructionTemplate,
+    Plan,
+    WriteInstructions,
+    load_instruction_templates,
+    repeated_prompts,
+)
 from hp_edit_trl.data.builder.styles import STYLES
-from hp_edit_trl.tasks import TASKS
-from hp_edit_trl.rewards import load_scorer_prompts
 from hp_edit_trl.judges import CachedJudge, Judgement
+from hp_edit_trl.rewards import load_scorer_prompts
+from hp_edit_trl.tasks import TASKS
 from tests.helpers import photo
 from tests.judges.test_judges import completion, serve  # noqa: F401  (a fixture)
 

@@ -14,10 +14,10 @@ import yaml
 
 from hp_edit_trl import HPScorerReward, miniature
 from hp_edit_trl.cli import main
-from hp_edit_trl.data.builder import BuildConfig, WorkFolder, build_dataset
 from hp_edit_trl.data import load_realpref
-from hp_edit_trl.miniature.tiny import tiny_clip, tiny_judge
+from hp_edit_trl.data.builder import BuildConfig, WorkFolder, build_dataset
 from hp_edit_trl.editors import Editor
+from hp_edit_trl.miniature.tiny import tiny_clip, tiny_judge
 from hp_edit_trl.tasks import TASKS
 from tests.data.builder.test_export import digests
 from tests.helpers import END, photo

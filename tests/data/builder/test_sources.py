@@ -24,9 +24,9 @@ from datasets import Image as ImageFeature
 from huggingface_hub import HfApi
 from PIL import Image, ImageCms, ImageOps, ImageSequence
 
-from hp_edit_trl.utils.images import read_image
 from hp_edit_trl.data.builder.engine import WorkFolder, run_stage
 from hp_edit_trl.data.builder.sources import Duplicates, ImageCheck, Sources, find_near_duplicates, perceptual_hash
+from hp_edit_trl.utils.images import read_image
 from tests.fake_hub import fake_hub
 from tests.helpers import photo
 
