@@ -1,5 +1,5 @@
 """
-What building a data set costs beside the models' own calls, and how much memory it takes. Prints tables, asserts nothing.
+What building a dataset costs beside the models' own calls, and how much memory it takes. Prints tables, asserts nothing.
 
     python benchmarks/building.py                      # rows per second and overhead of each stage, locally and on Ray
     python benchmarks/building.py --memory 50000       # peak memory of building from 50,000 small pictures

@@ -68,7 +68,7 @@ def main(cases: int, edits: int, size: int) -> None:
             ):
                 judges.SHARES_PREFIX = sharing
                 scorer = HPScorerReward(make_judge(folder, mode, batch_size, size))
-                scorer.prompts = {"color": ScorerPrompt("color", "benchmark:color:1", "Score {prompt}")}
+                scorer.scorer_prompts = {"color": ScorerPrompt("color", "benchmark:color:1", "Score {prompt}")}
                 chats = [
                     scorer.conversation("red cup", picture(), [one], "color") for one in sources for _ in range(edits)
                 ]

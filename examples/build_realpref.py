@@ -2,7 +2,7 @@
 # dependencies = ["hp-edit-trl[server]"]
 # ///
 """
-Builds a data set of hard cases from images (docs/building_a_dataset.md), and trains on it.
+Builds a dataset of hard cases from images (docs/building_a_dataset.md), and trains on it.
 
 Without arguments it builds a small set from drawn scenes and scikit-image's photographs, with the miniature's policy as the editor,
 and trains two steps on it. Writer and judge are simulated, and the CLIP model is a tiny one with random weights, so that its

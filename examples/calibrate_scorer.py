@@ -57,7 +57,7 @@ def main(output_dir: Path, cases_per_task: int, rounds: int) -> None:
 
     # ... and adds questions to it, task by task. Here each task's prompt begins with the base prompt.
     scorer = HPScorerReward(judge)
-    scorer.prompts = {"base": scorer.prompts["base"]}
+    scorer.scorer_prompts = {"base": scorer.scorer_prompts["base"]}
     for task in miniature.world.TASKS:
         refiner = PromptRefiner(task, scorer, edits, ratings, output_dir / "prompts")
         for _ in range(rounds - len(refiner.history)):  # a second run goes on
@@ -65,7 +65,7 @@ def main(output_dir: Path, cases_per_task: int, rounds: int) -> None:
         print(f"\n{task}\n{refiner.table()}")
 
     print()
-    measure(HPScorerReward(judge, prompts=str(output_dir / "prompts")), "refined")
+    measure(HPScorerReward(judge, scorer_prompts=str(output_dir / "prompts")), "refined")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class MiningArguments(ScriptArguments):
     push_to: str | None = field(default=None, metadata={"help": "Hub id of the dataset to push the pairs to."})
     judge: str = field(default="Qwen/Qwen3-VL-32B-Instruct", metadata={"help": "The judge's Hub id, folder or name."})
     judge_base_url: str | None = field(default=None, metadata={"help": "Address of the judge's server."})
-    num_samples: int = field(default=5, metadata={"help": "Edits per case."})
+    num_generations: int = field(default=5, metadata={"help": "Edits per case."})
     min_gap: float | None = field(default=None, metadata={"help": "Smallest difference of the scores of a pair."})
     min_chosen_score: float = field(default=3.0, metadata={"help": "Lowest score of a chosen edit."})
     resolution: int = field(default=512, metadata={"help": "Side in pixels of the square whose area an edit has."})
@@ -50,7 +50,7 @@ class MiningArguments(ScriptArguments):
 
 
 def main(args: MiningArguments):
-    options = {name: getattr(args, name) for name in ("num_samples", "min_chosen_score", "seed")}
+    options = {name: getattr(args, name) for name in ("num_generations", "min_chosen_score", "seed")}
     if args.model_name_or_path is None:
         torch.set_num_threads(1)  # so small a model loses by more
         pipeline, reward_func = miniature.load_pipeline(), miniature.RuleScorer()

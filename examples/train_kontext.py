@@ -5,7 +5,7 @@
 Post-trains FLUX.1-Kontext-dev with Flow-GRPO.
 
 Without arguments it is a small run that needs neither a GPU nor the Hub: a tiny *random* Kontext pipeline, real photographs,
-and a reward for warm colours, which is something that even a random editor can learn:
+and a reward for warm colors, which is something that even a random editor can learn:
 
     python examples/train_kontext.py
 

@@ -74,8 +74,8 @@ def main(script: EditScriptArguments, args: FlowGRPOEditConfig, model_args: Edit
         reward_funcs = HPScorerReward(
             judge,
             task=script.scorer_task,
-            prompts=script.scorer_prompts,
-            prompts_revision=script.scorer_prompts_revision,
+            scorer_prompts=script.scorer_prompts,
+            scorer_prompts_revision=script.scorer_prompts_revision,
             alpha=script.reward_alpha,
             beta=script.reward_beta,
         )

@@ -1,6 +1,6 @@
 """
 What a case is: a row with `prompt`, `image` or `images`, and optionally `id`, `task`, `category`, `requirement`. A preference
-pair is a case with two edits of it, `chosen` and `rejected`. An edit is a case with `edited`, one picture made from it, and
+pair is a case with two edits of it, `chosen` and `rejected`. An edit is a case with `edit`, one picture made from it, and
 optionally `editor`, the name of the model that made it.
 """
 
@@ -105,14 +105,14 @@ def check_edits(dataset: Dataset, name: str) -> None:
 
     Raises:
         `TypeError`: If it is not a map-style [`~datasets.Dataset`].
-        `ValueError`: If it is not a dataset of cases, see [`check_columns`], has no images `edited`, or no column `id` that
+        `ValueError`: If it is not a dataset of cases, see [`check_columns`], has no images `edit`, or no column `id` that
             is unique for each `editor`.
     """
     _check_cases(dataset, name)
-    feature = dataset.features.get("edited")
+    feature = dataset.features.get("edit")
     if feature is None or not (is_text(feature) or isinstance(feature, Image | dict)):
         raise ValueError(
-            f"{name} must have a column 'edited' that holds images or their paths; its columns are {dict(dataset.features)}."
+            f"{name} must have a column 'edit' that holds images or their paths; its columns are {dict(dataset.features)}."
         )
     if "id" not in dataset.features:
         raise ValueError(
@@ -167,7 +167,7 @@ def load_edits(path: str, split: str = "train", revision: str | None = None) -> 
             Branch, tag or commit of the Hub repository.
 
     Returns:
-        [`~datasets.Dataset`]: with the columns `id`, `image` or `images`, `edited`, `prompt` and what else there is.
+        [`~datasets.Dataset`]: with the columns `id`, `image` or `images`, `edit`, `prompt` and what else there is.
 
     Raises:
         `FileNotFoundError`: If there is nothing at `path`.
@@ -235,7 +235,7 @@ def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
 
 def without_decoding(dataset: Dataset) -> Dataset:
     """The dataset with its images left encoded, so that a broken one is met case by case by [`case_images`]."""
-    for column in ("image", "edited", "chosen", "rejected"):
+    for column in ("image", "edit", "chosen", "rejected"):
         if isinstance(dataset.features.get(column), Image):
             dataset = dataset.cast_column(column, Image(decode=False))
     images = dataset.features.get("images")

@@ -36,9 +36,7 @@ def merge(args: argparse.Namespace) -> None:
 
 def add_dataset(command: argparse.ArgumentParser) -> None:
     """The options that name a dataset of edits."""
-    command.add_argument(
-        "dataset", help="edits: folder or Hub repository with id, image, edited, prompt, task, editor"
-    )
+    command.add_argument("dataset", help="edits: folder or Hub repository with id, image, edit, prompt, task, editor")
     command.add_argument("--split", default="train")
     command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
 
@@ -50,17 +48,19 @@ def add_scorer(command: argparse.ArgumentParser) -> None:
         "--judge-revision", help="of its repository; with a server, whatever tells models of one name apart"
     )
     command.add_argument(
-        "--base-url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1; else in this process"
+        "--judge_base_url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1; else in this process"
     )
     command.add_argument("--score-mode", choices=("integer", "expected"), default="integer")
-    command.add_argument("--num-samples", type=int, default=1, help="answers whose scores are averaged")
+    command.add_argument("--num_answers", type=int, default=1, help="answers whose scores are averaged")
     command.add_argument("--max-new-tokens", type=int, help="of an answer; raise it for judges that reason aloud")
     command.add_argument("--batch-size", type=int, default=8, help="of a judge in this process")
     command.add_argument("--max-concurrency", type=int, default=16, help="requests at once to a server")
     command.add_argument("--timeout", type=float, default=120.0, help="seconds for one request to a server")
     command.add_argument("--max-retries", type=int, default=4, help="further attempts with a server")
-    command.add_argument("--prompts", help="folder or Hub repository of scorer prompts; by default this package's")
-    command.add_argument("--prompts-revision")
+    command.add_argument(
+        "--scorer_prompts", help="folder or Hub repository of scorer prompts; by default this package's"
+    )
+    command.add_argument("--scorer_prompts_revision")
     command.add_argument("--cache", default="~/.cache/hp-edit-trl/judgements.sqlite", help="'none' keeps none")
 
 
@@ -68,12 +68,12 @@ def make_judge(args: argparse.Namespace, **kwargs: Any):
     """The judge that the options name."""
     from .judges import CachedJudge, ServerJudge, TransformersJudge
 
-    shared = {name: getattr(args, name) for name in ("score_mode", "num_samples", "max_new_tokens")}
+    shared = {name: getattr(args, name) for name in ("score_mode", "num_answers", "max_new_tokens")}
     shared = {name: value for name, value in shared.items() if value is not None} | kwargs
     judge: ServerJudge | TransformersJudge
-    if args.base_url is not None:
+    if args.judge_base_url is not None:
         of_server = {name: getattr(args, name) for name in ("max_concurrency", "timeout", "max_retries")}
-        judge = ServerJudge(args.judge, args.base_url, revision=args.judge_revision, **shared, **of_server)
+        judge = ServerJudge(args.judge, args.judge_base_url, revision=args.judge_revision, **shared, **of_server)
     else:
         options = {} if args.judge_revision is None else {"revision": args.judge_revision}
         judge = TransformersJudge(args.judge, batch_size=args.batch_size, model_init_kwargs=options, **shared)
@@ -84,7 +84,12 @@ def make_scorer(args: argparse.Namespace, task: str | None = None):
     """The scorer that the options name."""
     from .rewards import HPScorerReward
 
-    return HPScorerReward(make_judge(args), prompts=args.prompts, prompts_revision=args.prompts_revision, task=task)
+    return HPScorerReward(
+        make_judge(args),
+        scorer_prompts=args.scorer_prompts,
+        scorer_prompts_revision=args.scorer_prompts_revision,
+        task=task,
+    )
 
 
 def make_benchmark(args: argparse.Namespace):
@@ -93,7 +98,10 @@ def make_benchmark(args: argparse.Namespace):
 
     if args.benchmark == "realpref":
         return RealPrefBench(make_scorer(args), args.dataset, args.split or "test", args.revision)
-    options: dict[str, Any] = {"prompts": args.prompts, "prompts_revision": args.prompts_revision}
+    options: dict[str, Any] = {
+        "scorer_prompts": args.scorer_prompts,
+        "scorer_prompts_revision": args.scorer_prompts_revision,
+    }
     options["revision"] = args.revision
     args.max_new_tokens = args.max_new_tokens or 512  # reasons come with the scores
     options |= {name: getattr(args, name) for name in ("dataset", "split") if getattr(args, name) is not None}
@@ -308,7 +316,7 @@ def refine(args: argparse.Namespace) -> None:
     if args.candidate is not None:
         refiner.compare(read_scorer_prompt(args.candidate))
     elif args.propose:
-        name, url = args.proposer or args.judge, args.proposer_url or args.base_url
+        name, url = args.proposer or args.judge, args.proposer_url or args.judge_base_url
         proposer = (
             ServerJudge(name, url, max_new_tokens=2048, timeout=600)
             if url is not None
@@ -558,7 +566,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--password", help="or in the environment as HP_EDIT_PASSWORD, where fewer can read it")
     command.set_defaults(run=annotate)
 
-    command = commands.add_parser("build-dataset", help="build a RealPref-style data set; goes on where it was")
+    command = commands.add_parser("build-dataset", help="build a RealPref-style dataset; goes on where it was")
     command.add_argument("--config", required=True, help="YAML file with the options of BuildConfig")
     command.add_argument("--stages", help="run these only, e.g. edits,scores; all before them must be finished")
     command.add_argument("--engine", choices=("local", "ray"), default="local")

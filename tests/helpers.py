@@ -86,10 +86,10 @@ class RuleJudge:
 
 
 def make_edits(count: int = 6, editors=("one", "two")) -> Dataset:
-    """Edits of the cases of `make_cases`, in plain colours: the k-th editor's are redder than those of the one before."""
+    """Edits of the cases of `make_cases`, in plain colors: the k-th editor's are redder than those of the one before."""
     rows = []
     for i, case in enumerate(make_cases(count)):
         for k, editor in enumerate(editors):
             red = min(255, 50 * k + 255 * i // count)
-            rows.append({**case, "edited": Image.new("RGB", case["image"].size, (red, 40, 40)), "editor": editor})
+            rows.append({**case, "edit": Image.new("RGB", case["image"].size, (red, 40, 40)), "editor": editor})
     return Dataset.from_list(rows)

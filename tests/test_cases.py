@@ -16,8 +16,8 @@ def test_edits_are_loaded_from_where_they_were_saved(tmp_path):
     for path, split in (("disk", "train"), ("splits", "test"), ("parquet", "train")):
         loaded = load_edits(str(tmp_path / path), split)
         assert edit_keys(loaded) == [(f"case-{i}", editor) for i in range(3) for editor in ("one", "two")]
-        assert loaded.features["edited"] == ImageFeature(decode=False) == loaded.features["image"]
-        assert read_image(loaded[3]["edited"], "x").tobytes() == edits[3]["edited"].tobytes()
+        assert loaded.features["edit"] == ImageFeature(decode=False) == loaded.features["image"]
+        assert read_image(loaded[3]["edit"], "x").tobytes() == edits[3]["edit"].tobytes()
     with pytest.raises(ValueError, match=r"has no split 'train'; its splits are \['test'\]"):
         load_edits(str(tmp_path / "splits"))
     with pytest.raises(ValueError, match="disk holds one dataset without splits, so there is no split 'test'"):
@@ -25,7 +25,7 @@ def test_edits_are_loaded_from_where_they_were_saved(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_edits(str(tmp_path / "missing"))
     make_cases(2).save_to_disk(tmp_path / "cases")
-    with pytest.raises(ValueError, match="cases must have a column 'edited'"):
+    with pytest.raises(ValueError, match="cases must have a column 'edit'"):
         load_edits(str(tmp_path / "cases"))
 
 

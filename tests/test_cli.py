@@ -42,7 +42,7 @@ def server(serve):  # noqa: F811
 
 
 def options(server, tmp_path):
-    return ["--judge", "m", "--base-url", server.url, "--cache", str(tmp_path / "cache.sqlite")]
+    return ["--judge", "m", "--judge_base_url", server.url, "--cache", str(tmp_path / "cache.sqlite")]
 
 
 def test_score_and_again(server, tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_score_and_again(server, tmp_path, capsys):
     main([*command, "--input-price", "1", "--output-price", "2"])
     assert "| scores given | 6 |" in capsys.readouterr().out
     assert [line["score"] for line in read_scores(tmp_path / "s.jsonl")] == [
-        look("", [row["edited"]]) for row in make_edits(3)
+        look("", [row["edit"]]) for row in make_edits(3)
     ]
     asked = len(server.requests)
     main(command)
@@ -103,11 +103,14 @@ def test_what_goes_wrong_is_said_in_a_line(server, tmp_path):
     for command, message in [
         (["score", str(tmp_path / "none")], "hp-edit: .*none"),
         (["score", edits, "--split", "test"], "hp-edit: "),
-        (["score", edits, "--base-url", "http://127.0.0.1:9/v1"], "at http://127.0.0.1:9/v1 gives no judgements"),
-        (["score", edits, "--judge", str(tmp_path / "edits"), "--cache", "none"], "has no processor"),
-        (["score", edits, "--base-url", server.url, "--prompts", str(tmp_path)], "No scorer prompts"),
         (
-            ["refine-prompt", "add", edits, "--ratings", edits, "--out", edits, "--base-url", server.url],
+            ["score", edits, "--judge_base_url", "http://127.0.0.1:9/v1"],
+            "at http://127.0.0.1:9/v1 gives no judgements",
+        ),
+        (["score", edits, "--judge", str(tmp_path / "edits"), "--cache", "none"], "has no processor"),
+        (["score", edits, "--judge_base_url", server.url, "--scorer_prompts", str(tmp_path)], "No scorer prompts"),
+        (
+            ["refine-prompt", "add", edits, "--ratings", edits, "--out", edits, "--judge_base_url", server.url],
             "No ratings at",
         ),
     ]:
@@ -179,7 +182,7 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
         "split": "train",
         "out": str(tmp_path / "out"),
     }
-    shared |= {"judge": "m", "base_url": server.url, "cache": "none", "resolution": 64, "dtype": "float32"}
+    shared |= {"judge": "m", "judge_base_url": server.url, "cache": "none", "resolution": 64, "dtype": "float32"}
     file, config = tmp_path / "mine.py", tmp_path / "bench.yaml"
     file.write_text("def same(images, prompts):\n    return images\n")
     few = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "negative_prompt": " "}

@@ -305,7 +305,7 @@ def run_experiment(
     write_csv(results / f"{name}.csv", columns, runs)
     points = [{"arm": run["arm"], "seed": run["seed"], **point} for run in runs for point in run["curve"]]
     write_csv(results / f"{name}_curves.csv", list(points[0]), points)
-    summary = summarise(runs)
+    summary = summarize(runs)
     record = {
         "command": shown_command(),
         "config": yaml.safe_load(config.read_text()),
@@ -343,7 +343,7 @@ def at_budget(run: dict[str, Any], budget: str, limit: float) -> float:
     return float(np.interp(limit, [point[budget] for point in curve], [point["score"] for point in curve]))
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     For each arm: means over its seeds with their standard error; the difference from the first arm, paired by case and
     averaged over seeds, with its standard error over the cases; validation scores when all arms had used as many

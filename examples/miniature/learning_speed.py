@@ -1,6 +1,6 @@
 """
 How fast the miniature learns: score against transformer passes and against seconds, for the whole trajectory and for
-windows of 4, 2 and 1 stochastic steps, Flow-SDE and CPS, with the plain and with GRPO-Guard's normalised ratio.
+windows of 4, 2 and 1 stochastic steps, Flow-SDE and CPS, with the plain and with GRPO-Guard's normalized ratio.
 
     python examples/miniature/learning_speed.py
 
@@ -19,7 +19,7 @@ WINDOWS = {
     "2": {"sde_window_size": 2, "sde_window_range": [0, 4], "sde_window_mode": "random"},
     "1": {"sde_window_size": 1, "sde_window_range": [0, 4], "sde_window_mode": "random"},
 }
-# Clip ranges at which some steps are clipped with each: ratios are closer to 1 with CPS, and when they are normalised.
+# Clip ranges at which some steps are clipped with each: ratios are closer to 1 with CPS, and when they are normalized.
 DYNAMICS = {
     "Flow-SDE": {"dynamics": "flow_sde", "noise_level": 0.7, "epsilon": 2e-4},
     "CPS": {"dynamics": "cps", "noise_level": 0.7, "epsilon": 1e-4},

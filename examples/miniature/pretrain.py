@@ -176,7 +176,7 @@ def pictures(arrays: list[np.ndarray]) -> torch.Tensor:
 def sloppy(case: Case, rng: np.random.Generator) -> np.ndarray:
     """A target that a careless editor might have left: half done, spoiling the rest, or something else than asked."""
     kind = rng.integers(4)
-    if kind == 0:  # a ghost, a half-way recolour, a pale style
+    if kind == 0:  # a ghost, a half-way recolor, a pale style
         share = rng.uniform(0.3, 0.7)
         return share * case.source + (1 - share) * case.target
     if kind == 1:  # a tint over the whole picture

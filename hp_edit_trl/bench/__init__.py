@@ -4,7 +4,7 @@ from .dreambench import DreamBenchPlus, parse_grade
 from .gedit import GEditBench, parse_pair
 from .realpref import RealPrefBench
 from .report import push_results, read_rewards, write_bench_report
-from .results import CaseScore, Run, compare, read_run, summarise
+from .results import CaseScore, Run, compare, read_run, summarize
 from .run import Benchmark, run_benchmark
 
 
@@ -22,6 +22,6 @@ __all__ = [
     "read_rewards",
     "read_run",
     "run_benchmark",
-    "summarise",
+    "summarize",
     "write_bench_report",
 ]

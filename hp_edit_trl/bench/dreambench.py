@@ -15,8 +15,7 @@ from PIL import Image
 from torchvision import transforms
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPProcessor
 
-from ..judges import Judge, Judgement
-from ..judges.base import describe_judge, without_reasoning
+from ..judges import Judge, Judgement, describe_judge, without_reasoning
 from ..rewards.prompts import load_benchmark_prompts
 from .results import CaseScore, check_parser, conversation, why_no_score
 
@@ -54,7 +53,7 @@ class DreamBenchPlus:
     DreamBench++: 150 images of a subject with nine descriptions each, four photorealistic, three in another style, two imaginative.
 
     The judge grades from 0 to 4 how well the subject was kept (concept preservation, CP; it sees source and edit) and how well the
-    description was followed (prompt following, PF; it sees the edit alone), each several times (`num_samples` of the judge, three in the
+    description was followed (prompt following, PF; it sees the edit alone), each several times (`num_answers` of the judge, three in the
     benchmark); CP and PF are the mean grades divided by 4, and CP·PF is the product of their means. Beside them stand the cosines of
     embeddings: CLIP-I and DINO-I of source and edit, CLIP-T of description and edit. The main result is the mean over all cases. An
     answer without a grade is missing.
@@ -65,17 +64,17 @@ class DreamBenchPlus:
 
     Args:
         judge ([`Judge`]):
-            A judge with `parse=parse_grade` and `num_samples=3`. The benchmark's own is GPT-4o.
+            A judge with `parse=parse_grade` and `num_answers=3`. The benchmark's own is GPT-4o.
         dataset (`str`, *optional*, defaults to `"yuangpeng/dreambench_plus"`):
             A folder, or a Hub repository that holds it as a ZIP file, with `images/<category>/**/<n>.jpg` and
             `captions/<category>/**/<n>.txt`: the subject in the first line, then nine descriptions.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
-        prompts (`str`, *optional*):
+        scorer_prompts (`str`, *optional*):
             Folder or Hub repository with the judge's prompts `concept_preservation`, `style_preservation` (for subjects of the category
             `style`) and `prompt_following` (`.md` or `.txt`), for those who have the benchmark's own. By default this package's, in
             other words.
-        prompts_revision (`str`, *optional*):
+        scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of that Hub repository.
         clip (`str`, *optional*, defaults to `"openai/clip-vit-base-patch32"`):
             CLIP model for CLIP-I and CLIP-T; `None` leaves them out.
@@ -97,25 +96,25 @@ class DreamBenchPlus:
         judge: Judge,
         dataset: str | Path = "yuangpeng/dreambench_plus",
         revision: str | None = None,
-        prompts: str | None = None,
-        prompts_revision: str | None = None,
+        scorer_prompts: str | None = None,
+        scorer_prompts_revision: str | None = None,
         clip: str | None = "openai/clip-vit-base-patch32",
         dino: str | None = "facebook/dino-vits8",
     ):
         check_parser(judge, parse_grade)
-        samples = getattr(getattr(judge, "judge", judge), "num_samples", 3)
+        samples = getattr(getattr(judge, "judge", judge), "num_answers", 3)
         if samples < 3:
             logger.warning(
-                "The judge gives num_samples=%d grades for each edit. DreamBench++ takes the mean of three.", samples
+                "The judge gives num_answers=%d grades for each edit. DreamBench++ takes the mean of three.", samples
             )
         self.judge = judge
         self.source = str(dataset)
         self.revision = revision
         names = ("concept_preservation", "style_preservation", "prompt_following")
-        self.prompts = load_benchmark_prompts("dreambench", names, prompts, prompts_revision)
-        if "{prompt}" not in self.prompts["prompt_following"].text:
+        self.scorer_prompts = load_benchmark_prompts("dreambench", names, scorer_prompts, scorer_prompts_revision)
+        if "{prompt}" not in self.scorer_prompts["prompt_following"].text:
             raise ValueError(
-                f"The prompt prompt_following in {prompts} has no {{instruction}}, so the judge would not see the description: write it "
+                f"The prompt prompt_following in {scorer_prompts} has no {{instruction}}, so the judge would not see the description: write it "
                 "where the description belongs. The benchmark's own file has none, because its code sends the description apart."
             )
         self.clip = clip
@@ -144,7 +143,7 @@ class DreamBenchPlus:
             snapshot = Path(snapshot_download(self.source, repo_type="dataset", revision=self.revision))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"{self.source} is neither a folder nor a data set on the Hub that can be read: {error}"
+                f"{self.source} is neither a folder nor a dataset on the Hub that can be read: {error}"
             ) from error
         archives = sorted(snapshot.glob("*.zip"))
         return Path(DownloadManager().extract(str(archives[0]))) if archives else snapshot, snapshot.name
@@ -182,7 +181,7 @@ class DreamBenchPlus:
             "dataset": self.source,
             "revision": self._folder[1],
             "judge": describe_judge(self.judge),
-            "prompts": {name: [prompt.revision, prompt.digest] for name, prompt in self.prompts.items()},
+            "scorer_prompts": {name: [prompt.revision, prompt.digest] for name, prompt in self.scorer_prompts.items()},
             **{name: None if model is None else [model, _commit(model)] for name, model in models.items()},
         }
 
@@ -213,7 +212,7 @@ class DreamBenchPlus:
     ) -> list[CaseScore]:
         conversations = []
         for case, source, edit in zip(cases, sources, edits, strict=True):
-            text = {name: prompt.fill(case["prompt"]) for name, prompt in self.prompts.items()}
+            text = {name: prompt.fill(case["prompt"]) for name, prompt in self.scorer_prompts.items()}
             kept = "style_preservation" if case["category"] == "style" else "concept_preservation"
             conversations.append(conversation(text[kept], [("Image A", source), ("Image B", edit)]))
             conversations.append(conversation(text["prompt_following"], [("The image", edit)]))

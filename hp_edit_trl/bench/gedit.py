@@ -11,8 +11,7 @@ from datasets import Dataset
 from PIL import Image
 
 from ..cases import load_split, without_decoding
-from ..judges import Judge, Judgement
-from ..judges.base import describe_judge, without_reasoning
+from ..judges import Judge, Judgement, describe_judge, without_reasoning
 from ..rewards.prompts import load_benchmark_prompts
 from ..utils.revisions import dataset_revision
 from .results import CaseScore, check_parser, conversation, why_no_score
@@ -76,10 +75,10 @@ class GEditBench:
             Which split of it.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
-        prompts (`str`, *optional*):
+        scorer_prompts (`str`, *optional*):
             Folder or Hub repository with the judge's prompts `consistency` and `quality` (`.md` or `.txt`), for those who have the
             benchmark's own. By default this package's, in other words.
-        prompts_revision (`str`, *optional*):
+        scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of that Hub repository.
 
     Raises:
@@ -99,18 +98,20 @@ class GEditBench:
         dataset: str | Path | Dataset = "stepfun-ai/GEdit-Bench",
         split: str = "train",
         revision: str | None = None,
-        prompts: str | None = None,
-        prompts_revision: str | None = None,
+        scorer_prompts: str | None = None,
+        scorer_prompts_revision: str | None = None,
     ):
         check_parser(judge, parse_pair, min_new_tokens=128)
         self.judge = judge
         self.source = dataset
         self.split = split
         self.revision = revision
-        self.prompts = load_benchmark_prompts("gedit", ("consistency", "quality"), prompts, prompts_revision)
-        if "{prompt}" not in self.prompts["consistency"].text:
+        self.scorer_prompts = load_benchmark_prompts(
+            "gedit", ("consistency", "quality"), scorer_prompts, scorer_prompts_revision
+        )
+        if "{prompt}" not in self.scorer_prompts["consistency"].text:
             raise ValueError(
-                f"The prompt consistency in {prompts} has no {{instruction}}, so the judge would not see the instruction: write it "
+                f"The prompt consistency in {scorer_prompts} has no {{instruction}}, so the judge would not see the instruction: write it "
                 "where the instruction belongs."
             )
 
@@ -166,7 +167,7 @@ class GEditBench:
             "split": None if isinstance(self.source, Dataset) else self.split,
             "revision": self._loaded[1],
             "judge": describe_judge(self.judge),
-            "prompts": {name: [prompt.revision, prompt.digest] for name, prompt in self.prompts.items()},
+            "scorer_prompts": {name: [prompt.revision, prompt.digest] for name, prompt in self.scorer_prompts.items()},
         }
 
     def load(self) -> None:
@@ -177,7 +178,7 @@ class GEditBench:
     ) -> list[CaseScore]:
         conversations = []
         for case, source, edit in zip(cases, sources, edits, strict=True):
-            text = {name: prompt.fill(case["prompt"]) for name, prompt in self.prompts.items()}
+            text = {name: prompt.fill(case["prompt"]) for name, prompt in self.scorer_prompts.items()}
             conversations.append(conversation(text["consistency"], [("Image A", source), ("Image B", edit)]))
             conversations.append(conversation(text["quality"], [("The image", edit)]))
         judged = self.judge(conversations)

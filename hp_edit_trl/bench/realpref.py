@@ -70,14 +70,14 @@ class RealPrefBench:
         prompts = {
             task: [prompt.revision, prompt.digest]
             for task in sorted(set(self.dataset["task"]))
-            for prompt in [self.scorer.prompt_for(task)]
+            for prompt in [self.scorer.scorer_prompt(task)]
         }
         return {
             "dataset": None if isinstance(self.source, Dataset) else str(self.source),
             "split": None if isinstance(self.source, Dataset) else self.split,
             "revision": dataset_revision(self.dataset)[1] or self.revision,
             "judge": self.scorer.judge_description,
-            "prompts": prompts,
+            "scorer_prompts": prompts,
         }
 
     def load(self) -> None:
@@ -86,7 +86,7 @@ class RealPrefBench:
     def score(
         self, cases: list[dict[str, Any]], sources: list[Image.Image], edits: list[Image.Image]
     ) -> list[CaseScore]:
-        judgements = self.scorer.judge_cases(
+        judgements = self.scorer.judge_edits(
             [case["prompt"] for case in cases],
             edits,
             [[source] for source in sources],

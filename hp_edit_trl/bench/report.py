@@ -156,7 +156,7 @@ def push_results(run: Run, repo_id: str, token: str | None = None) -> str:
     source = benchmark.get("dataset")
     if source is None or Path(source).exists() or source.count("/") != 1:
         raise ValueError(
-            f"The cases of {run.folder} are from {source!r}, which is no data set on the Hub: a model card can only name one that is."
+            f"The cases of {run.folder} are from {source!r}, which is no dataset on the Hub: a model card can only name one that is."
         )
     results = [
         EvalResult(
@@ -278,9 +278,9 @@ def _differences(first: Run, differences: dict[str, list[dict[str, Any]]]) -> st
 def _notes(runs: Sequence[Run]) -> list[str]:
     benchmark, results = _benchmark(runs), runs[0].results
     where = " ".join(str(benchmark[name]) for name in ("dataset", "split") if benchmark.get(name) is not None)
-    prompts = ", ".join(sorted({revision for revision, _ in benchmark["prompts"].values()}))
+    prompts = ", ".join(sorted({revision for revision, _ in benchmark["scorer_prompts"].values()}))
     notes = [
-        f"{benchmark['cases']} cases of {where or 'a data set in memory'}, revision {benchmark.get('revision') or 'unknown'}, content "
+        f"{benchmark['cases']} cases of {where or 'a dataset in memory'}, revision {benchmark.get('revision') or 'unknown'}, content "
         f"{benchmark['cases_sha']}.",
         f"Judge: {benchmark['judge']}; prompts {prompts}.",
         f"In brackets: {results['confidence']:.0%} bootstrap intervals from {results['num_resamples']} resamples of cases within their "

@@ -79,7 +79,7 @@ class Run:
     results: dict[str, Any]
 
 
-def summarise(
+def summarize(
     cases: Sequence[dict[str, Any]],
     metrics: Sequence[str],
     group: str,
@@ -154,7 +154,7 @@ def compare(
             Seed of the resamples.
 
     Returns:
-        `list[dict]`: rows as those of [`summarise`], each `value` that of `b` minus that of `a`. `missing` counts the cases that
+        `list[dict]`: rows as those of [`summarize`], each `value` that of `b` minus that of `a`. `missing` counts the cases that
         lack a value in one or both.
 
     Raises:

@@ -33,7 +33,7 @@ from ..ratings import Rating
 from ..utils.distributed import in_step, patient_accelerator
 from ..utils.files import append_jsonl, read_json, read_jsonl, write_atomically, write_json
 from ..utils.images import UnreadableImageError, read_image
-from .results import FORMAT, WHERE_FROM, CaseScore, Run, check_format, read_run, summarise
+from .results import FORMAT, WHERE_FROM, CaseScore, Run, check_format, read_run, summarize
 
 
 logger = logging.getLogger(__name__)
@@ -496,7 +496,7 @@ def _finish(
     (folder / "results.json").unlink(missing_ok=True)  # it would not be that of the new rows
     write_atomically(folder / "cases.parquet", lambda part: pq.write_table(table, part))
     asked = [*direct, *(["human"] if human is not None else [])]
-    summary = summarise(
+    summary = summarize(
         rows, asked, benchmark.group, benchmark.sections, benchmark.products, confidence, num_resamples
     )
     write_json(

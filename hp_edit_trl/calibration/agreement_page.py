@@ -125,9 +125,9 @@ def report_text(result: dict[str, Any]) -> str:
 
 def _notes(result: dict[str, Any]) -> list[str]:
     agreed = result["agreement"]
-    prompts = ", ".join(dict.fromkeys(result["prompts"].values()))
+    prompts = ", ".join(dict.fromkeys(result["scorer_prompts"].values()))
     notes = [
-        f"Judge {result['judge']}, mode {result['mode']}, prompts {prompts}; rubric {result['rubric']}.",
+        f"Judge {result['judge']}, mode {result['score_mode']}, prompts {prompts}; rubric {result['rubric']}.",
         f"In brackets: {agreed['confidence']:.0%} bootstrap intervals from {agreed['num_resamples']} resamples of cases within their "
         f"tasks, seed {agreed['seed']}.",
     ]
@@ -281,7 +281,9 @@ def write_worst_page(result: dict[str, Any], folder: str | Path, dataset: Datase
     options = "".join(f'<option value="{escape(task)}">{escape(task)}</option>' for task in tasks)
     compared = f"{len(edits)} of {result['agreement']['overall']['n']} edits"
     (folder / "worst.html").write_text(
-        PAGE.replace("%about%", escape(f"Judge {result['judge']}, mode {result['mode']}; rubric {result['rubric']}"))
+        PAGE.replace(
+            "%about%", escape(f"Judge {result['judge']}, mode {result['score_mode']}; rubric {result['rubric']}")
+        )
         .replace("%count%", escape(compared))
         .replace("%options%", options)
         .replace("%cards%", "\n".join(cards)),  # last, so that nothing in a text of the data is replaced
@@ -300,9 +302,9 @@ def _card(rank: int, edit: dict[str, Any], row: dict[str, Any], folder: Path) ->
     except UnreadableImageError as error:
         pictures.append(_broken("source", error))
     try:
-        if row["edited"] is None:
+        if row["edit"] is None:
             raise UnreadableImageError(f"Case {edit['id']!r} has no edit.")
-        image = read_image(row["edited"], f"The edit of case {edit['id']!r}")
+        image = read_image(row["edit"], f"The edit of case {edit['id']!r}")
         pictures.append(_picture(image, "edit", f"{name}-edit.jpg", folder))
     except UnreadableImageError as error:
         pictures.append(_broken("edit", error))

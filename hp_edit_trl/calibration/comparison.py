@@ -59,7 +59,7 @@ def compare_with_people(
         - `left_out`: lists of `(id, editor)` by reason: `no_score` (the scorer gave none), `not_scored` (no line in the scores),
           `not_rated`, `skipped` (by all who saw it) and `unknown` (not in the dataset). The first two are the `missing` of
           `agreement`.
-        - `rubric`, `judge`, `mode`, `prompts` (by task): what the ratings and scores were made with.
+        - `rubric`, `judge`, `score_mode`, `scorer_prompts` (by task): what the ratings and scores were made with.
 
     Raises:
         `ValueError`: If there are no ratings, no edit has both a rating and a score, the ratings were made with several rubrics, the
@@ -180,7 +180,7 @@ def _settings(ratings: Sequence[Rating], lines: dict[Key, dict[str, Any]]) -> di
     if len(rubrics) > 1:
         raise ValueError(f"The ratings were made with the rubrics {', '.join(rubrics)}: compare with one at a time.")
     scored = [line for line in lines.values() if line["score"] is not None]
-    for name in ("judge", "mode"):
+    for name in ("judge", "score_mode"):
         found = sorted({str(line.get(name)) for line in scored})
         if len(found) > 1:
             raise ValueError(
@@ -188,15 +188,20 @@ def _settings(ratings: Sequence[Rating], lines: dict[Key, dict[str, Any]]) -> di
             )
     prompts: dict[str, str | None] = {}
     for line in scored:
-        task, prompt = line.get("task") or NO_TASK, line.get("prompt")
-        if line.get("prompt_sha"):
-            prompt = f"{prompt} ({line['prompt_sha']})"
+        task, prompt = line.get("task") or NO_TASK, line.get("scorer_prompt")
+        if line.get("scorer_prompt_sha"):
+            prompt = f"{prompt} ({line['scorer_prompt_sha']})"
         if prompts.setdefault(task, prompt) != prompt:
             raise ValueError(
                 f"The scores of {task if task == NO_TASK else f'the task {task!r}'} were made with two revisions of the prompt, "
                 f"{prompts[task]} and {prompt}, which do not mix: keep a file of scores for each."
             )
-    return {"rubric": rubrics[0], "judge": scored[0].get("judge"), "mode": scored[0].get("mode"), "prompts": prompts}
+    return {
+        "rubric": rubrics[0],
+        "judge": scored[0].get("judge"),
+        "score_mode": scored[0].get("score_mode"),
+        "scorer_prompts": prompts,
+    }
 
 
 def _check_overlap(rated: dict, values: dict, lines: dict, score_of: dict, some_unknown: bool) -> None:

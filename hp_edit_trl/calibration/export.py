@@ -61,7 +61,7 @@ def ratings_dataset(ratings: Iterable[Rating], dataset: Dataset) -> Dataset:
     for name, feature in COLUMNS.items():
         dataset = dataset.add_column(name, values[name], feature=feature)
     features = dict(dataset.features)
-    for name in ("image", "edited"):
+    for name in ("image", "edit"):
         if name in features and (is_text(features[name]) or isinstance(features[name], Image)):
             features[name] = Image()
     if isinstance(features.get("images"), List):
@@ -132,7 +132,7 @@ def to_label_studio(
         try:
             pictures = {
                 "source": side_by_side(case_images(row, key[0])),
-                "edited": read_image(row["edited"], f"The edit of case {key[0]!r} by {key[1]!r}"),
+                "edit": read_image(row["edit"], f"The edit of case {key[0]!r} by {key[1]!r}"),
             }
         except UnreadableImageError as error:
             logger.warning("Left out: %s", error)
@@ -152,7 +152,7 @@ def to_label_studio(
 
 def _annotation(rating: Rating) -> dict[str, Any]:
     # Label Studio gives annotations that it imports a new user and a new time. What stands in `meta` stays.
-    base = {"to_name": "edited", "meta": {"annotator": rating.annotator, "rubric": rating.rubric, "time": rating.time}}
+    base = {"to_name": "edit", "meta": {"annotator": rating.annotator, "rubric": rating.rubric, "time": rating.time}}
     result: list[dict[str, Any]] = []
     if rating.score is not None:
         result.append({**base, "from_name": "score", "type": "choices", "value": {"choices": [str(rating.score)]}})
@@ -177,7 +177,7 @@ def label_studio_config(dataset: Dataset, rubric: Rubric) -> str:
         if column in dataset.features:
             ET.SubElement(view, "Text", name=column, value=f"${column}")
     pictures = ET.SubElement(view, "View", style="display: flex; gap: 12px")
-    for column in ("source", "edited"):
+    for column in ("source", "edit"):
         side = ET.SubElement(pictures, "View", style="flex: 1")
         ET.SubElement(side, "Header", value="Source" if column == "source" else "Edit")
         ET.SubElement(side, "Image", name=column, value=f"${column}", zoom="true", zoomControl="true")
@@ -185,11 +185,11 @@ def label_studio_config(dataset: Dataset, rubric: Rubric) -> str:
         scale = "; ".join(f"{score}: {label}" for score, label in enumerate(rubric.labels))
         ET.SubElement(view, "Header", value=scale, size="5")
     scores = ET.SubElement(
-        view, "Choices", name="score", toName="edited", choice="single-radio", showInline="true", required="true"
+        view, "Choices", name="score", toName="edit", choice="single-radio", showInline="true", required="true"
     )
     for score, label in enumerate(rubric.labels):
         ET.SubElement(scores, "Choice", value=str(score), hotkey=str(score), hint=label)
-    ET.SubElement(view, "TextArea", name="comment", toName="edited", placeholder="Comment (optional)", rows="2")
+    ET.SubElement(view, "TextArea", name="comment", toName="edit", placeholder="Comment (optional)", rows="2")
     ET.indent(view)
     return ET.tostring(view, encoding="unicode") + "\n"
 

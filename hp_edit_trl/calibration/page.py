@@ -101,7 +101,7 @@ class _Campaign:
     def _images(self, row: int) -> list:
         values = self.dataset[row]
         of = "" if values.get("editor") is None else f" by {values['editor']!r}"
-        edit = read_image(values["edited"], f"The edit of case {values['id']!r}{of}")
+        edit = read_image(values["edit"], f"The edit of case {values['id']!r}{of}")
         return [*case_images(values, values["id"]), edit]
 
     def session(self, name: str) -> RatingSession:
@@ -173,7 +173,7 @@ def build_app(
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            The edits: `id`, `image` or `images`, `edited`, `prompt`, and optionally `editor`, `task` and `requirement`. Edits with
+            The edits: `id`, `image` or `images`, `edit`, `prompt`, and optionally `editor`, `task` and `requirement`. Edits with
             an image that cannot be decoded are left out and reported.
         ratings_dir (`str` or `Path`, *optional*, defaults to `"ratings"`):
             Folder for the ratings, one file for each annotator.

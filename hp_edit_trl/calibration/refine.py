@@ -72,7 +72,7 @@ class PromptRefiner:
         scorer ([`HPScorerReward`]):
             Judge and prompts to begin with. Give it a [`CachedJudge`], so that no case is scored twice with the same prompt.
         dataset ([`~datasets.Dataset`]):
-            The rated edits: `id`, `image` or `images`, `edited`, `prompt`, `task`, and optionally `editor` and `requirement`.
+            The rated edits: `id`, `image` or `images`, `edit`, `prompt`, `task`, and optionally `editor` and `requirement`.
         ratings (`Sequence[Rating]`):
             What people said of them. Their mean is what a scorer should find.
         folder (`str` or `Path`):
@@ -133,7 +133,7 @@ class PromptRefiner:
             row = dataset[i]
             try:
                 sources = case_images(row, key[0])
-                edit = read_image(row["edited"], f"The edit of case {key[0]!r}")
+                edit = read_image(row["edit"], f"The edit of case {key[0]!r}")
             except UnreadableImageError as error:
                 logger.warning("Left out: %s", error)
                 continue
@@ -165,11 +165,11 @@ class PromptRefiner:
         """The folder of prompts, begun with those of the scorer."""
         (self.folder / "revisions").mkdir(parents=True, exist_ok=True)
         there = load_scorer_prompts(str(self.folder)) if any(self.folder.glob("*.md")) else {}
-        for prompt in scorer.prompts.values():
+        for prompt in scorer.scorer_prompts.values():
             if prompt.task not in there:
                 prompt.save(self.folder / f"{prompt.task}.md")
         file = self.folder / f"{self.task}.md"
-        if self.task not in there and self.task not in scorer.prompts:
+        if self.task not in there and self.task not in scorer.scorer_prompts:
             base = self.folder / "base.md"
             if not base.exists():
                 raise ValueError(f"There is neither a prompt for {self.task!r} nor a base prompt in {self.folder}.")
@@ -345,7 +345,7 @@ class PromptRefiner:
         key = prompt.digest
         if key not in self._scores:
             scorer = HPScorerReward(self.judge)
-            scorer.prompts = {self.task: prompt}
+            scorer.scorer_prompts = {self.task: prompt}
             found: list[float | None] = []
             bar = tqdm(total=len(self.cases), desc=f"Scoring with {self.task} {prompt.name}", unit="edit")
             with bar:

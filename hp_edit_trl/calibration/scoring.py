@@ -87,15 +87,15 @@ def score_dataset(scorer: HPScorerReward, dataset: Dataset, file: str | Path, ch
     Scores all edits of a dataset and appends the scores to a file, one JSON line each. Stop it at any time and run it again: it
     goes on with the edits that have no score yet, and redoes at most `chunk_size`.
 
-    A line holds `id`, `editor`, `task`, `score` (`null` if there is none), `answer`, `judge`, `prompt` (revision), `prompt_sha`,
-    `case_sha` (a hash of instruction and images), `mode` and `time`. Read it with [`read_scores`]. An edit whose instruction or
+    A line holds `id`, `editor`, `task`, `score` (`null` if there is none), `answer`, `judge`, `scorer_prompt` (revision), `scorer_prompt_sha`,
+    `case_sha` (a hash of prompt and images), `score_mode` and `time`. Read it with [`read_scores`]. An edit whose instruction or
     images are others than when it was scored is scored again.
 
     Args:
         scorer ([`HPScorerReward`]):
             The scorer.
         dataset ([`~datasets.Dataset`]):
-            The edits: `id`, `image` or `images`, `edited`, `prompt`, and optionally `editor`, `task` and `requirement`.
+            The edits: `id`, `image` or `images`, `edit`, `prompt`, and optionally `editor`, `task` and `requirement`.
         file (`str` or `Path`):
             The file of scores.
         chunk_size (`int`, *optional*, defaults to `64`):
@@ -149,9 +149,9 @@ def score_dataset(scorer: HPScorerReward, dataset: Dataset, file: str | Path, ch
                 row, (case_id, editor) = dataset[i], keys[i]
                 by = "" if editor is None else f" by {editor!r}"
                 try:
-                    if row["edited"] is None:
+                    if row["edit"] is None:
                         raise UnreadableImageError(f"Case {case_id!r} has no edit{by}.")
-                    edit = read_image(row["edited"], f"The edit of case {case_id!r}{by}")
+                    edit = read_image(row["edit"], f"The edit of case {case_id!r}{by}")
                     sources = case_images(row, case_id)
                 except UnreadableImageError as error:
                     logger.warning("%s", error)
@@ -224,8 +224,8 @@ def read_scores(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _scorer_of(scorer: HPScorerReward, task: str | None) -> dict[str, str]:
-    prompt = scorer.prompt_for(task)
-    return {"judge": scorer.judge_description, "prompt": prompt.revision, "prompt_sha": prompt.digest}
+    prompt = scorer.scorer_prompt(task)
+    return {"judge": scorer.judge_description, "scorer_prompt": prompt.revision, "scorer_prompt_sha": prompt.digest}
 
 
 def _check_same_scorer(
@@ -244,7 +244,7 @@ def _check_same_scorer(
 def _case_sha(row: dict[str, Any]) -> str:
     """A hash of what is judged: instruction, requirement, task, and the images as they are stored."""
     digest = hashlib.sha256(repr([row.get(name) for name in ("prompt", "requirement", "task")]).encode())
-    for value in [row.get("image"), *(row.get("images") or []), row["edited"]]:
+    for value in [row.get("image"), *(row.get("images") or []), row["edit"]]:
         content = value.get("bytes") if isinstance(value, dict) else None
         path = value.get("path") if isinstance(value, dict) else value
         if content is None and isinstance(path, str) and os.path.isfile(path):
@@ -256,7 +256,7 @@ def _case_sha(row: dict[str, Any]) -> str:
 def _append(
     file: Path, scorer: HPScorerReward, judged: list[tuple[tuple[str, str | None], str, str | None, Judgement]]
 ) -> None:
-    mode = (getattr(scorer.judge, "identity", None) or {}).get("score_mode")
+    mode = scorer.judge.identity.get("score_mode")
     append_jsonl(
         file,
         [
@@ -268,7 +268,7 @@ def _append(
                 "answer": judgement.answer,
                 **_scorer_of(scorer, task),
                 "case_sha": sha,
-                "mode": mode,
+                "score_mode": mode,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             for (case_id, editor), sha, task, judgement in judged
@@ -322,7 +322,7 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
     for i in rows:
         row, (case_id, _) = dataset[i], keys[i]
         try:
-            cases.append((row, case_images(row, case_id), read_image(row["edited"], f"The edit of case {case_id!r}")))
+            cases.append((row, case_images(row, case_id), read_image(row["edit"], f"The edit of case {case_id!r}")))
         except UnreadableImageError as error:
             logger.warning("Left out: %s", error)
         if len(cases) == num_cases:

@@ -48,7 +48,7 @@ def mine_preference_pairs(
     dataset: Dataset,
     output_dir: str | Path,
     *,
-    num_samples: int = 5,
+    num_generations: int = 5,
     score_name: str | None = "hp_score",
     min_gap: float = 1.0,
     min_chosen_score: float = 3.0,
@@ -69,7 +69,7 @@ def mine_preference_pairs(
             The cases: `prompt`, `image` or `images`, optionally `id` and whatever the reward function wants.
         output_dir (`str` or `Path`):
             Folder for the edits, their scores and the resulting dataset.
-        num_samples (`int`, *optional*, defaults to `5`):
+        num_generations (`int`, *optional*, defaults to `5`):
             Number of edits per case.
         score_name (`str`, *optional*, defaults to `"hp_score"`):
             Name under which the reward function logs the scores that pairs are chosen by. `None` takes its rewards.
@@ -86,7 +86,7 @@ def mine_preference_pairs(
     """
     _check_free(dataset)
     sample_and_score(
-        pipeline, reward_func, dataset, output_dir, num_samples=num_samples, score_name=score_name, **options
+        pipeline, reward_func, dataset, output_dir, num_generations=num_generations, score_name=score_name, **options
     )
     accelerator = patient_accelerator()
     if accelerator.is_main_process:
@@ -108,7 +108,7 @@ def sample_and_score(
     dataset: Dataset,
     output_dir: str | Path,
     *,
-    num_samples: int = 5,
+    num_generations: int = 5,
     score_name: str | None = "hp_score",
     resolution: int = 512,
     num_inference_steps: int | None = None,
@@ -136,7 +136,7 @@ def sample_and_score(
             The cases.
         output_dir (`str` or `Path`):
             Folder for edits and scores.
-        num_samples (`int`, *optional*, defaults to `5`):
+        num_generations (`int`, *optional*, defaults to `5`):
             Number of edits per case.
         score_name (`str`, *optional*, defaults to `"hp_score"`):
             Name under which the reward function logs the scores. `None` takes its rewards.
@@ -165,8 +165,8 @@ def sample_and_score(
         `ValueError`: If an option or the dataset is not usable, the reward function logs no scores, or `output_dir` holds
             samples that were made otherwise.
     """
-    if num_samples < 2:
-        raise ValueError(f"num_samples={num_samples} must be at least 2: a pair has two edits.")
+    if num_generations < 2:
+        raise ValueError(f"num_generations={num_generations} must be at least 2: a pair has two edits.")
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image={on_bad_image!r} is not known: use one of ['error', 'skip'].")
     for name, value in (("batch_size", batch_size), ("cases_per_round", cases_per_round), ("resolution", resolution)):
@@ -215,7 +215,7 @@ def sample_and_score(
     todo = [
         index
         for index in range(accelerator.process_index, len(places), accelerator.num_processes)
-        if any(known.get((places[index].name, k), {}).get("score") is None for k in range(num_samples))
+        if any(known.get((places[index].name, k), {}).get("score") is None for k in range(num_generations))
     ]
     scores_file = output_dir / f"scores-{accelerator.process_index}.jsonl"
     progress = tqdm(
@@ -235,12 +235,14 @@ def sample_and_score(
                 continue
             row |= {"images": images} if row.get("images") is not None else {"image": images[0]}
             cases.append((row, images, places[index]))
-            missing += [(len(cases) - 1, k) for k in range(num_samples) if not (places[index] / f"{k}.png").exists()]
+            missing += [
+                (len(cases) - 1, k) for k in range(num_generations) if not (places[index] / f"{k}.png").exists()
+            ]
         _sample(policy, cases, missing, settings, batch_size)
         unscored = [
             (row, place, k)
             for row, _, place in cases
-            for k in range(num_samples)
+            for k in range(num_generations)
             if known.get((place.name, k), {}).get("score") is None
         ]
         if unscored:
@@ -525,7 +527,7 @@ def _write_card(
         counts=dict(counts),
         settings=settings,
         model=Path(settings["model"]).name if os.path.isdir(settings["model"]) else settings["model"],
-        num_samples=len(samples),
+        num_edits=len(samples),
         num_scored=len(known),
         mean_score=sum(known) / len(known),
         min_gap=min_gap,

@@ -1,4 +1,4 @@
-"""What a row of a data set holds, and loading with a check of every row."""
+"""What a row of a dataset holds, and loading with a check of every row."""
 
 import logging
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ CASE_FEATURES = Features(
 )
 # Of a case with an edit
 EDIT_FEATURES = Features(
-    {"edited": ImageFeature(), "editor": TEXT, "editor_revision": TEXT, "edit_seed": Value("int64")}
+    {"edit": ImageFeature(), "editor": TEXT, "editor_revision": TEXT, "edit_seed": Value("int64")}
 )
 # Of an edit with a score
 SCORE_FEATURES = Features(
@@ -52,7 +52,7 @@ SCORE_FEATURES = Features(
         "answer": TEXT,
         "judge": TEXT,
         "scorer_prompt": TEXT,
-        "prompt_sha": TEXT,
+        "scorer_prompt_sha": TEXT,
         "score_mode": TEXT,
     }
 )
@@ -68,10 +68,10 @@ def load_realpref(
     token: str | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Loads a data set of cases, checks every row against the schema, and casts its columns. No image is decoded.
+    Loads a dataset of cases, checks every row against the schema, and casts its columns. No image is decoded.
 
-    The schema is `CASE_FEATURES`, with `EDIT_FEATURES` if there is a column `edited`, and `SCORE_FEATURES` if there is a column
-    `score`. Columns beyond it are kept. A data set without `schema_version`, from before there was a schema, gets the columns that
+    The schema is `CASE_FEATURES`, with `EDIT_FEATURES` if there is a column `edit`, and `SCORE_FEATURES` if there is a column
+    `score`. Columns beyond it are kept. A dataset without `schema_version`, from before there was a schema, gets the columns that
     it lacks, without values.
 
     Args:
@@ -140,7 +140,7 @@ def _newer(version: int) -> str:
 def _expected(columns: list[str]) -> Features:
     """The schema of a dataset with these columns."""
     features = dict(CASE_FEATURES)
-    features |= EDIT_FEATURES if "edited" in columns else {}
+    features |= EDIT_FEATURES if "edit" in columns else {}
     features |= SCORE_FEATURES if "score" in columns else {}
     return Features(features)
 
@@ -208,11 +208,11 @@ def _cast(dataset: Dataset) -> Dataset:
 
 def check_realpref(dataset: Dataset, name: str) -> None:
     """
-    Raises an error that names the first row and column of a data set that do not fit the schema. No image is read.
+    Raises an error that names the first row and column of a dataset that do not fit the schema. No image is read.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            The data set.
+            The dataset.
         name (`str`):
             What the error calls it.
 
@@ -222,7 +222,7 @@ def check_realpref(dataset: Dataset, name: str) -> None:
     if missing := _missing_columns(dataset, name):
         raise ValueError(f"{name} has no columns {missing}: load it with load_realpref, which adds them.")
     expected = _expected(dataset.column_names)
-    images = [column for column in ("image", "edited") if column in dataset.features]
+    images = [column for column in ("image", "edit") if column in dataset.features]
     light = [column for column in ("schema_version", "id", "prompt", "task", "editor", "edit_seed", "score", "width", "height") if column in expected and column in dataset.features]  # fmt: skip
     seen: dict[tuple, int] = {}
     rows = dataset.select_columns([*light, *images]).with_format("arrow")
@@ -256,7 +256,7 @@ def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int
     for column in ("id", "prompt", "task"):
         if not (row[column] or "").strip():
             fail(column, "is empty.")
-    for column in ("image", "edited"):
+    for column in ("image", "edit"):
         if column in row and not row[column]:
             fail(column, "has no image.")
     for column in ("width", "height"):
@@ -268,7 +268,7 @@ def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int
     score = row.get("score")
     if score is not None and not 0 <= score <= 5:
         fail("score", f"{score:g} is not between 0 and 5.")
-    key = (row["id"], row.get("editor") if "edited" in row else None)
+    key = (row["id"], row.get("editor") if "edit" in row else None)
     if key in seen:
         fail("id", f"{row['id']!r} is that of row {seen[key]} as well{' and by the same editor' if key[1] else ''}.")
     seen[key] = number
@@ -281,7 +281,7 @@ def _checked_stream(dataset: IterableDataset, name: str) -> IterableDataset:
     expected = _expected(list(dataset.features))
     features = Features({**dataset.features, **expected})
     undecoded = dataset
-    for column in ("image", "edited"):
+    for column in ("image", "edit"):
         if isinstance(dataset.features.get(column), ImageFeature):
             undecoded = undecoded.cast_column(column, ImageFeature(decode=False))
 
@@ -301,7 +301,7 @@ def _checked_rows(dataset: IterableDataset, missing: list[str], name: str) -> It
 
 def with_presence(row: dict[str, Any]) -> dict[str, Any]:
     """The row as [`check_row`] takes it: of each image only whether there is one."""
-    return {**row, **{column: _is_there(row[column]) for column in ("image", "edited") if column in row}}
+    return {**row, **{column: _is_there(row[column]) for column in ("image", "edit") if column in row}}
 
 
 def _is_there(value: Any) -> bool:

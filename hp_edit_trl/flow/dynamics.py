@@ -126,7 +126,7 @@ def normalized_log_ratio(
     next_latents: torch.Tensor, mean: torch.Tensor, old_mean: torch.Tensor, std: torch.Tensor
 ) -> torch.Tensor:
     r"""
-    Logarithm of the ratio of two transitions of the same standard deviation, normalised as in
+    Logarithm of the ratio of two transitions of the same standard deviation, normalized as in
     [GRPO-Guard](https://huggingface.co/papers/2510.22319) (equation 8 there), averaged over the latent's dimensions.
 
     The plain log-ratio is \\( (\overline{2 \, \delta (x' - \mu_\text{old})} - \overline{\delta^2}) / (2 \,

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -53,15 +53,19 @@ class Judgement:
         object.__setattr__(self, "answer", self.answer.encode("utf-8", "replace").decode())
 
 
+@runtime_checkable
 class Judge(Protocol):
-    """What [`HPScorerReward`] needs of a judge."""
+    """A vision-language model that answers a prompt about images. Callers do not need to know which backend is used."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Whatever decides what the judge answers: model, revision, mode, settings. Scores of different ones do not mix."""
+        """
+        Everything that decides the answers: `judge` (the kind of judge), `name`, `revision`, `score_mode` and other settings,
+        as far as they apply. Scores of judges with different identities are never mixed.
+        """
 
     def load(self) -> None:
-        """Gets ready to judge. Raises if that is impossible; called before any rollout."""
+        """Gets ready to judge. Raises an error if that is impossible; called before any rollout."""
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         """
@@ -71,12 +75,8 @@ class Judge(Protocol):
 
 
 def describe_judge(judge: Judge) -> str:
-    """Whatever decides a judge's answers, in one line, e.g. `"ServerJudge m, score_mode integer, ..."`."""
-    identity = getattr(judge, "identity", None)
-    if identity is None:  # a judge of the user's own may have none
-        known = {name: getattr(judge, name) for name in ("name", "score_mode") if hasattr(judge, name)}
-        identity = {"judge": type(judge).__name__, **known}
-    return ", ".join(f"{name} {value}" for name, value in identity.items() if value is not None)
+    """The identity of a judge in one line, e.g. `"judge ServerJudge, name m, score_mode integer, ..."`."""
+    return ", ".join(f"{name} {value}" for name, value in judge.identity.items() if value is not None)
 
 
 def without_reasoning(answer: str) -> str:
@@ -96,24 +96,24 @@ def parse_score(answer: str) -> float | None:
     return float(match[1]) if match else None
 
 
-def check_judge_options(score_mode: str, num_samples: int, temperature: float, parse: Parser, **counts: int) -> None:
+def check_judge_options(score_mode: str, num_answers: int, temperature: float, parse: Parser, **counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}={count} must be at least 1.")
     if score_mode not in ("integer", "expected"):
         raise ValueError(f"score_mode={score_mode!r} is not known: use 'integer' or 'expected'.")
-    if num_samples < 1 or temperature <= 0:
+    if num_answers < 1 or temperature <= 0:
         raise ValueError(
-            f"num_samples={num_samples} and temperature={temperature} must be above zero; num_samples=1 answers greedily."
+            f"num_answers={num_answers} and temperature={temperature} must be above zero; num_answers=1 answers greedily."
         )
     if score_mode == "expected" and parse is not parse_score:
         raise ValueError(
             f"score_mode='expected' reads the probabilities of the digits 0 to 5, so parse={parse.__name__} has no meaning: use "
             "score_mode='integer'."
         )
-    if score_mode == "expected" and num_samples > 1:
+    if score_mode == "expected" and num_answers > 1:
         raise ValueError(
-            f"num_samples={num_samples} has no meaning with score_mode='expected', which reads the probabilities themselves: "
+            f"num_answers={num_answers} has no meaning with score_mode='expected', which reads the probabilities themselves: "
             "use one of them."
         )
 

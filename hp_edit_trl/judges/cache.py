@@ -21,7 +21,7 @@ class CachedJudge:
     A judge that remembers. What it was asked before, in this run or in another, it answers from a file.
 
     A judgement is found by the judge's identity (model and revision, mode, settings), all texts of the conversation (the
-    scoring prompt with the instruction) and the pixels of its images: a prompt that was changed without a new revision, or a
+    scorer prompt with the instruction) and the pixels of its images: a prompt that was changed without a new revision, or a
     file that was overwritten, is not taken for the old one. Answers without a score are remembered too, as they were paid for;
     requests that failed are not.
 

@@ -48,7 +48,7 @@ class ServerJudge:
         score_mode (`str`, *optional*, defaults to `"integer"`):
             As in [`TransformersJudge`]. `"expected"` needs a server that returns `top_logprobs`; a digit that is not
             among the 20 likeliest tokens counts as impossible.
-        num_samples (`int`, *optional*, defaults to `1`):
+        num_answers (`int`, *optional*, defaults to `1`):
             As in [`TransformersJudge`]. The server is asked for all answers at once (`n`), and again for those that it did
             not give.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -83,7 +83,7 @@ class ServerJudge:
         model: str,
         base_url: str,
         score_mode: ScoreMode = "integer",
-        num_samples: int = 1,
+        num_answers: int = 1,
         temperature: float = 1.0,
         seed: int = 0,
         revision: str | None = None,
@@ -97,7 +97,7 @@ class ServerJudge:
         parse: Parser = parse_score,
     ):
         counts = {"max_concurrency": max_concurrency, "max_new_tokens": max_new_tokens, "max_pixels": max_pixels}
-        check_judge_options(score_mode, num_samples, temperature, parse, **counts)
+        check_judge_options(score_mode, num_answers, temperature, parse, **counts)
         try:
             import openai
         except ImportError as error:
@@ -105,7 +105,7 @@ class ServerJudge:
         self.name = model
         self.base_url = base_url
         self.score_mode = score_mode
-        self.num_samples = num_samples
+        self.num_answers = num_answers
         self.parse = parse
         self.temperature = temperature
         self.seed = seed
@@ -136,8 +136,8 @@ class ServerJudge:
     @property
     def identity(self) -> dict[str, Any]:
         names = ["name", "revision", "score_mode", "max_pixels"]
-        names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_samples", "max_new_tokens"]
-        names += ["temperature", "seed"] if self.num_samples > 1 else []
+        names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_answers", "max_new_tokens"]
+        names += ["temperature", "seed"] if self.num_answers > 1 else []
         parser = {} if self.parse is parse_score else {"parse": self.parse.__name__}
         return {"judge": "ServerJudge", **{name: getattr(self, name) for name in names}, **parser}
 
@@ -185,16 +185,16 @@ class ServerJudge:
         options: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": 0}
         if self.score_mode == "expected":
             options |= {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
-        elif self.num_samples > 1:
+        elif self.num_answers > 1:
             options |= {"temperature": self.temperature}
         answers: list[str] = []
         read = written = 0
-        while len(answers) < self.num_samples:
-            if self.num_samples > 1:
-                options |= {"n": self.num_samples - len(answers), "seed": self.seed + len(answers)}
+        while len(answers) < self.num_answers:
+            if self.num_answers > 1:
+                options |= {"n": self.num_answers - len(answers), "seed": self.seed + len(answers)}
             reply = client.chat.completions.create(model=self.name, messages=messages, **options)
             try:
-                choices = reply.choices[: self.num_samples - len(answers)]
+                choices = reply.choices[: self.num_answers - len(answers)]
                 first = choices[0]
                 contents = [choice.message.content or "" for choice in choices]
                 answers += [

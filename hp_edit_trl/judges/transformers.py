@@ -46,7 +46,7 @@ class TransformersJudge:
         score_mode (`str`, *optional*, defaults to `"integer"`):
             `"integer"`: the digit that the model answers. `"expected"`: the expectation over the probabilities that the
             model gives to the digits 0 to 5 as its next token, which has no ties and costs no generation.
-        num_samples (`int`, *optional*, defaults to `1`):
+        num_answers (`int`, *optional*, defaults to `1`):
             In the mode `"integer"`: number of answers that are drawn for each case, whose scores are averaged. A single
             answer is greedy.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -77,7 +77,7 @@ class TransformersJudge:
         self,
         model: str,
         score_mode: ScoreMode = "integer",
-        num_samples: int = 1,
+        num_answers: int = 1,
         temperature: float = 1.0,
         seed: int = 0,
         batch_size: int = 8,
@@ -89,10 +89,10 @@ class TransformersJudge:
         parse: Parser = parse_score,
     ):
         counts = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "max_pixels": max_pixels}
-        check_judge_options(score_mode, num_samples, temperature, parse, **counts)
+        check_judge_options(score_mode, num_answers, temperature, parse, **counts)
         self.name = model
         self.score_mode = score_mode
-        self.num_samples = num_samples
+        self.num_answers = num_answers
         self.parse = parse
         self.temperature = temperature
         self.seed = seed
@@ -134,8 +134,8 @@ class TransformersJudge:
     @property
     def identity(self) -> dict[str, Any]:
         names = ["name", "revision", "score_mode", "max_pixels"]
-        names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_samples", "max_new_tokens"]
-        names += ["temperature", "seed"] if self.num_samples > 1 else []
+        names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_answers", "max_new_tokens"]
+        names += ["temperature", "seed"] if self.num_answers > 1 else []
         parser = {} if self.parse is parse_score else {"parse": self.parse.__name__}
         loaded = {name: str(value) for name, value in sorted(self.model_init_kwargs.items()) if name != "revision"}
         return {"judge": "TransformersJudge", **{name: getattr(self, name) for name in names}, **loaded, **parser}
@@ -161,8 +161,8 @@ class TransformersJudge:
         return [judgements[index] for index in range(len(conversations))]
 
     def _batches(self, conversations: dict[int, list[dict[str, Any]]]) -> list[list[int]]:
-        """Batches of numbers of conversations; those that share all but the pixels of their last picture are neighbours."""
-        if self.num_samples > 1:
+        """Batches of numbers of conversations; those that share all but the pixels of their last picture are neighbors."""
+        if self.num_answers > 1:
             return [[index] for index in conversations]
         groups: dict[bytes, list[int]] = {}
         for index, conversation in conversations.items():
@@ -205,7 +205,7 @@ class TransformersJudge:
             return self._judge_by_prefix(inputs, read)
         if self.score_mode == "expected":
             return self._expected(self.model(**inputs, logits_to_keep=1).logits, read)
-        if self.num_samples > 1:
+        if self.num_answers > 1:
             return [self._draw(inputs, conversations[0], read[0])]
         tokens = self.model.generate(
             **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, repetition_penalty=1.0
@@ -226,9 +226,9 @@ class TransformersJudge:
                 top_p=1.0,
                 top_k=0,
                 repetition_penalty=1.0,
-                num_return_sequences=self.num_samples,
+                num_return_sequences=self.num_answers,
             )
-        drawn = self._answers(tokens[:, inputs["input_ids"].shape[1] :], [read] * self.num_samples)
+        drawn = self._answers(tokens[:, inputs["input_ids"].shape[1] :], [read] * self.num_answers)
         written = sum(judgement.output_tokens for judgement in drawn)
         mean = mean_score([judgement.answer for judgement in drawn], self.parse)
         return replace(mean, input_tokens=read, output_tokens=written)

@@ -1,5 +1,5 @@
 """
-Stand-ins for building a data set: pictures to build from, a writer of instructions that knows the small world, and a judge that knows
+Stand-ins for building a dataset: pictures to build from, a writer of instructions that knows the small world, and a judge that knows
 what each instruction asks for. For the photographs beside them the writer has a few sentences, and the judge a plain rule.
 """
 
@@ -19,7 +19,7 @@ from ..tasks import TASKS
 from .photographs import load_photographs
 from .raters import _rng
 from .scorers import RuleScorer
-from .world import COLORS, LIGHTS, PLACES, SHAPES, STYLES, TONES, Scene, _instruct, draw, draw_case, stylised, to_image
+from .world import COLORS, LIGHTS, PLACES, SHAPES, STYLES, TONES, Scene, _instruct, draw, draw_case, stylized, to_image
 
 
 # What an instruction of the small world names, in the words that it uses
@@ -39,7 +39,7 @@ PHOTOGRAPHS: dict[tuple[str, str], dict[str, str]] = {
     ("astronaut", "remove"): {"instruction": "Remove the flag behind the woman", "object": "the flag"},
     ("astronaut", "swap"): {"instruction": "Replace the white helmet with a red beach ball", "object": "white helmet", "replacement": "red beach ball"},
     ("astronaut", "background"): {"instruction": "Replace the background with a desert at sunset", "background": "a desert at sunset"},
-    ("astronaut", "color"): {"instruction": "Change the colour of the space suit to deep red", "object": "space suit", "color": "deep red"},
+    ("astronaut", "color"): {"instruction": "Change the color of the space suit to deep red", "object": "space suit", "color": "deep red"},
     ("astronaut", "bokeh"): {"instruction": "Keep the woman in the space suit sharp and blur all behind her", "subject": "the woman in the space suit"},
     ("astronaut", "relight"): {"instruction": "Relight the portrait with warm evening sun from the left", "direction": "from the left", "quality": "warm"},
     ("chelsea", "add"): {"instruction": "Put a small orange bow tie below the chin of the cat", "object": "small orange bow tie", "place": "below the chin of the cat"},
@@ -63,16 +63,16 @@ PHOTOGRAPHS: dict[tuple[str, str], dict[str, str]] = {
 MINIATURE_STYLES = (
     Style("black and white", "黑白", "Greys alone, as on an old film."),
     Style("sepia", "棕褐色", "Brown tones, as of a faded print."),
-    Style("negative", "负片", "Every colour is its opposite."),
-    Style("poster", "海报", "A few flat, strong colours."),
-    Style("mosaic", "马赛克", "Large square tiles of one colour each."),
+    Style("negative", "负片", "Every color is its opposite."),
+    Style("poster", "海报", "A few flat, strong colors."),
+    Style("mosaic", "马赛克", "Large square tiles of one color each."),
     Style("faded", "褪色", "Pale and low in contrast."),
 )
 
 
 def save_pictures(folder: str | Path, num_scenes: int, seed: int = 0) -> None:
     """
-    Writes pictures to build a data set from: scenes of the small world, four photographs, and some that no data set should have.
+    Writes pictures to build a dataset from: scenes of the small world, four photographs, and some that no dataset should have.
 
     Args:
         folder (`str` or `Path`):
@@ -142,7 +142,7 @@ class SimulatedWriter:
         if scene is None:
             return None
         if style is not None:
-            return f"Turn the picture into {style} style", to_image(stylised(draw(scene), style))
+            return f"Turn the picture into {style} style", to_image(stylized(draw(scene), style))
         prompt, _, picture = _instruct(_rng(self.seed, "instruction", repr(scene), task), scene, task)
         return prompt, to_image(picture)
 

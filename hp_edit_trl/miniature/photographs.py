@@ -8,7 +8,7 @@ from PIL import Image
 CASES = [
     ("astronaut", "relight", "person", "Relight the portrait with warm evening sun from the left"),
     ("astronaut", "background", "person", "Replace the background with a desert at sunset"),
-    ("astronaut", "color", "person", "Change the colour of the space suit to deep red"),
+    ("astronaut", "color", "person", "Change the color of the space suit to deep red"),
     ("chelsea", "add", "cat", "Put a small orange bow tie on the cat"),
     ("chelsea", "style", "cat", "Turn the photo into a warm impressionist painting"),
     ("chelsea", "bokeh", "cat", "Keep the face of the cat sharp and blur the background"),
@@ -16,7 +16,7 @@ CASES = [
     ("coffee", "remove", "spoon", "Remove the spoon from the saucer"),
     ("coffee", "relight", "cup", "Light the table with candlelight"),
     ("rocket", "background", "rocket", "Put an orange evening sky behind the rocket"),
-    ("rocket", "color", "rocket", "Change the colour of the rocket to red"),
+    ("rocket", "color", "rocket", "Change the color of the rocket to red"),
     ("rocket", "remove", "tower", "Remove the lightning towers"),
 ]
 

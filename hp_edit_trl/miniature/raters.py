@@ -24,7 +24,7 @@ from .world import to_image
 RUBRIC = "miniature:rubric:1"
 KEPT = "Is everything that the instruction does not speak of the same in Image B as in Image A? It should be."
 # What the stand-in for a proposer has to say. Only one of them makes the judge look at something new.
-IDEAS = ("Are the colours of Image B cheerful? They should be.", KEPT, "Would Image B look well on a wall? It should.")
+IDEAS = ("Are the colors of Image B cheerful? They should be.", KEPT, "Would Image B look well on a wall? It should.")
 
 
 def _rng(*key: int | str) -> np.random.Generator:
@@ -45,7 +45,7 @@ def flawed_edits(dataset: Dataset, editors: dict[str, float], seed: int = 0) -> 
             Seed of the flaws.
 
     Returns:
-        [`~datasets.Dataset`]: the columns of the cases, and `edited` and `editor`.
+        [`~datasets.Dataset`]: the columns of the cases, and `edit` and `editor`.
     """
     rows = []
     for row in dataset:
@@ -57,14 +57,14 @@ def flawed_edits(dataset: Dataset, editors: dict[str, float], seed: int = 0) -> 
             way = rng.uniform(0.3, 0.9) if stops else 1.0
             tint = rng.uniform(-0.25, 0.25, size=3) if tints else np.zeros(3)
             edit = source + way * (target - source) + tint * elsewhere
-            rows.append({**row, "edited": to_image(edit), "editor": editor})
-    return Dataset.from_list(rows).cast_column("edited", ImageFeature())
+            rows.append({**row, "edit": to_image(edit), "editor": editor})
+    return Dataset.from_list(rows).cast_column("edit", ImageFeature())
 
 
 def true_scores(edits: Dataset) -> list[float]:
     """What [`RuleScorer`] says of each edit."""
     scorer = RuleScorer()
-    return [scorer.score(row["edited"], row["image"], row["target"]) for row in edits]
+    return [scorer.score(row["edit"], row["image"], row["target"]) for row in edits]
 
 
 def simulate_ratings(edits: Dataset, noise: dict[str, float], seed: int = 0) -> list[Rating]:

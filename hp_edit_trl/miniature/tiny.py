@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised models of the real classes: for tests, benchmarks and a demo without downloads."""
+"""Tiny, randomly initialized models of the real classes: for tests, benchmarks and a demo without downloads."""
 
 import string
 
@@ -335,7 +335,7 @@ def tiny_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux2Klein
             guidance_embeds=False,
         )
         vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 16, 16), latent_channels=4, norm_num_groups=4)
-        # As if it had been trained: latents are normalised by what its batch norm remembers.
+        # As if it had been trained: latents are normalized by what its batch norm remembers.
         vae.bn.running_mean.normal_(0, 0.2)
         vae.bn.running_var.uniform_(0.5, 1.5)
         text_encoder = Qwen3ForCausalLM(

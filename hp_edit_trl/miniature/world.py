@@ -1,5 +1,5 @@
 """
-A small world in which every edit has a right answer: scenes of coloured shapes on plain and patterned backgrounds, with
+A small world in which every edit has a right answer: scenes of colored shapes on plain and patterned backgrounds, with
 instructions for the eight tasks of HP-Edit.
 
 A case is drawn from a seed alone, together with the picture that its instruction asks for. That makes it possible to say
@@ -160,7 +160,7 @@ def relit(picture: np.ndarray, side: str, tone: str) -> np.ndarray:
     return np.clip(picture * strength[..., None] * np.array(TONES[tone]), 0, 1)
 
 
-def stylised(picture: np.ndarray, style: str) -> np.ndarray:
+def stylized(picture: np.ndarray, style: str) -> np.ndarray:
     """The picture in one of `STYLES`."""
     grey = (picture @ np.array([0.3, 0.59, 0.11]))[..., None]
     if style == "black and white":
@@ -184,7 +184,7 @@ def _choice(rng: np.random.Generator, options):
 
 def _thing(rng: np.random.Generator, place: str, taken: set[str]) -> Thing:
     while True:
-        x, y = (centre + rng.uniform(-0.05, 0.05) for centre in PLACES[place])
+        x, y = (center + rng.uniform(-0.05, 0.05) for center in PLACES[place])
         thing = Thing(_choice(rng, SHAPES), _choice(rng, COLORS), place, x, y, rng.uniform(0.13, 0.2))
         if thing.name not in taken:
             return thing
@@ -257,7 +257,7 @@ def _instruct(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, s
         return prompt, thing.shape, relit(picture, side, tone)
     style = _choice(rng, STYLES)
     prompt = _choice(rng, (f"Turn the picture into {style} style", f"Make it look like {style}"))
-    return prompt, thing.shape, stylised(picture, style)
+    return prompt, thing.shape, stylized(picture, style)
 
 
 def draw_case(task: str, split: str, seed: int, index: int) -> Case:

@@ -50,7 +50,7 @@ class EditPolicy(ABC):
     """
     A diffusers edit pipeline seen as a policy: it encodes a case, predicts a velocity, and decodes the result.
 
-    What is particular to a pipeline's class stays in a subclass. It adds no behaviour of its own: denoising with
+    What is particular to a pipeline's class stays in a subclass. It adds no behavior of its own: denoising with
     [`~EditPolicy.velocity`] along [`~EditPolicy.sigmas`] gives what the pipeline gives.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..judges import Judge, Judgement, ServerJudge, TransformersJudge, describe_judge
+from ..judges import Judge, Judgement, describe_judge, load_judge
 from ..judges.base import ScoreMode
 from .prompts import ScorerPrompt, load_scorer_prompts
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 class HPScorerReward:
     r"""
-    Reward of an edit by a vision-language judge with a scoring prompt per task (HP-Scorer of HP-Edit, section 4.1).
+    Reward of an edit by a vision-language judge with a scorer prompt per task (HP-Scorer of HP-Edit, section 4.1).
 
     The judge sees the source, the edit, the instruction and the task's prompt, and gives a score \\( s \\) in 0..5. The
     reward is \\( r = 1 / (1 + \exp(-\alpha s + \beta)) \\) (equation 7): .007, .047, .269, .731, .953 and .993 for the
@@ -28,14 +28,14 @@ class HPScorerReward:
 
     Args:
         judge (`str` or [`Judge`], *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
-            Model id for a [`TransformersJudge`] in this process, or for a [`ServerJudge`] if `base_url` is given; or
+            Model id for a [`TransformersJudge`] in this process, or for a [`ServerJudge`] if `judge_base_url` is given; or
             any judge, for settings beyond these.
-        base_url (`str`, *optional*):
+        judge_base_url (`str`, *optional*):
             Address of an OpenAI-compatible server that serves the judge, e.g. `"http://localhost:8000/v1"`.
-        prompts (`str`, *optional*):
-            Where the scoring prompts come from: a folder or a Hub repository, see
+        scorer_prompts (`str`, *optional*):
+            Where the scorer prompts come from: a folder or a Hub repository, see
             [`~hp_edit_trl.rewards.prompts.load_scorer_prompts`]. By default those of this package.
-        prompts_revision (`str`, *optional*):
+        scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
         task (`str`, *optional*):
             Use this task's prompt for every case, whatever its `task` column says. `"base"` is the paper's base scorer.
@@ -49,12 +49,12 @@ class HPScorerReward:
 
     Raises:
         `ValueError`: If an option or a prompt is not valid, or the judge cannot be used.
-        `ImportError`: If `base_url` is given and the extra `server` is not installed.
+        `ImportError`: If `judge_base_url` is given and the extra `server` is not installed.
 
     Example:
 
     ```python
-    >>> reward = HPScorerReward("Qwen/Qwen3-VL-32B-Instruct", base_url="http://localhost:8000/v1")
+    >>> reward = HPScorerReward("Qwen/Qwen3-VL-32B-Instruct", judge_base_url="http://localhost:8000/v1")
     >>> reward(prompts=["Remove the cup"], completions=[edited], image=[source], task=["remove"])
     [0.9525741268224334]
     ```
@@ -63,31 +63,26 @@ class HPScorerReward:
     def __init__(
         self,
         judge: str | Judge = "Qwen/Qwen3-VL-32B-Instruct",
-        base_url: str | None = None,
-        prompts: str | None = None,
-        prompts_revision: str | None = None,
+        judge_base_url: str | None = None,
+        scorer_prompts: str | None = None,
+        scorer_prompts_revision: str | None = None,
         task: str | None = None,
         score_mode: ScoreMode = "integer",
         alpha: float = 2.0,
         beta: float = 5.0,
     ):
-        self.prompts = load_scorer_prompts(prompts, prompts_revision)
+        self.scorer_prompts = load_scorer_prompts(scorer_prompts, scorer_prompts_revision)
         self.task = task
         self.alpha = alpha
         self.beta = beta
         if task is not None:
             self.check_tasks([task])
-        if not isinstance(judge, str):
-            self.judge = judge
-        elif base_url is not None:
-            self.judge = ServerJudge(judge, base_url, score_mode)
-        else:
-            self.judge = TransformersJudge(judge, score_mode)
+        self.judge = load_judge(judge, judge_base_url, score_mode=score_mode)
 
     @property
     def description(self) -> str:
         """Judge, prompts and task in one line: scores of scorers with different descriptions should not be mixed."""
-        prompts = ", ".join(sorted({prompt.revision for prompt in self.prompts.values()}))
+        prompts = ", ".join(sorted({prompt.revision for prompt in self.scorer_prompts.values()}))
         return f"{self.judge_description}, prompts {prompts}, task {self.task or 'of the case'}"
 
     @property
@@ -95,10 +90,10 @@ class HPScorerReward:
         """Whatever decides the judge's answers, in one line, e.g. `"ServerJudge m, score_mode integer, ..."`."""
         return describe_judge(self.judge)
 
-    def prompt_for(self, task: str | None) -> ScorerPrompt:
+    def scorer_prompt(self, task: str | None) -> ScorerPrompt:
         """The prompt that a case of `task` is judged with. Raises `ValueError` if there is none."""
         self.check_tasks([self.task or task])
-        return self.prompts[self.task or task or "base"]
+        return self.scorer_prompts[self.task or task or "base"]
 
     def conversation(
         self,
@@ -108,33 +103,33 @@ class HPScorerReward:
         task: str | None = None,
         requirement: str | None = None,
     ) -> list[dict[str, Any]]:
-        """What the judge is shown of one case: the scoring prompt, then the references, then the edit."""
+        """What the judge is shown of one case: the scorer prompt, then the references, then the edit."""
         content: list[dict[str, Any]] = []
         for number, reference in enumerate(references, start=1):
             label = "Image A" if len(references) == 1 else f"Image A, picture {number}"
             content += [{"type": "text", "text": f"{label}:"}, {"type": "image", "image": reference}]
         content += [{"type": "text", "text": "Image B:"}, {"type": "image", "image": edit}]
-        system = [{"type": "text", "text": self.prompt_for(task).fill(prompt, requirement)}]
+        system = [{"type": "text", "text": self.scorer_prompt(task).fill(prompt, requirement)}]
         return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
     def check_tasks(self, tasks: Iterable[str | None]) -> None:
         """Raises `ValueError` if there is no prompt for one of `tasks`; `None` stands for the base prompt."""
-        unknown = sorted({repr(task or "base") for task in tasks if (task or "base") not in self.prompts})
+        unknown = sorted({repr(task or "base") for task in tasks if (task or "base") not in self.scorer_prompts})
         if unknown:
             raise ValueError(
-                f"No scoring prompt for the task {', '.join(unknown)}. There are prompts for: "
-                f"{', '.join(self.prompts)}. Correct the column `task`, or add a prompt with `prompts=`."
+                f"No scorer prompt for the task {', '.join(unknown)}. There are prompts for: "
+                f"{', '.join(self.scorer_prompts)}. Correct the column `task`, or add a prompt with `scorer_prompts=`."
             )
 
     def load(self) -> None:
         """Gets the judge ready, and raises if it cannot judge. Trainers call this before anything is sampled."""
         self.judge.load()
 
-    def judge_cases(
+    def judge_edits(
         self,
         prompts: list[str],
-        completions: list[Image.Image],
-        sources: list[list[Image.Image]],
+        edits: list[Image.Image],
+        references: list[list[Image.Image]],
         tasks: list[str | None],
         requirements: list[str | None],
     ) -> list[Judgement]:
@@ -143,10 +138,10 @@ class HPScorerReward:
 
         Args:
             prompts (`list[str]`):
-                The instructions.
-            completions (`list[PIL.Image.Image]`):
-                The edited images.
-            sources (`list[list[PIL.Image.Image]]`):
+                The prompt of each case.
+            edits (`list[PIL.Image.Image]`):
+                The edits.
+            references (`list[list[PIL.Image.Image]]`):
                 The reference images of each case.
             tasks (`list[str | None]`):
                 The task of each case.
@@ -154,10 +149,10 @@ class HPScorerReward:
                 Further requirements of each case.
 
         Returns:
-            `list[Judgement]`: one per case, with its score in [0, 5] or `None`.
+            `list[Judgement]`: one per edit, with its score in [0, 5] or `None`.
         """
         self.check_tasks([self.task or task for task in tasks])
-        columns = zip(prompts, completions, sources, tasks, requirements, strict=True)
+        columns = zip(prompts, edits, references, tasks, requirements, strict=True)
         conversations = [self.conversation(*case) for case in columns]
         return self.judge(conversations)
 
@@ -201,11 +196,11 @@ class HPScorerReward:
         count = len(prompts)
         several: list = images or [None] * count
         single: list = image or [None] * count
-        sources = [many if many is not None else [one] for many, one in zip(several, single, strict=True)]
-        if any(source is None for references in sources for source in references):
-            raise ValueError("HPScorerReward needs the source images of every case: a column `image` or `images`.")
-        judgements = self.judge_cases(
-            prompts, completions, sources, task or [None] * count, requirement or [None] * count
+        references = [many if many is not None else [one] for many, one in zip(several, single, strict=True)]
+        if any(image is None for images in references for image in images):
+            raise ValueError("HPScorerReward needs the reference images of every case: a column `image` or `images`.")
+        judgements = self.judge_edits(
+            prompts, completions, references, task or [None] * count, requirement or [None] * count
         )
         ids = columns.get("id") or range(count)
         for case, prompt, judgement in zip(ids, prompts, judgements, strict=True):

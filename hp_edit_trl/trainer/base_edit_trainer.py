@@ -95,7 +95,7 @@ class _BaseEditTrainer(_BaseTrainer):
         raise NotImplementedError
 
     def _card_curves(self) -> list[tuple[str, str, str]]:
-        """Name in the log, label and colour of the curves that the model card shows."""
+        """Name in the log, label and color of the curves that the model card shows."""
         raise NotImplementedError
 
     def _read_case(

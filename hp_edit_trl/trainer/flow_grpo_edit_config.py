@@ -93,9 +93,9 @@ class FlowGRPOEditConfig(_BaseConfig):
         epsilon_high (`float`, *optional*):
             Upper clip range. Defaults to `epsilon`.
         normalize_ratio (`bool`, *optional*, defaults to `False`):
-            Normalise the probability ratio, and weight each step by \\( 1 / |dt| \\), as
+            Normalize the probability ratio, and weight each step by \\( 1 / |dt| \\), as
             [GRPO-Guard](https://huggingface.co/papers/2510.22319) does, so that clipping works alike at every step. The
-            normalised ratio is closer to 1: `epsilon` should be smaller with it. Its authors derive it for Flow-SDE; with
+            normalized ratio is closer to 1: `epsilon` should be smaller with it. Its authors derive it for Flow-SDE; with
             the other dynamics it is the same formula, without that derivation.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             Divide advantages by the standard deviation of the `"group"`, as in the paper's equation 3, of the
@@ -230,7 +230,7 @@ class FlowGRPOEditConfig(_BaseConfig):
         default=None, metadata={"help": "Upper clip range of the probability ratio. Defaults to `epsilon`."}
     )
     normalize_ratio: bool = field(
-        default=False, metadata={"help": "Normalise the probability ratio, and weight steps, as GRPO-Guard does."}
+        default=False, metadata={"help": "Normalize the probability ratio, and weight steps, as GRPO-Guard does."}
     )
     scale_rewards: str = field(
         default="group",

@@ -564,17 +564,17 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
         unscored = rewards_per_func.isnan().all(1)
         rewards[unscored] = math.nan
         groups = rewards.view(-1, self.num_generations)
-        centred = (groups - groups.nanmean(1, keepdim=True)).flatten()
+        centered = (groups - groups.nanmean(1, keepdim=True)).flatten()
         group_std = torch.nan_to_num(nanstd(groups, dim=1)).repeat_interleave(self.num_generations)
         # By the range, because the standard deviation of equal numbers is not always 0 in floating point. A group of
         # which fewer than two samples are scored has none either.
         spread = groups.nan_to_num(-math.inf).amax(1) - groups.nan_to_num(math.inf).amin(1)
         flat = (spread <= 1e-6).repeat_interleave(self.num_generations) | unscored
         if self.args.scale_rewards == "group":
-            centred = centred / (group_std + 1e-4)
+            centered = centered / (group_std + 1e-4)
         elif self.args.scale_rewards == "batch":
-            centred = centred / (torch.nan_to_num(nanstd(rewards)) + 1e-4)
-        return rewards, centred.masked_fill(flat, 0.0), flat
+            centered = centered / (torch.nan_to_num(nanstd(rewards)) + 1e-4)
+        return rewards, centered.masked_fill(flat, 0.0), flat
 
     def training_step(self, model: nn.Module, inputs: list[int], num_items_in_batch=None) -> torch.Tensor:
         if hasattr(self.optimizer, "train"):  # schedule-free optimizers: sample from the weights that are trained
@@ -588,7 +588,7 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
 
     def _accumulate_gradients(self, model: nn.Module, samples: list[Sample]) -> torch.Tensor:
         # One backward pass per trained step of each bucket of equal sizes: memory holds the activations of one step,
-        # however many there are. Under DDP only the last one synchronises; the processes may differ in their number.
+        # however many there are. Under DDP only the last one synchronizes; the processes may differ in their number.
         buckets = bucketed([sample.conditions for sample in samples], len(samples))
         left = sum(len(samples[members[0]].trajectory.steps) for members in buckets)
         num_terms = len(samples) * len(samples[0].trajectory.steps) * self.current_gradient_accumulation_steps

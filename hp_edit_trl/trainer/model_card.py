@@ -32,7 +32,7 @@ def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str,
         log_history (`list[dict]`):
             The trainer's `state.log_history`.
         curves (`list[tuple[str, str, str]]`):
-            Name in the log, label and colour of each curve. Those of an evaluation are drawn with markers, others smoothed.
+            Name in the log, label and color of each curve. Those of an evaluation are drawn with markers, others smoothed.
         path (`Path`):
             PNG file to write.
 

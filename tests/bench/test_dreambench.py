@@ -105,7 +105,7 @@ def test_grades_and_cosines(data, models, tmp_path):
         with torch.no_grad():
             inputs = processor(text=[row["prompt"]], images=[source, edit], return_tensors="pt")
             outputs = clip(**inputs)
-            a, b = outputs.image_embeds  # normalised by the model itself
+            a, b = outputs.image_embeds  # normalized by the model itself
             assert row["clip_i"] == pytest.approx(float(a @ b), abs=1e-5)
             assert row["clip_t"] == pytest.approx(float(outputs.text_embeds[0] @ b), abs=1e-5)
             seen = [dino(pixels(image)).last_hidden_state[0, 0].numpy() for image in (source, edit)]
@@ -154,7 +154,7 @@ def test_grades_of_a_server_are_the_mean_of_three(serve, data, tmp_path):  # noq
         return 200, {**completion(""), "choices": choices}
 
     server = serve(reply)
-    judge = ServerJudge("m", server.url, parse=parse_grade, num_samples=3)
+    judge = ServerJudge("m", server.url, parse=parse_grade, num_answers=3)
     run = run_benchmark(DreamBenchPlus(judge, data, clip=None, dino=None), redder, tmp_path)
     assert {row["cp"] for row in run.cases} == {3.5 / 4}  # of two grades; the third is on another scale
     assert [row["pf"] for row in run.cases] == [0.25, 0.25, None, *[0.25] * 24]
@@ -168,7 +168,7 @@ def test_prompts_and_models_that_are_none(data, models, tmp_path):
     (tmp_path / "style_preservation.txt").write_text("Is it the same style?")
     (tmp_path / "prompt_following.txt").write_text("Does it agree with the words?")
     with pytest.raises(ValueError, match="prompt prompt_following in .* has no {instruction}"):
-        DreamBenchPlus(GradeJudge(), data, prompts=str(tmp_path))
+        DreamBenchPlus(GradeJudge(), data, scorer_prompts=str(tmp_path))
     bench = DreamBenchPlus(GradeJudge(), data, clip=models["dino"], dino=None)
     with pytest.raises(ValueError, match="is a model of type vit: name a CLIP model"):
         bench.load()
@@ -177,7 +177,7 @@ def test_prompts_and_models_that_are_none(data, models, tmp_path):
 def test_less_than_three_grades_are_warned_of(data, caplog):
     judge = ServerJudge("m", "http://127.0.0.1:9/v1", parse=parse_grade)
     DreamBenchPlus(judge, data, clip=None, dino=None)
-    assert "num_samples=1 grades" in caplog.text
+    assert "num_answers=1 grades" in caplog.text
 
 
 def test_an_archive_of_the_hub_is_unpacked(data, tmp_path, monkeypatch):
@@ -204,5 +204,5 @@ def test_data_that_are_not_the_benchmark(data, tmp_path):
     (tmp_path / "captions" / "style" / "00.txt").write_text("subject\none description\n")
     with pytest.raises(ValueError, match="must hold a subject and 9 descriptions.*2 lines and no image"):
         DreamBenchPlus(GradeJudge(), tmp_path).dataset  # noqa: B018
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a data set on the Hub"):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a dataset on the Hub"):
         DreamBenchPlus(GradeJudge(), "no/such-data").dataset  # noqa: B018

@@ -116,7 +116,7 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
         assert overall["value"] == pytest.approx(np.mean([np.mean(values) for values in of_tasks.values()]))
         assert overall["n"] == sum(map(len, of_tasks.values())) == (6 if section in ("en", "cn") else 3)
     benchmark = run.settings["benchmark"]
-    assert benchmark["prompts"]["quality"][0] == "hp-edit-trl:gedit:quality:1"
+    assert benchmark["scorer_prompts"]["quality"][0] == "hp-edit-trl:gedit:quality:1"
     assert benchmark["judge"] == "judge PairJudge"
 
 
@@ -199,20 +199,20 @@ def test_prompts_of_ones_own(tmp_path):
     folder.mkdir()
     (folder / "consistency.txt").write_text("Theirs, word for word. Editing instruction: <instruction>")
     with pytest.raises(FileNotFoundError, match="no prompt quality.md or quality.txt, which gedit needs"):
-        GEditBench(PairJudge(), gedit(), prompts=str(folder))
+        GEditBench(PairJudge(), gedit(), scorer_prompts=str(folder))
     (folder / "quality.md").write_text("Theirs too.")
     judge = PairJudge()
-    bench = GEditBench(judge, gedit(2), prompts=str(folder))
+    bench = GEditBench(judge, gedit(2), scorer_prompts=str(folder))
     run_benchmark(bench, redder, tmp_path / "run")
     assert {text for text, _ in judge.texts} == {
         "Theirs, word for word. Editing instruction: Instruction 0",
         "Theirs, word for word. Editing instruction: 指令 1",
         "Theirs too.",
     }
-    assert bench.settings["prompts"]["consistency"][0].startswith(f"{folder}:consistency:sha-")
+    assert bench.settings["scorer_prompts"]["consistency"][0].startswith(f"{folder}:consistency:sha-")
     (folder / "consistency.txt").write_text("Theirs, but the instruction is nowhere.")
     with pytest.raises(ValueError, match="prompt consistency in .* has no {instruction}"):
-        GEditBench(PairJudge(), gedit(), prompts=str(folder))
+        GEditBench(PairJudge(), gedit(), scorer_prompts=str(folder))
 
 
 def test_a_judge_that_reads_other_answers(tmp_path):

@@ -332,7 +332,7 @@ assert len(ModelCard.load("someone/bare").data.eval_results) == 1
 try:
     push_results(run_benchmark(bench(), Painter(), sys.argv[1] + "-local"), "someone/lora")
 except ValueError as error:
-    assert "no data set on the Hub" in str(error)
+    assert "no dataset on the Hub" in str(error)
 else:
     raise AssertionError
 """

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from hp_edit_trl.bench import read_run, summarise
+from hp_edit_trl.bench import read_run, summarize
 from hp_edit_trl.bench.results import Run
 from hp_edit_trl.calibration import comparison as compare
 
@@ -34,7 +34,7 @@ def row(rows, metric, kind, group=None, section=""):
 
 def test_means_of_groups_and_cases():
     data = cases()
-    rows = summarise(data, ["score", "other"], "task", products={"both": ("score", "other")})
+    rows = summarize(data, ["score", "other"], "task", products={"both": ("score", "other")})
     of = {
         task: [case["score"] for case in data if case["task"] == task and case["score"] is not None]
         for task in ("add", "remove", "style")
@@ -68,7 +68,7 @@ def test_intervals_are_those_of_resampling_within_groups():
             drawn = [members[i]["other"] for i in rng.integers(0, len(members), len(members))]
             means.append(np.mean(drawn))
         resampled.append(np.mean(means))
-    found = row(summarise(data, ["other"], "task", num_resamples=4000), "other", "overall")
+    found = row(summarize(data, ["other"], "task", num_resamples=4000), "other", "overall")
     expected = np.quantile(resampled, [0.025, 0.975])
     assert [found["low"], found["high"]] == pytest.approx(expected.tolist(), abs=0.006)
 
@@ -76,7 +76,7 @@ def test_intervals_are_those_of_resampling_within_groups():
 def test_sections_are_summed_up_by_themselves():
     data = cases()
     sections = {"en": {"language": "en"}, "cn, added": {"language": "cn", "task": "add"}}
-    rows = summarise(data, ["other"], "task", sections)
+    rows = summarize(data, ["other"], "task", sections)
     added = [case["other"] for case in data if (case["language"], case["task"]) == ("cn", "add")]
     assert row(rows, "other", "cases", section="cn, added")["value"] == pytest.approx(np.mean(added))
     assert row(rows, "other", "cases", section="en")["n"] == 30
@@ -84,14 +84,14 @@ def test_sections_are_summed_up_by_themselves():
 
 def test_a_group_without_any_value_leaves_no_overall():
     data = [case | {"score": None} if case["task"] == "style" else case for case in cases()]
-    rows = summarise(data, ["score"], "task")
+    rows = summarize(data, ["score"], "task")
     assert row(rows, "score", "group", "style")["value"] is None
     overall = row(rows, "score", "overall")
     assert overall["value"] is None and overall["reason"] == "a group has no value"
     assert row(rows, "score", "cases")["value"] is not None
-    assert summarise([], ["score"], "task")[0]["reason"] == "no case has a value"
+    assert summarize([], ["score"], "task")[0]["reason"] == "no case has a value"
     with pytest.raises(ValueError, match="score of case 'a' is inf"):
-        summarise([{"id": "a", "task": "x", "score": float("inf")}], ["score"], "task")
+        summarize([{"id": "a", "task": "x", "score": float("inf")}], ["score"], "task")
 
 
 def make_run(folder, data, **benchmark):

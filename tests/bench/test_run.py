@@ -73,7 +73,7 @@ def test_a_run_from_cases_to_results(tmp_path):
     settings = run.settings
     assert settings["editor"]["strength"] == 1.0 and settings["seed"] == 0 and settings["versions"]["hp-edit-trl"]
     assert settings["benchmark"]["judge"].startswith("judge RuleJudge")
-    assert set(settings["benchmark"]["prompts"]) == set(by_task)
+    assert set(settings["benchmark"]["scorer_prompts"]) == set(by_task)
     # Once more: nothing is left to do, and the results are the same bytes.
     before = (run.folder / "results.json").read_bytes(), (run.folder / "cases.parquet").read_bytes()
     run_benchmark(bench(judge=judge), painter, tmp_path / "run")
@@ -377,7 +377,7 @@ def test_results_are_those_of_the_rows(tmp_path, monkeypatch):
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hp_edit_trl.bench.run.summarise", stopped)
+    monkeypatch.setattr("hp_edit_trl.bench.run.summarize", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(bench(), Painter(), tmp_path)
     with pytest.raises(ValueError, match="did not finish"):

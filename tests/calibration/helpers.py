@@ -13,7 +13,7 @@ def make_edits(count: int = 4, editors=("model-one", "model-two")) -> Dataset:
             "prompt": f"Make it red, number {i}",
             "task": ("color", "style")[i % 2],
             "image": photo(48, 32, seed=i),
-            "edited": photo(48, 32, seed=100 * (j + 1) + i),
+            "edit": photo(48, 32, seed=100 * (j + 1) + i),
             "editor": editor,
         }
         for i in range(count)

@@ -39,7 +39,7 @@ def files(tmp_path_factory):
                 edit["bytes"] = edit["bytes"][:60]
             source = {"path": None, "bytes": png.read_bytes()}
             rows.append(
-                {"id": f"c{i}", "editor": editor, "task": TASKS[i % 2], "prompt": f"{NASTY} {i}", "image": source, "edited": edit, "requirement": "keep <b>it</b>" if i else None}
+                {"id": f"c{i}", "editor": editor, "task": TASKS[i % 2], "prompt": f"{NASTY} {i}", "image": source, "edit": edit, "requirement": "keep <b>it</b>" if i else None}
             )  # fmt: skip
             score = None if i == 7 and editor == "x" else score_of(i, editor)
             lines.append(line(f"c{i}", score, editor, TASKS[i % 2], answer=f"{NASTY} answer"))
@@ -48,7 +48,7 @@ def files(tmp_path_factory):
                 rating = rate(name, f"c{i}", given, editor, comment=NASTY if name == "ben" else "")
                 append_rating(folder / "ratings" / f"ratings-{name}.jsonl", rating)
     text = {name: Value("string") for name in ("id", "editor", "task", "prompt", "requirement")}
-    images = {name: Image(decode=False) for name in ("image", "edited")}
+    images = {name: Image(decode=False) for name in ("image", "edit")}
     Dataset.from_list(rows, features=Features({**text, **images})).save_to_disk(folder / "data")
     (folder / "scores.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     return folder
@@ -76,7 +76,7 @@ def test_the_command_writes_everything(files, result, tmp_path, capsys):
     kept = json.loads((tmp_path / "agreement.json").read_text())
     assert (kept["agreement"]["seed"], kept["agreement"]["confidence"]) == (4, 0.9)
     assert kept["agreement"]["overall"]["pearson"]["value"] == result["agreement"]["overall"]["pearson"]["value"]
-    assert kept["prompts"] == {"add": "hp-edit-trl:add:1", "bokeh": "hp-edit-trl:bokeh:1"}
+    assert kept["scorer_prompts"] == {"add": "hp-edit-trl:add:1", "bokeh": "hp-edit-trl:bokeh:1"}
     assert len(kept["edits"]) == 16 and kept["edits"][0]["ratings"][1]["comment"] == NASTY
     page = (tmp_path / "agreement.md").read_text()
     assert report_text(kept) in printed and report_text(kept) in page

@@ -14,7 +14,12 @@ def rate(annotator, case, score, editor="m", **kwargs):
 
 
 def line(case, score, editor="m", task="add", **kwargs):
-    made = {"answer": f"Score: {score}", "judge": "judge-a", "prompt": f"hp-edit-trl:{task}:1", "mode": "integer"}
+    made = {
+        "answer": f"Score: {score}",
+        "judge": "judge-a",
+        "scorer_prompt": f"hp-edit-trl:{task}:1",
+        "score_mode": "integer",
+    }
     return {"id": case, "editor": editor, "task": task, "score": score, "time": "t", **made, **kwargs}
 
 
@@ -22,7 +27,7 @@ def edits(rows):
     """A dataset of `(id, editor, task)`."""
     return Dataset.from_list(
         [
-            {"id": case, "editor": editor, "task": task, "prompt": "Edit", "image": photo(8, 8), "edited": photo(8, 8)}
+            {"id": case, "editor": editor, "task": task, "prompt": "Edit", "image": photo(8, 8), "edit": photo(8, 8)}
             for case, editor, task in rows
         ]
     )
@@ -50,8 +55,8 @@ def test_people_are_the_mean_of_those_who_did_not_skip():
     assert (overall["n"], overall["missing"], overall["bias"]["value"]) == (4, 1, 0.25)
     assert (groups["add"]["n"], groups["add"]["missing"], groups["remove"]["n"]) == (2, 1, 2)
     assert result["left_out"]["no_score"] == [["c4", "m"]]
-    assert (result["judge"], result["mode"], result["rubric"]) == ("judge-a", "integer", "r1")
-    assert result["prompts"] == {"add": "hp-edit-trl:add:1", "remove": "hp-edit-trl:remove:1"}
+    assert (result["judge"], result["score_mode"], result["rubric"]) == ("judge-a", "integer", "r1")
+    assert result["scorer_prompts"] == {"add": "hp-edit-trl:add:1", "remove": "hp-edit-trl:remove:1"}
     assert result["edits"][4]["ratings"][1] == {"annotator": "ben", "score": None, "comment": ""}
 
 
@@ -139,9 +144,9 @@ def test_of_several_lines_the_last_with_a_score_counts():
         (RATINGS, [line("c0", 3, editor=None)], "matched by id and editor"),
         (RATINGS, [line(f"c{i}", None) for i in range(5)], "None of the 5 rated edits has a score"),
         (RATINGS, [*SCORES, line("c9", 1, judge="judge-b")], "several judges, judge-a, judge-b"),
-        (RATINGS, [*SCORES, line("c9", 1, mode="expected")], "several modes, expected, integer"),
-        (RATINGS, [*SCORES, line("c9", 1, prompt="mine:add:2")], "'add' were made with two revisions .* hp-edit-trl:add:1 and mine:add:2"),
-        (RATINGS, [*SCORES[1:], line("c0", 1, prompt_sha="abc")], r"'add' .* hp-edit-trl:add:1 \(abc\) and hp-edit-trl:add:1,"),
+        (RATINGS, [*SCORES, line("c9", 1, score_mode="expected")], "several score_modes, expected, integer"),
+        (RATINGS, [*SCORES, line("c9", 1, scorer_prompt="mine:add:2")], "'add' were made with two revisions .* hp-edit-trl:add:1 and mine:add:2"),
+        (RATINGS, [*SCORES[1:], line("c0", 1, scorer_prompt_sha="abc")], r"'add' .* hp-edit-trl:add:1 \(abc\) and hp-edit-trl:add:1,"),
         ([*RATINGS, rate("ada", "c9", 1, rubric="r2")], SCORES, "rubrics r1, r2"),
         (RATINGS, [*SCORES, line("c1", 2, editor="n", task="style")], "'c1' has the task 'add' in the scores and 'style'"),
     ],
@@ -154,5 +159,5 @@ def test_what_does_not_belong_together_is_an_error(ratings, scores, message):
 def test_ratings_of_another_dataset_are_an_error():
     with pytest.raises(ValueError, match="there are no ratings of edits of this dataset"):
         compare_with_people(RATINGS, SCORES, edits([("else", "m", "add")]))
-    with pytest.raises(ValueError, match="must have a column 'edited'"):
-        compare_with_people(RATINGS, SCORES, edits([("c0", "m", "add")]).remove_columns("edited"))
+    with pytest.raises(ValueError, match="must have a column 'edit'"):
+        compare_with_people(RATINGS, SCORES, edits([("c0", "m", "add")]).remove_columns("edit"))

@@ -57,7 +57,7 @@ def test_ratings_stand_beside_their_edits():
     for key in (("case-1", "model-two"), ("case-3", "model-one")):  # skipped, not seen: no score, never 0
         assert found[key]["human_score"] is None and found[key]["num_ratings"] == 0
     assert [rating["score"] for rating in found["case-1", "model-two"]["ratings"]] == [None]
-    assert pixels(rated, "edited") == pixels(edits, "edited")
+    assert pixels(rated, "edit") == pixels(edits, "edit")
 
 
 def test_a_dataset_without_editors():
@@ -75,16 +75,16 @@ def test_ratings_of_other_edits_and_taken_columns_are_refused():
 
 def test_images_come_along_where_the_dataset_has_paths(tmp_path):
     edits = with_references(make_edits(), 1, 2)
-    expected = pixels(edits, "edited")
+    expected = pixels(edits, "edit")
     files = [str(tmp_path / f"{i}.png") for i in range(len(edits))]
-    for file, image in zip(files, edits["edited"], strict=True):
+    for file, image in zip(files, edits["edit"], strict=True):
         image.save(file)
-    by_path = edits.remove_columns("edited").add_column("edited", files)
+    by_path = edits.remove_columns("edit").add_column("edit", files)
     ratings_dataset(RATINGS, by_path).save_to_disk(tmp_path / "out")
     for file in files:
         Path(file).unlink()
     rated = load_from_disk(tmp_path / "out")
-    assert pixels(rated, "edited") == expected and isinstance(rated.features["edited"], Image)
+    assert pixels(rated, "edit") == expected and isinstance(rated.features["edit"], Image)
     assert len(rated[1]["images"]) == 2 and rated[0]["images"] is None
 
 
@@ -128,7 +128,7 @@ def test_to_the_hub_and_back(tmp_path):
     (tmp_path / "rated.parquet").write_bytes(files[name])
     rated = load_dataset("parquet", data_files=str(tmp_path / "rated.parquet"), cache_dir=tmp_path, split="train")
     assert rated["human_score"][:] == [3.5, None, None, None, 0.0, None, None, None]
-    assert pixels(rated.cast_column("edited", Image()), "edited") == pixels(edits, "edited")
+    assert pixels(rated.cast_column("edit", Image()), "edit") == pixels(edits, "edit")
     assert rated["ratings"][0][1]["comment"] == "hm"
 
 
@@ -147,7 +147,7 @@ def test_label_studio_tasks_show_the_edits_and_not_their_editors():
     root = ET.fromstring(config)
     names = {element.get("name"): element for element in root.iter() if element.get("name")}
     used = {element.get("value")[1:] for element in names.values() if (element.get("value") or "").startswith("$")}
-    assert used == {"source", "edited", "prompt", "task"} and all(used <= task["data"].keys() for task in tasks)
+    assert used == {"source", "edit", "prompt", "task"} and all(used <= task["data"].keys() for task in tasks)
     choices = [choice.get("value") for choice in names["score"]]
     assert choices == list("012345") and names["score"].tag == "Choices" and names["score"].get("toName") in names
     # The order of tasks is not that of editors.
@@ -160,7 +160,7 @@ def test_label_studio_tasks_show_the_edits_and_not_their_editors():
 
 
 def test_broken_images_are_left_out_of_the_tasks(caplog):
-    edits = with_broken(make_edits(), "edited", 2)
+    edits = with_broken(make_edits(), "edit", 2)
     assert len(to_label_studio(edits, RATINGS, rubric="r:1")) == 7
     assert "Left out: The edit of case 'case-1' by 'model-one' cannot be decoded" in caplog.text
 
@@ -194,7 +194,7 @@ def test_images_in_a_folder(tmp_path, capsys):
     tasks = json.loads((tmp_path / "out" / "tasks.json").read_text())
     assert ET.parse(tmp_path / "out" / "config.xml").getroot().tag == "View"
     for task in tasks:
-        for column in ("source", "edited"):
+        for column in ("source", "edit"):
             prefix, _, name = task["data"][column].rpartition("/")
             assert prefix == "/data/local-files/?d=x"
             assert PILImage.open(tmp_path / "out" / "images" / name).size == (48, 32)
@@ -205,15 +205,15 @@ def annotation(*results, by=7, time="2026-02-01T10:00:00.123456Z", **values):
 
 
 def choice(value, name="score"):
-    return {"from_name": name, "to_name": "edited", "type": "choices", "value": {"choices": value}}
+    return {"from_name": name, "to_name": "edit", "type": "choices", "value": {"choices": value}}
 
 
 def stars(value):
-    return {"from_name": "stars", "to_name": "edited", "type": "rating", "value": {"rating": value}}
+    return {"from_name": "stars", "to_name": "edit", "type": "rating", "value": {"rating": value}}
 
 
 def comment(*lines):
-    return {"from_name": "comment", "to_name": "edited", "type": "textarea", "value": {"text": list(lines)}}
+    return {"from_name": "comment", "to_name": "edit", "type": "textarea", "value": {"text": list(lines)}}
 
 
 def task(*annotations, **data):
@@ -230,7 +230,7 @@ def test_annotations_of_many_kinds(tmp_path):
     tasks = [
         task(annotation(choice(["0"]), comment("not", "done")), rubric="ours:2"),
         task(annotation(stars(5), by={"id": 3, "email": "c@example.org"}), id="case-1"),
-        task(annotation(choice(["4"]), choice(["cropped"], "artefacts")), id="case-2"),
+        task(annotation(choice(["4"]), choice(["cropped"], "artifacts")), id="case-2"),
         task(annotation(by=8, was_cancelled=True), id="case-3"),
         {**task(annotation(choice(["3"]))), "data": {"id": "case-3"}, "meta": {"editor": "model-two"}},
     ]

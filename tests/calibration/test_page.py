@@ -146,17 +146,17 @@ def make_photo_edits():
     for case in load_photographs().select([3, 8, 10]):
         for editor, edit in EDITORS.items():
             rows.append({name: case[name] for name in ("id", "prompt", "task", "image")} | {"editor": editor})
-            rows[-1] |= {"edited": edit(case["image"]), "requirement": "Keep everything else"}
+            rows[-1] |= {"edit": edit(case["image"]), "requirement": "Keep everything else"}
     rows[0]["prompt"] = NASTY
     rows.append({**rows[-1], "id": "broken"})
-    return with_broken(Dataset.from_list(rows), "edited", len(rows) - 1)
+    return with_broken(Dataset.from_list(rows), "edit", len(rows) - 1)
 
 
 def save_with_names(dataset, folder):
     """Saves a dataset whose PNG files say which editor made them, as many programs write them."""
-    encoded = dataset.cast_column("edited", Image(decode=False))
+    encoded = dataset.cast_column("edit", Image(decode=False))
     values = []
-    for value, editor in zip(encoded["edited"], encoded["editor"], strict=True):
+    for value, editor in zip(encoded["edit"], encoded["editor"], strict=True):
         try:
             image, info = read_image(value, ""), PngInfo()
             info.add_text("parameters", f"model: {editor}")
@@ -166,8 +166,8 @@ def save_with_names(dataset, folder):
             pass
         values.append(value)
     features = encoded.features
-    named = Dataset.from_dict({**encoded.to_dict(), "edited": values}, features=Features(features))
-    named.cast_column("edited", Image()).save_to_disk(folder / "edits")
+    named = Dataset.from_dict({**encoded.to_dict(), "edit": values}, features=Features(features))
+    named.cast_column("edit", Image()).save_to_disk(folder / "edits")
     assert any(b"secret-editor" in path.read_bytes() for path in (folder / "edits").glob("*.arrow"))
 
 
@@ -186,7 +186,7 @@ def test_two_people_rate(browser, tmp_path):
     save_with_names(make_photo_edits(), tmp_path)
     edits = load_edits(str(tmp_path / "edits")).select(range(6))
     # Which edit a picture is, worked out from the dataset alone
-    keys = {shown_jpeg(read_image(row["edited"], "")): key for row, key in zip(edits, edit_keys(edits), strict=True)}
+    keys = {shown_jpeg(read_image(row["edit"], "")): key for row, key in zip(edits, edit_keys(edits), strict=True)}
     assert len(keys) == 6
     given = {"anna": {}, "bert": {}}
     orders = {"anna": [], "bert": []}
@@ -461,7 +461,7 @@ def campaign(dataset, folder, **options):
 
 
 def test_broken_images_are_reported_and_the_rest_is_shown(tmp_path, caplog):
-    edits = with_broken(with_broken(make_edits(3), "edited", 1), "image", 4)
+    edits = with_broken(with_broken(make_edits(3), "edit", 1), "image", 4)
     found = campaign(edits, tmp_path)
     assert "The edit of case 'case-0' by 'model-two' cannot be decoded" in caplog.text
     assert "An image of case 'case-2' cannot be decoded" in caplog.text and "2 of 6 edits are not shown" in caplog.text

@@ -37,7 +37,7 @@ def world(count=60, noise=0.3, seed=0):
         pixels[-1] = 255 if blotch else pixels[0]
         pixels[..., 2] = i  # no two edits are the same
         source = Image.new("RGB", (16, 16), (0, 0, i))
-        rows.append({"id": f"case {i}", "prompt": f"Make it red, {i}", "image": source, "edited": Image.fromarray(pixels), "task": "color"})  # fmt: skip
+        rows.append({"id": f"case {i}", "prompt": f"Make it red, {i}", "image": source, "edit": Image.fromarray(pixels), "task": "color"})  # fmt: skip
         for name in ("anna", "ben"):
             score = int(np.clip(round(5 * red - 2 * blotch + rng.normal(0, noise)), 0, 5))
             ratings.append(Rating(name, f"case {i}", None, score, "r:1", "2026-01-01T00:00:00+00:00", "ugly" * blotch))
@@ -73,7 +73,7 @@ def test_a_better_prompt_is_adopted_and_the_folder_is_one_of_prompts(tmp_path):
     side = [i for i in range(60) if is_held_out(f"case {i}")]
     human = [(ratings[2 * i].score + ratings[2 * i + 1].score) / 2 for i in side]
     scores = [
-        [look(text, [dataset[i]["image"], dataset[i]["edited"]]) for i in side]
+        [look(text, [dataset[i]["image"], dataset[i]["edit"]]) for i in side]
         for text in (load_scorer_prompts()["color"].text, revision("2", ARTIFACTS).text)
     ]
     expected = agreement_difference(human, *scores, [f"case {i}" for i in side], num_resamples=2000)
@@ -98,8 +98,8 @@ def test_a_worse_prompt_never_looks_at_the_held_out_cases(tmp_path):
 def test_a_gain_within_its_interval_is_not_adopted_and_each_look_costs_confidence(tmp_path):
     # One blotched edit on each side of the split is judged better: a gain, but none to rely on.
     dataset, ratings = world(noise=1.0)
-    blotched = [i for i, row in enumerate(dataset) if row["edited"].getpixel((0, 15))[1] == 255]
-    blotched = [i for i in blotched if look("", [dataset[i]["edited"]]) - ratings[2 * i].score >= 3]
+    blotched = [i for i, row in enumerate(dataset) if row["edit"].getpixel((0, 15))[1] == 255]
+    blotched = [i for i in blotched if look("", [dataset[i]["edit"]]) - ratings[2 * i].score >= 3]
     helped = [next(i for i in blotched if is_held_out(f"case {i}") == side) for side in (False, True)]
 
     def slightly(text, pictures):
@@ -352,9 +352,9 @@ def test_the_table_says_what_was_compared(tmp_path):
 def test_broken_images_are_left_out(tmp_path, caplog):
     dataset, ratings = world()
     rows = dataset.to_list()
-    rows[0]["edited"] = {"path": None, "bytes": b"broken"}
+    rows[0]["edit"] = {"path": None, "bytes": b"broken"}
     from datasets import Image as ImageFeature
 
-    broken = Dataset.from_list(rows).cast_column("image", ImageFeature()).cast_column("edited", ImageFeature())
+    broken = Dataset.from_list(rows).cast_column("image", ImageFeature()).cast_column("edit", ImageFeature())
     assert len(refiner(tmp_path, data=(broken, ratings)).cases) == 59
     assert "The edit of case 'case 0' cannot be decoded" in caplog.text

@@ -23,10 +23,10 @@ def test_scores_are_those_of_the_scorer_and_carry_what_made_them(tmp_path):
     lines = read_scores(tmp_path / "out" / "scores.jsonl")
     assert [(line["id"], line["editor"]) for line in lines] == [(row["id"], row["editor"]) for row in edits]
     for row, line in zip(edits, lines, strict=True):
-        (expected,) = scorer.judge_cases([row["prompt"]], [row["edited"]], [[row["image"]]], [row["task"]], [None])
-        assert line["score"] == expected.score == round(5 * row["edited"].getpixel((0, 0))[0] / 255)
+        (expected,) = scorer.judge_edits([row["prompt"]], [row["edit"]], [[row["image"]]], [row["task"]], [None])
+        assert line["score"] == expected.score == round(5 * row["edit"].getpixel((0, 0))[0] / 255)
         assert line["prompt"] == f"hp-edit-trl:{row['task']}:1" and line["task"] == row["task"]
-        assert line["judge"] == "judge RuleJudge, name rule, score_mode integer" and line["mode"] == "integer"
+        assert line["judge"] == "judge RuleJudge, name rule, score_mode integer" and line["score_mode"] == "integer"
     assert len(report.judgements) == 8 and report.kept == 0
     table = report.table(input_price=2.0, output_price=10.0)
     assert "| tokens read, written | 800, 8 |" in table
@@ -83,21 +83,21 @@ def test_scores_of_two_scorers_are_not_mixed(tmp_path):
         score_dataset(HPScorerReward(RuleJudge(), task="base"), edits, file)
     # A prompt that was changed without a new revision
     scorer = HPScorerReward(RuleJudge())
-    prompt = scorer.prompts["add"]
-    scorer.prompts["add"] = type(prompt)(prompt.task, prompt.revision, prompt.text + " Be strict.")
-    with pytest.raises(ValueError, match="its prompt_sha is"):
+    prompt = scorer.scorer_prompts["add"]
+    scorer.scorer_prompts["add"] = type(prompt)(prompt.task, prompt.revision, prompt.text + " Be strict.")
+    with pytest.raises(ValueError, match="its scorer_prompt_sha is"):
         score_dataset(scorer, edits, file)
     assert file.read_bytes() == before
 
 
 def test_images_that_cannot_be_read_are_missing_scores(tmp_path, caplog):
     rows = make_edits(4, editors=("one",))
-    broken = [{**row, "edited": {"path": None, "bytes": b"no picture"} if i == 1 else row["edited"], "image": row["image"] if i != 2 else None} for i, row in enumerate(rows)]  # fmt: skip
+    broken = [{**row, "edit": {"path": None, "bytes": b"no picture"} if i == 1 else row["edit"], "image": row["image"] if i != 2 else None} for i, row in enumerate(rows)]  # fmt: skip
     for row in broken:
-        for column in ("image", "edited"):
+        for column in ("image", "edit"):
             if isinstance(row[column], Image.Image):
                 row[column] = ImageFeature().encode_example(row[column])
-    edits = Dataset.from_list(broken).cast_column("image", ImageFeature()).cast_column("edited", ImageFeature())
+    edits = Dataset.from_list(broken).cast_column("image", ImageFeature()).cast_column("edit", ImageFeature())
     report = score_dataset(HPScorerReward(RuleJudge()), edits, tmp_path / "scores.jsonl")
     assert [line["score"] is None for line in read_scores(tmp_path / "scores.jsonl")] == [False, True, True, False]
     assert "The edit of case 'case-1' by 'one' cannot be decoded" in report.unreadable[0]
@@ -136,7 +136,7 @@ def test_an_edit_that_was_changed_is_scored_again(tmp_path, caplog):
     edits, file = make_edits(3), tmp_path / "scores.jsonl"
     score_dataset(HPScorerReward(RuleJudge()), edits, file)
     rows = edits.to_list()
-    rows[0]["edited"] = ImageFeature().encode_example(Image.new("RGB", (64, 64), (255, 0, 0)))
+    rows[0]["edit"] = ImageFeature().encode_example(Image.new("RGB", (64, 64), (255, 0, 0)))
     rows[3]["prompt"] = "Something else, number 9"
     changed = Dataset.from_list(rows, features=edits.features)
     judge = RuleJudge()
@@ -144,7 +144,7 @@ def test_an_edit_that_was_changed_is_scored_again(tmp_path, caplog):
     assert judge.asked == 2 and report.kept == 4 and "2 edits were changed since they were scored" in caplog.text
     assert read_scores(file)[0]["score"] == 5
     # A score of other images does not stand in for a failure
-    rows[0]["edited"] = ImageFeature().encode_example(Image.new("RGB", (64, 64), (0, 0, 9)))
+    rows[0]["edit"] = ImageFeature().encode_example(Image.new("RGB", (64, 64), (0, 0, 9)))
     score_dataset(
         HPScorerReward(RuleJudge(rule=lambda *_: "hm")), Dataset.from_list(rows, features=edits.features), file
     )
@@ -175,12 +175,12 @@ def test_half_a_character_in_an_answer_is_no_accident(tmp_path):
 def test_bad_datasets(tmp_path):
     scorer, edits = HPScorerReward(RuleJudge()), make_edits(2)
     for dataset, message in [
-        (edits.remove_columns("edited"), "must have a column 'edited'"),
+        (edits.remove_columns("edit"), "must have a column 'edit'"),
         (edits.remove_columns("id"), "has no column 'id'"),
         (edits.remove_columns("editor"), "Row 1 of dataset has the id 'case-0' of row 0"),
         (edits.remove_columns("prompt"), "has no column 'prompt'"),
         (edits.select([]), "dataset is empty"),
-        (edits.map(lambda row: {"task": "crop"}), "No scoring prompt for the task 'crop'"),
+        (edits.map(lambda row: {"task": "crop"}), "No scorer prompt for the task 'crop'"),
     ]:
         with pytest.raises(ValueError, match=message):
             score_dataset(scorer, dataset, tmp_path / "scores.jsonl")
@@ -233,7 +233,7 @@ def test_probes_of_a_fair_and_of_biased_judges(caplog):
     for i in range(8):
         source = Image.new("RGB", (32, 32), (10 * i, 90, 30 * i))
         edit = Image.new("RGB", (32, 32), (10 * i + 60, 90, 30 * i))
-        rows.append({"id": str(i), "prompt": f"redder {i}", "image": source, "edited": edit, "task": "color"})
+        rows.append({"id": str(i), "prompt": f"redder {i}", "image": source, "edit": edit, "task": "color"})
     edits = Dataset.from_list(rows)
 
     def labelled(user):

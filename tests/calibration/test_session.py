@@ -235,9 +235,9 @@ def test_the_rubric_is_the_scale_of_the_scorer_prompts():
 
 def test_a_rubric_of_ones_own(tmp_path):
     file = tmp_path / "ours.md"
-    file.write_text("---\nrevision: 7\n---\nOnly colours count.\n")
+    file.write_text("---\nrevision: 7\n---\nOnly colors count.\n")
     rubric = load_rubric(file)
-    assert (rubric.revision, rubric.text, rubric.labels) == ("ours.md:7", "Only colours count.", ("",) * 6)
+    assert (rubric.revision, rubric.text, rubric.labels) == ("ours.md:7", "Only colors count.", ("",) * 6)
     for content in ("no header", "---\nname: x\n---\ntext", "---\nrevision: 1\n---\n", "---\n: [\n---\ntext",
                     "---\nrevision: 1\nlabels: [a, b]\n---\ntext"):  # fmt: skip
         file.write_text(content)

@@ -25,7 +25,7 @@ from tests.helpers import END
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
-    "score_name": "score", "resolution": 32, "num_inference_steps": 2, "true_cfg_scale": 1.0, "batch_size": 8, "num_samples": 3,
+    "score_name": "score", "resolution": 32, "num_inference_steps": 2, "true_cfg_scale": 1.0, "batch_size": 8, "num_generations": 3,
 }  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def test_other_pairs_in_a_folder_of_the_same_name_are_not_taken_for_these(pipeli
 
 def test_bad_input(pipeline, cases, tmp_path):
     for options, message in [
-        ({"num_samples": 1}, "num_samples=1 must be at least 2"),
+        ({"num_generations": 1}, "num_generations=1 must be at least 2"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"on_bad_image": "ignore"}, "on_bad_image='ignore' is not known"),
         ({"score_name": "beauty"}, r"logs no 'beauty'; it logs \['score'\]"),
@@ -267,7 +267,7 @@ def test_the_scorer_of_a_task_is_asked_for_before_anything_is_sampled(pipeline, 
             raise AssertionError
 
     cases = cases.remove_columns("task").add_column("task", ["ad"] * 6)
-    with pytest.raises(ValueError, match="No scoring prompt for the task 'ad'"):
+    with pytest.raises(ValueError, match="No scorer prompt for the task 'ad'"):
         mine(pipeline, cases, tmp_path / "tasks", HPScorerReward(Judge()), score_name="hp_score")
     assert not (tmp_path / "tasks").exists()
     assert "a judge" in HPScorerReward(Judge()).description

@@ -41,7 +41,7 @@ def make_rows(count: int = 5) -> dict[str, list]:
         "schema_version": [SCHEMA_VERSION] * count,
         "id": [f"case-{i}" for i in range(count)],
         "image": [encoded(photo(64, 48, i)) for i in range(count)],
-        "edited": [encoded(photo(64, 48, 100 + i)) for i in range(count)],
+        "edit": [encoded(photo(64, 48, 100 + i)) for i in range(count)],
         "prompt": [f"Make it red, number {i}" for i in range(count)],
         "task": ["color"] * count,
         "requirement": [None] * count,
@@ -109,7 +109,7 @@ def test_a_stream_is_checked_as_it_passes(tmp_path):
         ({"id": ["a", "b", "c", "", "d"]}, "Row 3 of .*, column 'id': is empty"),
         ({"id": ["a", "b", "c", "a", "d"]}, "Row 3 of .*, column 'id': 'a' is that of row 0 as well and by the same editor"),
         ({"image": [None] * 5}, "Row 0 of .*, column 'image': has no image"),
-        ({"edited": [*make_rows()["edited"][:4], None]}, "Row 4 of .*, column 'edited': has no image"),
+        ({"edit": [*make_rows()["edit"][:4], None]}, "Row 4 of .*, column 'edit': has no image"),
         ({"prompt": ["a", " \n", "c", "d", "e"]}, "Row 1 of .*, column 'prompt': is empty"),
         ({"width": [64, 0, 64, 64, 64]}, "Row 1 of .*, column 'width': 0 is no number of pixels"),
         ({"schema_version": [1, 1, 2, 1, 1]}, "Row 2 of .*'schema_version': 2 was written by a newer hp-edit-trl.*upgrade"),
@@ -196,7 +196,7 @@ def test_a_stream_can_be_sent_to_another_process(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_data_set_from_before_the_schema_gets_what_it_lacks(tmp_path, caplog, streaming):
-    old = make().select_columns(["id", "image", "prompt", "task", "edited"])
+    old = make().select_columns(["id", "image", "prompt", "task", "edit"])
     loaded = load_realpref(save(old, tmp_path / "old"), streaming=streaming)
     assert "is from before there was a schema" in caplog.text or "has no column 'schema_version'" in caplog.text
     row = next(iter(loaded))
@@ -204,7 +204,7 @@ def test_a_data_set_from_before_the_schema_gets_what_it_lacks(tmp_path, caplog, 
     assert row["license"] is None and row["id"] == "case-0"
     if not streaming:
         check_realpref(loaded, "migrated")
-        new = load_realpref(save(make(score=None, answer=None, judge=None, scorer_prompt=None, prompt_sha=None, score_mode=None), tmp_path / "new"))  # fmt: skip
+        new = load_realpref(save(make(score=None, answer=None, judge=None, scorer_prompt=None, scorer_prompt_sha=None, score_mode=None), tmp_path / "new"))  # fmt: skip
         both = concatenate_datasets([loaded.select([0]), new.select([1])])
         check_realpref(both, "both")
 
@@ -247,7 +247,7 @@ if what == "all":
     except FileNotFoundError as error:
         print("missing", error)
 pinned = load_realpref("someone/realpref", revision=first, token=token or None)
-print("pinned", len(pinned), pinned["prompt"][0], *(np.asarray(pinned[0][name]).sum() for name in ("image", "edited")))
+print("pinned", len(pinned), pinned["prompt"][0], *(np.asarray(pinned[0][name]).sum() for name in ("image", "edit")))
 scorer = load_scorer_prompts("datasets/someone/prompts", prompts)
 writer = load_instruction_templates("datasets/someone/prompts", prompts)
 print("prompts", len(scorer), scorer["add"].digest, scorer["add"].revision, len(writer), writer["bokeh"].revision)

@@ -1,4 +1,4 @@
-"""The example builds a data set and trains on it."""
+"""The example builds a dataset and trains on it."""
 
 import pytest
 

@@ -9,7 +9,7 @@ from tests.examples.test_train_qwen_edit import EXAMPLES, run
 
 @pytest.mark.slow
 def test_mining(tmp_path):
-    done = run("--num_cases", "16", "--num_samples", "3", cwd=tmp_path, script="mine_preference_pairs.py")
+    done = run("--num_cases", "16", "--num_generations", "3", cwd=tmp_path, script="mine_preference_pairs.py")
     assert done.returncode == 0, done.stderr[-4000:]
     pairs = load_dataset(str(tmp_path / "outputs" / "preference-pairs" / "dataset"), split="train")
     assert f"{len(pairs)} pairs of 16 cases" in done.stdout and {"chosen", "rejected"} <= set(pairs.column_names)

@@ -45,7 +45,7 @@ def test_pairs_and_lora_go_to_the_hub_and_come_back(tmp_path):
             str(EXAMPLES / "mine_preference_pairs.py"),
             "--num_cases",
             "24",
-            "--num_samples",
+            "--num_generations",
             "3",
         ]
         done = subprocess.run([*script, "--push_to", "someone/pairs"], **options)

@@ -205,21 +205,21 @@ def test_edits_of_different_sizes_share_nothing_and_are_judged_alike(judge_folde
 
 def test_drawn_answers_depend_on_the_case_and_the_seed_alone(judge_folder):
     chats = [conversation("Score it", seed=seed) for seed in range(3)]
-    settings = dict(num_samples=4, max_new_tokens=4)
+    settings = dict(num_answers=4, max_new_tokens=4)
     judge = TransformersJudge(judge_folder, seed=1, **settings)
     state = torch.get_rng_state()
     answers = [judgement.answer for judgement in judge(chats)]
     assert torch.equal(state, torch.get_rng_state())
     # From the model's own probabilities: not cut to the 50 likeliest tokens, as `generate` does unless told not to
-    many = TransformersJudge(judge_folder, num_samples=200, max_new_tokens=1)([chats[0]])[0].answer.split(" | ")
+    many = TransformersJudge(judge_folder, num_answers=200, max_new_tokens=1)([chats[0]])[0].answer.split(" | ")
     assert len(set(many)) > 55
     assert all(len(answer.split(" | ")) == 4 for answer in answers) and len(set(answers[0].split(" | "))) > 1
     assert [judgement.answer for judgement in judge(chats[::-1])] == answers[::-1]
     assert [j.answer for j in TransformersJudge(judge_folder, seed=2, **settings)(chats)] != answers
-    with pytest.raises(ValueError, match="num_samples=4 has no meaning with score_mode='expected'"):
-        TransformersJudge(judge_folder, "expected", num_samples=4)
+    with pytest.raises(ValueError, match="num_answers=4 has no meaning with score_mode='expected'"):
+        TransformersJudge(judge_folder, "expected", num_answers=4)
     with pytest.raises(ValueError, match="must be above zero"):
-        TransformersJudge(judge_folder, num_samples=0)
+        TransformersJudge(judge_folder, num_answers=0)
 
 
 def test_several_answers_of_a_server_are_averaged(serve):
@@ -230,18 +230,18 @@ def test_several_answers_of_a_server_are_averaged(serve):
         return 200, {**completion(""), "choices": choices, "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}}  # fmt: skip
 
     server = serve(reply)
-    (judgement,) = ServerJudge("m", server.url, num_samples=4, temperature=0.7, seed=5)([conversation()])
+    (judgement,) = ServerJudge("m", server.url, num_answers=4, temperature=0.7, seed=5)([conversation()])
     assert judgement.score == pytest.approx((4 + 3 + 5) / 3)
     assert judgement.answer == "4 | I would say five | 3 | 5"
     assert [(r["n"], r["seed"], r["temperature"]) for r in server.requests] == [(4, 5, 0.7), (1, 8, 0.7)]
     assert (judgement.input_tokens, judgement.output_tokens) == (20, 4)
     prose = serve(lambda body, n: (200, {**completion(""), "choices": [completion(t)["choices"][0] for t in ("5", "a", "b")]}))  # fmt: skip
-    (judgement,) = ServerJudge("m", prose.url, num_samples=3)([conversation()])
+    (judgement,) = ServerJudge("m", prose.url, num_answers=3)([conversation()])
     assert judgement.score is None and judgement.answered  # two of three hold no score
     half = serve(
         lambda body, n: (200, {**completion(""), "choices": [completion(t)["choices"][0] for t in ("5", "a")]})
     )
-    assert ServerJudge("m", half.url, num_samples=2)([conversation()])[0].score == 5
+    assert ServerJudge("m", half.url, num_answers=2)([conversation()])[0].score == 5
 
 
 def test_a_vocabulary_without_scores(judge_folder, monkeypatch):
@@ -449,7 +449,7 @@ def test_server_timeouts_and_dead_addresses(serve):
 def test_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ImportError, match=r'pip install "hp-edit-trl\[server\]"'):
-        HPScorerReward("m", base_url="http://127.0.0.1:9/v1")
+        HPScorerReward("m", judge_base_url="http://127.0.0.1:9/v1")
 
 
 @pytest.mark.slow
@@ -470,7 +470,7 @@ def test_transformers_serve(judge_folder, tmp_path):
                 break
             except OSError:
                 time.sleep(0.5)
-        reward = HPScorerReward(judge_folder, base_url=f"http://127.0.0.1:{port}/v1")
+        reward = HPScorerReward(judge_folder, judge_base_url=f"http://127.0.0.1:{port}/v1")
         reward.load()
         server, local = reward.judge, TransformersJudge(judge_folder, "integer", max_new_tokens=16)
         chats = [conversation("Score it"), conversation("Or this", seed=3)]
@@ -510,7 +510,7 @@ def test_another_parser_takes_the_score_out_of_a_server_s_answers(serve, caplog)
     judged = judge([conversation(text) for text in ("aaaaaaaaa", "4", "a")])
     assert [(one.score, one.answered) for one in judged] == [(9, True), (None, True), (1, True)]
     several = serve(lambda body, n: (200, {**completion(""), "choices": [completion(t)["choices"][0] for t in ("aaaaaaaa", "5", "aa")]}))  # fmt: skip
-    assert ServerJudge("m", several.url, num_samples=3, parse=letters)([conversation()])[0].score == 5
+    assert ServerJudge("m", several.url, num_answers=3, parse=letters)([conversation()])[0].score == 5
 
 
 def test_another_parser_takes_the_score_out_of_a_model_s_answers(judge_folder):
@@ -519,7 +519,7 @@ def test_another_parser_takes_the_score_out_of_a_model_s_answers(judge_folder):
     judge.load()
     judged = judge(chats)
     assert [one.score for one in judged] == [len(one.answer) for one in judged]
-    several = TransformersJudge(judge_folder, num_samples=3, max_new_tokens=8, parse=lambda answer: float(len(answer)))
+    several = TransformersJudge(judge_folder, num_answers=3, max_new_tokens=8, parse=lambda answer: float(len(answer)))
     (one,) = several([chats[0]])
     assert one.score == pytest.approx((len(one.answer) - 2 * len(" | ")) / 3)
 
@@ -527,7 +527,7 @@ def test_another_parser_takes_the_score_out_of_a_model_s_answers(judge_folder):
 def test_the_parser_is_part_of_what_a_judge_is(judge_folder, serve, tmp_path):
     assert ServerJudge("m", "http://127.0.0.1:9/v1").identity == {
         "judge": "ServerJudge", "name": "m", "revision": None, "score_mode": "integer", "max_pixels": 1048576,
-        "num_samples": 1, "max_new_tokens": 16,
+        "num_answers": 1, "max_new_tokens": 16,
     }  # fmt: skip
     assert "parse" not in TransformersJudge(judge_folder).identity
     assert TransformersJudge(judge_folder, parse=letters).identity["parse"] == "letters"

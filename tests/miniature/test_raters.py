@@ -35,7 +35,7 @@ def test_careless_editors_make_worse_edits(edits):
     assert scores[:, 0].mean() > scores[:, 1].mean() + 0.5
     assert scores.max() == 5 and scores.min() < 2
     again = flawed_edits(load_dataset("train", 3), {"careless": 0.8})  # fewer cases, fewer editors: the same edits
-    assert [row["edited"].tobytes() for row in again] == [row["edited"].tobytes() for row in edits.select([1, 3, 5])]
+    assert [row["edit"].tobytes() for row in again] == [row["edit"].tobytes() for row in edits.select([1, 3, 5])]
 
 
 def test_the_known_correlation_is_what_many_raters_give(edits):
@@ -61,19 +61,19 @@ def test_the_judge_sees_what_its_prompt_asks_for(cases, edits):
         HPScorerReward(SimulatedJudge(cases), task="base"),
         HPScorerReward(SimulatedJudge(cases), task="base"),
     )
-    asking.prompts = {"base": type(base)("base", "mine:base:2", add_questions(base.text, [KEPT]))}
+    asking.scorer_prompts = {"base": type(base)("base", "mine:base:2", add_questions(base.text, [KEPT]))}
     scorer = RuleScorer()
     columns = [
         edits["prompt"],
-        edits["edited"],
+        edits["edit"],
         [[image] for image in edits["image"]],
         edits["task"],
         [None] * len(edits),
     ]
-    for row, rough, fine in zip(edits, plain.judge_cases(*columns), asking.judge_cases(*columns), strict=True):
-        reached, kept = scorer.parts(row["edited"], row["image"], row["target"])
+    for row, rough, fine in zip(edits, plain.judge_edits(*columns), asking.judge_edits(*columns), strict=True):
+        reached, kept = scorer.parts(row["edit"], row["image"], row["target"])
         assert abs(rough.score - 5 * reached) <= 0.5 and abs(fine.score - 5 * reached * kept) <= 0.5
-    stranger = HPScorerReward(SimulatedJudge(cases.select([0])), task="base").judge_cases(*[c[2:4] for c in columns])
+    stranger = HPScorerReward(SimulatedJudge(cases.select([0])), task="base").judge_edits(*[c[2:4] for c in columns])
     assert [judgement.score for judgement in stranger] == [None, None]
 
 
@@ -91,7 +91,7 @@ def test_a_judge_that_knows_the_targets(cases):
 
     def scores(edits, sources=sources):
         columns = prompts, edits, [[image] for image in sources], tasks, [None] * 24
-        return [judgement.score for judgement in scorer.judge_cases(*columns)]
+        return [judgement.score for judgement in scorer.judge_edits(*columns)]
 
     assert scores(targets) == [5] * 24 and scores(sources) == [0] * 24
     assert scores(targets, sources[1:] + sources[:1]) == [None] * 24  # not cases that it knows

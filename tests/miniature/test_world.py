@@ -5,7 +5,7 @@ import pytest
 
 from hp_edit_trl.cases import check_columns
 from hp_edit_trl.miniature import CoarseScorer, RuleScorer, load_dataset
-from hp_edit_trl.miniature.world import SPLITS, STYLES, draw, draw_case, relit, stream, stylised, to_image
+from hp_edit_trl.miniature.world import SPLITS, STYLES, draw, draw_case, relit, stream, stylized, to_image
 from hp_edit_trl.tasks import TASKS
 
 
@@ -118,7 +118,7 @@ def test_scorers_are_reward_functions():
 
 def test_styles_and_lights_can_be_told_apart(cases):
     picture = cases[0].source
-    variants = [stylised(picture, style) for style in STYLES]
+    variants = [stylized(picture, style) for style in STYLES]
     variants += [
         relit(picture, side, tone) for side in ("left", "right", "top", "bottom") for tone in ("warm", "cool")
     ]

@@ -140,7 +140,7 @@ class PolicyContract:
         assert any(not torch.equal(kept.tensors[name], other.tensors[name]) for name in kept.tensors)
 
     def test_an_encoded_image_is_decoded_as_by_the_vae_alone(self, policy):
-        # Packing and normalisation undo each other, and are those that references have.
+        # Packing and normalization undo each other, and are those that references have.
         image, vae = photo(*self.wide), policy.pipeline.vae
         conditions = policy.encode([image], "x", None, self.resolution)
         size = conditions.height, conditions.width

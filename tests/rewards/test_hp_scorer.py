@@ -89,13 +89,13 @@ def test_missing_scores_are_counted_and_logged_with_their_case(caplog):
 
 def test_bad_input():
     reward = HPScorerReward(ScriptedJudge([5]))
-    with pytest.raises(ValueError, match="No scoring prompt for the task 'removal'. There are prompts for: add,"):
+    with pytest.raises(ValueError, match="No scorer prompt for the task 'removal'. There are prompts for: add,"):
         reward(prompts=["x"], completions=[photo(8, 8)], image=[photo(8, 8)], task=["removal"])
     with pytest.raises(ValueError, match="column `image` or `images`"):
         reward(prompts=["x"], completions=[photo(8, 8)])
-    with pytest.raises(ValueError, match="No scoring prompt for the task 'x'"):
+    with pytest.raises(ValueError, match="No scorer prompt for the task 'x'"):
         HPScorerReward(ScriptedJudge([]), task="x")
     with pytest.raises(ValueError, match="score_mode='mean' is not known"):
-        HPScorerReward("m", base_url="http://127.0.0.1:9/v1", score_mode="mean")
+        HPScorerReward("m", judge_base_url="http://127.0.0.1:9/v1", score_mode="mean")
     with pytest.raises(ValueError, match="The judge .* has no processor"):
         HPScorerReward("/no/such/folder")

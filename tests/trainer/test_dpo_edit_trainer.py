@@ -33,7 +33,7 @@ def plain(image, color):
 
 
 def edit_pipeline(seed: int = 0):
-    """The tiny pipeline, with latents that are normalised as trained ones are: without, all images look much alike."""
+    """The tiny pipeline, with latents that are normalized as trained ones are: without, all images look much alike."""
     pipeline = tiny_pipeline(seed=seed)
     pipeline.vae.register_to_config(
         latents_mean=[0.105, 0.262, 0.044, -0.297], latents_std=[0.055, 0.061, 0.032, 0.050]
@@ -1097,7 +1097,7 @@ def test_the_model_card(make_trainer):
     for name in ("reward_curve.png", "before_after.png", "images/0_before.png", "images/1_after.png"):
         assert PILImage.open(folder / name).size[0] > 1
     drawn = PILImage.open(folder / "reward_curve.png").convert("RGB").getcolors(1_000_000)
-    assert sum(max(color) - min(color) > 80 for _, color in drawn) > 10  # coloured lines, not just axes
+    assert sum(max(color) - min(color) > 80 for _, color in drawn) > 10  # colored lines, not just axes
 
 
 def test_a_dataset_from_disk(make_trainer, tmp_path):

@@ -572,14 +572,14 @@ def test_unknown_tasks_and_dead_judges_show_before_the_policy_is_loaded(tmp_path
     (base / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
     scorer = HPScorerReward(tiny_judge(str(tmp_path / "judge")))
     wrong = make_cases().map(lambda row: {"task": "removal"})
-    with pytest.raises(ValueError, match="No scoring prompt for the task 'removal'. There are prompts for: add, "):
+    with pytest.raises(ValueError, match="No scorer prompt for the task 'removal'. There are prompts for: add, "):
         FlowGRPOEditTrainer(str(base), scorer, make_config(tmp_path / "out"), wrong)
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "add.md").write_text("---\ntask: add\nrevision: 1\n---\n{prompt}")
     no_base = HPScorerReward(str(tmp_path / "judge"), prompts=str(tmp_path / "prompts"))
-    with pytest.raises(ValueError, match="No scoring prompt for the task 'base'"):
+    with pytest.raises(ValueError, match="No scorer prompt for the task 'base'"):
         FlowGRPOEditTrainer(str(base), no_base, make_config(tmp_path / "out"), make_cases().remove_columns("task"))
-    dead = HPScorerReward("some-model", base_url="http://127.0.0.1:9/v1")
+    dead = HPScorerReward("some-model", judge_base_url="http://127.0.0.1:9/v1")
     with pytest.raises(ConnectionError, match="'some-model' at http://127.0.0.1:9/v1 gives no judgements"):
         FlowGRPOEditTrainer(str(base), dead, make_config(tmp_path / "out"), make_cases())
 

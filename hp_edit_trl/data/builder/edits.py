@@ -34,7 +34,7 @@ class MakeEdits:
     inputs = ("id", "image", "prompt")
     features = Features(
         {
-            "edited": ImageFeature(),
+            "edit": ImageFeature(),
             "editor": Value("string"),
             "editor_revision": Value("string"),
             "edit_seed": Value("int64"),
@@ -68,13 +68,13 @@ class MakeEdits:
                 f"The editor failed with every case of a batch, {ids[0]!r} to {ids[-1]!r}: {failed[-1].removeprefix('editor failed: ')}"
             )
         settings = self.settings
-        done: Batch = {"edited": [], "edit_seed": seeds, "reason": reasons}
+        done: Batch = {"edit": [], "edit_seed": seeds, "reason": reasons}
         done |= {"editor": [settings["editor"]] * len(ids), "editor_revision": [settings["revision"]] * len(ids)}
         for edit in edits:
             buffer = io.BytesIO()
             if edit is not None:
                 edit.convert("RGB").save(buffer, "PNG")
-            done["edited"].append(None if edit is None else {"bytes": buffer.getvalue(), "path": None})
+            done["edit"].append(None if edit is None else {"bytes": buffer.getvalue(), "path": None})
         return done
 
 
@@ -91,14 +91,14 @@ class ScoreEdits:
     """
 
     name = "scores"
-    inputs = ("id", "image", "edited", "prompt", "task", "requirement")
+    inputs = ("id", "image", "edit", "prompt", "task", "requirement")
     features = Features(
         {
             "score": Value("float32"),
             "answer": Value("string"),
             "judge": Value("string"),
             "scorer_prompt": Value("string"),
-            "prompt_sha": Value("string"),
+            "scorer_prompt_sha": Value("string"),
             "score_mode": Value("string"),
         }
     )
@@ -111,8 +111,8 @@ class ScoreEdits:
 
     @property
     def settings(self) -> dict[str, Any]:
-        prompts = {task: [prompt.revision, prompt.digest] for task, prompt in self.scorer.prompts.items()}
-        return {"judge": self.scorer.judge_description, "prompts": prompts, "task": self.scorer.task}
+        prompts = {task: [prompt.revision, prompt.digest] for task, prompt in self.scorer.scorer_prompts.items()}
+        return {"judge": self.scorer.judge_description, "scorer_prompts": prompts, "task": self.scorer.task}
 
     def load(self) -> None:
         self.scorer.load()
@@ -121,7 +121,7 @@ class ScoreEdits:
         tasks = batch["task"]
         problems: list[str | None] = [None] * len(tasks)
         edits, sources = [], []
-        for i, (case_id, image, edited) in enumerate(zip(batch["id"], batch["image"], batch["edited"], strict=True)):
+        for i, (case_id, image, edited) in enumerate(zip(batch["id"], batch["image"], batch["edit"], strict=True)):
             try:
                 pair = (
                     read_image(image, f"The image of case {case_id!r}"),
@@ -132,7 +132,7 @@ class ScoreEdits:
             except UnreadableImageError as error:
                 problems[i] = f"unreadable: {error}"
         readable = [i for i, problem in enumerate(problems) if problem is None]
-        judged = self.scorer.judge_cases(
+        judged = self.scorer.judge_edits(
             [batch["prompt"][i] for i in readable],
             edits,
             sources,
@@ -148,14 +148,14 @@ class ScoreEdits:
         for i, judgement in by_row.items():
             if judgement.score is None:
                 logger.warning("No score for case %s: the judge answered %r.", batch["id"][i], judgement.answer[:200])
-        prompts = [self.scorer.prompt_for(task) for task in tasks]
-        mode = (getattr(self.scorer.judge, "identity", None) or {}).get("score_mode")
+        prompts = [self.scorer.scorer_prompt(task) for task in tasks]
+        mode = self.scorer.judge.identity.get("score_mode")
         return {
             "score": [by_row[i].score if i in by_row else None for i in range(len(tasks))],
             "answer": [by_row[i].answer if i in by_row else None for i in range(len(tasks))],
             "judge": [self.scorer.judge_description] * len(tasks),
             "scorer_prompt": [prompt.revision for prompt in prompts],
-            "prompt_sha": [prompt.digest for prompt in prompts],
+            "scorer_prompt_sha": [prompt.digest for prompt in prompts],
             "score_mode": [mode] * len(tasks),
             "reason": problems,
         }

@@ -1,4 +1,4 @@
-"""Writes a finished data set as it lies on the Hub: Parquet files, a card, figures."""
+"""Writes a finished dataset as it lies on the Hub: Parquet files, a card, figures."""
 
 import hashlib
 import logging
@@ -29,7 +29,7 @@ FILE_BYTES = 500_000_000  # of a Parquet file, about
 GROUP_BYTES = 50_000_000  # of a row group: the Hub's viewer shows none above 100 MB, and reads a group as a whole
 GROUP_ROWS = 100
 
-# Licences that a card may name for the whole data set; others are named row by row
+# Licenses that a card may name for the whole dataset; others are named row by row
 LICENSES = {
     "apache-2.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
     "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0",
@@ -43,13 +43,13 @@ MAKERS = {
     "editor_revision": "revision of the editor",
     "judge": "scores by",
     "scorer_prompt": "scorer prompt",
-    "prompt_sha": "hash of the scorer prompt",
+    "scorer_prompt_sha": "hash of the scorer prompt",
     "score_mode": "mode of the score",
 }
 
 
 class Contents:
-    """What a data set has in it: gathered row by row while it is written."""
+    """What a dataset has in it: gathered row by row while it is written."""
 
     def __init__(self) -> None:
         self.cases: Counter[tuple[str, str]] = Counter()  # by split and task
@@ -91,7 +91,7 @@ def export_dataset(
     rejected: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Contents:
     """
-    Writes a data set as it lies on the Hub: `data/*.parquet` with the images inside, in row groups that the Hub's viewer can show;
+    Writes a dataset as it lies on the Hub: `data/*.parquet` with the images inside, in row groups that the Hub's viewer can show;
     `README.md`, the card; `figures/*.png`. The same rows give the same bytes. What was in the folder before is replaced when all is
     written.
 
@@ -152,7 +152,7 @@ def _checked(batches: Iterable[Batch], split: str, features: Features | None) ->
     for batch in batches:
         if missing := CASE_FEATURES.keys() - batch.keys():
             raise ValueError(
-                f"The split {split!r} has no columns {sorted(missing)}: the rows of a data set have all of a case."
+                f"The split {split!r} has no columns {sorted(missing)}: the rows of a dataset have all of a case."
             )
         if unknown := batch.keys() - known:
             raise ValueError(
@@ -268,7 +268,7 @@ def _write_card(
         splits=splits,
         tasks=contents.tasks,
         cases={split: {task: contents.cases[split, task] for task in contents.tasks} for split in splits},
-        has_edits="edited" in features,
+        has_edits="edit" in features,
         has_scores=bool(contents.scores) and (folder / "figures" / "scores.png").exists(),
         rejected={stage: {_cell(reason): count for reason, count in reasons.items()} for stage, reasons in rejected.items()},
         licenses=[
@@ -360,7 +360,7 @@ def draw_scores(contents: Contents, path: Path) -> None:
 
 def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
     """
-    Pushes a data set that [`export_dataset`] wrote to the Hub.
+    Pushes a dataset that [`export_dataset`] wrote to the Hub.
 
     Args:
         folder (`str` or `Path`):
@@ -376,12 +376,12 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
         `str`: the address of the commit; its last part can be passed as `revision` to [`load_realpref`].
 
     Raises:
-        `FileNotFoundError`: If the folder holds no data set.
+        `FileNotFoundError`: If the folder holds no dataset.
         `ValueError`: If it should be private, and there is a public repository of that name.
     """
     folder = Path(folder)
     if not any((folder / "data").glob("*.parquet")) or not (folder / "README.md").exists():
-        raise FileNotFoundError(f"{folder} holds no data set: a README.md and data/*.parquet. Build it first.")
+        raise FileNotFoundError(f"{folder} holds no dataset: a README.md and data/*.parquet. Build it first.")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repo_id, repo_type="dataset").private:
@@ -393,7 +393,7 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
         folder_path=folder,
         repo_id=repo_id,
         repo_type="dataset",
-        commit_message="Data set",
+        commit_message="Dataset",
         delete_patterns=["data/*", "figures/*"],
     )
     return str(commit.commit_url)

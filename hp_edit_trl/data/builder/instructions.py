@@ -1,5 +1,5 @@
 """
-The cases of a data set: which image gets which task, and the instruction that a vision-language model writes for it.
+The cases of a dataset: which image gets which task, and the instruction that a vision-language model writes for it.
 
 What such a model answers is only taken if it can be used as it is. Everything else is a rejected row with a reason.
 """
@@ -353,9 +353,9 @@ class WriteInstructions:
                 "There is no instruction template for the task 'feasibility': add one, or set check_feasibility=False."
             )
         identity = _identity(writer)
-        if identity.get("score_mode") == "expected" or identity.get("num_samples", 1) != 1:
+        if identity.get("score_mode") == "expected" or identity.get("num_answers", 1) != 1:
             raise ValueError(
-                f"The writer ({_described(writer)}) must give one answer in words: use score_mode='integer' and num_samples=1."
+                f"The writer ({_described(writer)}) must give one answer in words: use score_mode='integer' and num_answers=1."
             )
         if identity.get("max_new_tokens", 64) < 64:
             raise ValueError(
@@ -504,7 +504,7 @@ class WriteInstructions:
         known = [letter for letter in letters if (letter.isascii() if language == "en" else _is_chinese(letter))]
         if len(known) < (0.9 if language == "en" else 0.5) * max(len(letters), 1):
             raise _Rejected(f"language: it should be {LANGUAGES[language]}; {_excerpt(prompt)}")
-        # Three times in a row, or pairs of neighbours that keep coming back
+        # Three times in a row, or pairs of neighbors that keep coming back
         threefold = any(
             tokens[i : i + size] == tokens[i + size : i + 2 * size] == tokens[i + 2 * size : i + 3 * size]
             for size in range(1, len(tokens) // 3 + 1)

@@ -1,4 +1,4 @@
-"""Building a data set of hard cases (stage 2 of HP-Edit) from images, stage by stage."""
+"""Building a dataset of hard cases (stage 2 of HP-Edit) from images, stage by stage."""
 
 import gc
 import logging
@@ -52,14 +52,14 @@ STAGES = (
 @dataclass
 class BuildConfig:
     r"""
-    How a data set is built. The keys of a YAML file for `hp-edit build-dataset` are these.
+    How a dataset is built. The keys of a YAML file for `hp-edit build-dataset` are these.
 
     Args:
         sources (`list[dict]`):
             Where images come from, see [`Sources`]: each names a `folder`, a `dataset`, `parquet` files or a `webdataset`, and may
             name its `license`.
         output_dir (`str`):
-            Work folder. The data set is in its folder `dataset` in the end.
+            Work folder. The dataset is in its folder `dataset` in the end.
         seed (`int`, *optional*, defaults to `0`):
             Seed of every choice.
         min_side (`int`, *optional*, defaults to `256`):
@@ -135,7 +135,7 @@ class BuildConfig:
         max_concurrency (`int`, *optional*, defaults to `16`):
             Requests at once to a server.
         push_to_hub (`str`, *optional*):
-            Repository to which the finished data set is pushed.
+            Repository to which the finished dataset is pushed.
         private (`bool`, *optional*, defaults to `True`):
             Whether that repository is private, if it is new.
 
@@ -242,8 +242,8 @@ def build_dataset(
     gpus_per_worker: float = 0,
 ) -> Path:
     """
-    Builds a data set: reads images, finds their categories, has instructions written and edits made, scores the edits, keeps the
-    hard cases for training, and writes it all as a data set with a card.
+    Builds a dataset: reads images, finds their categories, has instructions written and edits made, scores the edits, keeps the
+    hard cases for training, and writes it all as a dataset with a card.
 
     Stop it at any time and run it again: it goes on where it was, redoes at most one batch of each process, and ends with the same
     files. A row that is rejected keeps its reason; `rejected.parquet` in the work folder has them all. Launched with
@@ -270,7 +270,7 @@ def build_dataset(
             With Ray: number of GPUs of a worker.
 
     Returns:
-        `Path`: the folder of the data set, which [`load_realpref`] reads.
+        `Path`: the folder of the dataset, which [`load_realpref`] reads.
 
     Raises:
         `ValueError`: If an option is not usable, a stage was built with other settings, an earlier stage is not finished, another
@@ -315,7 +315,9 @@ def _build(
 
     def make_scorer() -> HPScorerReward:
         judge = _vlm(config.judge, config.judge_base_url, config.judge_revision, config, score_mode=config.score_mode)
-        return HPScorerReward(judge, prompts=config.scorer_prompts, prompts_revision=config.scorer_prompts_revision)
+        return HPScorerReward(
+            judge, scorer_prompts=config.scorer_prompts, scorer_prompts_revision=config.scorer_prompts_revision
+        )
 
     # Made one after the other, so that the models of one stage are gone before those of the next are loaded
     make: dict[str, Callable[[], Stage]] = {
@@ -347,7 +349,9 @@ def _build(
     for name in ("balance", "plan", "split", "filter", "duplicates", "sources"):
         make[name]()
     templates = load_instruction_templates(config.instruction_templates, config.instruction_templates_revision)
-    prompts = scorer.prompts if scorer else load_scorer_prompts(config.scorer_prompts, config.scorer_prompts_revision)
+    prompts = (
+        scorer.scorer_prompts if scorer else load_scorer_prompts(config.scorer_prompts, config.scorer_prompts_revision)
+    )
     for task in (task for task, weight in config.task_weights.items() if weight):
         for what, known in (("instruction template", templates), ("scorer prompt", prompts)):
             if task not in known:

@@ -60,7 +60,7 @@ class Sources:
 
             and optionally `source` (what the column `source` says; defaults to the name of the folder or repository) and
             `license`. All but folders also take `image_column` (defaults to the only column of images) and `license_column`
-            (each row's licence, in place of `license`).
+            (each row's license, in place of `license`).
 
     Raises:
         `ValueError`: If a spec is not usable or has no images.
@@ -82,7 +82,7 @@ class Sources:
                 raise ValueError(f"{name} has no images: put some there, or leave the source out.")
             if "license" not in options and "license_column" not in options:
                 logger.warning(
-                    "%s has no licence, so the card will call it unknown: state it with `license` or `license_column`.",
+                    "%s has no license, so the card will call it unknown: state it with `license` or `license_column`.",
                     name,
                 )
             self._parts.append(part)
@@ -247,7 +247,7 @@ class _Rows:
         if license_column is not None and not is_text(dataset.features.get(license_column)):
             raise ValueError(
                 f"{name} has no column {license_column!r} of text: set license_column to one of {list(dataset.features)}, or state "
-                "the licence with `license`."
+                "the license with `license`."
             )
         dataset = dataset.select_columns([column, *filter(None, [license_column])])
         self.dataset = dataset.cast_column(column, ImageFeature(decode=False))
@@ -386,22 +386,22 @@ class ImageCheck:
             raise _Rejected(f"animated: {frames} frames")
         image.load()
         is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-        # Pillow decodes such colours to 8 bits without a word.
+        # Pillow decodes such colors to 8 bits without a word.
         is_deep = image.format == "PNG" and content[24] == 16
         if _is_transparent(image, is_deep):
             raise _Rejected("transparent: not all of its pixels are opaque")
 
         upright = ImageOps.exif_transpose(image) if is_turned else image
-        colours = _plain_colours(upright)
+        colors = _plain_colors(upright)
         profile = image.info.get("icc_profile")
-        to_srgb = _to_srgb(profile, colours.mode) if profile else None
+        to_srgb = _to_srgb(profile, colors.mode) if profile else None
         size = self._fitted(*upright.size)
         is_scaled = size != upright.size
         has_changed = is_turned or is_deep or image.has_transparency_data or to_srgb is not None or is_scaled
         if image.format in KEPT_FORMATS and image.mode == "RGB" and not has_changed:
             return content, image
 
-        picture = ImageCms.applyTransform(colours, to_srgb) if to_srgb else colours.convert("RGB")
+        picture = ImageCms.applyTransform(colors, to_srgb) if to_srgb else colors.convert("RGB")
         assert picture is not None
         if is_scaled:
             picture = picture.resize(size, Image.Resampling.LANCZOS)
@@ -440,11 +440,11 @@ def _is_transparent(image: Image.Image, is_deep: bool) -> bool:
         return False
     if is_deep and isinstance(key, tuple):
         image = image.copy()
-        image.info["transparency"] = tuple(value >> 8 for value in key)  # as its colours have been
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # as its colors have been
     return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
-def _plain_colours(image: Image.Image) -> Image.Image:
+def _plain_colors(image: Image.Image) -> Image.Image:
     """The image in 8 bits without alpha, in grey, RGB or CMYK."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
@@ -460,17 +460,17 @@ def _plain_colours(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=64)  # thousands of photographs share a few profiles
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from a colour profile to sRGB; `None` if it is sRGB, or does not fit such pixels."""
+    """The way from a color profile to sRGB; `None` if it is sRGB, or does not fit such pixels."""
     try:
         transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
     if mode == "RGB":
-        # There are many profiles of sRGB, with as many names. What counts is whether colours change.
+        # There are many profiles of sRGB, with as many names. What counts is whether colors change.
         levels = np.linspace(0, 255, 9).astype(np.uint8)
-        colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
-        moved = ImageCms.applyTransform(Image.fromarray(colours), transform)
-        if np.abs(np.asarray(moved).astype(int) - colours).max() <= 2:
+        colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
+        moved = ImageCms.applyTransform(Image.fromarray(colors), transform)
+        if np.abs(np.asarray(moved).astype(int) - colors).max() <= 2:
             return None
     return transform
 

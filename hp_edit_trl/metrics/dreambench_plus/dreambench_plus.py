@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from ...bench import summarise
+from ...bench import summarize
 from ...bench.results import check_groups, check_values
 
 
@@ -36,7 +36,7 @@ class DreamBenchPlus(evaluate.Metric):
             {"kind": kind, "cp": None if cp is None else cp / 4, "pf": None if pf is None else pf / 4}
             for cp, pf, kind in zip(kept, followed, kinds, strict=True)
         ]
-        rows = summarise(cases, ["cp", "pf"], "kind", products={"cp_pf": ("cp", "pf")}, num_resamples=0)
+        rows = summarize(cases, ["cp", "pf"], "kind", products={"cp_pf": ("cp", "pf")}, num_resamples=0)
         whole = {row["metric"]: row for row in rows if row["kind"] == "cases"}
         of_kinds = {
             f"{row['metric']}_{row['group']}": row["value"]

@@ -5,7 +5,7 @@ import math
 import datasets
 import evaluate
 
-from ...bench import summarise
+from ...bench import summarize
 from ...bench.results import check_groups, check_values
 
 
@@ -38,7 +38,7 @@ class GEditBench(evaluate.Metric):
             {"task": task, "sc": sc, "pq": pq, "o": None if sc is None or pq is None else math.sqrt(sc * pq)}
             for sc, pq, task in zip(consistency, quality, tasks, strict=True)
         ]
-        rows = summarise(cases, ["sc", "pq", "o"], "task", num_resamples=0)
+        rows = summarize(cases, ["sc", "pq", "o"], "task", num_resamples=0)
         overall = {row["metric"]: row for row in rows if row["kind"] == "overall"}
         result = {f"g_{name}": row["value"] for name, row in overall.items()}
         result["mean_o"] = next(row["value"] for row in rows if (row["kind"], row["metric"]) == ("cases", "o"))

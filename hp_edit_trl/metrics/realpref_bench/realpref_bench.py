@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from ...bench import summarise
+from ...bench import summarize
 from ...bench.results import check_groups, check_values
 
 
@@ -23,7 +23,7 @@ class RealPrefBench(evaluate.Metric):
         scores = check_values(predictions, "predictions", 5)
         tasks = check_groups(tasks, "tasks", ("overall", "mean", "n", "missing"))
         cases = [{"task": task, "score": score} for task, score in zip(tasks, scores, strict=True)]
-        rows = summarise(cases, ["score"], "task", num_resamples=0)
+        rows = summarize(cases, ["score"], "task", num_resamples=0)
         result = {row["group"]: row["value"] for row in rows if row["kind"] == "group"}
         overall, mean = (next(row for row in rows if row["kind"] == kind) for kind in ("overall", "cases"))
         return {

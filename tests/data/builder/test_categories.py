@@ -58,7 +58,7 @@ def test_one_template_against_the_logits_of_the_model(clip):
 
 
 def test_templates_are_averaged(clip):
-    """In float64, one text and one image at a time, with normalisation written out."""
+    """In float64, one text and one image at a time, with normalization written out."""
     done = ClipCategories(clip)(BATCH)
     model, processor = CLIPModel.from_pretrained(clip).double().eval(), CLIPProcessor.from_pretrained(clip)
     tokenizer = AutoTokenizer.from_pretrained(clip)

@@ -37,27 +37,27 @@ def red(images, prompts):
 
 
 class Seeded(Editor):
-    """An editor whose edit is a colour drawn by the case's seed."""
+    """An editor whose edit is a color drawn by the case's seed."""
 
     identity = {"editor": "seeded", "revision": "1", "strength": 3}
 
     def __call__(self, images, prompts, ids, seeds):
-        colours = [np.random.default_rng(seed).integers(0, 255, 3) for seed in seeds]
-        return [Image.new("RGB", image.size, tuple(map(int, c))) for image, c in zip(images, colours, strict=True)]
+        colors = [np.random.default_rng(seed).integers(0, 255, 3) for seed in seeds]
+        return [Image.new("RGB", image.size, tuple(map(int, c))) for image, c in zip(images, colors, strict=True)]
 
 
 def test_a_function_edits_and_the_edit_is_kept_without_loss():
     stage = MakeEdits(red)
     done = stage(batch())
     assert done.keys() == {*stage.features, "reason"} and done["reason"] == [None] * 3
-    assert {decoded(value).getpixel((3, 3)) for value in done["edited"]} == {(200, 0, 0)}
+    assert {decoded(value).getpixel((3, 3)) for value in done["edit"]} == {(200, 0, 0)}
     assert done["editor"] == ["red"] * 3 and stage.settings.pop("revision").startswith("source ")
 
 
 def test_an_edit_depends_on_seed_and_case_alone():
     whole = MakeEdits(Seeded())(batch())
     part = MakeEdits(Seeded())({name: values[1:2] for name, values in batch().items()})
-    assert part["edited"] == whole["edited"][1:2] and part["edit_seed"] == whole["edit_seed"][1:2]
+    assert part["edit"] == whole["edit"][1:2] and part["edit_seed"] == whole["edit_seed"][1:2]
     assert len(set(whole["edit_seed"])) == 3
     other = MakeEdits(Seeded(), seed=1)
     assert other(batch())["edit_seed"] != whole["edit_seed"]
@@ -72,7 +72,7 @@ def test_an_editor_that_fails_with_some_cases():
 
     done = MakeEdits(fussy)(batch(4))
     assert done["reason"] == [None, "editor failed: RuntimeError: too many fingers", "no edit", None]
-    assert [value is None for value in done["edited"]] == [False, True, True, False]
+    assert [value is None for value in done["edit"]] == [False, True, True, False]
     assert (
         MakeEdits(lambda images, prompts: [np.zeros(3)] * len(images))(batch(2))["reason"]
         == ["no edit: the editor returned a ndarray"] * 2
@@ -100,7 +100,7 @@ def test_an_editor_that_fails_with_all_of_them_stops_the_build():
 
 
 def scored(rule=None, **changes):
-    rows = {**batch(), "edited": [encoded(Image.new("RGB", (64, 48), (shade, 0, 0))) for shade in (0, 102, 255)]}
+    rows = {**batch(), "edit": [encoded(Image.new("RGB", (64, 48), (shade, 0, 0))) for shade in (0, 102, 255)]}
     rows |= {"task": ["add", "style", "bokeh"], "requirement": [None, None, "keep sharp: the cup"], **changes}
     stage = ScoreEdits(HPScorerReward(RuleJudge(rule=rule)))
     done = stage(rows)
@@ -112,10 +112,12 @@ def test_scores_carry_judge_and_prompt():
     stage, done = scored()
     assert done["score"] == [0, 2, 5] and done["answer"] == ["0", "2", "5"] and done["reason"] == [None] * 3
     assert done["scorer_prompt"] == ["hp-edit-trl:add:1", "hp-edit-trl:style:1", "hp-edit-trl:bokeh:1"]
-    assert done["prompt_sha"] == [stage.scorer.prompts[task].digest for task in ("add", "style", "bokeh")]
+    assert done["scorer_prompt_sha"] == [
+        stage.scorer.scorer_prompts[task].digest for task in ("add", "style", "bokeh")
+    ]
     assert done["judge"] == ["judge RuleJudge, name rule, score_mode integer"] * 3
     assert done["score_mode"] == ["integer"] * 3
-    assert stage.settings["prompts"]["add"] == ["hp-edit-trl:add:1", stage.scorer.prompts["add"].digest]
+    assert stage.settings["scorer_prompts"]["add"] == ["hp-edit-trl:add:1", stage.scorer.scorer_prompts["add"].digest]
 
 
 def test_the_judge_sees_the_requirement_and_a_missing_score_is_missing():
@@ -135,6 +137,6 @@ def test_a_judge_that_does_not_answer_stops_the_build():
         def __call__(self, conversations):
             return [Judgement(None, "TimeoutError: 120 s", answered=False) for _ in conversations]
 
-    rows = {**batch(), "edited": batch()["image"], "task": ["add"] * 3, "requirement": [None] * 3}
+    rows = {**batch(), "edit": batch()["image"], "task": ["add"] * 3, "requirement": [None] * 3}
     with pytest.raises(ConnectionError, match="no answer to any of 3 edits; the last time: TimeoutError: 120 s"):
         ScoreEdits(HPScorerReward(Silent()))(rows)

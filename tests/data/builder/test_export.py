@@ -1,4 +1,4 @@
-"""The data set as it lies on the Hub: row groups, files, card, figures."""
+"""The dataset as it lies on the Hub: row groups, files, card, figures."""
 
 import hashlib
 import io
@@ -47,8 +47,8 @@ def test_what_is_written_comes_back_and_the_same_rows_give_the_same_bytes(tmp_pa
         and loaded["id"] == make_rows(20)["id"]
         and loaded["score"] == make_rows(20)["score"]
     )
-    pixels = [np.asarray(Image.open(io.BytesIO(value["bytes"]))) for value in make_rows(20)["edited"]]
-    assert all(np.array_equal(np.asarray(row["edited"]), wanted) for row, wanted in zip(loaded, pixels, strict=True))
+    pixels = [np.asarray(Image.open(io.BytesIO(value["bytes"]))) for value in make_rows(20)["edit"]]
+    assert all(np.array_equal(np.asarray(row["edit"]), wanted) for row, wanted in zip(loaded, pixels, strict=True))
     # Other rows in the same place are not taken from the cache.
     export_dataset({"train": batches(4)}, tmp_path / "one")
     assert len(load_realpref(str(tmp_path / "one"))) == 4
@@ -121,16 +121,16 @@ def test_the_card_says_what_there_is(tmp_path):
     assert dataset["train"].features == FEATURES and dataset["train"].info.splits["train"].num_examples == 10
 
 
-def test_a_licence_that_all_rows_share(tmp_path):
+def test_a_license_that_all_rows_share(tmp_path):
     export_dataset({"train": batches(3, license=["cc-by-4.0"] * 3)}, tmp_path / "set")
     assert DatasetCard.load(tmp_path / "set" / "README.md").data.license == "cc-by-4.0"
 
 
 def test_cases_without_edits_or_scores(tmp_path):
-    bare = ({name: batch[name] for name in batch if name not in ("edited", "editor", "editor_revision", "edit_seed", "score", "answer", "judge", "scorer_prompt", "prompt_sha", "score_mode")} for batch in batches(9))  # fmt: skip
+    bare = ({name: batch[name] for name in batch if name not in ("edit", "editor", "editor_revision", "edit_seed", "score", "answer", "judge", "scorer_prompt", "scorer_prompt_sha", "score_mode")} for batch in batches(9))  # fmt: skip
     export_dataset({"train": bare}, tmp_path / "set")
     loaded = load_realpref(str(tmp_path / "set"))
-    assert "edited" not in loaded.features and len(loaded) == 9
+    assert "edit" not in loaded.features and len(loaded) == 9
     assert "score" not in (tmp_path / "set" / "README.md").read_text().split("## ")[1]
     assert not (tmp_path / "set" / "figures" / "scores.png").exists()
 
@@ -138,7 +138,7 @@ def test_cases_without_edits_or_scores(tmp_path):
 def test_nothing_to_write_and_nothing_to_push(tmp_path):
     with pytest.raises(ValueError, match=r"no rows to export in the splits \['train'\]"):
         export_dataset({"train": iter(())}, tmp_path / "set")
-    with pytest.raises(FileNotFoundError, match="holds no data set"):
+    with pytest.raises(FileNotFoundError, match="holds no dataset"):
         push_dataset(tmp_path, "someone/nothing")
 
 

@@ -420,8 +420,8 @@ def test_writers_and_options_that_are_not_usable(tmp_path):
         WriteInstructions(ServerJudge("m", url))
     with pytest.raises(ValueError, match="would be cut off"):
         WriteInstructions(CachedJudge(ServerJudge("m", url), tmp_path / "cache"))
-    for options in ({"score_mode": "expected"}, {"num_samples": 3}):
-        with pytest.raises(ValueError, match="use score_mode='integer' and num_samples=1"):
+    for options in ({"score_mode": "expected"}, {"num_answers": 3}):
+        with pytest.raises(ValueError, match="use score_mode='integer' and num_answers=1"):
             WriteInstructions(ServerJudge("m", url, max_new_tokens=256, **options))
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         WriteInstructions(Writer([]), batch_size=0)

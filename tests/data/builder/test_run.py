@@ -1,4 +1,4 @@
-"""A whole build: from pictures to a data set, from the configuration to the command."""
+"""A whole build: from pictures to a dataset, from the configuration to the command."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def make_config(pictures, output_dir, **changes):
 
 
 class Moody(Editor):
-    """An editor that does what it is asked for in every third case, and otherwise takes colour away. It can be told to stop."""
+    """An editor that does what it is asked for in every third case, and otherwise takes color away. It can be told to stop."""
 
     identity = {"editor": "moody", "revision": "1"}
 
@@ -104,7 +104,7 @@ def test_the_data_set_has_what_the_stages_made(whole):
     for rows in splits.values():
         assert set(rows["schema_version"]) == {1} and set(rows["license"]) == {"cc0-1.0"}
         for row in rows:
-            assert row["image"].size == (row["width"], row["height"]) == row["edited"].size
+            assert row["image"].size == (row["width"], row["height"]) == row["edit"].size
             assert row["scorer_prompt"] == f"hp-edit-trl:{row['task']}:1"
             assert row["writer_prompt"] == f"hp-edit-trl:instructions/{row['task']}:1"
     ids = [case_id for rows in splits.values() for case_id in rows["id"]]

@@ -64,9 +64,9 @@ def pixels(row: dict) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def png(width: int, height: int, depth: int, colour: int, lines: bytes, *more: tuple[bytes, bytes]) -> bytes:
+def png(width: int, height: int, depth: int, color: int, lines: bytes, *more: tuple[bytes, bytes]) -> bytes:
     """A PNG by hand, for what Pillow cannot write."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     chunks = [(b"IHDR", header), *more, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
     written = (
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -76,10 +76,10 @@ def png(width: int, height: int, depth: int, colour: int, lines: bytes, *more: t
 
 
 def deep_png(values: np.ndarray, *more: tuple[bytes, bytes]) -> bytes:
-    """A PNG with 16 bits a value, grey or in colour."""
+    """A PNG with 16 bits a value, grey or in color."""
     rows = values.astype(">u2").reshape(len(values), -1)
-    colour = {2: 0, 3: {3: 2, 4: 6}.get(values.shape[-1])}[values.ndim]
-    return png(values.shape[1], values.shape[0], 16, colour, b"".join(b"\0" + row.tobytes() for row in rows), *more)
+    color = {2: 0, 3: {3: 2, 4: 6}.get(values.shape[-1])}[values.ndim]
+    return png(values.shape[1], values.shape[0], 16, color, b"".join(b"\0" + row.tobytes() for row in rows), *more)
 
 
 ROOT = Path(__file__).parents[3]
@@ -144,11 +144,11 @@ def test_every_orientation_is_applied(format, orientation):
 def test_sixteen_bits_are_scaled_and_not_clipped():
     values = np.random.default_rng(0).integers(0, 65536, (16, 16, 3))
     values[0, :3, 0] = 0, 65535, 300
-    grey, colour, alpha = values[..., 0], values, np.dstack([values, np.full((16, 16), 65535)])
+    grey, color, alpha = values[..., 0], values, np.dstack([values, np.full((16, 16), 65535)])
     tiff = encoded(Image.fromarray(grey.astype(np.uint16)), "TIFF")
     wide = encoded(Image.fromarray(grey.astype(np.int32)), "TIFF")  # 32 bits that hold 16
-    rows = check(deep_png(grey), tiff, wide, deep_png(colour), deep_png(alpha))
-    for row, true in zip(rows, [grey, grey, grey, colour, colour], strict=True):
+    rows = check(deep_png(grey), tiff, wide, deep_png(color), deep_png(alpha))
+    for row, true in zip(rows, [grey, grey, grey, color, color], strict=True):
         true = true if true.ndim == 3 else np.repeat(true[..., None], 3, axis=2)
         assert np.abs(pixels(row) - true / 257).max() <= 1
         assert Image.open(io.BytesIO(row["image"]["bytes"])).format == "PNG"
@@ -169,7 +169,7 @@ def test_cmyk(format):
     (row,) = check(content)
     assert np.abs(pixels(row) - np.asarray(PHOTO)).mean() < 3
     assert Image.open(io.BytesIO(row["image"]["bytes"])).mode == "RGB"
-    # A profile that is none, or of other colours, does no harm.
+    # A profile that is none, or of other colors, does no harm.
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (b"no profile", srgb):
         (other,) = check(encoded(PHOTO.convert("CMYK"), format, icc_profile=profile))
@@ -276,7 +276,7 @@ def test_an_opaque_alpha_channel_is_dropped_and_any_other_is_rejected():
     assert rejected["reason"].startswith("transparent: ")
 
 
-def test_transparent_colours():
+def test_transparent_colors():
     palette = PHOTO.quantize(16)
     used, unused = int(np.asarray(palette)[0, 0]), 15 if 15 not in np.asarray(palette) else 200
     for format in ("PNG", "GIF"):
@@ -291,7 +291,7 @@ def test_transparent_colours():
         for value in (next(value for value in range(256) if value not in grey), int(grey[0, 0]))
     )
     assert (pixels(kept)[..., 0] == grey).all() and rejected["reason"].startswith("transparent: ")
-    (kept,) = check(encoded(PHOTO, "PNG", transparency=(1, 2, 3)))  # a colour that no pixel has
+    (kept,) = check(encoded(PHOTO, "PNG", transparency=(1, 2, 3)))  # a color that no pixel has
     assert (pixels(kept) == np.asarray(PHOTO)).all()
     assert "transparency" not in Image.open(io.BytesIO(kept["image"]["bytes"])).info
     deep = np.random.default_rng(0).integers(0, 60000, (16, 16, 3))
@@ -646,12 +646,12 @@ def test_a_pinned_repository_and_an_archive_behind_a_url(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_source_without_a_licence_is_mentioned_once(folder, caplog):
+def test_a_source_without_a_license_is_mentioned_once(folder, caplog):
     with caplog.at_level(logging.WARNING):
         sources = Sources([{"folder": str(folder)}, {"folder": str(folder / "b"), "license": "cc0-1.0"}])
         sources.read(0, len(sources))
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"sources[0] (folder: {folder}) has no licence")
+    assert record.getMessage().startswith(f"sources[0] (folder: {folder}) has no license")
 
 
 @pytest.mark.parametrize(
@@ -663,7 +663,7 @@ def test_a_source_without_a_licence_is_mentioned_once(folder, caplog):
         ([{"license": "mit"}], ValueError, r"sources\[0\] must have exactly one of the keys .* has \['license'\]"),
         ([{"folder": "a", "dataset": "b"}], ValueError, "exactly one"),
         ([{"folder": "HERE", "split": "train"}], ValueError, r"unknown keys \['split'\]; a folder may have"),
-        ([{"folder": "HERE", "licence": "mit"}], ValueError, r"unknown keys \['licence'\]"),
+        ([{"folder": "HERE", "license": "mit"}], ValueError, r"unknown keys \['license'\]"),
         ([{"dataset": "HERE", "revision": 1234567}], ValueError, "revision must be text, but is 1234567.*quotes"),
         ([{"parquet": []}], ValueError, r"parquet must be text, but is \[\]"),
         ([{"dataset": "d", "license": "a", "license_column": "b"}], ValueError, "leave one out"),

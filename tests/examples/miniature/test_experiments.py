@@ -5,7 +5,7 @@ from pathlib import Path
 import experiments
 import pytest
 import yaml
-from experiments import Arm, run_experiment, summarise
+from experiments import Arm, run_experiment, summarize
 from PIL import Image
 
 
@@ -73,7 +73,7 @@ def test_a_summary_pairs_arms_and_compares_equal_budgets():
     runs = [
         run("a", 0, 0.1, [1.0, 2.0, 3.0], 2.0), run("a", 1, 0.3, [3.0, 2.0, 3.0], 2.0), run("b", 0, 0.2, [3.0, 4.0, 4.0], 1.0),
     ]  # fmt: skip
-    a, b = summarise(runs)
+    a, b = summarize(runs)
     assert (a["seeds"], a["score"], a["difference_se"], a["against_first"]) == (2, 4.2, 0.1, 0.0)
     assert b["seeds"] == 1 and "score_se" not in b
     # Per case: 3, 4, 4 against the means over seeds 2, 2, 3.
