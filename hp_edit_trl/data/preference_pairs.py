@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
@@ -28,12 +27,20 @@ from trl.trainer.utils import get_callable_name
 
 from .. import __version__
 from ..cases import case_images, check_columns, check_references, without_decoding
-from ..policies import EditPolicy, bucketed, decode, policy_class, rollout
+from ..editors import PolicyEditor
+from ..policies import policy_class
 from ..rewards import HPScorerReward
 from ..utils.distributed import patient_accelerator
-from ..utils.files import append_jsonl, read_jsonl
-from ..utils.images import UnreadableImageError
-from ..utils.revisions import weights_digest
+from ..utils.files import (
+    append_jsonl,
+    check_unchanged,
+    read_json,
+    read_jsonl,
+    write_atomically,
+    write_json,
+    write_text,
+)
+from ..utils.images import UnreadableImageError, image_digest, png_bytes, read_image
 from ..utils.seeding import seeded_generator
 
 
@@ -175,41 +182,29 @@ def sample_and_score(
     check_columns(dataset, "dataset")
     policy_type = policy_class(pipeline)
     check_references(dataset, "dataset", policy_type.max_references)
-    policy = policy_type(pipeline, offload_encoders)
-    if guidance_scale is not None and policy.guidance_scale is None:
-        raise ValueError(
-            f"guidance_scale={guidance_scale}, but the transformer of this {type(pipeline).__name__} takes no guidance as an "
-            "input: leave it out. The scale of a second pass is true_cfg_scale."
-        )
-    if true_cfg_scale is not None and true_cfg_scale > 1 and not policy.has_true_cfg:
-        raise ValueError(
-            f"true_cfg_scale={true_cfg_scale}, but this pipeline was distilled and knows no second pass: leave it out."
-        )
-    if guidance_scale is not None:
-        policy.guidance_scale = guidance_scale
+    editor = PolicyEditor(
+        policy_type(pipeline, offload_encoders),
+        str(pipeline.config.get("_name_or_path") or "base-model"),
+        resolution,
+        num_inference_steps,
+        true_cfg_scale,
+        negative_prompt,
+        guidance_scale,
+        batch_size,
+    )
     if isinstance(reward_func, HPScorerReward) and reward_func.task is None:
         reward_func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
-    settings = {
-        "model": str(pipeline.config.get("_name_or_path") or "base-model"),
-        "weights": weights_digest(pipeline.transformer),
-        "resolution": resolution,
-        "num_inference_steps": num_inference_steps or policy.default_num_inference_steps,
-        "true_cfg_scale": policy.default_true_cfg_scale if true_cfg_scale is None else true_cfg_scale,
-        "negative_prompt": policy.default_negative_prompt if negative_prompt is None else negative_prompt,
-        "guidance_scale": policy.guidance_scale,
-        "seed": seed,
-    }
+    sampling = {**editor.identity, "seed": seed}
     scoring = {"reward_func": get_callable_name(reward_func), "score_name": score_name}
     if isinstance(reward_func, HPScorerReward):
         scoring["scorer"] = reward_func.description
     accelerator = patient_accelerator()
     output_dir = Path(output_dir)
-    _check_settings(output_dir, settings, scoring, accelerator)
-    policy.place(accelerator.device)
-    pipeline.transformer.requires_grad_(False).eval().to(accelerator.device)
+    _begin(output_dir, sampling, scoring, accelerator)
+    editor.load()
 
     dataset = without_decoding(dataset)
-    known = read_scores(output_dir)
+    known = read_mined_scores(output_dir)
     places = _sample_folders(dataset, output_dir)
     # Cases are dealt out before those that are done are left out: a process must not depend on how far another has come.
     todo = [
@@ -238,7 +233,7 @@ def sample_and_score(
             missing += [
                 (len(cases) - 1, k) for k in range(num_generations) if not (places[index] / f"{k}.png").exists()
             ]
-        _sample(policy, cases, missing, settings, batch_size)
+        _sample(editor, cases, missing, seed)
         unscored = [
             (row, place, k)
             for row, _, place in cases
@@ -250,34 +245,21 @@ def sample_and_score(
     accelerator.wait_for_everyone()
 
 
-def _check_settings(
-    output_dir: Path, settings: dict[str, Any], scoring: dict[str, Any], accelerator: Accelerator
-) -> None:
-    """Writes down how edits and scores are made; raises `ValueError` if those that are there were made otherwise."""
+def _begin(output_dir: Path, sampling: dict[str, Any], scoring: dict[str, Any], accelerator: Accelerator) -> None:
+    """Writes down how edits and scores are made; raises `ValueError` if those in the folder were made in another way."""
     file = output_dir / "mining.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    before = read_json(file) or {}
     scored = any(file.stat().st_size for file in output_dir.glob("scores-*.jsonl"))
     accelerator.wait_for_everyone()  # before anything is written that another process has yet to look at
-    for kind, new, remedy in (
-        ("sampling", settings, "choose another output_dir"),
-        (
-            "scoring",
-            scoring,
-            "choose another output_dir, or delete its scores-*.jsonl: then its edits are scored again",
-        ),
-    ):
-        before = known.get(kind, new) if kind == "sampling" or scored else new
-        changed = [
-            f"{name}: {before.get(name)!r} -> {new.get(name)!r}"
-            for name in before | new
-            if before.get(name) != new.get(name)
-        ]
-        if changed:
-            raise ValueError(f"{output_dir} holds samples whose {kind} was another ({'; '.join(changed)}): {remedy}.")
+    remedy = "choose another output_dir"
+    if "sampling" in before:
+        check_unchanged(f"{output_dir} holds edits", before["sampling"], sampling, remedy)
+    if scored:
+        remedy += ", or delete its scores-*.jsonl to score its edits again"
+        check_unchanged(f"{output_dir} holds scores", before.get("scoring", {}), scoring, remedy)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".part").write_text(json.dumps({"sampling": settings, "scoring": scoring}, indent=1))
-        file.with_suffix(".part").replace(file)
+        write_json(file, {"sampling": sampling, "scoring": scoring})
     accelerator.wait_for_everyone()
 
 
@@ -288,51 +270,32 @@ def _sample_folders(dataset: Dataset, output_dir: Path) -> list[Path]:
         row = dataset[index]
         digest = hashlib.sha256(repr((str(row.get("id", index)), row["prompt"])).encode())
         for value in row["images"] if row.get("images") is not None else [row.get("image")]:
-            content = value.get("bytes") if isinstance(value, dict) else None
-            path = value.get("path") if isinstance(value, dict) else value
-            if content is None and path is not None and os.path.isfile(path):
-                content = Path(path).read_bytes()
-            digest.update(hashlib.sha256(content or repr(value).encode()).digest())
+            digest.update(image_digest(value))
         folders.append(output_dir / "samples" / digest.hexdigest()[:20])
     return folders
 
 
 def _sample(
-    policy: EditPolicy,
+    editor: PolicyEditor,
     cases: list[tuple[dict[str, Any], list[Image.Image], Path]],
     missing: list[tuple[int, int]],
-    settings: dict[str, Any],
-    batch_size: int,
+    seed: int,
 ) -> None:
     """Samples and saves edits; `missing` has the number of the case and of the sample."""
-    negative_prompt = settings["negative_prompt"] if settings["true_cfg_scale"] > 1 else None
-    with policy.loaded(*policy.encoders):
-        encoded = {
-            i: policy.encode(cases[i][1], cases[i][0]["prompt"], negative_prompt, settings["resolution"])
-            for i in dict.fromkeys(i for i, _ in missing)
-        }
-    autocast = torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype == torch.bfloat16)
-    # One batch after the other, so that what was sampled is on disk when the next one begins
-    for members in bucketed([encoded[i] for i, _ in missing], batch_size):
-        batch = [missing[m] for m in members]
-        conditions = [encoded[i] for i, _ in batch]
-        with autocast:
-            paths = rollout(
-                policy,
-                policy.pipeline.transformer,
-                conditions,
-                [seeded_generator(settings["seed"], "mining", str(cases[i][0]["id"]), k) for i, k in batch],
-                num_inference_steps=settings["num_inference_steps"],
-                true_cfg_scale=settings["true_cfg_scale"],
-                batch_size=batch_size,
-            )
-        for (i, k), image in zip(
-            batch, decode(policy, [path.final for path in paths], conditions, batch_size), strict=True
-        ):
-            folder = cases[i][2]
+    ids = [str(cases[i][0]["id"]) for i, _ in missing]
+    batches = editor.batches(
+        [cases[i][1] for i, _ in missing],
+        [cases[i][0]["prompt"] for i, _ in missing],
+        ids,
+        [seeded_generator(seed, "mining", ids[m], k).initial_seed() for m, (_, k) in enumerate(missing)],
+    )
+    for members, edits in batches:
+        for member, edit in zip(members, edits, strict=True):
+            case, k = missing[member]
+            folder = cases[case][2]
             folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / f"{k}.part", format="PNG")
-            (folder / f"{k}.part").replace(folder / f"{k}.png")
+            content = png_bytes(edit)
+            write_atomically(folder / f"{k}.png", lambda part, content=content: part.write_bytes(content))
 
 
 def _score(
@@ -345,8 +308,7 @@ def _score(
     rows = [row for row, _, _ in samples]
     edits = []
     for _, place, k in samples:
-        with Image.open(place / f"{k}.png") as image:
-            edits.append(image.convert("RGB"))
+        edits.append(read_image(str(place / f"{k}.png"), f"Edit {k} of a case in {place}"))
     extra: dict[str, list] = {}
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     rewards = reward_func(
@@ -374,7 +336,7 @@ def _score(
     append_jsonl(file, lines)
 
 
-def read_scores(output_dir: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
+def read_mined_scores(output_dir: str | Path) -> dict[tuple[str, int], dict[str, Any]]:
     """All scores of a folder, by the name of the case's folder and the number of the sample; the latest one counts."""
     scores: dict[tuple[str, int], dict[str, Any]] = {}
     for file in sorted(Path(output_dir).glob("scores-*.jsonl")):
@@ -416,7 +378,9 @@ def build_preference_dataset(
     check_columns(dataset, "dataset")
     _check_free(dataset)
     output_dir = Path(output_dir)
-    settings = json.loads((output_dir / "mining.json").read_text())
+    settings = read_json(output_dir / "mining.json")
+    if settings is None:
+        raise ValueError(f"{output_dir} holds no mined edits: its mining.json is missing or damaged. Mine them first.")
     settings = settings["sampling"] | settings["scoring"]
     # Sources are written as images, also where the cases only have their paths.
     kinds = {"image": ImageFeature(), "images": List(ImageFeature())}
@@ -425,7 +389,7 @@ def build_preference_dataset(
     if "id" not in dataset.column_names:
         dataset = dataset.add_column("id", [str(i) for i in range(len(dataset))])
     places = _sample_folders(dataset, output_dir)
-    scores = read_scores(output_dir)
+    scores = read_mined_scores(output_dir)
     by_case: dict[str, dict[int, float]] = {}
     for (case, k), entry in scores.items():
         if entry["score"] is not None:
@@ -477,7 +441,7 @@ def build_preference_dataset(
     folder = output_dir / "dataset"
     for name, part in (("pairs", paired), ("samples", listed)):
         _write_parquet(part, folder / name)
-    (folder / "dropped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in dropped))
+    write_text(folder / "dropped.jsonl", "".join(json.dumps(entry) + "\n" for entry in dropped))
     _write_card(folder, settings, counts, listed, min_gap, min_chosen_score)
     logger.info("%s", dict(counts))
     return counts
@@ -526,7 +490,7 @@ def _write_card(
         template_path=str(Path(__file__).parent / "pairs_card.md"),
         counts=dict(counts),
         settings=settings,
-        model=Path(settings["model"]).name if os.path.isdir(settings["model"]) else settings["model"],
+        model=Path(settings["editor"]).name if os.path.isdir(settings["editor"]) else settings["editor"],
         num_edits=len(samples),
         num_scored=len(known),
         mean_score=sum(known) / len(known),

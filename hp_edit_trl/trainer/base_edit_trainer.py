@@ -1,8 +1,9 @@
-"""What the trainers have in common and no algorithm is part of: reading, sampling, saving, sharing."""
+"""What both trainers share, apart from the algorithms: loading, reading cases, sampling edits, saving, sharing."""
 
 import contextlib
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import RepeatSampler, use_adapter
 
 from ..cases import case_images
-from ..policies import EditConditions, EditPolicy, decode, rollout
+from ..editors import PolicyEditor
+from ..policies import EditConditions, EditPolicy
 from ..utils.images import UnreadableImageError
+from ..utils.revisions import dataset_revision
 from ..utils.seeding import seeded_generator
 from .lora import save_lora
 from .model_card import save_pictures, write_model_card
@@ -28,7 +31,7 @@ logger = get_logger(__name__)
 
 def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, args: Any) -> tuple[EditPolicy, str]:
     """
-    The policy of a pipeline, which is loaded if `model` is not one yet, and the name of its base model.
+    Loads the policy of a pipeline.
 
     Args:
         policy_type (`type[EditPolicy]`):
@@ -36,41 +39,43 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor: a Hub id, a local folder, or a loaded pipeline.
         args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
-            The trainer's configuration. Where it leaves guidance and negative prompt to the policy, they are filled in.
+            The trainer's configuration: `model_init_kwargs`, `bf16` and `offload_encoders` are read.
 
-    Raises:
-        `ValueError`: If a kind of guidance is asked for that the pipeline does not have.
+    Returns:
+        `tuple[EditPolicy, str]`: the policy, and the name of its base model.
     """
-    if isinstance(model, str):
-        init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
-        dtype = init_kwargs.pop("torch_dtype", None) or init_kwargs.get("dtype")
-        if dtype is None:
-            dtype = torch.bfloat16 if args.bf16 else torch.float32
-        # From YAML or the command line it is a name.
-        init_kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
-        base_model = model
-    else:
-        pipeline = model
+    if not isinstance(model, str):
         base_model = str(model.config.get("_name_or_path") or "base-model")  # it may have been loaded from a Path
-    policy = policy_type(pipeline, args.offload_encoders)
-    if args.guidance_scale is not None:
-        if policy.guidance_scale is None:
-            raise ValueError(
-                f"guidance_scale={args.guidance_scale}, but the transformer of this {type(pipeline).__name__} takes no "
-                "guidance as an input: leave it out. The scale of a second pass is true_cfg_scale."
-            )
-        policy.guidance_scale = args.guidance_scale
-    if args.true_cfg_scale is None:
-        args.true_cfg_scale = policy.default_true_cfg_scale
-    if args.negative_prompt is None:
-        args.negative_prompt = policy.default_negative_prompt
-    if args.true_cfg_scale > 1 and not policy.has_true_cfg:
-        raise ValueError(
-            f"true_cfg_scale={args.true_cfg_scale}, but this pipeline was distilled and knows no second pass: leave it "
-            "out, or set it to 1.0."
-        )
-    return policy, base_model
+        return policy_type(model, args.offload_encoders), base_model
+    init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
+    dtype = init_kwargs.pop("torch_dtype", None) or init_kwargs.get("dtype")
+    if dtype is None:
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+    # From YAML or the command line it is a name.
+    init_kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return policy_type(DiffusionPipeline.from_pretrained(model, **init_kwargs), args.offload_encoders), model
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """
+    [`~trl.trainer.utils.RepeatSampler`] whose order depends on seed and epoch alone, so that a resumed run has the order of its
+    epoch. TRL's draws the orders of all epochs from one generator, which a resumed run starts anew.
+
+    Args:
+        *args, **kwargs:
+            Those of [`~trl.trainer.utils.RepeatSampler`].
+        epoch (`Callable[[], int]`):
+            Returns the present epoch, counted from 0. Called when an iteration starts.
+    """
+
+    def __init__(self, *args: Any, epoch: Callable[[], int], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(seeded_generator(self.seed, "epoch", self.epoch()).initial_seed())
+        return super().__iter__()
 
 
 class _BaseEditTrainer(_BaseTrainer):
@@ -78,6 +83,7 @@ class _BaseEditTrainer(_BaseTrainer):
     policy: EditPolicy
     base_model: str
     true_cfg_scale: float
+    negative_prompt: str
     sample_num_inference_steps: int
     _bad_cases: set[tuple[int, str]]
 
@@ -120,14 +126,14 @@ class _BaseEditTrainer(_BaseTrainer):
         raise UnreadableImageError("Not one case of the dataset has images that can be decoded.")
 
     def _encode(self, row: dict[str, Any], images: list[Image.Image]) -> EditConditions:
-        negative_prompt = self.args.negative_prompt if self.true_cfg_scale > 1 else None
+        negative_prompt = self.negative_prompt if self.true_cfg_scale > 1 else None
         return self.policy.encode(images, row["prompt"], negative_prompt, self.args.resolution)
 
     def sample_edits(
         self, cases: list[tuple[dict[str, Any], list[Image.Image]]], adapter: bool = True
     ) -> list[Image.Image]:
         """
-        Samples an edit of each case: along the ODE, from a noise that belongs to the case.
+        Samples an edit of each case along the ODE, from a noise that belongs to the case.
 
         Args:
             cases (`list[tuple[dict, list[PIL.Image.Image]]]`):
@@ -137,20 +143,21 @@ class _BaseEditTrainer(_BaseTrainer):
         """
         args = self.args
         self.model.eval()
-        with self.policy.loaded(*self.policy.encoders):
-            conditions = [self._encode(row, images) for row, images in cases]
-        base = contextlib.nullcontext() if adapter else use_adapter(self.model, None)
-        with self.accelerator.autocast(), base:
-            trajectories = rollout(
-                self.policy,
-                self.model,
-                conditions,
-                [seeded_generator(args.seed, "eval", str(row["id"])) for row, _ in cases],
-                num_inference_steps=self.sample_num_inference_steps,
-                true_cfg_scale=self.true_cfg_scale,
-                batch_size=args.rollout_batch_size,
-            )
-        return decode(self.policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
+        editor = PolicyEditor(
+            self.policy,
+            self.base_model,
+            args.resolution,
+            self.sample_num_inference_steps,
+            self.true_cfg_scale,
+            self.negative_prompt,
+            batch_size=args.rollout_batch_size,
+            model=self.model,
+            autocast=self.accelerator.autocast,
+        )
+        ids = [str(row["id"]) for row, _ in cases]
+        seeds = [seeded_generator(args.seed, "eval", case_id).initial_seed() for case_id in ids]
+        with contextlib.nullcontext() if adapter else use_adapter(self.model, None):
+            return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
 
     # Every folder that is saved can be resumed from (PEFT's files) and loaded with `pipeline.load_lora_weights`.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -158,7 +165,7 @@ class _BaseEditTrainer(_BaseTrainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             save_lora(self.policy, self.accelerator.unwrap_model(self.model), folder)
-            write_model_card(self, Path(folder))  # in place of PEFT's
+            self._write_card(Path(folder))  # in place of PEFT's
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer copies PEFT's files to the output folder, which is what it uploads, unless an upload is still reading
@@ -234,4 +241,37 @@ class _BaseEditTrainer(_BaseTrainer):
         """
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else tags or []
-            write_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+            self._write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
+
+    def _write_card(
+        self, folder: Path, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()
+    ) -> None:
+        args = self.args
+        name = model_name or (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
+        repository, revision = dataset_revision(self.train_dataset)
+        lora = self.accelerator.unwrap_model(self.model).peft_config["default"]
+        write_model_card(
+            folder,
+            model_name=name,
+            repo_id=self.hub_model_id or args.hub_model_id or name,
+            base_model=self.base_model,
+            base_model_revision=dict(args.model_init_kwargs or {}).get("revision"),
+            dataset=dataset_name or repository,
+            dataset_revision=revision if dataset_name in (None, repository) else None,
+            num_cases=self.num_train_cases,
+            method=self._name,
+            paper=self._paper,
+            tags=[*self._tag_names, *tags],
+            settings={
+                "LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}",
+                **self._card_settings(),
+                "Steps trained": str(self.state.global_step),
+            },
+            pipeline_class=type(self.policy.pipeline).__name__,
+            call_arguments=self.policy.call_arguments(self.true_cfg_scale, self.negative_prompt),
+            default_num_inference_steps=self.policy.default_num_inference_steps,
+            num_inference_steps=self.sample_num_inference_steps,
+            resolution=args.resolution,
+            log_history=self.state.log_history,
+            curves=self._card_curves(),
+        )

@@ -1,34 +1,37 @@
 """The table of sample edits: in the terminal, on disk, and in the trackers that are in use."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.integrations import TensorBoardCallback
 
 
-if TYPE_CHECKING:
-    from .flow_grpo_edit_trainer import FlowGRPOEditTrainer
-
-
-def log_completions_table(trainer: "FlowGRPOEditTrainer", rows: list[dict[str, Any]]) -> None:
+def log_completions_table(
+    rows: list[dict[str, Any]], step: int, output_dir: str | Path, trackers: Iterable[str], writers: Iterable[Any] = ()
+) -> None:
     """
     Shows sample edits: as a table in the terminal; with their images as a Parquet file in `output_dir/completions`; and
-    as a table or images in wandb, trackio and TensorBoard, where they are in `report_to`.
+    as a table or images in wandb, trackio and TensorBoard.
 
     Args:
-        trainer ([`FlowGRPOEditTrainer`]):
-            The trainer.
         rows (`list[dict]`):
-            The edits: `step`, `id`, `prompt`, `source` and `completion` (PIL images), a column per reward function,
+            The edits: `step`, `id`, `prompt`, `reference` and `completion` (PIL images), a column per reward function,
             `advantage`, and further columns that reward functions logged, which not every row needs to have.
+        step (`int`):
+            The present update.
+        output_dir (`str` or `Path`):
+            The trainer's output folder.
+        trackers (`Iterable[str]`):
+            The trainer's `report_to`.
+        writers (`Iterable[SummaryWriter]`, *optional*):
+            TensorBoard's writers.
     """
-    step = trainer.state.global_step
-    images = ("source", "completion")
+    images = ("reference", "completion")
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
         values = [row.get(name) for row in rows]
@@ -46,11 +49,11 @@ def log_completions_table(trainer: "FlowGRPOEditTrainer", rows: list[dict[str, A
         table.add_row(*(Text(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n])) for n in columns))
     Console().print(table)
 
-    folder = Path(trainer.args.output_dir) / "completions"
+    folder = Path(output_dir) / "completions"
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(rows).to_parquet(folder / f"completions_{step:05d}.parquet")
 
-    for tracker in set(trainer.args.report_to) & {"wandb", "trackio"}:
+    for tracker in set(trackers) & {"wandb", "trackio"}:
         module = __import__(tracker)
         data = [[module.Image(row[n]) if n in images else row[n] for n in names] for row in rows]
         if tracker == "wandb":
@@ -59,9 +62,8 @@ def log_completions_table(trainer: "FlowGRPOEditTrainer", rows: list[dict[str, A
             import pandas
 
             module.log({"completions": module.Table(dataframe=pandas.DataFrame(data, columns=names))})
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            for i, row in enumerate(rows):
-                for name in images:
-                    callback.tb_writer.add_image(f"{name}/{i}", np.asarray(row[name]), step, dataformats="HWC")
-                callback.tb_writer.add_text(f"prompt/{i}", row["prompt"], step)
+    for writer in writers:
+        for i, row in enumerate(rows):
+            for name in images:
+                writer.add_image(f"{name}/{i}", np.asarray(row[name]), step, dataformats="HWC")
+            writer.add_text(f"prompt/{i}", row["prompt"], step)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,11 +21,12 @@ from trl.trainer.utils import identity, use_adapter
 from ..cases import case_images, check_pairs, check_references, pair_images, without_decoding
 from ..flow.preference import draw_sigma, flow_error, implicit_reward, preference_loss, safeguard_scale
 from ..policies import EditConditions, EditPolicy, bucketed, policy_class
-from ..utils.images import UnreadableImageError, read_image
+from ..utils.files import write_atomically
+from ..utils.images import UnreadableImageError, image_digest
 from ..utils.seeding import seeded_generator
-from .base_edit_trainer import _BaseEditTrainer, load_policy
+from .base_edit_trainer import EpochRepeatSampler, _BaseEditTrainer, load_policy
 from .dpo_edit_config import DPOEditConfig
-from .lora import check_lora, prepare_lora
+from .lora import check_peft_config, prepare_lora
 
 
 logger = get_logger(__name__)
@@ -55,25 +56,6 @@ class Pair:
     rejected: torch.Tensor
 
 
-class EpochSampler(Sampler):
-    """Indices in an order that depends on seed and epoch alone: a resumed run has the order of its epoch."""
-
-    def __init__(self, num_pairs: int, shuffle: bool, seed: int, trainer: "DPOEditTrainer"):
-        self.num_pairs = num_pairs
-        self.shuffle = shuffle
-        self.seed = seed
-        self.trainer = trainer
-
-    def __iter__(self):
-        if not self.shuffle:
-            return iter(range(self.num_pairs))
-        generator = seeded_generator(self.seed, "epoch", self.trainer.epoch)
-        return iter(torch.randperm(self.num_pairs, generator=generator).tolist())
-
-    def __len__(self) -> int:
-        return self.num_pairs
-
-
 def encoders_key(policy: EditPolicy) -> str:
     """A hash of what encodes: of the settings and of all weights."""
     digest = hashlib.sha256(type(policy).__name__.encode())
@@ -93,13 +75,9 @@ def encoders_key(policy: EditPolicy) -> str:
 def pair_key(row: dict[str, Any], case_id: Any, resolution: int, encoders: str) -> str:
     """A hash of all that the encoding of a pair depends on. Images that are still encoded are not decoded for it."""
     digest = hashlib.sha256(repr((FORMAT, encoders, resolution, str(case_id), row["prompt"])).encode())
-    sources = row["images"] if row.get("images") is not None else [row.get("image")]
-    for value in (*sources, row["chosen"], row["rejected"]):
-        content = value.get("bytes") if isinstance(value, dict) else None
-        if content is None and value is not None:
-            image = read_image(value, f"An image of pair {case_id!r}")
-            content = repr(image.size).encode() + image.tobytes()
-        digest.update(hashlib.sha256(content or b"").digest())
+    references = row["images"] if row.get("images") is not None else [row.get("image")]
+    for value in (*references, row["chosen"], row["rejected"]):
+        digest.update(image_digest(value))
     return digest.hexdigest()[:32]
 
 
@@ -188,7 +166,7 @@ class DPOEditTrainer(_BaseEditTrainer):
                 f"{args.n_gpu} GPUs are visible to a single process, for which Trainer would use nn.DataParallel. "
                 "Launch with `accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
-        check_lora(peft_config)
+        check_peft_config(peft_config)
 
         # Data
         if train_dataset is None:
@@ -213,8 +191,9 @@ class DPOEditTrainer(_BaseEditTrainer):
         for name, dataset in datasets.items():
             check_references(dataset, name, policy_type.max_references)
         self.policy, self.base_model = load_policy(policy_type, model, args)
-        assert args.true_cfg_scale is not None  # the policy saw to it
-        self.true_cfg_scale = args.true_cfg_scale
+        self.true_cfg_scale, self.negative_prompt = self.policy.resolve_guidance(
+            args.true_cfg_scale, args.negative_prompt, args.guidance_scale
+        )
         self.sample_num_inference_steps = args.num_inference_steps or self.policy.default_num_inference_steps
         peft_model = prepare_lora(self.policy, peft_config, self.base_model, args.seed)
         self.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
@@ -286,9 +265,8 @@ class DPOEditTrainer(_BaseEditTrainer):
                         if not loaded:  # once for all pairs, and not at all where all are known
                             stack.enter_context(self.policy.loaded(*self.policy.encoders))
                             loaded = True
-                        part = file.with_suffix(f".{os.getpid()}.part")  # other runs may share the folder
-                        torch.save(self._encode_pair(row), part)
-                        part.replace(file)
+                        encoded = self._encode_pair(row)
+                        write_atomically(file, lambda part, encoded=encoded: torch.save(encoded, part))
                 except UnreadableImageError as error:
                     if self.args.on_bad_image == "error":
                         raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
@@ -345,7 +323,13 @@ class DPOEditTrainer(_BaseEditTrainer):
             dataset=files,
             description="Training",
             batch_size=self._train_batch_size,
-            sampler_fn=lambda dataset: EpochSampler(len(files), self.args.shuffle_dataset, self.args.seed, self),
+            sampler_fn=lambda dataset: EpochRepeatSampler(
+                files,
+                mini_repeat_count=1,
+                shuffle=self.args.shuffle_dataset,
+                seed=self.args.seed,
+                epoch=lambda: self.epoch,
+            ),
             is_training=True,
         )
 

@@ -18,8 +18,9 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import (
     get_callable_name,
@@ -37,10 +38,10 @@ from ..policies import EditConditions, Trajectory, bucketed, decode, policy_clas
 from ..rewards import HPScorerReward
 from ..utils.images import UnreadableImageError
 from ..utils.seeding import seeded_generator
-from .base_edit_trainer import _BaseEditTrainer, load_policy
+from .base_edit_trainer import EpochRepeatSampler, _BaseEditTrainer, load_policy
 from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
-from .lora import check_lora, prepare_lora
+from .lora import check_peft_config, prepare_lora
 
 
 logger = get_logger(__name__)
@@ -59,61 +60,6 @@ class Sample:
     advantage: float
     # 0 where a group has nothing to tell its samples apart by: then its KL must not move the policy either.
     kl_weight: float
-
-
-class GroupSampler(Sampler):
-    """
-    Indices in the order that group-relative training needs: each case `num_generations` times in a row, and each
-    generation batch `repeat_count` times, once for every microbatch that is taken from it.
-
-    Args:
-        num_cases (`int`):
-            Size of the dataset. Cases that do not fill a last generation batch are left out of the epoch.
-        num_generations (`int`):
-            Samples per case.
-        cases_per_batch (`int`):
-            Cases per generation batch.
-        repeat_count (`int`):
-            Number of times to repeat each generation batch.
-        shuffle (`bool`):
-            Whether to shuffle the cases.
-        seed (`int`):
-            Seed of the shuffling.
-        epoch (`Callable[[], int]`):
-            Asked for the epoch when an iteration starts, so that a resumed run has the order of its epoch.
-    """
-
-    def __init__(
-        self,
-        num_cases: int,
-        num_generations: int,
-        cases_per_batch: int,
-        repeat_count: int,
-        shuffle: bool,
-        seed: int,
-        epoch: Callable[[], int],
-    ):
-        self.num_cases = num_cases
-        self.num_generations = num_generations
-        self.cases_per_batch = cases_per_batch
-        self.repeat_count = repeat_count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = epoch
-
-    def __iter__(self):
-        order = list(range(self.num_cases))
-        if self.shuffle:
-            generator = seeded_generator(self.seed, "epoch", self.epoch())
-            order = torch.randperm(self.num_cases, generator=generator).tolist()
-        for start in range(0, self.num_cases - self.cases_per_batch + 1, self.cases_per_batch):
-            for _ in range(self.repeat_count):
-                for index in order[start : start + self.cases_per_batch]:
-                    yield from [index] * self.num_generations
-
-    def __len__(self) -> int:
-        batches = self.num_cases // self.cases_per_batch
-        return batches * self.cases_per_batch * self.num_generations * self.repeat_count
 
 
 class FlowGRPOEditTrainer(_BaseEditTrainer):
@@ -227,7 +173,7 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
                 f"{args.n_gpu} GPUs are visible to a single process, for which Trainer would use nn.DataParallel. "
                 "Launch with `accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
-        check_lora(peft_config)
+        check_peft_config(peft_config)
 
         # Data
         if train_dataset is None:
@@ -273,8 +219,9 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
             if isinstance(func, HPScorerReward):
                 func.load()
         self.policy, self.base_model = load_policy(policy_type, model, args)
-        assert args.true_cfg_scale is not None  # the policy saw to it
-        self.true_cfg_scale = args.true_cfg_scale
+        self.true_cfg_scale, self.negative_prompt = self.policy.resolve_guidance(
+            args.true_cfg_scale, args.negative_prompt, args.guidance_scale
+        )
         self.sample_num_inference_steps = args.eval_num_inference_steps or args.num_inference_steps
         peft_model = prepare_lora(self.policy, peft_config, self.base_model, args.seed)
 
@@ -311,13 +258,14 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
             atexit.register(shutdown_event_loop_in_daemon, thread, self.async_loop)
 
     def _card_settings(self) -> dict[str, str]:
+        scorers = [func for func in self.reward_funcs if isinstance(func, HPScorerReward)]
         settings = {
             "Reward functions": ", ".join(
                 f"{name} (weight {weight:g})"
                 for name, weight in zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
             ),
             "Scorer prompts": ", ".join(
-                sorted({prompt.revision for f in self.reward_funcs for prompt in getattr(f, "prompts", {}).values()})
+                sorted({prompt.revision for scorer in scorers for prompt in scorer.scorer_prompts.values()})
             ) or "none",
         }  # fmt: skip
         for option in (
@@ -326,7 +274,7 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
             "sde_window_range", "sde_window_mode", "epsilon", "beta", "scale_rewards", "seed",
         ):  # fmt: skip
             settings[f"`{option}`"] = str(getattr(self.args, option))
-        return settings
+        return settings | {"`true_cfg_scale`": str(self.true_cfg_scale)}  # the pipeline's, if `args` has none
 
     def _card_curves(self) -> list[tuple[str, str, str]]:
         curves = [("reward", "training", "C0"), ("eval_reward", "evaluation", "C3")]
@@ -351,11 +299,13 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
             is_training=True,
         )
 
-    def _get_train_sampler(self, dataset=None) -> GroupSampler:
-        return GroupSampler(
-            num_cases=len(self.train_dataset),
-            num_generations=self.num_generations,
-            cases_per_batch=self.cases_per_batch,
+    def _get_train_sampler(self, dataset=None) -> EpochRepeatSampler:
+        # Each case `num_generations` times in a row, each generation batch once for every microbatch taken from it. Cases
+        # that do not fill a last generation batch are left out of the epoch.
+        return EpochRepeatSampler(
+            range(len(self.train_dataset)),
+            mini_repeat_count=self.num_generations,
+            batch_size=self.cases_per_batch,
             repeat_count=self.generate_every,
             shuffle=self.args.shuffle_dataset,
             seed=self.args.seed,
@@ -468,7 +418,7 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
                         "step": self.state.global_step,
                         "id": str(rows[i]["id"]),
                         "prompt": rows[i]["prompt"],
-                        "source": cases[indices[i]][1][0],
+                        "reference": cases[indices[i]][1][0],
                         "completion": images[i],
                         **dict(zip(self.reward_func_names, rewards_per_func[i].tolist(), strict=True)),
                         "advantage": local_advantages[i],
@@ -746,7 +696,14 @@ class FlowGRPOEditTrainer(_BaseEditTrainer):
             self._phase_seconds.clear()
         super().log(logs, start_time)
         if "loss" in logs and self._completions:
-            log_completions_table(self, self._completions)
+            callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+            log_completions_table(
+                self._completions,
+                self.state.global_step,
+                self.args.output_dir,
+                self.args.report_to,
+                [callback.tb_writer for callback in callbacks if callback.tb_writer is not None],
+            )
             self._completions = []
 
     # A checkpoint also holds the number of microbatches and, if it lies inside a generation batch, the samples that are

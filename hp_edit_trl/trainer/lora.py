@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ..policies import EditPolicy
 
 
-def check_lora(peft_config: LoraConfig | None) -> None:
+def check_peft_config(peft_config: LoraConfig | None) -> None:
     """
     Raises an error for a LoRA that could be trained but not be used afterwards.
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import accelerate
 import datasets
@@ -17,11 +17,6 @@ from PIL import Image, ImageOps
 
 from .. import __version__
 from ..utils.images import comparison_sheet
-from ..utils.revisions import dataset_revision
-
-
-if TYPE_CHECKING:
-    from .base_edit_trainer import _BaseEditTrainer
 
 
 def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str, str]], path: Path) -> bool:
@@ -93,36 +88,76 @@ def save_pictures(
         new.save(folder / "images" / f"{i}_after.png")
         (folder / "images" / f"{i}_prompt.txt").write_text(row["prompt"], encoding="utf-8")
         rows.append((row["prompt"], [ImageOps.fit(images[-1], new.size), old, new]))
-    comparison_sheet(rows, ["source", "before training", "after training"]).save(folder / "before_after.png")
+    comparison_sheet(rows, ["reference", "before training", "after training"]).save(folder / "before_after.png")
 
 
 def write_model_card(
-    trainer: "_BaseEditTrainer",
     folder: Path,
-    model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: Sequence[str] = (),
+    *,
+    model_name: str,
+    repo_id: str,
+    base_model: str,
+    base_model_revision: str | None,
+    dataset: str | None,
+    dataset_revision: str | None,
+    num_cases: int,
+    method: str,
+    paper: dict[str, str],
+    tags: Sequence[str],
+    settings: dict[str, str],
+    pipeline_class: str,
+    call_arguments: dict[str, Any],
+    default_num_inference_steps: int,
+    num_inference_steps: int,
+    resolution: int,
+    log_history: list[dict[str, Any]],
+    curves: list[tuple[str, str, str]],
 ) -> None:
     """
-    Writes `README.md`, and `reward_curve.png` if there is one to draw.
+    Writes `README.md`, and `reward_curve.png` if there is one to draw. The card shows `before_after.png` and `images` if they
+    are in the folder, see [`save_pictures`].
 
     Args:
-        trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
-            The trainer.
         folder (`Path`):
-            Where to write them. The card shows `before_after.png` and `images` if they are there.
-        model_name (`str`, *optional*):
-            Name of the model. Defaults to that of the repository or the output folder.
-        dataset_name (`str`, *optional*):
-            Hub id of the training dataset. By default what the dataset knows of itself.
-        tags (`Sequence[str]`, *optional*):
-            Further tags of the model.
+            Folder to write to.
+        model_name (`str`):
+            Title of the card.
+        repo_id (`str`):
+            What the example loads the LoRA from.
+        base_model (`str`):
+            Hub id or folder of the pipeline.
+        base_model_revision (`str` or `None`):
+            Branch, tag or commit of its repository.
+        dataset (`str` or `None`):
+            Hub id of the training dataset.
+        dataset_revision (`str` or `None`):
+            Its commit.
+        num_cases (`int`):
+            Number of cases that were trained on.
+        method (`str`):
+            Name of the algorithm.
+        paper (`dict[str, str]`):
+            Its paper: `title`, `id` on arXiv, `citation` in BibTeX.
+        tags (`Sequence[str]`):
+            Tags of the model.
+        settings (`dict[str, str]`):
+            Rows of the table of settings.
+        pipeline_class (`str`):
+            Name of the pipeline's class.
+        call_arguments (`dict[str, Any]`):
+            Arguments of the pipeline's call in the example.
+        default_num_inference_steps (`int`):
+            Number of denoising steps in the example.
+        num_inference_steps (`int`):
+            Number of denoising steps of the card's own pictures.
+        resolution (`int`):
+            Their resolution.
+        log_history (`list[dict]`):
+            The trainer's `state.log_history`.
+        curves (`list[tuple[str, str, str]]`):
+            Name in the log, label and color of each curve, see [`reward_curve`].
     """
-    args = trainer.args
     folder.mkdir(parents=True, exist_ok=True)
-    name = model_name or (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
-    repository, revision = dataset_revision(trainer.train_dataset)
-    base_model = trainer.base_model
     on_hub = not Path(base_model).is_dir() and "/" in base_model
     prompts = {
         int(path.name.split("_")[0]): path.read_text(encoding="utf-8")
@@ -133,39 +168,30 @@ def write_model_card(
         base_model_relation="adapter" if on_hub else None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["lora", "diffusers", "image-editing", "trl", *trainer._tag_names, *tags],
-        datasets=[dataset_name or repository] if dataset_name or repository else None,
+        tags=["lora", "diffusers", "image-editing", "trl", *tags],
+        datasets=[dataset] if dataset else None,
         widget=[{"text": text, "output": {"url": f"images/{i}_after.png"}} for i, text in prompts.items()] or None,
     )
-    lora = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
-    shown = {
-        "LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}",
-        **trainer._card_settings(),
-        "Steps trained": str(trainer.state.global_step),
-    }
     card = ModelCard.from_template(
         card_data,
         template_path=str(Path(__file__).parent / "model_card.md"),
-        model_name=name,
-        method=trainer._name,
-        paper=trainer._paper,
-        repo_id=trainer.hub_model_id or args.hub_model_id or name,
+        model_name=model_name,
+        method=method,
+        paper=paper,
+        repo_id=repo_id,
         base_model_name=base_model,
-        base_model_revision=dict(args.model_init_kwargs or {}).get("revision"),  # type: ignore[arg-type]
-        dataset=dataset_name or repository,
-        dataset_revision=revision if dataset_name in (None, repository) else None,
-        num_cases=trainer.num_train_cases,
-        pipeline_class=type(trainer.policy.pipeline).__name__,
-        call_arguments={
-            name: json.dumps(value, ensure_ascii=False)
-            for name, value in trainer.policy.call_arguments(trainer.true_cfg_scale, args.negative_prompt or "").items()
-        },
-        default_num_inference_steps=trainer.policy.default_num_inference_steps,
-        num_inference_steps=trainer.sample_num_inference_steps,
-        resolution=args.resolution,
-        has_curve=reward_curve(trainer.state.log_history, trainer._card_curves(), folder / "reward_curve.png"),
+        base_model_revision=base_model_revision,
+        dataset=dataset,
+        dataset_revision=dataset_revision,
+        num_cases=num_cases,
+        pipeline_class=pipeline_class,
+        call_arguments={name: json.dumps(value, ensure_ascii=False) for name, value in call_arguments.items()},
+        default_num_inference_steps=default_num_inference_steps,
+        num_inference_steps=num_inference_steps,
+        resolution=resolution,
+        has_curve=reward_curve(log_history, curves, folder / "reward_curve.png"),
         has_sheet=(folder / "before_after.png").is_file(),
-        options=shown,
+        options=settings,
         versions={
             "hp-edit-trl": __version__, "trl": trl.__version__, "transformers": transformers.__version__,
             "diffusers": diffusers.__version__, "peft": peft.__version__, "accelerate": accelerate.__version__,

@@ -20,17 +20,12 @@ def test_trackers_get_a_table_with_images(tmp_path, monkeypatch, tracker):
 
     module = SimpleNamespace(log=log, Image=lambda image: ("image", image.size), Table=table)
     monkeypatch.setitem(__import__("sys").modules, tracker, module)
-    trainer = SimpleNamespace(
-        state=SimpleNamespace(global_step=3),
-        args=SimpleNamespace(output_dir=str(tmp_path), report_to=[tracker]),
-        callback_handler=SimpleNamespace(callbacks=[]),
-    )
     rows = [
-        {"step": 2, "id": "a", "prompt": "x", "source": photo(32, 16), "completion": photo(16, 16), "reward": 0.5},
-        {"step": 3, "id": "b", "prompt": "y", "source": photo(32, 16), "completion": photo(16, 16), "reward": 0.25, "note": "n"},
+        {"step": 2, "id": "a", "prompt": "x", "reference": photo(32, 16), "completion": photo(16, 16), "reward": 0.5},
+        {"step": 3, "id": "b", "prompt": "y", "reference": photo(32, 16), "completion": photo(16, 16), "reward": 0.25, "note": "n"},
     ]  # fmt: skip
-    log_completions_table(trainer, rows)
+    log_completions_table(rows, 3, tmp_path, [tracker])
     ((first, second),) = logged
-    assert first["source"] == ("image", (32, 16)) and second["completion"] == ("image", (16, 16))
+    assert first["reference"] == ("image", (32, 16)) and second["completion"] == ("image", (16, 16))
     assert (first["id"], first["reward"], first["step"]) == ("a", 0.5, 2) and second["note"] == "n"
     assert (tmp_path / "completions" / "completions_00003.parquet").is_file()

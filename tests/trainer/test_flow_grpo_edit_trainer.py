@@ -349,7 +349,7 @@ def test_async_rewards_weights_and_logging_hooks(make_trainer):
     # Groups without spread: no advantage and no KL, so nothing moves.
     assert_equal_weights(before, adapter_weights(trainer))
     table = load_dataset("parquet", data_files=f"{trainer.args.output_dir}/completions/*.parquet", split="train")
-    assert len(table) == 8 and table[0]["note"] == "x" and table[0]["completion"].size == table[0]["source"].size
+    assert len(table) == 8 and table[0]["note"] == "x" and table[0]["completion"].size == table[0]["reference"].size
 
 
 def test_a_reward_of_the_wrong_length(make_trainer):
