@@ -3,8 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .version import __version__ as __version__
 
-__version__ = "0.1.0.dev0"
 
 # Public names and the modules that define them. They are imported when first asked for: torch takes its time.
 _MODULES = {

@@ -1,5 +1,6 @@
 """The package as it is installed: lazy names, what the wheel holds, what the repository promises."""
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -31,34 +32,89 @@ def test_every_public_name_is_there():
         hp_edit_trl.Nothing  # noqa: B018
 
 
+# A room imports only from rooms on floors below its own (docs/design.md).
+FLOORS = (
+    {"version", "utils", "tasks", "flow"},
+    {"cases", "ratings"},
+    {"policies", "judges", "lora_formats"},
+    {"editors", "rewards"},
+    {"trainer", "calibration", "data", "bench"},
+    {"metrics", "miniature", "scripts"},
+    {"cli"},
+)
+PACKAGE = ROOT / "hp_edit_trl"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(module: str) -> list[tuple[str, str | None]]:
+    """Every import of the package's modules in a module, wherever it stands: the module, and the name that is taken from it."""
+    found: list[tuple[str, str | None]] = []
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{source}.{alias.name}"
+                found.append((whole, None) if whole in MODULES else (source, alias.name))
+    return [(source, name) for source, name in found if source.split(".")[0] == "hp_edit_trl"]
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
 def test_floors():
-    """A module imports only from floors below its own (docs/design.md)."""
-    floors = {
-        "flow": 1,
-        "seeding": 1,
-        "cases": 1,
-        "jsonl": 1,
-        "processes": 1,
-        "ratings": 1,
-        "lora": 1,
-        "cli": 4,
-        "policies": 2,
-        "rewards": 2,
-        "trainer": 3,
-        "data": 3,
-        "evaluation": 3,
-        "annotation": 3,
-        "miniature": 4,
-    }
-    for path in (ROOT / "hp_edit_trl").rglob("*.py"):
-        parts = path.relative_to(ROOT / "hp_edit_trl").with_suffix("").parts
-        if parts[0] not in floors:
+    rooms = {room(module) for module in MODULES if module != "hp_edit_trl"}
+    assert rooms == set().union(*FLOORS)
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    for module in MODULES:
+        if module == "hp_edit_trl":  # lends its names to users, and is imported by no module
             continue
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if len(words) > 2 and words[0] == "from" and words[1].startswith("..") and words[1] != "..":
-                other = words[1].lstrip(".").split(".")[0]
-                assert floors[other] < floors[parts[0]] or other == parts[0], (path, line)
+        for source, _ in imports(module):
+            assert source != "hp_edit_trl", f"{module} imports the top-level package"
+            inside = room(source) == room(module)
+            assert inside or floor[room(source)] < floor[room(module)], f"{module} imports {source}"
+
+
+def test_no_circle_of_imports():
+    graph = {module: {source for source, _ in imports(module)} - {module} for module in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for source in sorted(graph[module]):
+                visit(source, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+def test_no_private_name_of_another_module():
+    for module in MODULES:
+        for source, name in imports(module):
+            parts = [*source.split("."), *([name] if name else [])]
+            private = [part for part in parts if part.startswith("_") and not part.startswith("__")]
+            assert not private, f"{module} imports {name or source} of {source}"
+
+
+def test_no_two_public_functions_of_one_name():
+    homes: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    # Each family of commands and each script has its own entry point.
+    double = {name: where for name, where in homes.items() if len(where) > 1 and name not in ("main", "register")}
+    assert not double
 
 
 @pytest.mark.slow

@@ -27,12 +27,12 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import __version__
 from ..editors import Editor, as_editor, edit_cases, edit_seed
 from ..ratings import Rating
 from ..utils.distributed import in_step, patient_accelerator
 from ..utils.files import append_jsonl, read_json, read_jsonl, write_atomically, write_json
 from ..utils.images import UnreadableImageError, read_image
+from ..version import __version__
 from .results import FORMAT, WHERE_FROM, CaseScore, Run, check_format, read_run, summarize
 
 
@@ -329,7 +329,7 @@ def _make_edits(
             if images:
                 prompts = [case["prompt"] for case in batch if case["id"] in images]
                 seeds = [edit_seed(seed, case_id) for case_id in images]
-                done, why = edit_cases(editor, list(images.values()), prompts, list(images), seeds)
+                done, why = edit_cases(editor, [[image] for image in images.values()], prompts, list(images), seeds)
                 made = dict(zip(images, done, strict=True))
                 reasons |= dict(zip(images, why, strict=True))
             seconds = (perf_counter() - began) / max(len(images), 1)

@@ -25,7 +25,6 @@ from PIL import Image
 from tqdm import tqdm
 from trl.trainer.utils import get_callable_name
 
-from .. import __version__
 from ..cases import case_images, check_columns, check_references, without_decoding
 from ..editors import PolicyEditor
 from ..policies import policy_class
@@ -42,6 +41,7 @@ from ..utils.files import (
 )
 from ..utils.images import UnreadableImageError, image_digest, png_bytes, read_image
 from ..utils.seeding import seeded_generator
+from ..version import __version__
 
 
 logger = logging.getLogger(__name__)

@@ -78,7 +78,7 @@ class EpochRepeatSampler(RepeatSampler):
         return super().__iter__()
 
 
-class _BaseEditTrainer(_BaseTrainer):
+class BaseEditTrainer(_BaseTrainer):
     # A trainer sets these before anything here is called.
     policy: EditPolicy
     base_model: str

@@ -24,7 +24,7 @@ from ..policies import EditConditions, EditPolicy, bucketed, policy_class
 from ..utils.files import write_atomically
 from ..utils.images import UnreadableImageError, image_digest
 from ..utils.seeding import seeded_generator
-from .base_edit_trainer import EpochRepeatSampler, _BaseEditTrainer, load_policy
+from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
 from .dpo_edit_config import DPOEditConfig
 from .lora import check_peft_config, prepare_lora
 
@@ -81,7 +81,7 @@ def pair_key(row: dict[str, Any], case_id: Any, resolution: int, encoders: str) 
     return digest.hexdigest()[:32]
 
 
-class DPOEditTrainer(_BaseEditTrainer):
+class DPOEditTrainer(BaseEditTrainer):
     r"""
     Trainer for Diffusion-DPO on image-editing models: a LoRA learns offline, from pairs of a better and a worse edit
     ([Diffusion-DPO](https://huggingface.co/papers/2311.12908), for flow matching). HP-Edit compares it with Flow-GRPO.

@@ -38,7 +38,7 @@ from ..policies import EditConditions, Trajectory, bucketed, decode, policy_clas
 from ..rewards import HPScorerReward
 from ..utils.images import UnreadableImageError
 from ..utils.seeding import seeded_generator
-from .base_edit_trainer import EpochRepeatSampler, _BaseEditTrainer, load_policy
+from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
 from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
 from .lora import check_peft_config, prepare_lora
@@ -62,7 +62,7 @@ class Sample:
     kl_weight: float
 
 
-class FlowGRPOEditTrainer(_BaseEditTrainer):
+class FlowGRPOEditTrainer(BaseEditTrainer):
     r"""
     Trainer for Flow-GRPO on image-editing models, the third stage of HP-Edit: online reinforcement learning of a LoRA
     with group-relative advantages, on the stochastic steps of a flow-matching sampler

@@ -15,8 +15,8 @@ import trl
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps
 
-from .. import __version__
 from ..utils.images import comparison_sheet
+from ..version import __version__
 
 
 def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str, str]], path: Path) -> bool:

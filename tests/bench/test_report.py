@@ -13,8 +13,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from hp_edit_trl.bench import read_rewards, read_run, run_benchmark, write_bench_report
-from hp_edit_trl.calibration import comparison as compare
+from hp_edit_trl.bench import compare, read_rewards, read_run, run_benchmark, write_bench_report
 from hp_edit_trl.cli import main
 from hp_edit_trl.ratings import Rating
 from tests.bench.test_dreambench import GradeJudge, data, redder  # noqa: F401
@@ -300,8 +299,8 @@ CARD = """
 import sys
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
-from hp_edit_trl.evaluation import push_results, run_benchmark
-from tests.evaluation.test_bench import Painter, bench
+from hp_edit_trl.bench import push_results, run_benchmark
+from tests.bench.test_run import Painter, bench
 from tests.helpers import make_cases
 HfApi().create_repo("someone/lora")
 ModelCard("---\\nlicense: mit\\ntags: [lora]\\n---\\n# My LoRA\\n").push_to_hub("someone/lora")

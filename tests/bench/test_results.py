@@ -3,9 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from hp_edit_trl.bench import read_run, summarize
+from hp_edit_trl.bench import compare, read_run, summarize
 from hp_edit_trl.bench.results import Run
-from hp_edit_trl.calibration import comparison as compare
 
 
 def cases(seed=0, count=60):

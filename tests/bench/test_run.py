@@ -283,7 +283,7 @@ def test_people_beside_the_scorer(tmp_path):
 def test_two_processes_share_the_cases_and_end_with_the_same_results(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom tests.evaluation.test_bench import Painter, bench\nfrom hp_edit_trl.evaluation import run_benchmark\n"
+        "import sys\nfrom tests.bench.test_run import Painter, bench\nfrom hp_edit_trl.bench import run_benchmark\n"
         "run_benchmark(bench(), Painter(), sys.argv[1], batch_size=2)\n" + END
     )
     alone = run_benchmark(bench(), Painter(), tmp_path / "alone")
@@ -309,8 +309,8 @@ class Painful(Painter):
 def test_what_fails_in_one_process_fails_in_both_and_the_next_run_is_made(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys\nfrom tests.evaluation.test_bench import Painful, Painter, bench, make_cases\n"
-        "from hp_edit_trl.evaluation import run_benchmark\n"
+        "import os, sys\nfrom tests.bench.test_run import Painful, Painter, bench, make_cases\n"
+        "from hp_edit_trl.bench import run_benchmark\n"
         "for name, editor in (('bad', Painful()), ('good', Painter())):\n"
         "    try:\n        run_benchmark(bench(make_cases(20)), editor, f'{sys.argv[1]}/{name}', batch_size=2)\n"
         "    except ValueError as error:\n        open(sys.argv[1] + '/told-' + os.environ['RANK'], 'a').write(f'{name} {error}')\n"
@@ -409,8 +409,8 @@ def test_an_id_that_is_too_long_for_a_file_is_refused(tmp_path):
 HUB = """
 import sys
 from huggingface_hub import HfApi
-from hp_edit_trl.evaluation import run_benchmark
-from tests.evaluation.test_bench import Painter, bench
+from hp_edit_trl.bench import run_benchmark
+from tests.bench.test_run import Painter, bench
 from tests.helpers import make_cases
 first = make_cases(4).push_to_hub("someone/RealPref-Bench", split="test").oid
 make_cases(5).push_to_hub("someone/RealPref-Bench", split="test")

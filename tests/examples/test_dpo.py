@@ -39,6 +39,6 @@ def test_a_model_needs_a_dataset(tmp_path):
 
 
 def test_short_and_documented():
-    for script in ("mine_preference_pairs.py", "train_qwen_edit_dpo.py", "compare_dpo_grpo.py"):
+    for script in ("mine_preference_pairs.py", "train_qwen_edit_dpo.py", "miniature/compare_dpo_grpo.py"):
         text = (EXAMPLES / script).read_text()
         assert len(text.splitlines()) < 100 and f"python examples/{script}" in text

@@ -18,7 +18,7 @@ def no_network(*args, **kwargs):
 
 socket.socket.connect = no_network
 import evaluate
-from hp_edit_trl.evaluation import METRICS
+from hp_edit_trl.metrics import METRICS
 
 scores = evaluate.load(str(METRICS / "score_agreement"))
 alpha = evaluate.load(str(METRICS / "krippendorff_alpha"))

@@ -486,7 +486,7 @@ def test_the_table_of_edits(make_trainer, capsys, tmp_path):
 
     (events,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
     board = EventAccumulator(str(events)).Reload()
-    assert {"completion/0", "source/5"} <= set(board.Tags()["images"])
+    assert {"completion/0", "reference/5"} <= set(board.Tags()["images"])
     assert "train/reward" in board.Tags()["scalars"]
 
     def wrong(completions, log_extra, **kwargs):

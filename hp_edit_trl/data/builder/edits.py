@@ -58,7 +58,7 @@ class MakeEdits:
     def __call__(self, batch: Batch) -> Batch:
         ids, prompts = batch["id"], batch["prompt"]
         images = [
-            read_image(value, f"The image of case {id!r}") for id, value in zip(ids, batch["image"], strict=True)
+            [read_image(value, f"The image of case {id!r}")] for id, value in zip(ids, batch["image"], strict=True)
         ]
         seeds = [edit_seed(self.seed, case_id) for case_id in ids]
         edits, reasons = edit_cases(self.editor, images, prompts, ids, seeds)

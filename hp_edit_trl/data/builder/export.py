@@ -17,8 +17,8 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ... import __version__
 from ...utils.files import write_atomically
+from ...version import __version__
 from ..schema import CASE_FEATURES, EDIT_FEATURES, SCORE_FEATURES, check_row, with_presence
 from .engine import Batch
 

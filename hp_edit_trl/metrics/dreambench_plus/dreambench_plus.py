@@ -3,8 +3,8 @@
 import datasets
 import evaluate
 
-from ...bench import summarize
-from ...bench.results import check_groups, check_values
+from hp_edit_trl.bench import summarize
+from hp_edit_trl.bench.results import check_groups, check_values
 
 
 class DreamBenchPlus(evaluate.Metric):

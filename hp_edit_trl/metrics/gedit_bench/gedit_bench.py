@@ -5,8 +5,8 @@ import math
 import datasets
 import evaluate
 
-from ...bench import summarize
-from ...bench.results import check_groups, check_values
+from hp_edit_trl.bench import summarize
+from hp_edit_trl.bench.results import check_groups, check_values
 
 
 class GEditBench(evaluate.Metric):

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from ...calibration import krippendorff_alpha
+from hp_edit_trl.calibration import krippendorff_alpha
 
 
 class KrippendorffAlpha(evaluate.Metric):

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from ...calibration import agreement
+from hp_edit_trl.calibration import agreement
 
 
 class ScoreAgreement(evaluate.Metric):
