@@ -1,17 +1,19 @@
 """
-What building a dataset costs beside the models' own calls, and how much memory it takes. Prints tables, asserts nothing.
+What building a dataset costs beside the models' own calls, and how much memory it takes. Prints tables, asserts
+nothing.
 
     python benchmarks/building.py                      # rows per second and overhead of each stage, locally and on Ray
     python benchmarks/building.py --memory 50000       # peak memory of building from 50,000 small pictures
 
-Setting of the first: one CPU thread, pictures of 256 x 256; CLIP ViT-B/32 with random weights; writer and judge behind servers on
-loopback that answer after --latency seconds, 16 requests at once; an editor that takes as long for each picture. "Model calls" is
-the time within the model's own call (CLIP's forward pass, the servers' answers, the editor), with the processor that is part of
-CLIP. "Whole stage" is the time from when the stage is ready, and overhead what it takes beyond the calls: reading, decoding, checking,
-encoding, writing. "Start" is what comes before: with Ray the worker's process and its imports, and the loading of the model.
+Setting of the first: one CPU thread, pictures of 256 x 256; CLIP ViT-B/32 with random weights; writer and judge behind
+servers on loopback that answer after --latency seconds, 16 requests at once; an editor that takes as long for each
+picture. "Model calls" is the time within the model's own call (CLIP's forward pass, the servers' answers, the editor),
+with the processor that is part of CLIP. "Whole stage" is the time from when the stage is ready, and overhead what it
+takes beyond the calls: reading, decoding, checking, encoding, writing. "Start" is what comes before: with Ray the
+worker's process and its imports, and the loading of the model.
 
-Setting of the second: pictures of 64 x 64, each stage with its default batch, models that answer at once; what is measured is the
-peak of the process's resident memory.
+Setting of the second: pictures of 64 x 64, each stage with its default batch, models that answer at once; what is
+measured is the peak of the process's resident memory.
 """
 
 import argparse

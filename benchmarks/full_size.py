@@ -1,5 +1,6 @@
 """
-Rollout and training at full size: Qwen-Image-Edit's transformer (20 billion parameters) with random weights, on one GPU.
+Rollout and training at full size: Qwen-Image-Edit's transformer (20 billion parameters) with random weights, on one
+GPU.
 
     python benchmarks/full_size.py                 # a GPU with about 80 GB or more
     python benchmarks/full_size.py --tiny          # the same code at a tiny shape on the CPU

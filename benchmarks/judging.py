@@ -1,13 +1,13 @@
 """
-What a judge in the process saves when the edits of one case share what comes before them, on one CPU thread. Prints ratios,
-asserts nothing.
+What a judge in the process saves when the edits of one case share what comes before them, on one CPU thread. Prints
+ratios, asserts nothing.
 
     python benchmarks/judging.py
 
-Setting: a random Qwen3-VL (8 layers of 256, a vision tower of 8 layers of 256), pictures of 256 x 256, which are 64 tokens each,
-8 edits of each case. The prompt is short, so that text and pictures have about the proportion that the package's prompts have
-with the real tokenizer and pictures of one megapixel. "One by one" and "batched" read each conversation whole, "shared" reads
-prompt and source once.
+Setting: a random Qwen3-VL (8 layers of 256, a vision tower of 8 layers of 256), pictures of 256 x 256, which are 64
+tokens each, 8 edits of each case. The prompt is short, so that text and pictures have about the proportion that the
+package's prompts have with the real tokenizer and pictures of one megapixel. "One by one" and "batched" read each
+conversation whole, "shared" reads prompt and source once.
 """
 
 import argparse

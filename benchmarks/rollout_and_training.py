@@ -3,9 +3,10 @@ What this library adds to the model calls that it cannot avoid, on one CPU threa
 
     python benchmarks/rollout_and_training.py
 
-Setting: a tiny Qwen-Image-Edit pipeline (190,720 transformer parameters, a VAE of 4.05M that divides by 4), 2 cases x 4
-edits, 4 steps of which 3 are stochastic and trained, Flow-SDE with eta 0.7, LoRA rank 8, fp32. Times are CPU seconds, the
-median of several repetitions after a warm-up. "Bare" are the same calls of transformer and VAE with prepared tensors.
+Setting: a tiny Qwen-Image-Edit pipeline (190,720 transformer parameters, a VAE of 4.05M that divides by 4), 2 cases x
+4 edits, 4 steps of which 3 are stochastic and trained, Flow-SDE with eta 0.7, LoRA rank 8, fp32. Times are CPU
+seconds, the median of several repetitions after a warm-up. "Bare" are the same calls of transformer and VAE with
+prepared tensors.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Editors: everything that makes an edit of a case. A diffusers pipeline, a policy, a function, or a folder of finished edits."""
+"""
+Editors: everything that makes an edit of a case. A diffusers pipeline, a policy, a function, or a folder of finished
+edits.
+"""
 
 import functools
 import gc
@@ -68,7 +71,7 @@ class Editor(Protocol):
 
 class PipelineEditor:
     """
-    Any diffusers pipeline that is called with `image` and `prompt`, one case at a time, as its own users call it.
+    A diffusers pipeline that is called with `image` and `prompt`, one case at a time, as its users call it.
 
     Args:
         model (`str`):
@@ -78,7 +81,8 @@ class PipelineEditor:
         lora (`str`, *optional*):
             A LoRA that is loaded on top: Hub id or local folder.
         resolution (`int`, *optional*):
-            Side in pixels of the square whose area an edit has, in its image's aspect ratio. By default the pipeline's own choice.
+            Side in pixels of the square whose area an edit has, in its image's aspect ratio. Defaults to the
+            pipeline's own choice.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Type of the weights.
         **options:
@@ -95,7 +99,7 @@ class PipelineEditor:
         **options: Any,
     ):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype={dtype!r} is no type of tensors: use e.g. 'bfloat16' or 'float32'.")
+            raise ValueError(f"dtype={dtype!r} is not a type of tensors: use e.g. 'bfloat16' or 'float32'.")
         self.model = model
         self.revision = revision
         self.lora = lora
@@ -105,14 +109,14 @@ class PipelineEditor:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the pipeline's files lie; they are downloaded first, if need be."""
+        """Folder of the pipeline's files, which are downloaded if necessary."""
         if os.path.isdir(self.model):
             return Path(self.model)
         try:
             return Path(DiffusionPipeline.download(self.model, revision=self.revision))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"editor={self.model!r} is neither a folder nor a diffusers pipeline on the Hub that can be read: {error}"
+                f"editor={self.model!r} is neither a folder nor a readable diffusers pipeline on the Hub: {error}"
             ) from error
 
     @cached_property
@@ -126,7 +130,7 @@ class PipelineEditor:
             try:
                 file = lora_file(self.lora)
                 pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-            except (OSError, ValueError, AttributeError) as error:  # the last where a pipeline takes no LoRA
+            except (OSError, ValueError, AttributeError) as error:  # the last if the pipeline does not take LoRAs
                 raise ValueError(f"lora={self.lora!r} cannot be loaded onto {self.model!r}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -162,8 +166,8 @@ class PipelineEditor:
 
 class PolicyEditor:
     """
-    A policy as an editor: the one way to sample edits deterministically, along the ODE, for evaluation, mining and benchmarks.
-    Cases of one size are denoised together.
+    A policy as an editor: the one way to sample edits deterministically, along the ODE, for evaluation, mining and
+    benchmarks. Cases of one size are denoised together.
 
     Args:
         policy ([`~hp_edit_trl.policies.EditPolicy`]):
@@ -173,11 +177,11 @@ class PolicyEditor:
         resolution (`int`, *optional*, defaults to `512`):
             Side in pixels of the square whose area every edit has.
         num_inference_steps (`int`, *optional*):
-            Number of denoising steps. Defaults to what the pipeline is meant to be used with.
+            Number of denoising steps. Defaults to the pipeline's recommended number.
         true_cfg_scale (`float`, *optional*):
-            Scale of classifier-free guidance. Defaults to what the pipeline is meant to be used with.
+            Scale of classifier-free guidance. Defaults to the pipeline's recommended scale.
         negative_prompt (`str`, *optional*):
-            Prompt of the unconditional pass. Defaults to what the pipeline is meant to be used with.
+            Prompt of the unconditional pass. Defaults to the pipeline's recommended one.
         guidance_scale (`float`, *optional*):
             Guidance that the transformer takes as an input, if it does.
         batch_size (`int`, *optional*, defaults to `4`):
@@ -242,8 +246,8 @@ class PolicyEditor:
         self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> Iterator[tuple[list[int], list[Image.Image]]]:
         """
-        Yields edits batch by batch, so that each can be saved before the next one begins: the numbers of the cases, and
-        their edits. Arguments are those of the call; a case that occurs several times is encoded once.
+        Yields edits batch by batch, so that each can be saved before the next one begins: the numbers of the cases,
+        and their edits. Arguments are those of the call; a case that occurs several times is encoded once.
         """
         policy = self.policy
         negative_prompt = self.negative_prompt if self.true_cfg_scale > 1 else None
@@ -273,17 +277,17 @@ class PolicyEditor:
 
 class FolderEditor:
     """
-    Edits that are there already: files named by the id of their case, e.g. `0f3a….png`. An id with characters that file names do
-    not take is written as in a URL, e.g. `a%2Fb.png` for `a/b`.
+    A folder of finished edits: files named by the id of their case, e.g. `0f3a….png`. Characters that file names do
+    not allow are percent-encoded as in URLs, e.g. `a%2Fb.png` for `a/b`.
 
     Args:
         folder (`str` or `Path`):
             The folder.
         name (`str`, *optional*):
-            What made the edits. By default the folder's name.
+            Name of the editor. Defaults to the folder's name.
 
     Raises:
-        `FileNotFoundError`: If there is no such folder, or no picture in it.
+        `FileNotFoundError`: If there is no such folder, or it has no images.
     """
 
     SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -293,7 +297,7 @@ class FolderEditor:
         self.name = name or self.folder.name
         if not self.folder.is_dir() or not any(file.suffix in self.SUFFIXES for file in self.folder.iterdir()):
             raise FileNotFoundError(
-                f"{folder} is no folder of edits ({', '.join(self.SUFFIXES)}), named by their case's id."
+                f"{folder} is not a folder of edits ({', '.join(self.SUFFIXES)}) named by their case's id."
             )
 
     @property
@@ -301,10 +305,10 @@ class FolderEditor:
         return {"editor": self.name, "revision": folder_revision(self.folder)}
 
     def load(self) -> None:
-        """There is nothing to get ready."""
+        """Does nothing."""
 
     def unload(self) -> None:
-        """There is nothing to give back."""
+        """Does nothing."""
 
     def __call__(
         self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
@@ -327,11 +331,11 @@ class FunctionEditor:
 
     Args:
         function (`Callable`):
-            Takes a list of images and a list of prompts, and returns a list of edits, `None` where there is none. A case
-            with several reference images has a list of them in place of its image. If the function has parameters `ids`
-            and `seeds`, it is given the cases' ids and seeds too; without `seeds` it must be deterministic.
+            Takes a list of images and a list of prompts, and returns a list of edits, `None` where there is none. A
+            case with several reference images has a list of them in place of its image. If the function has parameters
+            `ids` and `seeds`, it is given the cases' ids and seeds too; without `seeds` it must be deterministic.
         name (`str`, *optional*):
-            What it is called in a dataset. By default the function's name.
+            Name of the editor. Defaults to the function's name.
     """
 
     def __init__(self, function: Callable[..., Any], name: str | None = None):
@@ -343,14 +347,14 @@ class FunctionEditor:
         try:
             source = inspect.getsource(self.function)
             return {"editor": self.name, "revision": f"source {hashlib.sha256(source.encode()).hexdigest()[:12]}"}
-        except (OSError, TypeError):  # typed into an interpreter, or no plain function
+        except (OSError, TypeError):  # defined in an interpreter, or not a plain function
             return {"editor": self.name, "revision": None}
 
     def load(self) -> None:
-        """There is nothing to get ready."""
+        """Does nothing."""
 
     def unload(self) -> None:
-        """There is nothing to give back."""
+        """Does nothing."""
 
     def __call__(
         self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
@@ -362,12 +366,12 @@ class FunctionEditor:
 
 
 def as_editor(editor: Editor | Callable[..., Any]) -> Editor:
-    """The editor itself, or one that calls a plain function."""
+    """Returns the editor itself, or wraps a function in a [`FunctionEditor`]."""
     return editor if isinstance(editor, Editor) else FunctionEditor(editor)
 
 
 def edit_seed(seed: int, case_id: str) -> int:
-    """The seed of the noise of a case's edit: the same in every run, whatever else is edited."""
+    """The seed of a case's edit. It is the same in every run and does not depend on other cases."""
     return seeded_generator(seed, "edit", case_id).initial_seed() % 2**31
 
 
@@ -375,7 +379,7 @@ def edit_cases(
     editor: Editor, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
 ) -> tuple[list[Image.Image | None], list[str | None]]:
     """
-    Edits cases together, and one by one where that fails, so that a case that cannot be edited takes no other with it.
+    Edits cases together, and one by one if that fails, so that one failing case does not affect the others.
 
     Args:
         editor ([`Editor`]):
@@ -394,7 +398,7 @@ def edit_cases(
         `"editor failed: ..."` or `"no edit: ..."`.
 
     Raises:
-        `torch.OutOfMemoryError`: If the device has too little memory, which says nothing about the cases.
+        `torch.OutOfMemoryError`: If the device runs out of memory, which is not the fault of a case.
     """
     try:
         edits = list(editor(references, prompts, ids, seeds))
@@ -426,7 +430,7 @@ def edit_cases(
 
 
 def empty_device_cache() -> None:
-    """Gives memory that is no longer used back to the device."""
+    """Frees cached memory of the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

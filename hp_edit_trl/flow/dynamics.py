@@ -1,10 +1,10 @@
 """
 One denoising step as a Gaussian transition, and what policy gradients need of it.
 
-Convention, everywhere in this library (it is that of diffusers): `sigma` is the noise level in [0, 1], a noisy latent is
-`x = (1 - sigma) * x0 + sigma * noise`, a model predicts the velocity `v = noise - x0`, and a step goes from `sigma` to a
-smaller `sigma_next`, so that `dt = sigma_next - sigma` is negative. The clean estimate is `x0 = x - sigma * v`, the noise
-estimate `x + (1 - sigma) * v`.
+Convention, everywhere in this library (it is that of diffusers): `sigma` is the noise level in [0, 1], a noisy latent
+is `x = (1 - sigma) * x0 + sigma * noise`, a model predicts the velocity `v = noise - x0`, and a step goes from `sigma`
+to a smaller `sigma_next`, so that `dt = sigma_next - sigma` is negative. The clean estimate is `x0 = x - sigma * v`,
+the noise estimate `x + (1 - sigma) * v`.
 
 All functions compute in float32, or in float64 if they are given float64, whatever the type of the model: the ratio of
 two log-probabilities is of order 1 + 1e-5 and does not survive half precision.
@@ -97,8 +97,9 @@ def log_prob(dynamics: str, next_latents: torch.Tensor, mean: torch.Tensor, std:
     r"""
     Log-probability of a step, averaged over the latent's dimensions.
 
-    The mean rather than the sum, as in every public Flow-GRPO trainer: clip ranges such as 1e-4 only make sense with it.
-    For `cps` it is \\( -\overline{(x' - \mu)^2} \\), without the density's scale and constant, as its authors define it.
+    The mean rather than the sum, as in every public Flow-GRPO trainer: clip ranges such as 1e-4 only make sense with
+    it. For `cps` it is \\( -\overline{(x' - \mu)^2} \\), without the density's scale and constant, as its authors
+    define it.
 
     Args:
         dynamics (`str`):
@@ -130,9 +131,9 @@ def normalized_log_ratio(
     [GRPO-Guard](https://huggingface.co/papers/2510.22319) (equation 8 there), averaged over the latent's dimensions.
 
     The plain log-ratio is \\( (\overline{2 \, \delta (x' - \mu_\text{old})} - \overline{\delta^2}) / (2 \,
-    \text{std}^2) \\) with \\( \delta = \mu - \mu_\text{old} \\): its expectation is below 0, and its spread depends on the
-    step's `std`. Adding back the second term and multiplying by `std` gives \\( \overline{\delta \, \epsilon} \\) with the
-    noise \\( \epsilon \\) that was drawn, whose expectation is 0 at every step.
+    \text{std}^2) \\) with \\( \delta = \mu - \mu_\text{old} \\): its expectation is below 0, and its spread depends on
+    the step's `std`. Adding back the second term and multiplying by `std` gives \\( \overline{\delta \, \epsilon} \\)
+    with the noise \\( \epsilon \\) that was drawn, whose expectation is 0 at every step.
 
     Args:
         next_latents (`torch.Tensor` of shape `(batch_size, ...)`):
@@ -154,8 +155,8 @@ def normalized_log_ratio(
 def kl_divergence(mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     r"""
     KL divergence between two transitions of the same standard deviation, averaged over the latent's dimensions:
-    \\( \overline{(\mu - \mu_\text{ref})^2} / (2 \, \text{std}^2) \\), where `std` is that of the noise really added, the
-    factor \\( \sqrt{-dt} \\) included.
+    \\( \overline{(\mu - \mu_\text{ref})^2} / (2 \, \text{std}^2) \\), where `std` is that of the noise really added,
+    the factor \\( \sqrt{-dt} \\) included.
 
     Args:
         mean (`torch.Tensor` of shape `(batch_size, ...)`):

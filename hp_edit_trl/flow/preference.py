@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 def flow_error(velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     r"""
-    Squared error of a velocity, \\( e = \overline{(v - (\epsilon - x_0))^2} \\), a mean over all dimensions of a sample.
+    Squared error of a velocity, \\( e = \overline{(v - (\epsilon - x_0))^2} \\), a mean over all dimensions of a
+    sample.
 
     Args:
         velocity (`torch.Tensor` of shape `(batch_size, ...)`):
@@ -24,8 +25,9 @@ def flow_error(velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor)
 
 def implicit_reward(error: torch.Tensor, reference_error: torch.Tensor, beta: float) -> torch.Tensor:
     r"""
-    The reward that a policy implies against its reference, \\( r = -\frac{\beta}{2} (e_\theta - e_{ref}) \\): how much better
-    it has become at denoising a sample ([Diffusion-DPO](https://huggingface.co/papers/2311.12908), equation 14).
+    The reward that a policy implies against its reference, \\( r = -\frac{\beta}{2} (e_\theta - e_{ref}) \\): how much
+    better it has become at denoising a sample ([Diffusion-DPO](https://huggingface.co/papers/2311.12908), equation
+    14).
 
     Args:
         error (`torch.Tensor` of shape `(batch_size,)`):
@@ -76,10 +78,11 @@ def safeguard_scale(chosen_residual: torch.Tensor, rejected_residual: torch.Tens
     How much of the rejected edit's gradient is left so that a step does not raise the chosen edit's error
     ([Diffusion-SDPO](https://huggingface.co/papers/2511.03317)).
 
-    A step along \\( -(g_w - \lambda g_l) \\) changes that error by \\( -\langle g_w, g_w - \lambda g_l \rangle \\) to first order,
-    which is not above 0 as long as \\( \lambda \langle g_w, g_l \rangle \le \|g_w\|^2 \\). As in the paper, gradients with respect to
-    the outputs stand for those with respect to the weights; they are proportional to the residuals. Hence
-    \\( \lambda = \min(1, \|g_w\|^2 / \langle g_w, g_l \rangle) \\) where the two point the same way, and 1 elsewhere.
+    A step along \\( -(g_w - \lambda g_l) \\) changes that error by \\( -\langle g_w, g_w - \lambda g_l \rangle \\) to
+    first order, which is not above 0 as long as \\( \lambda \langle g_w, g_l \rangle \le \|g_w\|^2 \\). As in the
+    paper, gradients with respect to the outputs stand for those with respect to the weights; they are proportional to
+    the residuals. Hence \\( \lambda = \min(1, \|g_w\|^2 / \langle g_w, g_l \rangle) \\) where the two point the same
+    way, and 1 elsewhere.
 
     Args:
         chosen_residual (`torch.Tensor` of shape `(num_pairs, ...)`):
@@ -102,8 +105,8 @@ def draw_sigma(
     r"""
     Draws a noise level.
 
-    A position \\( u \\) in (0, 1) is drawn, uniformly or as the logistic function of a normal variable, and the schedule is read
-    at that place, linearly between its steps: then levels are as frequent as they are in sampling.
+    A position \\( u \\) in (0, 1) is drawn, uniformly or as the logistic function of a normal variable, and the
+    schedule is read at that place, linearly between its steps: then levels are as frequent as they are in sampling.
 
     Args:
         schedule (`torch.Tensor` of shape `(num_inference_steps + 1,)`):

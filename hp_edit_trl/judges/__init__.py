@@ -29,14 +29,15 @@ def load_judge(
 
     Args:
         judge (`str` or [`Judge`]):
-            Hub id, local folder, or the model's name on a server. A [`Judge`] is returned as it is, behind the cache if
-            there is one; the other options are then its own.
+            Hub id, local folder, or the model's name on a server. A [`Judge`] is returned as it is, behind the cache
+            if there is one; the other options are then its own.
         judge_base_url (`str`, *optional*):
             Address of an OpenAI-compatible server, e.g. `"http://localhost:8000/v1"`.
         judge_revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository. With a server, a label that tells models of one name apart.
         score_mode (`str`, *optional*, defaults to `"integer"`):
-            `"integer"`: the score that the judge answers. `"expected"`: the expectation over the digits' probabilities.
+            `"integer"`: the score that the judge answers. `"expected"`: the expectation over the digits'
+            probabilities.
         num_answers (`int`, *optional*, defaults to `1`):
             Number of answers whose scores are averaged.
         max_new_tokens (`int`, *optional*, defaults to `16`):
@@ -63,8 +64,8 @@ def load_judge(
     if not isinstance(judge, str):
         if not isinstance(judge, Judge):
             raise TypeError(
-                f"judge={judge!r} must be the name of a model or a Judge: an object with `identity`, `load()` and a call that "
-                "takes conversations and returns judgements."
+                f"judge={judge!r} must be the name of a model or a Judge: an object with `identity`, `load()` and a "
+                "call that takes conversations and returns judgements."
             )
         if judge_base_url is not None or judge_revision is not None:
             raise ValueError(

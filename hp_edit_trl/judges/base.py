@@ -1,4 +1,4 @@
-"""What a judge is, what it answers, and what all judges have in common."""
+"""The judge interface, its answers, and what all backends share."""
 
 import hashlib
 import math
@@ -18,25 +18,26 @@ Parser = Callable[[str], float | None]
 @dataclass(frozen=True)
 class Judgement:
     """
-    A judge's verdict on one case.
+    A judge's answer about one edit, and the score in it.
 
     Args:
         score (`float` or `None`):
             The score, in [0, 5] unless the judge takes another kind of answer; `None` if there is none, never a guess.
         answer (`str`):
-            What the judge answered, or what went wrong.
+            The judge's answer, or the reason why there is none.
         answered (`bool`, *optional*, defaults to `True`):
-            Whether there was an answer at all. A time-out, a refused request or a picture that the judge cannot take is none.
+            Whether there was an answer. A timeout, a refused request or an image that the judge cannot read counts as
+            no answer.
         seconds (`float`, *optional*, defaults to `0.0`):
             How long it took; its share of the time, if it was judged together with others.
         input_tokens (`int`, *optional*, defaults to `0`):
-            Number of tokens that the judge read, as far as known.
+            Number of tokens that the judge read, if known.
         output_tokens (`int`, *optional*, defaults to `0`):
             Number of tokens that it wrote.
         cached (`bool`, *optional*, defaults to `False`):
-            Whether it was known from before, see [`CachedJudge`].
+            Whether it came from the cache, see [`CachedJudge`].
         unparsed (`int`, *optional*, defaults to `0`):
-            How many of several answers, whose scores were averaged, held none.
+            Number of answers without a score among those that were averaged.
     """
 
     score: float | None
@@ -55,13 +56,15 @@ class Judgement:
 
 @runtime_checkable
 class Judge(Protocol):
-    """A vision-language model that answers a prompt about images. Callers do not need to know which backend is used."""
+    """
+    A vision-language model that answers a prompt about images. Callers do not need to know which backend is used.
+    """
 
     @property
     def identity(self) -> dict[str, Any]:
         """
-        Everything that decides the answers: `judge` (the kind of judge), `name`, `revision`, `score_mode` and other settings,
-        as far as they apply. Scores of judges with different identities are never mixed.
+        Everything that decides the answers: `judge` (the kind of judge), `name`, `revision`, `score_mode` and other
+        settings, as far as they apply. Scores of judges with different identities are never mixed.
         """
 
     def load(self) -> None:
@@ -88,11 +91,12 @@ def parse_score(answer: str) -> float | None:
     """
     The score in a judge's answer, or `None` if it does not hold exactly one.
 
-    Accepts a digit from 0 to 5, alone or as in `"Score: 4"`, `"4/5"`, `"4.0"` or `"**4**"`, after any reasoning that is
-    closed by `</think>`. Everything else could only be guessed at.
+    Accepts a digit from 0 to 5, alone or as in `"Score: 4"`, `"4/5"`, `"4.0"` or `"**4**"`, after any reasoning that
+    is closed by `</think>`. Other answers have no score: it could only be guessed.
     """
     text = re.sub(r"[*_`\s]+", " ", without_reasoning(answer)).strip()
-    match = re.fullmatch(r"(?:(?:final |overall )?(?:score|rating|grade|answer)\s*(?:is|:|=)?\s*)?([0-5])(?:\.0)?(?: ?/ ?5)?\.?", text, re.IGNORECASE)  # fmt: skip
+    label = r"(?:(?:final |overall )?(?:score|rating|grade|answer)\s*(?:is|:|=)?\s*)?"
+    match = re.fullmatch(label + r"([0-5])(?:\.0)?(?: ?/ ?5)?\.?", text, re.IGNORECASE)
     return float(match[1]) if match else None
 
 
@@ -104,17 +108,18 @@ def check_judge_options(score_mode: str, num_answers: int, temperature: float, p
         raise ValueError(f"score_mode={score_mode!r} is not known: use 'integer' or 'expected'.")
     if num_answers < 1 or temperature <= 0:
         raise ValueError(
-            f"num_answers={num_answers} and temperature={temperature} must be above zero; num_answers=1 answers greedily."
+            f"num_answers={num_answers} and temperature={temperature} must be above zero; with num_answers=1 the answer "
+            "is greedy."
         )
     if score_mode == "expected" and parse is not parse_score:
         raise ValueError(
-            f"score_mode='expected' reads the probabilities of the digits 0 to 5, so parse={parse.__name__} has no meaning: use "
-            "score_mode='integer'."
+            f"score_mode='expected' reads the probabilities of the digits 0 to 5 and cannot use "
+            f"parse={parse.__name__}: use score_mode='integer'."
         )
     if score_mode == "expected" and num_answers > 1:
         raise ValueError(
-            f"num_answers={num_answers} has no meaning with score_mode='expected', which reads the probabilities themselves: "
-            "use one of them."
+            f"num_answers={num_answers} has no meaning with score_mode='expected', which reads the "
+            "probabilities themselves: use one of them."
         )
 
 

@@ -1,4 +1,4 @@
-"""Judgements kept on disk, so that no case is paid for twice."""
+"""Judgements kept on disk, so that no question is paid for twice."""
 
 import hashlib
 import json
@@ -18,23 +18,23 @@ logger = logging.getLogger(__name__)
 
 class CachedJudge:
     """
-    A judge that remembers. What it was asked before, in this run or in another, it answers from a file.
+    A judge that answers repeated questions from a file, across runs.
 
-    A judgement is found by the judge's identity (model and revision, mode, settings), all texts of the conversation (the
-    scorer prompt with the instruction) and the pixels of its images: a prompt that was changed without a new revision, or a
-    file that was overwritten, is not taken for the old one. Answers without a score are remembered too, as they were paid for;
-    requests that failed are not.
+    A judgement is found by the judge's identity (model and revision, mode, settings), all texts of the conversation
+    (the scorer prompt with the instruction) and the pixels of its images: a prompt that was changed without a new
+    revision, or a file that was overwritten, is not taken for the old one. Answers without a score are kept as well,
+    because they were paid for; failed requests are not.
 
     Several processes may share the file, on a file system that has locks.
 
     Args:
         judge ([`Judge`]):
-            The judge that is asked what is not known yet.
+            The judge that answers new questions.
         path (`str` or `Path`):
-            The file, an SQLite database. It is made if it is not there.
+            The file, an SQLite database. It is created if it does not exist.
 
     Raises:
-        `ValueError`: If the file is no such database.
+        `ValueError`: If the file is not such a database.
 
     Example:
 
@@ -50,8 +50,8 @@ class CachedJudge:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._connection() as connection:
             connection.execute(
-                "CREATE TABLE IF NOT EXISTS judgements (key BLOB PRIMARY KEY, score REAL, answer TEXT, unparsed INTEGER) "
-                "WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS judgements "
+                "(key BLOB PRIMARY KEY, score REAL, answer TEXT, unparsed INTEGER) WITHOUT ROWID"
             )
 
     @property
@@ -82,7 +82,7 @@ class CachedJudge:
                     "INSERT OR REPLACE INTO judgements VALUES (?, ?, ?, ?)",
                     [(keys[i], one.score, one.answer, one.unparsed) for i, one in judged.items() if one.answered],
                 )
-        except ValueError as error:  # what was paid for is not thrown away
+        except ValueError as error:  # judgements that were paid for are not thrown away
             logger.warning("%d judgements were not kept: %s", len(judged), error)
         found = known | {keys[i]: one for i, one in judged.items()}
         return [

@@ -36,9 +36,10 @@ class ServerJudge:
     """
     A vision-language model behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve` or a hosted API.
 
-    Needs the extra `server` (`pip install "hp-edit-trl[server]"`). Requests that time out, are refused for their rate or
-    meet a server error are repeated with growing pauses; what still fails is a missing score. A server that returns no
-    probabilities for the trial of `load` in the mode `"expected"` is asked for whole scores instead, with a warning.
+    Needs the extra `server` (`pip install "hp-edit-trl[server]"`). Requests
+    that time out, are rate-limited or meet a server error are retried with growing pauses; if they still fail, the
+    score is missing. A server that returns no probabilities for the trial of `load` in the mode `"expected"` is asked
+    for whole scores instead, with a warning.
 
     Args:
         model (`str`):
@@ -49,14 +50,14 @@ class ServerJudge:
             As in [`TransformersJudge`]. `"expected"` needs a server that returns `top_logprobs`; a digit that is not
             among the 20 likeliest tokens counts as impossible.
         num_answers (`int`, *optional*, defaults to `1`):
-            As in [`TransformersJudge`]. The server is asked for all answers at once (`n`), and again for those that it did
-            not give.
+            As in [`TransformersJudge`]. The server is asked for all answers at once (`n`), and again for those that it
+            did not give.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature at which several answers are drawn.
         seed (`int`, *optional*, defaults to `0`):
             Seed that is sent along with requests for several answers; whether it counts is up to the server.
         revision (`str`, *optional*):
-            What tells the model from others that a server calls by the same name. Only written beside the scores.
+            Label that tells models of one name apart. It is recorded with the scores and not sent to the server.
         api_key (`str`, *optional*):
             Key of a hosted API. By default the environment variable `OPENAI_API_KEY`, or none.
         timeout (`float`, *optional*, defaults to `120.0`):
@@ -64,7 +65,7 @@ class ServerJudge:
         max_retries (`int`, *optional*, defaults to `4`):
             Number of further attempts.
         max_concurrency (`int`, *optional*, defaults to `16`):
-            Largest number of requests under way at once, from this process.
+            Largest number of concurrent requests from this process.
         max_new_tokens (`int`, *optional*, defaults to `16`):
             Longest answer in the mode `"integer"`; raise it for models that reason aloud.
         max_pixels (`int`, *optional*, defaults to `1048576`):
@@ -121,7 +122,7 @@ class ServerJudge:
             "timeout": timeout,
             "max_retries": max_retries,
         }
-        self._client  # noqa: B018  # an address that is none shows now
+        self._client  # noqa: B018  # an invalid address fails here
 
     @cached_property
     def _client(self):
@@ -143,9 +144,9 @@ class ServerJudge:
 
     def load(self) -> None:
         """
-        Asks for one judgement of two grey squares, without retries: an address where nobody listens, an unknown model, a
-        wrong key or a model that takes no images all show before the work starts. If the server returns no probabilities,
-        `score_mode` becomes `"integer"`.
+        Asks for one judgement of two grey squares, without retries: an address where nobody listens, an unknown model,
+        a wrong key or a model that takes no images all show before the work starts. If the server returns no
+        probabilities, `score_mode` becomes `"integer"`.
         """
         client = self._client.with_options(max_retries=0)
         try:
@@ -153,8 +154,8 @@ class ServerJudge:
                 judgement = self._ask(trial_conversation(), client)
             except _NoProbabilitiesError:
                 logger.warning(
-                    f"The server of {self.name!r} returned no top_logprobs, which score_mode='expected' needs: it is asked "
-                    "for whole scores instead (score_mode='integer')."
+                    f"The server of {self.name!r} returned no top_logprobs, which score_mode='expected' needs: it is "
+                    "asked for whole scores instead (score_mode='integer')."
                 )
                 self.score_mode = "integer"
                 judgement = self._ask(trial_conversation(), client)

@@ -35,20 +35,20 @@ SHARES_PREFIX = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 class TransformersJudge:
     """
-    A chat vision-language model in this process: anything that `AutoModelForImageTextToText` loads.
+    A chat vision-language model in this process: any model that `AutoModelForImageTextToText` loads.
 
-    Conversations that differ in their last picture alone, such as the edits of one case, are read up to that picture once
-    (with the models in `SHARES_PREFIX`); all others are batched as they are.
+    Conversations that differ in their last picture alone, such as the edits of one case, are read up to that picture
+    once (with the models in `SHARES_PREFIX`); all others are batched as they are.
 
     Args:
         model (`str`):
             Hub id or local folder, e.g. `"Qwen/Qwen3-VL-32B-Instruct"`.
         score_mode (`str`, *optional*, defaults to `"integer"`):
-            `"integer"`: the digit that the model answers. `"expected"`: the expectation over the probabilities that the
-            model gives to the digits 0 to 5 as its next token, which has no ties and costs no generation.
+            `"integer"`: the digit that the model answers. `"expected"`: the expectation over the probabilities that
+            the model gives to the digits 0 to 5 as its next token, which has no ties and costs no generation.
         num_answers (`int`, *optional*, defaults to `1`):
-            In the mode `"integer"`: number of answers that are drawn for each case, whose scores are averaged. A single
-            answer is greedy.
+            In the mode `"integer"`: number of answers that are drawn for each case, whose scores are averaged. A
+            single answer is greedy.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature at which several answers are drawn.
         seed (`int`, *optional*, defaults to `0`):
@@ -67,7 +67,8 @@ class TransformersJudge:
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained`, e.g. `{"dtype": "bfloat16", "revision": "..."}`.
         parse (`Callable[[str], float | None]`, *optional*, defaults to [`parse_score`]):
-            Takes the score out of an answer, `None` if there is none. Scoring prompts of other kinds than HP-Scorer's need one.
+            Reads the score from an answer; returns `None` if there is none. Scoring prompts of other kinds than
+            HP-Scorer's need one.
 
     Raises:
         `ValueError`: If the model cannot be found, or its vocabulary lacks a token for a score.
@@ -107,7 +108,7 @@ class TransformersJudge:
         except (OSError, ValueError) as error:
             raise ValueError(f"The judge {model!r} has no processor that transformers can load: {error}") from error
         if not hasattr(self.processor, "image_processor"):
-            raise ValueError(f"The judge {model!r} takes no images: use a vision-language model.")
+            raise ValueError(f"The judge {model!r} does not take images: use a vision-language model.")
         if self.processor.chat_template is None:
             raise ValueError(f"The judge {model!r} has no chat template: use an instruction-tuned model.")
         self.digit_ids = []
@@ -128,7 +129,7 @@ class TransformersJudge:
 
     @cached_property
     def revision(self) -> str | None:
-        """Commit of the model on the Hub, or what tells the files of a local folder from others."""
+        """Commit of the model on the Hub, or a hash of the files of a local folder."""
         return model_revision(self.name, self.model_init_kwargs.get("revision"))
 
     @property
@@ -161,7 +162,9 @@ class TransformersJudge:
         return [judgements[index] for index in range(len(conversations))]
 
     def _batches(self, conversations: dict[int, list[dict[str, Any]]]) -> list[list[int]]:
-        """Batches of numbers of conversations; those that share all but the pixels of their last picture are neighbors."""
+        """
+        Batches of numbers of conversations; those that share all but the pixels of their last picture are neighbors.
+        """
         if self.num_answers > 1:
             return [[index] for index in conversations]
         groups: dict[bytes, list[int]] = {}
@@ -252,8 +255,9 @@ class TransformersJudge:
 
     def _judge_by_prefix(self, inputs: dict[str, torch.Tensor], read: list[int]) -> list[Judgement]:
         """
-        Judges conversations that differ in the pixels of their last picture alone. All rows have the same tokens, so nothing
-        is padded: one pass reads the beginning, one all last pictures with what follows them, from the same cache.
+        Judges conversations that differ in the pixels of their last picture alone. All rows have the same tokens, so
+        nothing is padded: one pass reads the beginning, one all last pictures with what follows them, from the same
+        cache.
         """
         model, ids, grids = self.model, inputs["input_ids"], inputs["image_grid_thw"]
         count, per_row = len(ids), len(grids) // len(ids)
@@ -293,7 +297,7 @@ class TransformersJudge:
         ends = torch.as_tensor([] if ends is None else ends, device=ids.device).reshape(-1)
         padding = self.processor.tokenizer.pad_token_id
         done = torch.zeros(count, dtype=torch.bool, device=ids.device)
-        position = positions.amax((0, 2)) + 1  # text after a picture goes on from its largest position
+        position = positions.amax((0, 2)) + 1  # text after an image continues from its largest position
         tokens: list[torch.Tensor] = []
         while True:
             token = logits[:, -1].argmax(-1).masked_fill(done, padding)

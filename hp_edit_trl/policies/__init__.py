@@ -20,7 +20,7 @@ POLICIES: dict[str, type[EditPolicy]] = {
 
 def policy_class(model: str | DiffusionPipeline, **kwargs) -> type[EditPolicy]:
     """
-    The policy that knows a pipeline. Reads only `model_index.json`, no weights.
+    Finds the policy for a pipeline. Only `model_index.json` is read, no weights.
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
@@ -29,7 +29,7 @@ def policy_class(model: str | DiffusionPipeline, **kwargs) -> type[EditPolicy]:
             Passed to [`~diffusers.DiffusionPipeline.load_config`], e.g. `revision`.
 
     Raises:
-        `ValueError`: If the model cannot be read as a pipeline, or no policy knows its class.
+        `ValueError`: If the model cannot be read as a pipeline, or there is no policy for its class.
     """
     if isinstance(model, str):
         try:

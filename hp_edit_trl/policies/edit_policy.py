@@ -1,4 +1,4 @@
-"""What a policy is: a diffusers edit pipeline, seen as something that can be rolled out and trained."""
+"""The policy interface: a diffusers edit pipeline that can be rolled out and trained."""
 
 import math
 from abc import ABC, abstractmethod
@@ -48,10 +48,10 @@ class EditConditions:
 
 class EditPolicy(ABC):
     """
-    A diffusers edit pipeline seen as a policy: it encodes a case, predicts a velocity, and decodes the result.
+    A diffusers edit pipeline as a policy: it encodes a case, predicts a velocity, and decodes the result.
 
-    What is particular to a pipeline's class stays in a subclass. It adds no behavior of its own: denoising with
-    [`~EditPolicy.velocity`] along [`~EditPolicy.sigmas`] gives what the pipeline gives.
+    A subclass holds everything that is specific to a pipeline's class. Denoising with [`~EditPolicy.velocity`] along
+    [`~EditPolicy.sigmas`] gives the same result as the pipeline.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -65,17 +65,17 @@ class EditPolicy(ABC):
         lora_exclude_modules (`str` or `None`):
             Regular expression of modules among them that never receive a gradient.
         max_references (`int` or `None`):
-            The largest number of reference images of a case, if there is one.
+            Largest number of reference images of a case; `None` if there is no limit.
         has_true_cfg (`bool`):
-            Whether the pipeline knows a second, unconditional pass.
+            Whether the pipeline supports classifier-free guidance with an unconditional pass.
         default_true_cfg_scale (`float`):
-            The guidance scale that the pipeline is meant to be used with; at 1.0 there is no second pass.
+            The pipeline's recommended guidance scale; at 1.0 there is no unconditional pass.
         default_negative_prompt (`str`):
-            The prompt of that second pass.
+            The prompt of the unconditional pass.
         default_num_inference_steps (`int`):
-            The number of steps that the pipeline is meant to be used with.
+            The pipeline's recommended number of denoising steps.
         guidance_scale (`float` or `None`):
-            Guidance that the transformer takes as an input; `None` where it takes none.
+            Guidance that the transformer takes as an input; `None` if it does not take any.
     """
 
     lora_target_modules: list[str] | str
@@ -129,8 +129,8 @@ class EditPolicy(ABC):
     @abstractmethod
     def encode_image(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
         """
-        Encodes an image as references and targets are encoded: packed latents of shape `(num_tokens, num_channels)`, with
-        the noise-free `x0` of [`~EditPolicy.velocity`] as their scale.
+        Encodes an image as references and targets are encoded: packed latents of shape `(num_tokens, num_channels)`,
+        with the noise-free `x0` of [`~EditPolicy.velocity`] as their scale.
 
         Args:
             image (`PIL.Image.Image`):
@@ -166,7 +166,7 @@ class EditPolicy(ABC):
             batch (`dict`):
                 What [`~EditPolicy.collate`] returned.
             true_cfg_scale (`float`):
-                Guidance scale; at 1.0 and below there is no second pass.
+                Guidance scale; at 1.0 and below there is no unconditional pass.
 
         Returns:
             `torch.Tensor`: float32, shaped as `latents`.
@@ -183,7 +183,7 @@ class EditPolicy(ABC):
         guidance_scale: float | None = None,
     ) -> tuple[float, str]:
         """
-        The guidance to edit with: what is asked for, or else what the pipeline is meant to be used with.
+        Resolves the guidance to edit with: the given values, or else the pipeline's recommended ones.
 
         Args:
             true_cfg_scale (`float`, *optional*):
@@ -203,21 +203,21 @@ class EditPolicy(ABC):
         if guidance_scale is not None:
             if self.guidance_scale is None:
                 raise ValueError(
-                    f"guidance_scale={guidance_scale}, but the transformer of this {name} takes no guidance as an input: "
-                    "leave it out. The scale of classifier-free guidance is true_cfg_scale."
+                    f"guidance_scale={guidance_scale}, but the transformer of this {name} takes no guidance as an "
+                    "input: leave it out. The scale of classifier-free guidance is true_cfg_scale."
                 )
             self.guidance_scale = guidance_scale
         if true_cfg_scale is None:
             true_cfg_scale = self.default_true_cfg_scale
         if true_cfg_scale > 1 and not self.has_true_cfg:
             raise ValueError(
-                f"true_cfg_scale={true_cfg_scale}, but this {name} is guidance-distilled and has no unconditional pass: "
-                "leave it out, or set it to 1.0."
+                f"true_cfg_scale={true_cfg_scale}, but this {name} is guidance-distilled and has no unconditional "
+                "pass: leave it out, or set it to 1.0."
             )
         return true_cfg_scale, self.default_negative_prompt if negative_prompt is None else negative_prompt
 
     def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
-        """What the pipeline has to be called with to edit as the policy does, beside image, prompt and steps."""
+        """Arguments of the pipeline's call, besides image, prompt and steps, that make it edit as the policy does."""
         return {"negative_prompt": negative_prompt, "true_cfg_scale": true_cfg_scale} if true_cfg_scale > 1 else {}
 
     def check_bucket(self, conditions: list[EditConditions]) -> EditConditions:

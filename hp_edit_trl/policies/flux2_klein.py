@@ -14,9 +14,9 @@ class Flux2KleinPolicy(EditPolicy):
     """
     Policy of `Flux2KleinPipeline`, with one or several reference images.
 
-    `true_cfg_scale` is what the pipeline calls `guidance_scale`. The models distilled to four steps know no second pass;
-    the base models do. References are fitted to the resolution of the target, where the pipeline takes them as large as
-    they are, up to one megapixel.
+    `true_cfg_scale` is what the pipeline calls `guidance_scale`. The models that are distilled to four steps have no
+    second pass; the base models do. References are fitted to the resolution of the target, where the pipeline takes
+    them as large as they are, up to one megapixel.
 
     Args:
         pipeline ([`~diffusers.Flux2KleinPipeline`]):
@@ -25,7 +25,8 @@ class Flux2KleinPolicy(EditPolicy):
             Keep the text encoder and the VAE in CPU memory and move them to the device only while they are used.
     """
 
-    # By a regular expression, because `to_out` is a linear layer in one kind of block and a list of layers in the other.
+    # By a regular expression, because `to_out` is a linear layer in one kind of block and a list of layers in the
+    # other.
     lora_target_modules = (
         r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
         r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"

@@ -1,4 +1,6 @@
-"""Qwen-Image-Edit as a policy: 2509 and 2511 (`QwenImageEditPlusPipeline`), and the first (`QwenImageEditPipeline`)."""
+"""
+Qwen-Image-Edit as a policy: 2509 and 2511 (`QwenImageEditPlusPipeline`), and the first (`QwenImageEditPipeline`).
+"""
 
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
@@ -14,10 +16,10 @@ class QwenImageEditPlusPolicy(EditPolicy):
     """
     Policy of `QwenImageEditPlusPipeline`, with one or several reference images.
 
-    It differs from calling the pipeline in one thing: references are encoded at the resolution of the target instead of
-    always at about one megapixel. (The pipeline's habit makes edits below one megapixel look zoomed.) At a `resolution`
-    of 1024 the two agree, except that the pipeline rounds its sizes to multiples of 32 pixels and this class to the
-    smallest multiple that the latents allow, 16, to stay closer to the aspect ratio.
+    It differs from calling the pipeline in one respect: references are encoded at the resolution of the target instead
+    of always at about one megapixel. (With the pipeline, edits below one megapixel look zoomed.) At a
+    `resolution` of 1024 the two agree, except that the pipeline rounds its sizes to multiples of 32 pixels and this
+    class to the smallest multiple that the latents allow, 16, to stay closer to the aspect ratio.
 
     Args:
         pipeline ([`~diffusers.QwenImageEditPlusPipeline`]):
@@ -38,7 +40,7 @@ class QwenImageEditPlusPolicy(EditPolicy):
 
     def __init__(self, pipeline: QwenImageEditPlusPipeline | QwenImageEditPipeline, offload_encoders: bool = False):
         super().__init__(pipeline, offload_encoders)
-        # Nothing reads the text stream after the last block, so what only feeds its output cannot learn.
+        # The text stream is not read after the last block, so modules that only feed its output receive no gradient.
         last = pipeline.transformer.config.num_layers - 1
         self.lora_exclude_modules = rf".*transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..*)"
 
@@ -47,7 +49,7 @@ class QwenImageEditPlusPolicy(EditPolicy):
         return {"text_encoder": self.pipeline.text_encoder, "vae": self.pipeline.vae}
 
     def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
-        # The pipeline's own default is a second pass at 4.0, so 1.0 has to be said.
+        # The pipeline's default is guidance at 4.0, so 1.0 has to be passed explicitly.
         return super().call_arguments(true_cfg_scale, negative_prompt) or {"true_cfg_scale": 1.0}
 
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
@@ -107,7 +109,7 @@ class QwenImageEditPlusPolicy(EditPolicy):
                 embeds = [c.tensors[name] for c in conditions]
                 lengths = torch.tensor([len(e) for e in embeds])
                 batch[name] = nn.utils.rnn.pad_sequence(embeds, batch_first=True)
-                # No mask where nothing is padded: it would cost the fast attention path.
+                # No mask if nothing is padded: a mask would disable the fast attention path.
                 mask = torch.arange(int(lengths.max())) < lengths[:, None]
                 batch[f"{name}_mask"] = None if mask.all() else mask.to(embeds[0].device)
         return batch
@@ -155,8 +157,8 @@ class QwenImageEditPolicy(QwenImageEditPlusPolicy):
     """
     Policy of the first Qwen-Image-Edit (`QwenImageEditPipeline`), with one reference image.
 
-    It shares its transformer, VAE and text encoder with the later ones. Its prompt template is another, and the text
-    encoder sees the reference at one megapixel, which makes some 1,300 text tokens.
+    It shares its transformer, VAE and text encoder with the later ones. It has a different prompt template, and its
+    text encoder sees the reference at one megapixel, which gives about 1,300 text tokens.
 
     Args:
         pipeline ([`~diffusers.QwenImageEditPipeline`]):

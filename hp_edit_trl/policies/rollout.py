@@ -70,7 +70,7 @@ def rollout(
         num_inference_steps (`int`):
             Number of denoising steps.
         true_cfg_scale (`float`):
-            Guidance scale; at 1.0 and below there is no second pass.
+            Guidance scale; at 1.0 and below there is no unconditional pass.
         batch_size (`int`):
             Largest number of samples denoised together.
         dynamics (`str`, *optional*, defaults to `"ode"`):

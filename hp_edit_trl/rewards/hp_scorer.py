@@ -1,4 +1,4 @@
-"""HP-Scorer: a judge's score of an edit, and the reward that is made of it."""
+"""HP-Scorer: a judge's score of an edit, and the reward computed from it."""
 
 import logging
 import math
@@ -19,17 +19,17 @@ class HPScorerReward:
     r"""
     Reward of an edit by a vision-language judge with a scorer prompt per task (HP-Scorer of HP-Edit, section 4.1).
 
-    The judge sees the source, the edit, the instruction and the task's prompt, and gives a score \\( s \\) in 0..5. The
-    reward is \\( r = 1 / (1 + \exp(-\alpha s + \beta)) \\) (equation 7): .007, .047, .269, .731, .953 and .993 for the
-    scores 0 to 5. A judgement that failed or cannot be read is `None`, which the trainer treats as not applicable.
+    The judge sees the source, the edit, the instruction and the task's prompt, and gives a score \\( s \\) in 0..5.
+    The reward is \\( r = 1 / (1 + \exp(-\alpha s + \beta)) \\) (equation 7): .007, .047, .269, .731, .953 and .993 for
+    the scores 0 to 5. A judgement that failed or cannot be read is `None`, which the trainer treats as not applicable.
 
     It is a plain TRL reward function: call it with `prompts`, `completions` (the edited images) and the columns of the
     dataset as lists.
 
     Args:
         judge (`str` or [`Judge`], *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
-            Model id for a [`TransformersJudge`] in this process, or for a [`ServerJudge`] if `judge_base_url` is given; or
-            any judge, for settings beyond these.
+            Model id for a [`TransformersJudge`] in this process, or for a [`ServerJudge`] if `judge_base_url` is
+            given; or any judge, for settings beyond these.
         judge_base_url (`str`, *optional*):
             Address of an OpenAI-compatible server that serves the judge, e.g. `"http://localhost:8000/v1"`.
         scorer_prompts (`str`, *optional*):
@@ -38,7 +38,8 @@ class HPScorerReward:
         scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
         task (`str`, *optional*):
-            Use this task's prompt for every case, whatever its `task` column says. `"base"` is the paper's base scorer.
+            Use this task's scorer prompt for every case instead of the one for its column `task`. `"base"` is the
+            paper's base scorer.
         score_mode (`str`, *optional*, defaults to `"integer"`):
             `"integer"`: the digit answered. `"expected"`: the expectation over the digits' probabilities. Only read
             when `judge` is a string.
@@ -87,11 +88,11 @@ class HPScorerReward:
 
     @property
     def judge_description(self) -> str:
-        """Whatever decides the judge's answers, in one line, e.g. `"ServerJudge m, score_mode integer, ..."`."""
+        """The judge's identity in one line, e.g. `"judge ServerJudge, name m, score_mode integer, ..."`."""
         return describe_judge(self.judge)
 
     def scorer_prompt(self, task: str | None) -> ScorerPrompt:
-        """The prompt that a case of `task` is judged with. Raises `ValueError` if there is none."""
+        """The scorer prompt for a case of `task`. Raises `ValueError` if there is none."""
         self.check_tasks([self.task or task])
         return self.scorer_prompts[self.task or task or "base"]
 
@@ -103,7 +104,7 @@ class HPScorerReward:
         task: str | None = None,
         requirement: str | None = None,
     ) -> list[dict[str, Any]]:
-        """What the judge is shown of one case: the scorer prompt, then the references, then the edit."""
+        """The conversation that the judge sees for one case: the scorer prompt, the references, the edit."""
         content: list[dict[str, Any]] = []
         for number, reference in enumerate(references, start=1):
             label = "Image A" if len(references) == 1 else f"Image A, picture {number}"
@@ -122,7 +123,7 @@ class HPScorerReward:
             )
 
     def load(self) -> None:
-        """Gets the judge ready, and raises if it cannot judge. Trainers call this before anything is sampled."""
+        """Loads the judge and raises an error if it cannot judge. Trainers call this before the first rollout."""
         self.judge.load()
 
     def judge_edits(

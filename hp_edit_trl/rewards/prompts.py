@@ -17,13 +17,14 @@ from ..utils.files import write_text
 @dataclass(frozen=True)
 class ScorerPrompt:
     """
-    What a judge is told about one task.
+    The text that a judge is given for one task.
 
     Args:
         task (`str`):
             Task that the prompt is for, or `"base"` for the one prompt without task-specific questions.
         revision (`str`):
-            Where the text came from and which revision it is, e.g. `"hp-edit-trl:add:1"`. Belongs beside every score.
+            Where the text came from and which revision it is, e.g. `"hp-edit-trl:add:1"`. It is recorded with every
+            score.
         text (`str`):
             The prompt, with `{prompt}` and `{requirement}` standing for the case's instruction and requirement.
     """
@@ -39,7 +40,9 @@ class ScorerPrompt:
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits of a hash of the text: it changes with the text, also where the revision does not."""
+        """
+        Twelve hexadecimal digits of a hash of the text: it changes with the text, also where the revision does not.
+        """
         return hashlib.sha256(self.text.encode()).hexdigest()[:12]
 
     def save(self, path: str | Path) -> None:
@@ -87,7 +90,7 @@ def read_scorer_prompt(path: str | Path, origin: str | None = None) -> ScorerPro
         path (`str` or `Path`):
             The file.
         origin (`str`, *optional*):
-            What the prompt's revision begins with. By default the file's folder.
+            Beginning of the prompt's revision. Defaults to the file's folder.
 
     Raises:
         `FileNotFoundError`: If there is no file.
@@ -178,8 +181,8 @@ def load_benchmark_prompts(
     benchmark: str, names: Sequence[str], source: str | None = None, revision: str | None = None
 ) -> dict[str, ScorerPrompt]:
     """
-    Loads the prompts of a benchmark's judge. Those of this package are in our own words; who has the benchmark's own can name a
-    folder with them.
+    Loads the prompts of a benchmark's judge. Those of this package are in our own words; pass `scorer_prompts=` to use
+    the benchmark's original prompts.
 
     Args:
         benchmark (`str`):
@@ -187,14 +190,14 @@ def load_benchmark_prompts(
         names (`Sequence[str]`):
             Which prompts it needs.
         source (`str`, *optional*):
-            A local folder or a Hub repository with a file `<name>.md` or `<name>.txt` for each. A file without a header is used
-            as it is. By default the prompts of this package.
+            A local folder or a Hub repository with a file `<name>.md` or `<name>.txt` for each. A file without a
+            header is used as it is. By default the prompts of this package.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
 
     Returns:
-        `dict[str, ScorerPrompt]`: the prompts by name. `{prompt}`, `{instruction}` and `<instruction>` stand for the case's
-        instruction.
+        `dict[str, ScorerPrompt]`: the prompts by name. `{prompt}`, `{instruction}` and `<instruction>` stand for the
+        case's instruction.
 
     Raises:
         `FileNotFoundError`: If there is neither a folder nor a repository, or a file is missing.

@@ -58,8 +58,8 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
 
 class EpochRepeatSampler(RepeatSampler):
     """
-    [`~trl.trainer.utils.RepeatSampler`] whose order depends on seed and epoch alone, so that a resumed run has the order of its
-    epoch. TRL's draws the orders of all epochs from one generator, which a resumed run starts anew.
+    [`~trl.trainer.utils.RepeatSampler`] whose order depends on seed and epoch alone, so that a resumed run has the
+    order of its epoch. TRL's draws the orders of all epochs from one generator, which a resumed run starts anew.
 
     Args:
         *args, **kwargs:
@@ -88,7 +88,7 @@ class BaseEditTrainer(_BaseTrainer):
     _bad_cases: set[tuple[int, str]]
 
     def _send_telemetry(self):
-        # TRL's telemetry would count this trainer as one of its own.
+        # TRL's telemetry would count this trainer as a TRL trainer.
         pass
 
     @property
@@ -115,7 +115,7 @@ class BaseEditTrainer(_BaseTrainer):
                 images = case_images(row, row["id"])
             except UnreadableImageError as error:
                 if self.args.on_bad_image == "error":
-                    raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
+                    raise UnreadableImageError(f"{error} Set on_bad_image='skip' to leave it out.") from error
                 if not replace:
                     raise
                 logger.warning(f"{error} The next case takes its place.")
@@ -123,7 +123,7 @@ class BaseEditTrainer(_BaseTrainer):
                 continue
             row |= {"images": images} if row.get("images") is not None else {"image": images[0]}
             return row, images
-        raise UnreadableImageError("Not one case of the dataset has images that can be decoded.")
+        raise UnreadableImageError("No case of the dataset has images that can be decoded.")
 
     def _encode(self, row: dict[str, Any], images: list[Image.Image]) -> EditConditions:
         negative_prompt = self.negative_prompt if self.true_cfg_scale > 1 else None
@@ -202,7 +202,7 @@ class BaseEditTrainer(_BaseTrainer):
     def save_sample_edits(self, num_cases: int = 4) -> None:
         """
         Saves edits before and after training, of the first cases of the evaluation set (or else of the training set),
-        to `output_dir/images`. They illustrate the model card; where they cannot be made, a warning says why.
+        to `output_dir/images`. They illustrate the model card. If sampling fails, a warning gives the reason.
 
         Args:
             num_cases (`int`, *optional*, defaults to `4`):
@@ -218,7 +218,7 @@ class BaseEditTrainer(_BaseTrainer):
             cases = [self._read_case(dataset, index) for index in range(min(num_cases, len(dataset)))]
             before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
             save_pictures(Path(self.args.output_dir), cases, before, after)
-        except Exception as error:  # a picture must not be what a trained model is lost over
+        except Exception as error:  # a trained model must not be lost because of a picture
             logger.warning(f"No sample edits for the model card: {type(error).__name__}: {error}")
         self.model.train(was_training)
 
@@ -235,7 +235,7 @@ class BaseEditTrainer(_BaseTrainer):
             model_name (`str`, *optional*):
                 Name of the model. Defaults to the last part of the output folder.
             dataset_name (`str`, *optional*):
-                Name of the training dataset. By default what the dataset knows of itself.
+                Name of the training dataset. Defaults to the repository that the dataset was loaded from.
             tags (`str` or `list[str]`, *optional*):
                 Further tags.
         """

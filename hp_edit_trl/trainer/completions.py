@@ -15,8 +15,8 @@ def log_completions_table(
     rows: list[dict[str, Any]], step: int, output_dir: str | Path, trackers: Iterable[str], writers: Iterable[Any] = ()
 ) -> None:
     """
-    Shows sample edits: as a table in the terminal; with their images as a Parquet file in `output_dir/completions`; and
-    as a table or images in wandb, trackio and TensorBoard.
+    Shows sample edits: as a table in the terminal; with their images as a Parquet file in `output_dir/completions`;
+    and as a table or images in wandb, trackio and TensorBoard.
 
     Args:
         rows (`list[dict]`):

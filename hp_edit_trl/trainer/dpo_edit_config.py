@@ -13,47 +13,49 @@ class DPOEditConfig(_BaseConfig):
     r"""
     Configuration class for the [`DPOEditTrainer`].
 
-    What is described here is specific to training editors with Diffusion-DPO. All of [`~transformers.TrainingArguments`]
-    is there as well; the note at the end names those with other defaults.
+    This class includes only the parameters that are specific to Diffusion-DPO training of image editors. For the other
+    training arguments, see [`~transformers.TrainingArguments`]; the note at the end lists those with different
+    defaults.
 
-    The HP-Edit paper compares with DPO but gives no setting of it. The defaults are what public Diffusion-DPO trainers use
-    for flow-matching models with a LoRA, and are marked *field*.
+    The HP-Edit paper compares with DPO but gives no setting of it. The defaults are what public Diffusion-DPO trainers
+    use for flow-matching models with a LoRA, and are marked *field*.
 
     Parameters:
         > Parameters that control the model
 
         model_init_kwargs (`str`, `dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
-            the trainer is a string, e.g. `{"revision": "..."}`. Weights are loaded in bfloat16 if `bf16` is set, unless
-            `torch_dtype` is given here.
+            the trainer is a string, e.g. `{"revision": "..."}`. Weights are loaded in bfloat16 if `bf16` is set,
+            unless `torch_dtype` is given here.
         offload_encoders (`bool`, *optional*, defaults to `True`):
-            Keep the text encoder and the VAE in CPU memory while they are not used: here that is all the time after the
-            pairs were encoded. Saves about 17 GB with Qwen-Image-Edit.
+            Keep the text encoder and the VAE in CPU memory while they are not used: here that is all the time after
+            the pairs were encoded. Saves about 17 GB with Qwen-Image-Edit.
 
         > Parameters that control the data
 
         resolution (`int`, *optional*, defaults to `512`):
-            Side in pixels of the square whose area every edit and every reference has; aspect ratios are kept. The edits
-            of a pair are resized to it.
+            Side in pixels of the square whose area every edit and every reference has; aspect ratios are kept. The
+            edits of a pair are resized to it.
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Whether to shuffle the training dataset, differently in each epoch.
         on_bad_image (`str`, *optional*, defaults to `"error"`):
-            What to do with a pair of which an image cannot be decoded, or whose edits differ in size or shape: `"error"`
-            stops, `"skip"` leaves the pair out with a warning.
+            What to do with a pair of which an image cannot be decoded, or whose edits differ in size or shape:
+            `"error"` stops, `"skip"` leaves the pair out with a warning.
         latents_cache_dir (`str`, *optional*):
-            Folder for the encoded pairs: every pair is encoded once, and found again by its content, whatever the run.
-            Defaults to `output_dir/_latents`, which is not pushed to the Hub. Takes about 3 MB per pair with Qwen-Image-Edit at 512 pixels.
+            Folder for the encoded pairs. Every pair is encoded once and found again by its content, also by other
+            runs. Defaults to `output_dir/_latents`, which is not pushed to the Hub. Takes about 3 MB per pair with
+            Qwen-Image-Edit at 512 pixels.
 
         > Parameters that control the training
 
         beta (`float`, *optional*, defaults to `2000.0`):
-            Scale \\( \beta \\) of the implicit rewards; the higher, the closer the policy stays to the reference. Errors are
-            means over latent dimensions, hence so large (*field*).
+            Scale \\( \beta \\) of the implicit rewards; the higher, the closer the policy stays to the reference.
+            Errors are means over latent dimensions, hence so large (*field*).
         loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
             One or several of `"sigmoid"` ([Diffusion-DPO](https://huggingface.co/papers/2311.12908)), `"ipo"`
-            ([IPO](https://huggingface.co/papers/2310.12036), times \\( \beta^2 \\) so that its scale is that of the others),
-            `"hinge"` ([SLiC](https://huggingface.co/papers/2305.10425)) and `"sft"` (the flow-matching loss of the chosen
-            edit). Several are added with `loss_weights`.
+            ([IPO](https://huggingface.co/papers/2310.12036), times \\( \beta^2 \\) so that its scale is that of the
+            others), `"hinge"` ([SLiC](https://huggingface.co/papers/2305.10425)) and `"sft"` (the flow-matching loss
+            of the chosen edit). Several are added with `loss_weights`.
         loss_weights (`list[float]`, *optional*):
             Weight of each loss. Defaults to 1.0 for each.
         safeguard (`bool`, *optional*, defaults to `False`):
@@ -70,18 +72,18 @@ class DPOEditConfig(_BaseConfig):
         > Parameters that control the sample edits of the model card
 
         num_inference_steps (`int`, *optional*):
-            Number of denoising steps; also of the schedule that noise levels are shifted by. Defaults to what the pipeline
-            is meant to be used with: 40 for Qwen-Image-Edit.
+            Number of denoising steps; also of the schedule that noise levels are shifted by. Defaults to the
+            pipeline's recommended number: 40 for Qwen-Image-Edit.
         rollout_batch_size (`int`, *optional*, defaults to `4`):
             Largest number of edits that are denoised or decoded together.
         true_cfg_scale (`float`, *optional*):
-            Scale of classifier-free guidance in sampling. Defaults to what the pipeline is meant to be used with. Training
-            has no second pass.
+            Scale of classifier-free guidance in sampling. Defaults to the pipeline's recommended value. Training has
+            no unconditional pass.
         negative_prompt (`str`, *optional*):
-            Prompt of the second pass. Defaults to the one that the pipeline is meant to be used with.
+            Prompt of the unconditional pass. Defaults to the pipeline's recommended one.
         guidance_scale (`float`, *optional*):
-            Guidance that the transformer takes as an input, in training as well, which only FLUX.1-Kontext does. Defaults
-            to 2.5 there (*field*).
+            Guidance that the transformer takes as an input, in training as well, which only FLUX.1-Kontext does.
+            Defaults to 2.5 there (*field*).
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -130,8 +132,11 @@ class DPOEditConfig(_BaseConfig):
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training dataset."})
     on_bad_image: str = field(
         default="error",
-        metadata={"help": "What to do with a pair that cannot be used: stop, or leave it out.", "choices": ["error", "skip"]},
-    )  # fmt: skip
+        metadata={
+            "help": "What to do with a pair that cannot be used: stop, or leave it out.",
+            "choices": ["error", "skip"],
+        },
+    )
     latents_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for the encoded pairs. Defaults to `output_dir/_latents`."}
     )

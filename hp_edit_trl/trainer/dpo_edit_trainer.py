@@ -57,7 +57,7 @@ class Pair:
 
 
 def encoders_key(policy: EditPolicy) -> str:
-    """A hash of what encodes: of the settings and of all weights."""
+    """A hash of the encoders: their settings and all their weights."""
     digest = hashlib.sha256(type(policy).__name__.encode())
     for name, module in policy.encoders.items():
         config: Any = module.config
@@ -110,13 +110,14 @@ class DPOEditTrainer(BaseEditTrainer):
         args ([`DPOEditConfig`], *optional*):
             Configuration of this trainer.
         train_dataset ([`~datasets.Dataset`]):
-            The pairs: `prompt`, `image` or `images`, and the edits `chosen` and `rejected`. Optional: `id` (by default the
-            row number), `task`, `score_chosen`, `score_rejected`.
+            The pairs: `prompt`, `image` or `images`, and the edits `chosen` and `rejected`. Optional: `id` (by default
+            the row number), `task`, `score_chosen`, `score_rejected`.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Pairs for evaluation.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Further callbacks.
-        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
+        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*,
+        defaults to `(None, None)`):
             Optimizer and scheduler, if not those that `args` names.
         peft_config ([`~peft.LoraConfig`], *optional*):
             The LoRA to train. Without `target_modules` it gets the policy's own list. By default rank 32 with an alpha
@@ -138,7 +139,8 @@ class DPOEditTrainer(BaseEditTrainer):
         "citation": """\
 @inproceedings{wallace2024diffusiondpo,
     title     = {Diffusion Model Alignment Using Direct Preference Optimization},
-    author    = {Bram Wallace and Meihua Dang and Rafael Rafailov and Linqi Zhou and Aaron Lou and Senthil Purushwalkam and Stefano Ermon and Caiming Xiong and Shafiq Joty and Nikhil Naik},
+    author    = {Bram Wallace and Meihua Dang and Rafael Rafailov and Linqi Zhou and Aaron Lou and
+                 Senthil Purushwalkam and Stefano Ermon and Caiming Xiong and Shafiq Joty and Nikhil Naik},
     booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
     year      = {2024}
 }""",
@@ -220,7 +222,8 @@ class DPOEditTrainer(BaseEditTrainer):
     def _card_settings(self) -> dict[str, str]:
         options = (
             "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "beta", "loss_type",
-            "loss_weights", "safeguard", "sigma_sampling", "logit_mean", "logit_std", "resolution", "guidance_scale", "seed",
+            "loss_weights", "safeguard", "sigma_sampling", "logit_mean", "logit_std", "resolution", "guidance_scale",
+            "seed",
         )  # fmt: skip
         return {f"`{option}`": str(getattr(self.args, option)) for option in options}
 
@@ -242,8 +245,8 @@ class DPOEditTrainer(BaseEditTrainer):
         """The present epoch, counted from 0."""
         return int(self.state.epoch or 0)
 
-    # Every pair is encoded once, before the first step. What follows only reads files: the encoders are not needed any more,
-    # and the dataloader's items are the names of those files.
+    # Every pair is encoded once, before the first step. Training then only reads files and does not need the encoders:
+    # the dataloader's items are the names of these files.
     def _encode_pairs(self, dataset: Dataset, description: str) -> list[str]:
         if dataset._fingerprint in self._encoded:
             return self._encoded[dataset._fingerprint]
@@ -269,7 +272,7 @@ class DPOEditTrainer(BaseEditTrainer):
                         write_atomically(file, lambda part, encoded=encoded: torch.save(encoded, part))
                 except UnreadableImageError as error:
                     if self.args.on_bad_image == "error":
-                        raise UnreadableImageError(f"{error} Set on_bad_image='skip' to go on without it.") from error
+                        raise UnreadableImageError(f"{error} Set on_bad_image='skip' to leave it out.") from error
                     logger.warning(f"{error} The pair is left out.", main_process_only=False)
                     continue
                 files[index] = str(file)
@@ -277,11 +280,11 @@ class DPOEditTrainer(BaseEditTrainer):
         missing = [file for file in gathered.values() if not os.path.exists(file)]
         if missing:
             raise FileNotFoundError(
-                f"{missing[0]}, which another process has written, is not there: latents_cache_dir must be a folder that all "
-                "nodes share."
+                f"{missing[0]}, which another process has written, is missing: latents_cache_dir must be a folder "
+                "that all nodes share."
             )
         if not gathered:
-            raise UnreadableImageError(f"Not one pair can be used ({description[0].lower()}{description[1:]}).")
+            raise UnreadableImageError(f"No pair can be used ({description[0].lower()}{description[1:]}).")
         self._encoded[dataset._fingerprint] = [gathered[index] for index in sorted(gathered)]
         return self._encoded[dataset._fingerprint]
 
@@ -290,13 +293,13 @@ class DPOEditTrainer(BaseEditTrainer):
         with self.policy.loaded(*self.policy.encoders):
             conditions = self.policy.encode(images, row["prompt"], None, self.args.resolution)
             size, edit = (conditions.height, conditions.width), edits[0]
-            # The edit's shape is the source's, or what rounding to whole latents makes of it at this resolution or another.
+            # The edits have the shape of the reference, or of the reference rounded to whole latents.
             shapes = size, self.policy.target_size(images, 4096)
             if all(abs(edit.width * height / (edit.height * width) - 1) > 0.08 for height, width in shapes):
                 raise UnreadableImageError(
-                    f"The edits of pair {row['id']!r} have {edit.width} x {edit.height} pixels, but this model edits the case "
-                    f"in the shape of its source, {size[1]} x {size[0]} at resolution={self.args.resolution}: resizing would "
-                    "distort them. Crop them to the source's shape, or leave the pair out."
+                    f"The edits of pair {row['id']!r} have {edit.width} x {edit.height} pixels, but this model edits the "
+                    f"case in the shape of its reference, {size[1]} x {size[0]} at "
+                    f"resolution={self.args.resolution}: resizing would distort them. Crop them to the reference's shape, or leave the pair out."
                 )
             chosen, rejected = (self.policy.encode_image(edit, *size).float().cpu() for edit in edits)
         tensors = {name: tensor.cpu() for name, tensor in conditions.tensors.items()}
@@ -315,7 +318,7 @@ class DPOEditTrainer(BaseEditTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         files = self._encode_pairs(self.train_dataset, "Encoding training pairs")
-        if self.args.eval_strategy != "no" and self.eval_dataset is not None:  # what is wrong with them shows now
+        if self.args.eval_strategy != "no" and self.eval_dataset is not None:  # errors in them show now
             datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
             for dataset in datasets:
                 self._encode_pairs(dataset, "Encoding evaluation pairs")
@@ -372,8 +375,8 @@ class DPOEditTrainer(BaseEditTrainer):
                 One for each pair. Its noise and noise level are those of both edits, and of the reference.
 
         Returns:
-            `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the losses, of shape `(num_pairs,)`, and the metrics, each of that
-            shape and without gradient; in the order of the pairs.
+            `tuple[torch.Tensor, dict[str, torch.Tensor]]`: the losses, of shape `(num_pairs,)`, and the metrics, each
+            of that shape and without gradient; in the order of the pairs.
         """
         args, policy, device = self.args, self.policy, self.accelerator.device
         all_losses, all_metrics = [], []
@@ -381,9 +384,9 @@ class DPOEditTrainer(BaseEditTrainer):
         for members in buckets:
             bucket = [pairs[i] for i in members]
             schedule = policy.sigmas(self.sample_num_inference_steps, bucket[0].conditions)
-            sigmas = torch.stack(
-                [draw_sigma(schedule, args.sigma_sampling, generators[i], args.logit_mean, args.logit_std) for i in members]
-            ).to(device)  # fmt: skip
+            options = (args.logit_mean, args.logit_std)
+            sigmas = [draw_sigma(schedule, args.sigma_sampling, generators[i], *options) for i in members]
+            sigmas = torch.stack(sigmas).to(device)
             noise = torch.stack([torch.randn(pairs[i].chosen.shape, generator=generators[i]) for i in members]).to(
                 device
             )
@@ -460,7 +463,7 @@ class DPOEditTrainer(BaseEditTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a log of training, not of evaluation
-            # All processes log together, so this is where what they measured apart is put together.
+            # All processes log at the same time, so their measurements are combined here.
             gathered = gather_object([{name: sums.tolist() for name, sums in self._sums.items()}])
             for name in gathered[0]:
                 total, number = (sum(part) for part in zip(*(sums[name] for sums in gathered), strict=True))

@@ -12,20 +12,21 @@ class FlowGRPOEditConfig(_BaseConfig):
     r"""
     Configuration class for the [`FlowGRPOEditTrainer`].
 
-    What is described here is specific to training editors with Flow-GRPO. All of [`~transformers.TrainingArguments`] is
-    there as well; the note at the end names those with other defaults.
+    This class includes only the parameters that are specific to Flow-GRPO training of image editors. For the other
+    training arguments, see [`~transformers.TrainingArguments`]; the note at the end lists those with different
+    defaults.
 
     The HP-Edit paper gives the learning rate, the LoRA rank, the optimizer and the reward's sigmoid. It does not give
-    group size, steps, resolution, noise level, clip range or KL weight: those defaults are what public trainers use for
-    Qwen-Image-Edit, and are marked *field*.
+    group size, steps, resolution, noise level, clip range or KL weight: those defaults are what public trainers use
+    for Qwen-Image-Edit, and are marked *field*.
 
     Parameters:
         > Parameters that control the model
 
         model_init_kwargs (`str`, `dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
-            the trainer is a string, e.g. `{"revision": "..."}`. Weights are loaded in bfloat16 if `bf16` is set, unless
-            `torch_dtype` is given here.
+            the trainer is a string, e.g. `{"revision": "..."}`. Weights are loaded in bfloat16 if `bf16` is set,
+            unless `torch_dtype` is given here.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory between uses. Saves about 17 GB with Qwen-Image-Edit.
 
@@ -54,19 +55,19 @@ class FlowGRPOEditConfig(_BaseConfig):
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Number of denoising steps of a rollout (*field*).
         true_cfg_scale (`float`, *optional*):
-            Scale of classifier-free guidance, in sampling and in training alike. Defaults to what the pipeline is meant
-            to be used with: 4.0 for Qwen-Image-Edit and the base models of FLUX.2-klein, 1.0 for FLUX.1-Kontext and the
-            distilled models. At 1.0 there is no second pass: training is faster and tends to be more stable.
+            Scale of classifier-free guidance, in sampling and in training. Defaults to the pipeline's recommended
+            value: 4.0 for Qwen-Image-Edit and the base models of FLUX.2-klein, 1.0 for FLUX.1-Kontext and the
+            distilled models. At 1.0 there is no unconditional pass: training is faster and tends to be more stable.
         negative_prompt (`str`, *optional*):
-            Prompt of the second pass. Defaults to the one that the pipeline is meant to be used with.
+            Prompt of the unconditional pass. Defaults to the pipeline's recommended one.
         guidance_scale (`float`, *optional*):
             Guidance that the transformer takes as an input, which only FLUX.1-Kontext does. Defaults to 2.5 there
             (*field*). What FLUX.2-klein's pipeline calls so is `true_cfg_scale` here.
         dynamics (`str`, *optional*, defaults to `"flow_sde"`):
             How the stochastic steps add noise: `"flow_sde"` (the paper's equation 6), `"cps"` or `"dance_sde"`.
         noise_level (`float`, *optional*, defaults to `1.0`):
-            How much noise they add (\\( \eta \\), *field*). For `"cps"` at most 1.0, which replaces all noise; its authors
-            use 0.7 to 0.9.
+            How much noise they add (\\( \eta \\), *field*). For `"cps"` at most 1.0, which replaces all noise; its
+            authors use 0.7 to 0.9.
         sde_window_size (`int`, *optional*, defaults to `4`):
             Number of consecutive steps that are stochastic and trained. The others follow the ODE (*field*).
         sde_window_range (`list[int]`, *optional*):
@@ -94,9 +95,9 @@ class FlowGRPOEditConfig(_BaseConfig):
             Upper clip range. Defaults to `epsilon`.
         normalize_ratio (`bool`, *optional*, defaults to `False`):
             Normalize the probability ratio, and weight each step by \\( 1 / |dt| \\), as
-            [GRPO-Guard](https://huggingface.co/papers/2510.22319) does, so that clipping works alike at every step. The
-            normalized ratio is closer to 1: `epsilon` should be smaller with it. Its authors derive it for Flow-SDE; with
-            the other dynamics it is the same formula, without that derivation.
+            [GRPO-Guard](https://huggingface.co/papers/2510.22319) does, so that clipping works alike at every step.
+            The normalized ratio is closer to 1: `epsilon` should be smaller with it. Its authors derive it for
+            Flow-SDE; with the other dynamics it is the same formula, without that derivation.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             Divide advantages by the standard deviation of the `"group"`, as in the paper's equation 3, of the
             `"batch"`, or not at all (`"none"`).
@@ -184,7 +185,8 @@ class FlowGRPOEditConfig(_BaseConfig):
     true_cfg_scale: float | None = field(
         default=None,
         metadata={
-            "help": "Guidance scale, in sampling and in training. 1.0 means no second pass. Defaults to the policy's."
+            "help": "Guidance scale, in sampling and training. 1.0 disables the unconditional pass. Defaults to the "
+            "policy's."
         },
     )
     negative_prompt: str | None = field(

@@ -58,7 +58,7 @@ class Sample:
     conditions: EditConditions
     trajectory: Trajectory
     advantage: float
-    # 0 where a group has nothing to tell its samples apart by: then its KL must not move the policy either.
+    # 0 if all rewards of the group are equal: then its KL must not move the policy either.
     kl_weight: float
 
 
@@ -98,17 +98,18 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         args ([`FlowGRPOEditConfig`], *optional*):
             Configuration of this trainer.
         train_dataset ([`~datasets.Dataset`]):
-            The cases: `prompt`, and `image` or `images`. Optional: `id` (kept with everything that is made of the case;
-            by default its row number), `task`, `requirement`, and whatever the reward functions want.
+            The cases: `prompt`, and `image` or `images`. Optional: `id` (kept with everything that is made of the
+            case; by default its row number), `task`, `requirement`, and columns for the reward functions.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Cases for evaluation.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Further callbacks.
-        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*, defaults to `(None, None)`):
+        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`, *optional*,
+        defaults to `(None, None)`):
             Optimizer and scheduler, if not those that `args` names.
         peft_config ([`~peft.LoraConfig`], *optional*):
-            The LoRA to train. Without `target_modules` it gets the policy's own list. By default the paper's rank of 32
-            with an alpha of 64.
+            The LoRA to train. Without `target_modules` it gets the policy's own list. By default the paper's rank of
+            32 with an alpha of 64.
 
     Raises:
         `ValueError`: If a dataset, an option, a task or the model is not usable. Datasets and options are checked
@@ -127,7 +128,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         "citation": """\
 @article{liu2025flowgrpo,
     title   = {Flow-GRPO: Training Flow Matching Models via Online RL},
-    author  = {Jie Liu and Gongye Liu and Jiajun Liang and Yangguang Li and Jiaheng Liu and Xintao Wang and Pengfei Wan and Di Zhang and Wanli Ouyang},
+    author  = {Jie Liu and Gongye Liu and Jiajun Liang and Yangguang Li and Jiaheng Liu and Xintao Wang and
+               Pengfei Wan and Di Zhang and Wanli Ouyang},
     journal = {arXiv preprint arXiv:2505.05470},
     year    = {2025}
 }""",
@@ -241,7 +243,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._step = 0
         self._buffered_samples: list[Sample] | None = None
 
-        # What has been measured since the last log
+        # Measurements since the last log
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._sample_stats: dict[str, torch.Tensor] = {}
         self._bad_cases: set[tuple[int, str]] = set()
@@ -300,8 +302,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         )
 
     def _get_train_sampler(self, dataset=None) -> EpochRepeatSampler:
-        # Each case `num_generations` times in a row, each generation batch once for every microbatch taken from it. Cases
-        # that do not fill a last generation batch are left out of the epoch.
+        # Each case `num_generations` times in a row, each generation batch once for every microbatch taken from it.
+        # Cases that do not fill a last generation batch are left out of the epoch.
         return EpochRepeatSampler(
             range(len(self.train_dataset)),
             mini_repeat_count=self.num_generations,
@@ -332,7 +334,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._phase_seconds[phase] += time.perf_counter() - start
 
     def train(self, *args: Any, **kwargs: Any):
-        # A run starts with a generation batch of its own, whatever an earlier run of this trainer has left over.
+        # A new run starts with a new generation batch, even if an earlier run of this trainer left samples over.
         self._step, self._buffered_samples = 0, None
         return super().train(*args, **kwargs)
 
@@ -360,8 +362,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         rows = [cases[index][0] for index in indices]
         conditions = [encoded[index] for index in indices]
 
-        # The place of a sample in the whole batch does not depend on how the groups are spread over processes. The group
-        # is part of the key, because a case that stands in for an unreadable one may have a group of its own already.
+        # The place of a sample in the whole batch does not depend on how the groups are spread over processes. The
+        # group is part of the key, because a case that stands in for an unreadable one may have a group of its own
+        # already.
         first = self.accelerator.process_index * len(indices)
         generators = [
             seeded_generator(seed, "rollout", generation, str(row["id"]), *divmod(first + i, self.num_generations))
@@ -410,7 +413,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
 
         local_advantages, local_zero_std = advantages[local].tolist(), zero_std[local].tolist()
         if args.log_completions and self.accelerator.is_main_process:
-            # The first sample of each case, then the second of each, as far as there is room
+            # The first sample of each case, then the second of each, while there is room
             by_turn = sorted(range(len(rows)), key=lambda i: (first + i) % self.num_generations)
             for i in sorted(by_turn[: args.num_completions_to_log - len(self._completions)]):
                 self._completions.append(
@@ -486,7 +489,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._pending_extra[column] = values
 
     def _flush_pending_metrics(self) -> dict[str, float]:
-        """Metrics logged by reward functions: their mean over all calls and processes, weighted by numbers of samples."""
+        """
+        Metrics logged by reward functions: their mean over all calls and processes, weighted by numbers of samples.
+        """
         collected: dict[str, list[tuple[float, int]]] = defaultdict(list)
         for metrics in gather_object([dict(self._pending_metrics)]):
             for name, values in metrics.items():
@@ -507,8 +512,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(num_samples,)`: the weighted sum of the
-            rewards (NaN if none applies), the advantages, and whether the sample's group has no spread or the sample no
-            reward, so that there is nothing to learn from it.
+            rewards (NaN if none applies), the advantages, and whether the sample's group has no spread or the sample
+            no reward, so that nothing can be learned from it.
         """
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
         unscored = rewards_per_func.isnan().all(1)
@@ -585,7 +590,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         return total
 
     def _record(self, name: str, values: torch.Tensor) -> None:
-        """Adds to the sum, number, minimum and maximum of a statistic, on the device: nothing waits for it."""
+        """Updates sum, count, minimum and maximum of a statistic on the device, without synchronizing with it."""
         values = values.detach()
         new = torch.stack([values.sum(), values.new_tensor(len(values)), values.min(), values.max()])
         old = self._sample_stats.get(name)
@@ -649,7 +654,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(was_training)
 
-        # What reward functions logged per batch, and over it what is known per case: that knows of no batches
+        # Metrics that reward functions logged per batch; metrics per case, which do not depend on batches, replace
+        # them
         metrics: dict[str, float] = self._flush_pending_metrics()
         for name in sorted({name for result in results for name in result}):
             values = [result[name] for result in results if isinstance(result.get(name), int | float)]
@@ -665,7 +671,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a log of training, not of evaluation
-            # All processes log together, so this is where what they measured apart is put together.
+            # All processes log at the same time, so their measurements are combined here.
             local = {name: values.tolist() for name, values in self._sample_stats.items()}
             gathered = gather_object([(local, self._bad_cases)])
             names = sorted({name for stats, _ in gathered for name in stats})
@@ -706,8 +712,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             )
             self._completions = []
 
-    # A checkpoint also holds the number of microbatches and, if it lies inside a generation batch, the samples that are
-    # still to be trained on: then a resumed run goes on exactly as the uninterrupted one.
+    # A checkpoint also holds the number of microbatches and, if it lies inside a generation batch, the samples that
+    # are still to be trained on, so that a resumed run is identical to an uninterrupted one.
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         state: dict[str, Any] = {"step": self._step, "samples": None}
@@ -737,7 +743,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if not os.path.isfile(path):
             warnings.warn(
                 f"{checkpoint} has no rollouts of process {self.accelerator.process_index} (it was saved with another "
-                "number of processes, or with save_only_model): the run goes on, but not exactly as uninterrupted.",
+                "number of processes, or with save_only_model): the resumed run will not be exact.",
                 stacklevel=2,
             )
             return
@@ -748,7 +754,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             if len(state["samples"]) != expected:
                 raise ValueError(
                     f"{checkpoint} was saved in the middle of a generation batch of {len(state['samples'])} samples "
-                    f"per process, but the arguments now say {expected}. Resume with the batch sizes of the checkpoint."
+                    f"per process, but the arguments give {expected}. Resume with the batch sizes of the checkpoint."
                 )
             self._buffered_samples = [
                 Sample(

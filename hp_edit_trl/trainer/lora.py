@@ -13,7 +13,7 @@ from ..policies import EditPolicy
 
 def check_peft_config(peft_config: LoraConfig | None) -> None:
     """
-    Raises an error for a LoRA that could be trained but not be used afterwards.
+    Raises an error for a LoRA that could be trained but not loaded afterwards.
 
     Args:
         peft_config ([`~peft.LoraConfig`], *optional*):
@@ -21,8 +21,8 @@ def check_peft_config(peft_config: LoraConfig | None) -> None:
 
     Raises:
         `TypeError`: If it is not a `LoraConfig`.
-        `ValueError`: If it has dropout, trains biases, trains whole modules beside the LoRA, or starts from weights that
-            change the base model.
+        `ValueError`: If it has dropout, trains biases, trains whole modules besides the LoRA, or its initialization
+            changes the base model.
     """
     if peft_config is None:
         return
@@ -30,19 +30,20 @@ def check_peft_config(peft_config: LoraConfig | None) -> None:
         raise TypeError(f"peft_config must be a LoraConfig, but is a {type(peft_config).__name__}.")
     if peft_config.lora_dropout:
         raise ValueError(
-            f"lora_dropout={peft_config.lora_dropout} must be 0: with dropout the policy that is trained is another "
-            "one than the policy that samples, and than the reference."
+            f"lora_dropout={peft_config.lora_dropout} must be 0: with dropout, the trained policy differs from the "
+            "policy that samples and from the reference."
         )
     if peft_config.bias != "none":
-        raise ValueError(f"bias={peft_config.bias!r} must be 'none': diffusers loads no biases with a LoRA.")
+        raise ValueError(f"bias={peft_config.bias!r} must be 'none': diffusers does not load biases with a LoRA.")
     if peft_config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
         raise ValueError(
-            f"init_lora_weights={peft_config.init_lora_weights!r} may change the weights of the base model, on which the LoRA "
-            "would then not fit: use True or 'gaussian'."
+            f"init_lora_weights={peft_config.init_lora_weights!r} may change the weights of the base model, which the "
+            "LoRA would then not fit: use True or 'gaussian'."
         )
     if peft_config.modules_to_save:
         raise ValueError(
-            f"modules_to_save={peft_config.modules_to_save} must be empty: diffusers loads no whole modules with a LoRA."
+            f"modules_to_save={peft_config.modules_to_save} must be empty: diffusers does not load whole modules with "
+            "a LoRA."
         )
 
 
@@ -56,7 +57,7 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
         peft_config ([`~peft.LoraConfig`], *optional*):
             The user's configuration; it is not modified. By default the paper's rank of 32 with an alpha of 64.
         base_model (`str`):
-            Hub id or folder of the pipeline, remembered in what is saved.
+            Hub id or folder of the pipeline, written into the saved files.
         seed (`int`):
             Seed of the LoRA's initial weights.
 
@@ -74,7 +75,7 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
         if peft_config is not None
         else LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian")
     )
-    config.task_type = None  # image editors are none of PEFT's language tasks
+    config.task_type = None  # PEFT's task types are for language models
     if config.target_modules is None:
         config.target_modules = policy.lora_target_modules
     if config.exclude_modules is None:
@@ -84,8 +85,8 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
         unknown = [t for t in config.target_modules if not any(name.endswith(f".{t}") for name in names)]
         if unknown:
             raise ValueError(
-                f"target_modules={sorted(unknown)} match no module of {type(transformer).__name__}. Leave target_modules out "
-                "for the modules that the policy names."
+                f"target_modules={sorted(unknown)} match no module of {type(transformer).__name__}. Leave "
+                "target_modules out for the modules that the policy names."
             )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -107,7 +108,7 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
     def enable_checkpointing(*args: Any, **kwargs: Any) -> None:
         transformer.enable_gradient_checkpointing()
 
-    # The name that Trainer looks for, and the one that it used to look for.
+    # The name that Trainer looks for, and its former name
     model.activation_checkpointing_enable = model.gradient_checkpointing_enable = enable_checkpointing
     return model
 
@@ -126,8 +127,8 @@ def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:
     """
     state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = {name.removeprefix("base_model.model."): weight for name, weight in state_dict.items()}
-    # Without this metadata diffusers takes alpha to be r, silently. The modules are named one by one: diffusers does not
-    # know of those that were excluded.
+    # Without this metadata diffusers takes alpha to be r, silently. The modules are named one by one: diffusers does
+    # not know of those that were excluded.
     adapted = sorted({name.rpartition(".lora_")[0] for name in weights})
     config = {**model.peft_config["default"].to_dict(), "target_modules": adapted, "exclude_modules": None}
     type(policy.pipeline).save_lora_weights(

@@ -27,7 +27,8 @@ def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str,
         log_history (`list[dict]`):
             The trainer's `state.log_history`.
         curves (`list[tuple[str, str, str]]`):
-            Name in the log, label and color of each curve. Those of an evaluation are drawn with markers, others smoothed.
+            Name in the log, label and color of each curve. Those of an evaluation are drawn with markers, others
+            smoothed.
         path (`Path`):
             PNG file to write.
 
@@ -47,7 +48,8 @@ def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str,
         drawn = True
         steps, values = zip(*points, strict=True)
         width = max(1, len(values) // 20)
-        smooth = [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]  # fmt: skip
+        windows = [values[max(0, i - width + 1) : i + 1] for i in range(len(values))]
+        smooth = [sum(window) / len(window) for window in windows]
         evaluation = key.startswith("eval_")
         if evaluation or width == 1:
             marker = "o" if evaluation or len(values) == 1 else None
@@ -114,8 +116,8 @@ def write_model_card(
     curves: list[tuple[str, str, str]],
 ) -> None:
     """
-    Writes `README.md`, and `reward_curve.png` if there is one to draw. The card shows `before_after.png` and `images` if they
-    are in the folder, see [`save_pictures`].
+    Writes `README.md`, and `reward_curve.png` if there is one to draw. The card shows `before_after.png` and `images`
+    if they are in the folder, see [`save_pictures`].
 
     Args:
         folder (`Path`):

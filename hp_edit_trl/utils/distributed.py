@@ -9,15 +9,17 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 
 def patient_accelerator() -> Accelerator:
-    """The processes of this launch. At a barrier they wait for each other as long as it takes: hours, for a slow judge."""
+    """
+    The processes of this launch. At a barrier they wait for each other as long as it takes: hours, for a slow judge.
+    """
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
 
 @contextmanager
 def in_step(accelerator: Accelerator) -> Iterator[None]:
     """
-    A part of the work at whose end processes wait for each other. If it fails in one of them, it fails in all, so that none waits
-    for another that gave up.
+    Context for work after which the processes wait for each other. If it fails in one process, it fails in all, so
+    that none waits for a process that has stopped.
     """
     failure: Exception | None = None
     try:

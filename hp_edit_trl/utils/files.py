@@ -1,4 +1,4 @@
-"""Files that survive a kill: written whole or not at all, or appended to line by line."""
+"""Files that survive a kill: written completely or not at all, or appended line by line."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 def write_atomically(file: str | Path, write: Callable[[Path], Any]) -> None:
     """
-    Writes a file completely or not at all: to a temporary file beside it, which is synced and then renamed.
+    Writes a file completely or not at all: to a temporary file in the same folder, which is synced and then renamed.
 
     Args:
         file (`str` or `Path`):
@@ -31,10 +31,10 @@ def write_atomically(file: str | Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"{file} cannot be written ({error.strerror or error}). Everything before it is kept: make room, and run again",
-        ) from error
+        message = (
+            f"{file} cannot be written ({error.strerror or error}). Earlier files are kept: free space, run again"
+        )
+        raise OSError(error.errno, message) from error
 
 
 def write_text(file: str | Path, text: str) -> None:
@@ -70,7 +70,9 @@ def append_jsonl(file: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(file: str | Path) -> Iterator[tuple[int, Any, bytes]]:
-    """Yields the number, the JSON object (`None` if the line is not a complete one) and the bytes of each non-empty line."""
+    """
+    Yields the number, the JSON object (`None` if the line is not a complete one) and the bytes of each non-empty line.
+    """
     for number, line in enumerate(Path(file).read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:

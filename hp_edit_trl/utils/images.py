@@ -1,4 +1,4 @@
-"""The one way to read an image, whatever form it comes in, and what identifies it."""
+"""Reading, hashing, encoding and arranging images."""
 
 import hashlib
 import io
@@ -38,8 +38,8 @@ def read_image(value: Any, name: str) -> Image.Image:
 
 def image_digest(value: Any) -> bytes:
     """
-    SHA-256 of an image as it is stored: of the encoded bytes, of its file's content, or of the pixels of a PIL image. Images
-    are not decoded for it; of a path without a file, the path is hashed.
+    SHA-256 of an image as it is stored: of the encoded bytes, of its file's content, or of the pixels of a PIL image.
+    Images are not decoded for it; of a path without a file, the path is hashed.
     """
     if isinstance(value, Image.Image):
         pixels = value.convert("RGB")
@@ -60,7 +60,7 @@ def png_bytes(image: Image.Image, compress_level: int = 6) -> bytes:
 
 def comparison_sheet(rows: list[tuple[str, list[Image.Image]]], headings: list[str], height: int = 256) -> Image.Image:
     """
-    A picture of pictures: one row per case with its text below, one column per heading.
+    Arranges images in a sheet: one row per case with its text below, one column per heading.
 
     Args:
         rows (`list[tuple[str, list[PIL.Image.Image]]]`):

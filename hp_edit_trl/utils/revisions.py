@@ -1,4 +1,4 @@
-"""What tells a model, a folder or a dataset from another one of the same name."""
+"""Revisions of models, folders and datasets, which tell them apart from others of the same name."""
 
 import hashlib
 import os
@@ -16,8 +16,8 @@ EDGE = 65536  # bytes at either end of a file that are read
 
 def folder_revision(folder: str | Path) -> str:
     """
-    The commit of a snapshot that was downloaded from the Hub. For any other folder a hash of its files: names, sizes, and
-    first and last 64 KiB of each.
+    The commit of a snapshot that was downloaded from the Hub. For any other folder a hash of its files: names, sizes,
+    and first and last 64 KiB of each.
     """
     folder = Path(folder)
     if folder.parent.name == "snapshots":
@@ -44,7 +44,7 @@ def model_revision(model: str, revision: str | None = None) -> str | None:
             Branch, tag or commit of the Hub repository.
 
     Returns:
-        `str` or `None`: the commit on the Hub, as far as it is known, or [`folder_revision`] of a folder.
+        `str` or `None`: the commit on the Hub if it is known, or [`folder_revision`] of a folder.
     """
     if os.path.isdir(model):
         return folder_revision(model)

@@ -1,4 +1,4 @@
-"""Randomness that depends on what it is for, never on what was drawn before."""
+"""Random generators that depend on their purpose, not on what was drawn before."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ def seeded_generator(*key: int | str) -> torch.Generator:
 
     Args:
         *key (`int` or `str`):
-            The run's seed, the purpose, and which case it is.
+            The run's seed, the purpose, and the case.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

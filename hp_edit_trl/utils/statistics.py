@@ -1,9 +1,9 @@
 """
 Means, paired differences and their bootstrap intervals.
 
-An interval comes from resampling whole clusters (cases), because several edits of one case are not independent, within each
-group (task), because the tasks are chosen and not drawn. Every statistic is computed from a matrix of weights: how often each
-value occurs in each resample. Its first row is all ones and gives the statistic itself.
+An interval comes from resampling whole clusters (cases), because several edits of one case are not independent, within
+each group (task), because the tasks are chosen and not drawn. Every statistic is computed from a matrix of weights:
+how often each value occurs in each resample. Its first row is all ones and gives the statistic itself.
 """
 
 import math
@@ -72,8 +72,8 @@ def cluster_labels(
     for cluster, group in zip(clusters, groups, strict=True):
         if group != group_of_cluster[cluster]:
             raise ValueError(
-                f"The cluster {cluster!r} has edits in the groups {group!r} and {group_of_cluster[cluster]!r}: all edits of a case "
-                "must have one task, because cases are resampled within their task."
+                f"The cluster {cluster!r} has edits in the groups {group!r} and {group_of_cluster[cluster]!r}: all "
+                "edits of a case must have one task, because cases are resampled within their task."
             )
     number = {cluster: index for index, cluster in enumerate(group_of_cluster)}
     return np.array([number[cluster] for cluster in clusters], int), np.array(groups, str)

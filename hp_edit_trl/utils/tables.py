@@ -4,7 +4,9 @@ from typing import Any
 
 
 def format_estimate(estimate: dict[str, Any], signed: bool = False, interval: bool = True) -> str:
-    """The value of an estimate with its interval in brackets, e.g. `"0.89 [0.85, 0.92]"`; a dash where there is no value."""
+    """
+    The value of an estimate with its interval in brackets, e.g. `"0.89 [0.85, 0.92]"`; a dash if there is no value.
+    """
     style = "+.2f" if signed else ".2f"
     if estimate["value"] is None:
         return "–"
