@@ -212,7 +212,8 @@ def overhead(count: int, latency: float, engines: list[str]) -> None:
         CLIPModel(config).save_pretrained(clip)
         CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(clip)
         print(
-            "| engine | stage | rows | start, s | rows/s | model calls, s | whole stage, s | overhead |\n|---|---|---|---|---|---|---|---|"
+            "| engine | stage | rows | start, s | rows/s | model calls, s | whole stage, s | overhead |\n"
+            "|---|---|---|---|---|---|---|---|"
         )
         for engine in engines:
             calls = {name: root / f"{engine}-{name}.txt" for name in ("category", "instructions", "edits", "scores")}

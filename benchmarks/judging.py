@@ -38,7 +38,8 @@ def make_judge(folder: str, mode: str, batch_size: int, size: int) -> Transforme
     judge.processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": size * size}
     config = judge.model.config
     for part, values in (
-        (config.text_config, {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16}),
+        (config.text_config, {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
+            "num_attention_heads": 16}),
         (config.vision_config, {"hidden_size": 256, "intermediate_size": 1024, "depth": 8, "out_hidden_size": 256}),
     ):  # fmt: skip
         for name, value in values.items():

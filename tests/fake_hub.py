@@ -117,7 +117,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if match is None:
                 raise HubError(404, "NoSuchRoute")
-            # An upload to the large file storage goes to a signed address, without a token; so may a card that is only checked.
+            # An upload to the large file storage goes to a signed address, without a token; so may a card that is only
+            # checked.
             if self.command == "POST" and not self.has_token and name != "validate_yaml":
                 raise HubError(401, "Unauthorized")
             groups = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}

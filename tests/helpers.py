@@ -8,8 +8,8 @@ from hp_edit_trl import FlowGRPOEditConfig
 from hp_edit_trl.judges import Judgement, parse_score
 
 
-# Last line of a script of several processes. A thread of gloo's may still hold a tensor when the interpreter ends, and then aborts
-# the process: what is left to it is to end without.
+# Last line of a script of several processes. A thread of gloo's may still hold a tensor when the interpreter ends, and
+# then aborts the process: what is left to it is to end without.
 END = "import os, sys; sys.stdout.flush(); os._exit(0)\n"
 
 
@@ -59,7 +59,9 @@ def make_config(output_dir, **kwargs) -> FlowGRPOEditConfig:
 
 
 class RuleJudge:
-    """A judge that goes by a rule of the prompt and the pictures, by default how red the edit is. It counts its cases."""
+    """
+    A judge that goes by a rule of the prompt and the pictures, by default how red the edit is. It counts its cases.
+    """
 
     def __init__(self, name="rule", rule=None):
         self.name = name
@@ -86,7 +88,9 @@ class RuleJudge:
 
 
 def make_edits(count: int = 6, editors=("one", "two")) -> Dataset:
-    """Edits of the cases of `make_cases`, in plain colors: the k-th editor's are redder than those of the one before."""
+    """
+    Edits of the cases of `make_cases`, in plain colors: the k-th editor's are redder than those of the one before.
+    """
     rows = []
     for i, case in enumerate(make_cases(count)):
         for k, editor in enumerate(editors):

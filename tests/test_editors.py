@@ -76,12 +76,12 @@ def test_a_folder_gives_what_is_in_it(tmp_path):
     assert editor.identity["editor"] == "someone"
     (tmp_path / "nothing").mkdir()
     for folder in (tmp_path / "nothing", tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="is no folder of edits"):
+        with pytest.raises(FileNotFoundError, match="is not a folder of edits"):
             FolderEditor(folder)
 
 
 def test_what_cannot_be_an_editor():
-    with pytest.raises(ValueError, match="neither a folder nor a diffusers pipeline on the Hub"):
+    with pytest.raises(ValueError, match="neither a folder nor a readable diffusers pipeline"):
         PipelineEditor("nobody/nothing").identity  # noqa: B018
-    with pytest.raises(ValueError, match="dtype='float' is no type|dtype='half-life'"):
+    with pytest.raises(ValueError, match="dtype='float' is not a type|dtype='half-life'"):
         PipelineEditor("x", dtype="half-life")

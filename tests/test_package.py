@@ -50,7 +50,10 @@ MODULES = {
 
 
 def imports(module: str) -> list[tuple[str, str | None]]:
-    """Every import of the package's modules in a module, wherever it stands: the module, and the name that is taken from it."""
+    """
+    Every import of the package's modules in a module, wherever it stands: the module, and the name that is taken from
+    it.
+    """
     found: list[tuple[str, str | None]] = []
     path = MODULES[module]
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]

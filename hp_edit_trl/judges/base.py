@@ -108,12 +108,11 @@ def check_judge_options(score_mode: str, num_answers: int, temperature: float, p
         raise ValueError(f"score_mode={score_mode!r} is not known: use 'integer' or 'expected'.")
     if num_answers < 1 or temperature <= 0:
         raise ValueError(
-            f"num_answers={num_answers} and temperature={temperature} must be above zero; with num_answers=1 the answer "
-            "is greedy."
+            f"num_answers={num_answers} and temperature={temperature} must be above zero; a single answer is greedy."
         )
     if score_mode == "expected" and parse is not parse_score:
         raise ValueError(
-            f"score_mode='expected' reads the probabilities of the digits 0 to 5 and cannot use "
+            "score_mode='expected' reads the probabilities of the digits 0 to 5 and cannot use "
             f"parse={parse.__name__}: use score_mode='integer'."
         )
     if score_mode == "expected" and num_answers > 1:

@@ -133,11 +133,11 @@ def find_prompts(source: str | None, revision: str | None) -> tuple[Path, str]:
             )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"prompts={source!r} is neither a local folder nor a Hub repository that can be read: {error}"
+                f"{source!r} is neither a local folder nor a Hub repository that can be read: {error}"
             ) from error
         origin = f"{source}@{folder.name}"
     if revision is not None and origin == source:
-        raise ValueError(f"revision={revision!r} pins a Hub repository, but prompts={source!r} is a local folder.")
+        raise ValueError(f"revision={revision!r} pins a Hub repository, but {source!r} is a local folder.")
     return folder, origin
 
 

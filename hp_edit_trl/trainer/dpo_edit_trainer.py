@@ -297,9 +297,10 @@ class DPOEditTrainer(BaseEditTrainer):
             shapes = size, self.policy.target_size(images, 4096)
             if all(abs(edit.width * height / (edit.height * width) - 1) > 0.08 for height, width in shapes):
                 raise UnreadableImageError(
-                    f"The edits of pair {row['id']!r} have {edit.width} x {edit.height} pixels, but this model edits the "
-                    f"case in the shape of its reference, {size[1]} x {size[0]} at "
-                    f"resolution={self.args.resolution}: resizing would distort them. Crop them to the reference's shape, or leave the pair out."
+                    f"The edits of pair {row['id']!r} have {edit.width} x {edit.height} pixels, but this model edits "
+                    f"the case in the shape of its reference, {size[1]} x {size[0]} at resolution="
+                    f"{self.args.resolution}: resizing would distort them. Crop them to the reference's shape, or "
+                    "leave the pair out."
                 )
             chosen, rejected = (self.policy.encode_image(edit, *size).float().cpu() for edit in edits)
         tensors = {name: tensor.cpu() for name, tensor in conditions.tensors.items()}

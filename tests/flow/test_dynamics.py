@@ -21,8 +21,8 @@ def gaussian_velocity(x, sigma, mean, std):
 
 @pytest.mark.parametrize("dynamics", ["ode", *STOCHASTIC])
 def test_marginals_of_the_ode_are_kept(dynamics):
-    # Every dynamics is a sampler of the same flow: with the exact velocity of Gaussian data and many steps, the samples
-    # have the data's mean and standard deviation, whatever noise is added on the way.
+    # Every dynamics is a sampler of the same flow: with the exact velocity of Gaussian data and many steps, the
+    # samples have the data's mean and standard deviation, whatever noise is added on the way.
     mean, std, steps, n = 0.7, 0.5, 400, 60_000
     # CPS adds an amount of noise per step, not per time, so its noise level has to shrink as the steps get finer.
     noise_level = 3 / math.sqrt(steps) if dynamics == "cps" else 0.7

@@ -79,7 +79,10 @@ def test_prose_is_remembered_and_a_failure_is_not(tmp_path):
 
 
 def test_judgements_that_cannot_be_kept_are_not_lost(tmp_path, caplog):
-    cached = CachedJudge(RuleJudge(rule=lambda text, pictures: (tmp_path / "cache").write_bytes(b"gone" * 999) and 4), tmp_path / "cache")  # fmt: skip
+    cached = CachedJudge(
+        RuleJudge(rule=lambda text, pictures: (tmp_path / "cache").write_bytes(b"gone" * 999) and 4),
+        tmp_path / "cache",
+    )
     assert cached([chat()])[0].score == 4
     assert "1 judgements were not kept" in caplog.text
 

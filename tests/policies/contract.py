@@ -74,7 +74,8 @@ class PolicyContract:
             assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1, cfg
 
     def test_a_step_in_half_precision_is_the_pipelines(self):
-        # Of several steps only the first is the same: the pipeline rounds its latents after each, which the policy does not.
+        # Of several steps only the first is the same: the pipeline rounds its latents after each, which the policy
+        # does not.
         pipeline = self.make_pipeline().to(torch.bfloat16)
         policy = policy_class(pipeline)(pipeline)
         images = [photo(*self.square)]
@@ -101,10 +102,11 @@ class PolicyContract:
     def test_batches_equal_single_runs(self, policy):
         cfg = self.guidance_scales(policy)[-1]
         negative = policy.default_negative_prompt if cfg > 1 else None
+        balloon = "Add a red balloon to the left of the cat"
         cases = [
             policy.encode([photo(width, height, seed=i)], prompt, negative, 64)
             for i, (width, height, prompt) in enumerate(
-                [(64, 64, "Add a red balloon to the left of the cat"), (64, 64, "Blur"), (128, 64, "Blur"), (96, 96, "Go")]
+                [(64, 64, balloon), (64, 64, "Blur"), (128, 64, "Blur"), (96, 96, "Go")]
             )
         ]  # fmt: skip
         options = dict(dynamics="flow_sde", noise_level=0.7, steps=range(0, 2))

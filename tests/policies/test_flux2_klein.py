@@ -41,6 +41,6 @@ class TestDistilled(KleinContract):
         return tiny_klein_pipeline(is_distilled=True)
 
     def test_there_is_no_second_pass(self, tmp_path):
-        with pytest.raises(ValueError, match="true_cfg_scale=4.0, but this pipeline was distilled"):
+        with pytest.raises(ValueError, match="true_cfg_scale=4.0, but this Flux2KleinPipeline is guidance-distilled"):
             self.make_trainer(tmp_path, true_cfg_scale=4.0)
         assert self.make_trainer(tmp_path).true_cfg_scale == 1.0

@@ -12,7 +12,8 @@ class QwenContract(PolicyContract):
         self, pipeline, images, prompt, negative_prompt, cfg, height, width, steps=STEPS, output_type="pil", **kwargs
     ):
         return pipeline(
-            image=images, prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=cfg, height=height, width=width,
+            image=images, prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=cfg, height=height,
+                width=width,
             num_inference_steps=steps, output_type=output_type, **kwargs,
         ).images[0]  # fmt: skip
 

@@ -6,14 +6,30 @@ from hp_edit_trl.tasks import TASKS
 
 # One word or phrase for each criterion of the paper's figures S2 to S9. A prompt that loses one has lost a criterion.
 CRITERIA = {
-    "remove": ["main object or subject", "very thing", "really gone", "differ in a way that matters", "artifacts", "blur", "shadow"],
-    "add": ["usable picture", "is the object that was asked for now present", "differ in a way that matters", "artifacts", "softness", "impossible shadows", "category", "attributes", "place"],
-    "swap": ["word for word", "which object is to disappear", "take its place", "clearly identified", "logically possible", "without ambiguity", "vanished", "no part missing", "misshapen", "category, attributes, pose, position", "additional objects", "background of image a fully kept", "does not speak of", "without support", "passing through", "compositing"],
-    "background": ["foreground subject", "meaningful replacement", "another one than that of image a", "survive intact", "visible artifacts", "blended"],
-    "color": ["strict", "composition", "identity and shape", "mirrored side", "accessories", "logos", "patterns", "hue, saturation and brightness", "gradients", "glossy", "metallic", "woven", "wooden", "grained", "highlights", "shadows", "reflections", "translucency", "flat coat of paint", "halo", "bleeding", "fringe", "banding", "posterised", "tint"],
-    "bokeh": ["strict", "weigh the same", "crop, scale and rotation", "colour cast", "identity and pose", "facial features, edges and textures", "truly blurred", "strongly", "hair and fur", "halo", "double contour", "bleeding", "cut-out", "holes", "ringing", "grain and noise", "gradually with distance", "middle ground", "uniform", "disqualified"],
-    "relight": ["come from where it should", "every object", "soft or as hard", "warm or as cool", "shadows and highlights", "halos", "geometry of the scene", "textures", "composition", "physically plausible", "pleasing", "invalid"],
-    "style": ["word for word", "palette", "textures", "brushwork", "objects it contains", "sensible", "without ambiguity", "features of that style", "none added and none taken away", "background all there", "structure did not", "coherent or realistic", "without support", "passing through", "machine's hand"],
+    "remove": ["main object or subject", "very thing", "really gone", "differ in a way that matters", "artifacts",
+        "blur", "shadow"],
+    "add": ["usable picture", "is the object that was asked for now present", "differ in a way that matters",
+        "artifacts", "softness", "impossible shadows", "category", "attributes", "place"],
+    "swap": ["word for word", "which object is to disappear", "take its place", "clearly identified",
+        "logically possible", "without ambiguity", "vanished", "no part missing", "misshapen",
+        "category, attributes, pose, position", "additional objects", "background of image a fully kept",
+        "does not speak of", "without support", "passing through", "compositing"],
+    "background": ["foreground subject", "meaningful replacement", "another one than that of image a",
+        "survive intact", "visible artifacts", "blended"],
+    "color": ["strict", "composition", "identity and shape", "mirrored side", "accessories", "logos", "patterns",
+        "hue, saturation and brightness", "gradients", "glossy", "metallic", "woven", "wooden", "grained",
+        "highlights", "shadows", "reflections", "translucency", "flat coat of paint", "halo", "bleeding",
+        "fringe", "banding", "posterised", "tint"],
+    "bokeh": ["strict", "weigh the same", "crop, scale and rotation", "colour cast", "identity and pose",
+        "facial features, edges and textures", "truly blurred", "strongly", "hair and fur", "halo", "double contour",
+        "bleeding", "cut-out", "holes", "ringing", "grain and noise", "gradually with distance", "middle ground",
+        "uniform", "disqualified"],
+    "relight": ["come from where it should", "every object", "soft or as hard", "warm or as cool",
+        "shadows and highlights", "halos", "geometry of the scene", "textures", "composition", "physically plausible",
+        "pleasing", "invalid"],
+    "style": ["word for word", "palette", "textures", "brushwork", "objects it contains", "sensible",
+        "without ambiguity", "features of that style", "none added and none taken away", "background all there",
+        "structure did not", "coherent or realistic", "without support", "passing through", "machine's hand"],
 }  # fmt: skip
 
 
@@ -54,7 +70,7 @@ def test_a_folder(tmp_path):
     prompts = load_scorer_prompts(str(tmp_path))
     assert list(prompts) == ["crop"] and prompts["crop"].revision == f"{tmp_path}:crop:b2"
     assert prompts["crop"].fill("cropping") == "Was cropping done? Keep {this}."
-    with pytest.raises(ValueError, match="pins a Hub repository, but prompts=.* is a local folder"):
+    with pytest.raises(ValueError, match="pins a Hub repository, but .* is a local folder"):
         load_scorer_prompts(str(tmp_path), revision="main")
 
 

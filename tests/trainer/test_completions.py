@@ -22,7 +22,8 @@ def test_trackers_get_a_table_with_images(tmp_path, monkeypatch, tracker):
     monkeypatch.setitem(__import__("sys").modules, tracker, module)
     rows = [
         {"step": 2, "id": "a", "prompt": "x", "reference": photo(32, 16), "completion": photo(16, 16), "reward": 0.5},
-        {"step": 3, "id": "b", "prompt": "y", "reference": photo(32, 16), "completion": photo(16, 16), "reward": 0.25, "note": "n"},
+        {"step": 3, "id": "b", "prompt": "y", "reference": photo(32, 16), "completion": photo(16, 16), "reward": 0.25,
+            "note": "n"},
     ]  # fmt: skip
     log_completions_table(rows, 3, tmp_path, [tracker])
     ((first, second),) = logged

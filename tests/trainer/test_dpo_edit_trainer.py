@@ -123,7 +123,9 @@ def warm(trainer, std=0.5):
 
 
 def record_velocities(trainer):
-    """What goes through the transformer from here on: (noisy latents, noise levels, whether it can be learned from)."""
+    """
+    What goes through the transformer from here on: (noisy latents, noise levels, whether it can be learned from).
+    """
     calls, velocity = [], trainer.policy.velocity
 
     def recorded(model, latents, sigma, batch, true_cfg_scale):
@@ -173,8 +175,8 @@ def encoded_by_hand(rows, pipeline=None, resolution=64):
 
 def stretch_rejected(files):
     """
-    The rejected latents become the chosen ones and more of them: a step away leads away from the chosen ones as well, which
-    images that a random VAE encodes hardly ever do.
+    The rejected latents become the chosen ones and more of them: a step away leads away from the chosen ones as well,
+    which images that a random VAE encodes hardly ever do.
     """
     for file in files:
         state = torch.load(file, weights_only=True)
@@ -182,7 +184,9 @@ def stretch_rejected(files):
 
 
 class Float64Reference:
-    """The loss and its gradient, written again: one pair at a time, in float64, the LoRA multiplied into the weights."""
+    """
+    The loss and its gradient, written again: one pair at a time, in float64, the LoRA multiplied into the weights.
+    """
 
     def __init__(self, trainer, rows):
         self.encoded = encoded_by_hand(rows)
@@ -254,7 +258,8 @@ LOSSES = {
 def test_loss_and_gradient_against_float64(make_trainer, tmp_path, loss_type, loss_weights, safeguard):
     rows, beta = make_pairs(4), 25.0
     trainer = make_trainer(
-        rows, latents_cache_dir=str(tmp_path / "latents"), loss_type=loss_type, loss_weights=loss_weights, safeguard=safeguard, beta=beta, shuffle_dataset=False,
+        rows, latents_cache_dir=str(tmp_path / "latents"), loss_type=loss_type, loss_weights=loss_weights,
+        safeguard=safeguard, beta=beta, shuffle_dataset=False,
         per_device_train_batch_size=4,
     )  # fmt: skip
     warm(trainer)
@@ -292,7 +297,8 @@ def test_loss_and_gradient_against_float64(make_trainer, tmp_path, loss_type, lo
             scales.append(scale)
             for name, value in {
                 "rewards/chosen": r_w, "rewards/rejected": r_l, "rewards/margins": margin,
-                "rewards/accuracies": float(margin > 0), "flow_loss/chosen": e_w.item(), "flow_loss/rejected": e_l.item(),
+                "rewards/accuracies": float(margin > 0), "flow_loss/chosen": e_w.item(),
+                "flow_loss/rejected": e_l.item(),
                 "flow_loss/reference_chosen": ref_w, "flow_loss/reference_rejected": ref_l,
             }.items():  # fmt: skip
                 seen.setdefault(name, []).append(value)
@@ -695,7 +701,8 @@ def other_scale():
         (dict(row=lambda row: {"task": "another", "score_chosen": 0.0}), 0),
         (dict(beta=1.0, seed=3, learning_rate=1.0), 0),
     ],
-    ids=["resolution", "seed", "vae", "text_encoder", "one_filter", "vae_scale", "prompt", "image", "chosen", "rejected", "swapped", "task", "options"],
+    ids=["resolution", "seed", "vae", "text_encoder", "one_filter", "vae_scale", "prompt", "image", "chosen",
+        "rejected", "swapped", "task", "options"],
 )  # fmt: skip
 def test_what_changed_is_encoded_again(make_trainer, monkeypatch, tmp_path, change, encoded):
     change, folder = dict(change), str(tmp_path / "latents")
@@ -855,7 +862,7 @@ def test_pairs_that_cannot_be_used(make_trainer, caplog, column, value, message)
 
 def test_not_one_usable_pair(make_trainer):
     dataset = planted("chosen", BROKEN, row=0, count=1)
-    with pytest.raises(ValueError, match="Not one pair"):
+    with pytest.raises(ValueError, match="No pair can be used"):
         make_trainer(dataset, on_bad_image="skip").train()
 
 

@@ -187,7 +187,8 @@ def test_two_runs_agree_bit_for_bit(make_trainer, tmp_path):
 def test_resume_is_exact(make_trainer, tmp_path, case):
     options = {
         "aligned": dict(max_steps=3, save_steps=1),
-        "inside a generation batch": dict(max_steps=4, save_steps=1, num_iterations=2, gradient_accumulation_steps=1, steps_per_generation=2),
+        "inside a generation batch": dict(max_steps=4, save_steps=1, num_iterations=2, gradient_accumulation_steps=1,
+            steps_per_generation=2),
         "next epoch": dict(max_steps=5, save_steps=4),
     }[case]  # fmt: skip
     through = make_trainer(output_dir=tmp_path / "a", save_strategy="steps", **options)
@@ -203,7 +204,7 @@ def test_resume_inside_a_generation_batch_needs_its_sizes(make_trainer, tmp_path
     options = dict(save_strategy="steps", gradient_accumulation_steps=1)
     make_trainer(output_dir=tmp_path / "a", max_steps=1, save_steps=1, steps_per_generation=2, **options).train()
     other = make_trainer(output_dir=tmp_path / "b", max_steps=2, steps_per_generation=4, **options)
-    with pytest.raises(ValueError, match="generation batch of 8 samples per process, but the arguments now say 16"):
+    with pytest.raises(ValueError, match="generation batch of 8 samples per process, but the arguments give 16"):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
 
 
@@ -294,7 +295,9 @@ def test_groups_shuffled_and_split_keep_case_and_advantage_together(make_trainer
 
 def test_advantages(make_trainer):
     nan = math.nan
-    rewards = torch.tensor([[1.0, nan], [2.0, nan], [3.0, nan], [6.0, nan], [5.0, 1.0], [5.0, 1.0], [nan, nan], [5.0, 1.0]])  # fmt: skip
+    rewards = torch.tensor(
+        [[1.0, nan], [2.0, nan], [3.0, nan], [6.0, nan], [5.0, 1.0], [5.0, 1.0], [nan, nan], [5.0, 1.0]]
+    )
     for scale in ("group", "batch", "none"):
         trainer = make_trainer([redness, lambda **kwargs: None], scale_rewards=scale, reward_weights=[1.0, 2.0])
         total, advantages, flat = trainer._compute_advantages(rewards.clone())
@@ -365,7 +368,9 @@ def test_evaluation(make_trainer):
     held_out = make_cases(5)
     trainer = make_trainer(eval_dataset=held_out, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2)
     first = trainer.evaluate()
-    assert first == pytest.approx({**trainer.evaluate(), **{k: v for k, v in first.items() if "per_second" in k or "runtime" in k}})  # fmt: skip
+    assert first == pytest.approx(
+        {**trainer.evaluate(), **{k: v for k, v in first.items() if "per_second" in k or "runtime" in k}}
+    )
     # The mean over the cases, each once, each with its own noise, however they are batched.
     cases = [trainer._read_case(trainer.eval_dataset, i) for i in range(5)]
     rewards = [redness(trainer.sample_edits([case]))[0] for case in cases]
@@ -435,7 +440,8 @@ def test_bad_images(make_trainer):
     )  # fmt: skip
     trainer.train()
     assert trainer.state.log_history[0]["bad_images"] == 1
-    # Its place is taken by case-2, which is in the batch already: with other noise, or half of that work were for nothing.
+    # Its place is taken by case-2, which is in the batch already: with other noise, or half of that work were for
+    # nothing.
     assert len(seen) == len(set(seen)) == 16
     # In evaluation no case stands in for another.
     metrics = trainer.evaluate()

@@ -156,7 +156,10 @@ def push_prompts() -> dict[str, Any]:
 
 
 def edit_by_ids(folder: str) -> list[Any]:
-    """Base and LoRA by their names alone. Returns how far the edit is from that of the trained pipeline, or what is wrong."""
+    """
+    Base and LoRA by their names alone. Returns how far the edit is from that of the trained pipeline, or what is
+    wrong.
+    """
     editor = PipelineEditor(BASE, None, TRAINED, 64, "float32", num_inference_steps=2, negative_prompt=" ")
     try:
         with mock.patch.object(pipeline_module, "VAE_IMAGE_SIZE", 64 * 64):
