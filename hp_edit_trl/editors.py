@@ -26,6 +26,7 @@ from trl.trainer.utils import get_callable_name
 from .lora_formats import lora_file
 from .policies import EditPolicy, bucketed, decode, rollout
 from .policies.edit_policy import fitted_size
+from .utils.dtypes import parse_dtype
 from .utils.images import read_image
 from .utils.revisions import folder_revision, weights_digest
 from .utils.seeding import seeded_generator
@@ -98,8 +99,7 @@ class PipelineEditor:
         dtype: str = "bfloat16",
         **options: Any,
     ):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype={dtype!r} is not a type of tensors: use e.g. 'bfloat16' or 'float32'.")
+        parse_dtype(dtype)
         self.model = model
         self.revision = revision
         self.lora = lora
@@ -125,7 +125,7 @@ class PipelineEditor:
 
     def load_pipeline(self) -> DiffusionPipeline:
         """The pipeline with its LoRA, on the CPU."""
-        pipeline = DiffusionPipeline.from_pretrained(str(self.folder), dtype=getattr(torch, self.dtype))
+        pipeline = DiffusionPipeline.from_pretrained(str(self.folder), dtype=parse_dtype(self.dtype))
         if self.lora is not None:
             try:
                 file = lora_file(self.lora)

@@ -254,7 +254,7 @@ def fake_hub() -> Iterator[FakeHub]:
     """
     with tempfile.TemporaryDirectory() as home, ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         url = f"http://127.0.0.1:{server.server_port}"
-        env = {"HF_ENDPOINT": url, "HF_TOKEN": "hf_fake", "HF_HOME": home}
+        env = {"HF_ENDPOINT": url, "HF_TOKEN": "hf_fake", "HF_HOME": home, "HF_HUB_OFFLINE": "0"}
         hub = FakeHub(url, {**env, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
         server.RequestHandlerClass = type("HubHandler", (Handler,), {"hub": hub, "lock": threading.Lock()})
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -204,9 +204,9 @@ class ServerJudge:
                 ]
             except (AttributeError, IndexError, KeyError, TypeError) as error:
                 raise ValueError(f"the server's reply is no chat completion: {str(reply)[:200]}") from error
-            usage = getattr(reply, "usage", None)
-            read += getattr(usage, "prompt_tokens", None) or 0
-            written += getattr(usage, "completion_tokens", None) or 0
+            if reply.usage is not None:
+                read += reply.usage.prompt_tokens or 0
+                written += reply.usage.completion_tokens or 0
         if self.score_mode == "integer":
             return replace(mean_score(answers, self.parse), input_tokens=read, output_tokens=written)
         try:

@@ -19,6 +19,7 @@ from trl.trainer.utils import RepeatSampler, use_adapter
 from ..cases import case_images
 from ..editors import PolicyEditor
 from ..policies import EditConditions, EditPolicy
+from ..utils.dtypes import parse_dtype
 from ..utils.images import UnreadableImageError
 from ..utils.revisions import dataset_revision
 from ..utils.seeding import seeded_generator
@@ -51,8 +52,7 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
     dtype = init_kwargs.pop("torch_dtype", None) or init_kwargs.get("dtype")
     if dtype is None:
         dtype = torch.bfloat16 if args.bf16 else torch.float32
-    # From YAML or the command line it is a name.
-    init_kwargs["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    init_kwargs["dtype"] = parse_dtype(dtype)  # a name, if it comes from YAML or the command line
     return policy_type(DiffusionPipeline.from_pretrained(model, **init_kwargs), args.offload_encoders), model
 
 
