@@ -525,6 +525,8 @@ def test_the_dtype_may_be_a_name(make_trainer, tmp_path):
     for option in ({"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}, {"dtype": torch.bfloat16}):
         trainer = make_trainer(pipeline=str(tmp_path / "base"), model_init_kwargs=option)
         assert trainer.policy.dtype == trainer.policy.pipeline.vae.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype='auto' is not a type of tensors"):
+        make_trainer(pipeline=str(tmp_path / "base"), model_init_kwargs={"dtype": "auto"})
 
 
 def test_bad_arguments(make_trainer, tmp_path):
