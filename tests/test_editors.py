@@ -6,7 +6,7 @@ import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from hp_edit_trl.editors import FolderEditor, PipelineEditor, PolicyEditor
+from hp_edit_trl.editors import FolderEditor, FunctionEditor, PipelineEditor, PolicyEditor
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import policy_class
 from tests.helpers import photo
@@ -14,6 +14,7 @@ from tests.helpers import photo
 
 IMAGES = [photo(64, 64, 1), photo(96, 64, 2), photo(64, 64, 3)]
 PROMPTS = ["Make it red", "Make it blue", "Make it bright"]
+REFERENCES = [[image] for image in IMAGES]  # one reference image per case
 IDS, SEEDS = ["a", "b", "c"], [5, 6, 7]
 
 
@@ -30,7 +31,7 @@ def saved(tmp_path_factory):
 
 def test_a_pipeline_edits_as_its_own_call_does(saved):
     editor = PipelineEditor(saved, resolution=64, dtype="float32", num_inference_steps=2, max_area=64 * 64)
-    edits = editor(IMAGES, PROMPTS, IDS, SEEDS)
+    edits = editor(REFERENCES, PROMPTS, IDS, SEEDS)
     pipeline = FluxKontextPipeline.from_pretrained(saved)
     pipeline.set_progress_bar_config(disable=True)
     wanted = pipeline(
@@ -44,8 +45,8 @@ def test_a_pipeline_edits_as_its_own_call_does(saved):
     ).images[0]
     assert same(edits[1], wanted)
     # An edit depends on its own case and seed alone.
-    (alone,) = editor(IMAGES[1:2], PROMPTS[1:2], ["b"], [6])
-    (other,) = editor(IMAGES[1:2], PROMPTS[1:2], ["b"], [8])
+    (alone,) = editor(REFERENCES[1:2], PROMPTS[1:2], ["b"], [6])
+    (other,) = editor(REFERENCES[1:2], PROMPTS[1:2], ["b"], [8])
     assert same(alone, wanted) and not same(other, wanted)
     assert editor.identity["revision"].startswith("files ") and editor.identity["num_inference_steps"] == 2
 
@@ -55,10 +56,10 @@ def test_a_policy_edits_as_its_pipeline_does_whatever_the_batch():
     policy = policy_class(pipeline)(pipeline)
     editor = PolicyEditor(policy, "tiny", resolution=64, num_inference_steps=2, true_cfg_scale=1.0, batch_size=2)
     editor.load()
-    edits = editor(IMAGES, PROMPTS, IDS, SEEDS)
+    edits = editor(REFERENCES, PROMPTS, IDS, SEEDS)
     assert [edit.size for edit in edits] == [(64, 64), (80, 48), (64, 64)]
     for i in range(3):
-        (alone,) = editor(IMAGES[i : i + 1], PROMPTS[i : i + 1], IDS[i : i + 1], SEEDS[i : i + 1])
+        (alone,) = editor(REFERENCES[i : i + 1], PROMPTS[i : i + 1], IDS[i : i + 1], SEEDS[i : i + 1])
         difference = np.abs(np.asarray(alone, dtype=int) - np.asarray(edits[i], dtype=int))
         assert alone.size == edits[i].size and difference.max() <= 1
     before = editor.identity
@@ -71,7 +72,7 @@ def test_a_folder_gives_what_is_in_it(tmp_path):
     IMAGES[0].save(tmp_path / "a.png")
     IMAGES[1].convert("RGBA").save(tmp_path / "c.webp", lossless=True)
     editor = FolderEditor(tmp_path, "someone")
-    edits = editor(IMAGES, PROMPTS, IDS, SEEDS)
+    edits = editor(REFERENCES, PROMPTS, IDS, SEEDS)
     assert same(edits[0], IMAGES[0]) and edits[1] is None and same(edits[2], IMAGES[1])
     assert editor.identity["editor"] == "someone"
     (tmp_path / "nothing").mkdir()
@@ -85,3 +86,24 @@ def test_what_cannot_be_an_editor():
         PipelineEditor("nobody/nothing").identity  # noqa: B018
     with pytest.raises(ValueError, match="dtype='float' is not a type|dtype='half-life'"):
         PipelineEditor("x", dtype="half-life")
+
+
+def test_several_references_reach_the_policy_the_pipeline_and_a_function():
+    pipeline = tiny_pipeline()
+    policy = policy_class(pipeline)(pipeline)
+    editor = PolicyEditor(policy, "tiny", resolution=64, num_inference_steps=2, true_cfg_scale=1.0, batch_size=4)
+    editor.load()
+    both = [IMAGES[0], IMAGES[1]]
+    edits = editor([both, [IMAGES[1]], both], ["Join them"] * 3, ["a", "b", "a"], [5, 5, 6])
+    (alone,) = editor([both], ["Join them"], ["a"], [5])
+    assert same(edits[0], alone) and edits[0].size == (80, 48)  # of the shape of the last reference
+    assert not same(edits[0], edits[1]) and not same(edits[0], edits[2])
+
+    seen = []
+
+    def function(images, prompts, seeds):
+        seen.append((images, prompts, seeds))
+        return [None] * len(prompts)
+
+    assert FunctionEditor(function)([both, [IMAGES[2]]], ["x", "y"], ["a", "b"], [1, 2]) == [None, None]
+    assert seen == [([both, IMAGES[2]], ["x", "y"], [1, 2])]

@@ -14,6 +14,10 @@ class ScriptedJudge:
         self.scores = scores
         self.seen = []
 
+    @property
+    def identity(self):
+        return {"judge": "ScriptedJudge"}
+
     def load(self):
         pass
 
@@ -99,3 +103,12 @@ def test_bad_input():
         HPScorerReward("m", judge_base_url="http://127.0.0.1:9/v1", score_mode="mean")
     with pytest.raises(ValueError, match="The judge .* has no processor"):
         HPScorerReward("/no/such/folder")
+
+
+def test_what_is_not_a_judge_is_refused():
+    with pytest.raises(TypeError, match="must be the name of a model or a Judge"):
+        HPScorerReward(lambda conversations: [])
+    with pytest.raises(
+        ValueError, match="judge_base_url and judge_revision are for a judge"
+    ):
+        HPScorerReward(ScriptedJudge([1]), judge_base_url="http://127.0.0.1:9/v1")

@@ -584,7 +584,7 @@ def test_unknown_tasks_and_dead_judges_show_before_the_policy_is_loaded(tmp_path
         FlowGRPOEditTrainer(str(base), scorer, make_config(tmp_path / "out"), wrong)
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "add.md").write_text("---\ntask: add\nrevision: 1\n---\n{prompt}")
-    no_base = HPScorerReward(str(tmp_path / "judge"), prompts=str(tmp_path / "prompts"))
+    no_base = HPScorerReward(str(tmp_path / "judge"), scorer_prompts=str(tmp_path / "prompts"))
     with pytest.raises(ValueError, match="No scorer prompt for the task 'base'"):
         FlowGRPOEditTrainer(str(base), no_base, make_config(tmp_path / "out"), make_cases().remove_columns("task"))
     dead = HPScorerReward("some-model", judge_base_url="http://127.0.0.1:9/v1")
