@@ -28,6 +28,7 @@ from .policies import EditPolicy, bucketed, decode, rollout
 from .policies.edit_policy import fitted_size
 from .utils.dtypes import parse_dtype
 from .utils.images import read_image
+from .utils.imports import import_object
 from .utils.revisions import folder_revision, weights_digest
 from .utils.seeding import seeded_generator
 
@@ -368,6 +369,46 @@ class FunctionEditor:
 def as_editor(editor: Editor | Callable[..., Any]) -> Editor:
     """Returns the editor itself, or wraps a function in a [`FunctionEditor`]."""
     return editor if isinstance(editor, Editor) else FunctionEditor(editor)
+
+
+def load_editor(
+    editor: str,
+    revision: str | None = None,
+    lora: str | None = None,
+    resolution: int | None = None,
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> Editor:
+    """
+    Builds the editor that a name stands for: a function, a folder of finished edits, or a pipeline.
+
+    Args:
+        editor (`str`):
+            `file.py:function` or `package.module:function`, see [`FunctionEditor`]; a folder of edits without
+            `model_index.json`, see [`FolderEditor`]; otherwise a pipeline, see [`PipelineEditor`].
+        revision (`str`, *optional*):
+            For pipelines only, as all further arguments: branch, tag or commit of the Hub repository.
+        lora (`str`, *optional*):
+            A LoRA that is loaded on top.
+        resolution (`int`, *optional*):
+            Side in pixels of the square whose area an edit has. Ignored for functions and folders.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Type of the weights. Ignored for functions and folders.
+        **options:
+            Further arguments of the pipeline's call.
+
+    Raises:
+        `ValueError`: If a function or a folder is given options of pipelines, or a function cannot be imported.
+        `FileNotFoundError`: If there is no image in the folder.
+    """
+    is_folder = Path(editor).is_dir() and not (Path(editor) / "model_index.json").exists()
+    if not is_folder and (":" not in editor or Path(editor).is_dir()):
+        return PipelineEditor(editor, revision, lora, resolution, dtype, **options)
+    given = [name for name, value in {"revision": revision, "lora": lora, **options}.items() if value is not None]
+    if given:
+        kind = "folder" if is_folder else "function"
+        raise ValueError(f"{', '.join(given)}: for pipelines only, but editor={editor!r} is a {kind}.")
+    return FolderEditor(editor) if is_folder else as_editor(import_object(editor, "editor"))
 
 
 def edit_seed(seed: int, case_id: str) -> int:

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from experiments import fingerprint, hard_cases, make_trainer
 
-from hp_edit_trl import HPScorerReward
 from hp_edit_trl.bench import GEditBench, RealPrefBench, parse_pair, run_benchmark, write_bench_report
 from hp_edit_trl.editors import Editor, FunctionEditor, PolicyEditor
 from hp_edit_trl.miniature import CoarseScorer, RuleScorer, TargetJudge, load_dataset, load_pipeline
@@ -76,7 +75,7 @@ def compare_editors(names: list[str], folder: Path, results: Path, num_cases: in
     gedit = gedit.add_column("instruction_language", ["en"] * num_cases)
     gedit = gedit.add_column("Intersection_exist", [False] * num_cases)
     benchmarks = {
-        "table_1": RealPrefBench(HPScorerReward(TargetJudge(cases)), cases),
+        "table_1": RealPrefBench(TargetJudge(cases), cases),
         "table_3": GEditBench(TargetJudge(cases, parse_pair), gedit),
     }
     for name in names:

@@ -1,11 +1,12 @@
-"""Benchmarks of editors: the cases of each, runs, results and their report."""
+"""Benchmarks of editors, one file each, and how they are run and reported."""
 
+from .benchmark import Benchmark, CaseScore, Metric, check_has_columns, check_parser, conversation, why_no_score
 from .dreambench import DreamBenchPlus, parse_grade
 from .gedit import GEditBench, parse_pair
 from .realpref import RealPrefBench
-from .report import push_results, read_rewards, write_bench_report
-from .results import CaseScore, Run, compare, read_run, summarize
-from .run import Benchmark, run_benchmark
+from .report import describe_run, push_results, read_rewards, write_bench_report
+from .results import Run, compare, read_run, summarize
+from .run import run_benchmark
 
 
 __all__ = [
@@ -13,9 +14,14 @@ __all__ = [
     "CaseScore",
     "DreamBenchPlus",
     "GEditBench",
+    "Metric",
     "RealPrefBench",
     "Run",
+    "check_has_columns",
+    "check_parser",
     "compare",
+    "conversation",
+    "describe_run",
     "parse_grade",
     "parse_pair",
     "push_results",
@@ -23,5 +29,6 @@ __all__ = [
     "read_run",
     "run_benchmark",
     "summarize",
+    "why_no_score",
     "write_bench_report",
 ]

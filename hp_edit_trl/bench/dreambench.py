@@ -1,4 +1,4 @@
-"""DreamBench++: a subject in other circumstances, graded for whether it is still the same and whether the description was followed."""
+"""DreamBench++: a subject in new scenes, graded for concept preservation and prompt following."""
 
 import logging
 import re
@@ -15,9 +15,10 @@ from PIL import Image
 from torchvision import transforms
 from transformers import AutoConfig, AutoModel, CLIPModel, CLIPProcessor
 
-from ..judges import Judge, Judgement, describe_judge, without_reasoning
+from ..judges import Judge, without_reasoning
 from ..rewards.prompts import load_benchmark_prompts
-from .results import CaseScore, check_parser, conversation, why_no_score
+from ..utils.revisions import model_revision
+from .benchmark import Benchmark, CaseScore, Metric, check_parser, conversation, why_no_score
 
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 def parse_grade(answer: str) -> float | None:
     """
-    The grade, 0 to 4, in a judge's answer, or `None` if it does not hold exactly one.
+    Reads the grade, 0 to 4, in a judge's answer; `None` if the answer does not hold exactly one.
 
-    Accepts a digit from 0 to 4, alone or as in `"Score: 3"`, `"3/4"`, `"3.0"` or `"**3**"`, also as the only sentence `Score: 3` at the
-    end of a line, after any reasoning that is closed by `</think>`. A grade on another scale, such as `"4/5"`, is none, and reasoning that
-    was cut off holds none.
+    Accepts a digit from 0 to 4, alone or as in `"Score: 3"`, `"3/4"`, `"3.0"` or `"**3**"`, also as the only sentence
+    `Score: 3` at the end of a line, after any reasoning that is closed by `</think>`. A grade on another scale, such
+    as `"4/5"`, does not count, and reasoning that was cut off holds no grade.
     """
     text = re.sub(r"[*_`#]+", " ", without_reasoning(answer))
     if "<think>" in text:
@@ -42,54 +43,59 @@ def parse_grade(answer: str) -> float | None:
     if whole:
         return float(whole[1])
     lines = re.findall(rf"(?:^[ \t>-]*|[.!?;][ \t]+){name}\s*[:=]\s*(.*?)\s*$", text, re.IGNORECASE | re.MULTILINE)
-    # A line without a grade counts too: what stands beside it is then not the only one.
+    # A line without a grade counts too: a grade in another line is then not the only one.
     grades = {match and match[1] for match in (re.fullmatch(grade, line) for line in lines)}
     only = grades.pop() if len(grades) == 1 else None
     return None if only is None else float(only)
 
 
-class DreamBenchPlus:
+class DreamBenchPlus(Benchmark):
     r"""
-    DreamBench++: 150 images of a subject with nine descriptions each, four photorealistic, three in another style, two imaginative.
+    DreamBench++: 150 images of a subject with nine descriptions each: four photorealistic, three in another style, two
+    imaginative.
 
-    The judge grades from 0 to 4 how well the subject was kept (concept preservation, CP; it sees source and edit) and how well the
-    description was followed (prompt following, PF; it sees the edit alone), each several times (`num_answers` of the judge, three in the
-    benchmark); CP and PF are the mean grades divided by 4, and CP·PF is the product of their means. Beside them stand the cosines of
-    embeddings: CLIP-I and DINO-I of source and edit, CLIP-T of description and edit. The main result is the mean over all cases. An
-    answer without a grade is missing.
+    The judge grades from 0 to 4 how well the subject is preserved (concept preservation, CP; it sees reference and
+    edit) and how well the description is followed (prompt following, PF; it sees the edit alone), each several times
+    (`num_answers` of the judge, three in the benchmark). CP and PF are the mean grades divided by 4, and CP·PF is the
+    product of their means. In addition, there are cosine similarities of embeddings: CLIP-I and DINO-I of reference
+    and edit, CLIP-T of description and edit. The main result is the mean over all cases. An answer without a grade is
+    missing.
 
-    Images for DINO are scaled to 256 pixels on the shorter side and cropped to 224, as the benchmark does it.
+    Images for DINO are scaled to 256 pixels on the shorter side and cropped to 224, as in the benchmark's own code.
 
     Paper: [DreamBench++](https://huggingface.co/papers/2406.16855).
 
     Args:
         judge ([`Judge`]):
-            A judge with `parse=parse_grade` and `num_answers=3`. The benchmark's own is GPT-4o.
+            A judge with `parse=parse_grade` and `num_answers=3`. The benchmark's own judge is GPT-4o.
         dataset (`str`, *optional*, defaults to `"yuangpeng/dreambench_plus"`):
             A folder, or a Hub repository that holds it as a ZIP file, with `images/<category>/**/<n>.jpg` and
             `captions/<category>/**/<n>.txt`: the subject in the first line, then nine descriptions.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
         scorer_prompts (`str`, *optional*):
-            Folder or Hub repository with the judge's prompts `concept_preservation`, `style_preservation` (for subjects of the category
-            `style`) and `prompt_following` (`.md` or `.txt`), for those who have the benchmark's own. By default this package's, in
-            other words.
+            Folder or Hub repository with the scorer prompts `concept_preservation`, `style_preservation` (for subjects
+            of the category `style`) and `prompt_following` (`.md` or `.txt`), e.g. the benchmark's original prompts.
+            By default those of this package, which paraphrase the originals.
         scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of that Hub repository.
         clip (`str`, *optional*, defaults to `"openai/clip-vit-base-patch32"`):
             CLIP model for CLIP-I and CLIP-T; `None` leaves them out.
         dino (`str`, *optional*, defaults to `"facebook/dino-vits8"`):
-            DINO model for DINO-I, e.g. also `"facebook/dinov2-small"`; `None` leaves it out.
+            DINO model for DINO-I, or e.g. `"facebook/dinov2-small"`; `None` leaves it out.
 
     Raises:
-        `FileNotFoundError`: If there are no cases at `dataset`.
-        `ValueError`: If the judge takes other answers, the prompt `prompt_following` has no place for the description, an image has
-            not nine descriptions, or `clip` is no CLIP model.
+        `FileNotFoundError`: If there are no cases at `dataset`. `ValueError`: If the judge reads other scores from its
+        answers, the scorer prompt `prompt_following` has no place
+            for the description, an image does not have nine descriptions, or `clip` is not a CLIP model.
     """
 
     name = "dreambench"
+    title = "DreamBench++"
+    products = {"cp_pf": ("cp", "pf")}
     average = "cases"
     group = "kind"
+    judge_options = {"parse": parse_grade, "max_new_tokens": 512, "num_answers": 3}  # reasons come with the grades
 
     def __init__(
         self,
@@ -102,58 +108,46 @@ class DreamBenchPlus:
         dino: str | None = "facebook/dino-vits8",
     ):
         check_parser(judge, parse_grade)
-        samples = getattr(getattr(judge, "judge", judge), "num_answers", 3)
-        if samples < 3:
+        if (num_answers := judge.identity.get("num_answers", 3)) < 3:
             logger.warning(
-                "The judge gives num_answers=%d grades for each edit. DreamBench++ takes the mean of three.", samples
+                "The judge gives num_answers=%d grades for each edit. DreamBench++ takes the mean of three.",
+                num_answers,
             )
-        self.judge = judge
-        self.source = str(dataset)
-        self.revision = revision
+        super().__init__(judge, str(dataset), revision=revision)
         names = ("concept_preservation", "style_preservation", "prompt_following")
-        self.scorer_prompts = load_benchmark_prompts("dreambench", names, scorer_prompts, scorer_prompts_revision)
-        if "{prompt}" not in self.scorer_prompts["prompt_following"].text:
-            raise ValueError(
-                f"The prompt prompt_following in {scorer_prompts} has no {{instruction}}, so the judge would not see the description: write it "
-                "where the description belongs. The benchmark's own file has none, because its code sends the description apart."
-            )
+        self.scorer_prompts = load_benchmark_prompts(
+            self.name, names, scorer_prompts, scorer_prompts_revision, filled="prompt_following"
+        )
         self.clip = clip
         self.dino = dino
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        of_dino = {} if self.dino is None else {"dino_i": 1.0}
-        of_clip = {} if self.clip is None else {"clip_i": 1.0, "clip_t": 1.0}
-        return {"cp_pf": 1.0, "cp": 1.0, "pf": 1.0, **of_dino, **of_clip}
-
-    @property
-    def products(self) -> dict[str, tuple[str, str]]:
-        return {"cp_pf": ("cp", "pf")}
+        self.metrics = {name: Metric(label, 1.0) for name, label in (("cp_pf", "CP·PF"), ("cp", "CP"), ("pf", "PF"))}
+        if dino is not None:
+            self.metrics |= {"dino_i": Metric("DINO-I", 1.0)}
+        if clip is not None:
+            self.metrics |= {"clip_i": Metric("CLIP-I", 1.0), "clip_t": Metric("CLIP-T", 1.0)}
 
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
         return {"": {}} | {category: {"category": category} for category in sorted(set(self.dataset["category"]))}
 
-    @cached_property
-    def _folder(self) -> tuple[Path, str | None]:
-        """The folder with the images, and its commit if it came from the Hub."""
+    def _find_folder(self) -> Path:
+        """The folder with the images and captions; it is downloaded first if necessary."""
         if Path(self.source).is_dir():
-            return Path(self.source), None
+            return Path(self.source)
         try:
             snapshot = Path(snapshot_download(self.source, repo_type="dataset", revision=self.revision))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"{self.source} is neither a folder nor a dataset on the Hub that can be read: {error}"
+                f"{self.source} is neither a folder nor a readable dataset on the Hub: {error}"
             ) from error
+        self.revision = snapshot.name
         archives = sorted(snapshot.glob("*.zip"))
-        return Path(DownloadManager().extract(str(archives[0]))) if archives else snapshot, snapshot.name
+        return Path(DownloadManager().extract(str(archives[0]))) if archives else snapshot
 
     @cached_property
     def dataset(self) -> Dataset:
         rows = []
-        # Without what a Mac hides beside the files of an archive
-        captions = sorted(self._folder[0].glob("**/captions/**/[!.]*.txt"))
-        for file in captions:
+        for file in sorted(self._find_folder().glob("**/captions/**/[!.]*.txt")):  # macOS archives hold hidden files
             parts = list(file.parts)
             parts[len(parts) - 1 - parts[::-1].index("captions")] = "images"
             stem = Path(*parts).with_suffix("")
@@ -170,32 +164,28 @@ class DreamBenchPlus:
                 rows.append(case | {"category": category, "subject": lines[0]})
         if not rows:
             raise FileNotFoundError(
-                f"{self.source} has no folder captions/ with text files, so no cases of DreamBench++."
+                f"{self.source} has no folder captions/ with text files: name DreamBench++'s data."
             )
         return Dataset.from_list(rows).cast_column("image", ImageFeature(decode=False))
 
     @property
     def settings(self) -> dict[str, Any]:
         models = {"clip": self.clip, "dino": self.dino}
-        return {
-            "dataset": self.source,
-            "revision": self._folder[1],
-            "judge": describe_judge(self.judge),
-            "scorer_prompts": {name: [prompt.revision, prompt.digest] for name, prompt in self.scorer_prompts.items()},
-            **{name: None if model is None else [model, _commit(model)] for name, model in models.items()},
+        return super().settings | {
+            name: None if model is None else [model, model_revision(model)] for name, model in models.items()
         }
 
     def load(self) -> None:
-        self.judge.load()
+        super().load()
         for model in [*([self._dino] if self.dino else []), *([self._clip] if self.clip else [])]:
             model.to(PartialState().device)
 
     @cached_property
     def _clip(self) -> CLIPModel:
         kind = AutoConfig.from_pretrained(self.clip).model_type
-        if kind != "clip":  # it would be loaded all the same, with random weights
+        if kind != "clip":  # it would load, with random weights
             raise ValueError(
-                f"clip={self.clip!r} is a model of type {kind}: name a CLIP model, or None to leave it out."
+                f"clip={self.clip!r} is a model of type {kind}: name a CLIP model, or None to leave out its metrics."
             )
         return CLIPModel.from_pretrained(self.clip).requires_grad_(False).eval()
 
@@ -208,28 +198,31 @@ class DreamBenchPlus:
         return AutoModel.from_pretrained(self.dino).requires_grad_(False).eval()
 
     def score(
-        self, cases: list[dict[str, Any]], sources: list[Image.Image], edits: list[Image.Image]
+        self, cases: list[dict[str, Any]], references: list[list[Image.Image]], edits: list[Image.Image]
     ) -> list[CaseScore]:
         conversations = []
-        for case, source, edit in zip(cases, sources, edits, strict=True):
+        for case, (reference,), edit in zip(cases, references, edits, strict=True):
             text = {name: prompt.fill(case["prompt"]) for name, prompt in self.scorer_prompts.items()}
-            kept = "style_preservation" if case["category"] == "style" else "concept_preservation"
-            conversations.append(conversation(text[kept], [("Image A", source), ("Image B", edit)]))
+            preserved = "style_preservation" if case["category"] == "style" else "concept_preservation"
+            conversations.append(conversation(text[preserved], [("Image A", reference), ("Image B", edit)]))
             conversations.append(conversation(text["prompt_following"], [("The image", edit)]))
         judged = self.judge(conversations)
+        subjects = [images[0] for images in references]
         cosines: dict[str, list[float]] = {}
         if self.dino is not None:
-            cosines["dino_i"] = _cosines(self._seen_by_dino(sources), self._seen_by_dino(edits))
+            cosines["dino_i"] = _cosines(self._dino_embeddings(subjects), self._dino_embeddings(edits))
         if self.clip is not None:
-            seen = self._seen_by_clip(edits)
-            cosines["clip_i"] = _cosines(self._seen_by_clip(sources), seen)
-            cosines["clip_t"] = _cosines(self._read_by_clip([case["prompt"] for case in cases]), seen)
-        return [
-            _case_score(judged[2 * i], judged[2 * i + 1], {name: values[i] for name, values in cosines.items()})
-            for i in range(len(cases))
-        ]
+            embedded = self._clip_embeddings(edits)
+            cosines["clip_i"] = _cosines(self._clip_embeddings(subjects), embedded)
+            cosines["clip_t"] = _cosines(self._text_embeddings([case["prompt"] for case in cases]), embedded)
+        scores = []
+        for i, (cp, pf) in enumerate(zip(judged[::2], judged[1::2], strict=True)):
+            grades = {name: None if one.score is None else one.score / 4 for name, one in (("cp", cp), ("pf", pf))}
+            values = grades | {name: similarities[i] for name, similarities in cosines.items()}
+            scores.append(CaseScore(values, {"cp": cp, "pf": pf}, why_no_score(cp, pf)))
+        return scores
 
-    def _seen_by_dino(self, images: list[Image.Image]) -> torch.Tensor:
+    def _dino_embeddings(self, images: list[Image.Image]) -> torch.Tensor:
         """Embeddings of shape `(images, width)`: the class token after the last layer."""
         prepare = transforms.Compose(
             [
@@ -242,25 +235,14 @@ class DreamBenchPlus:
         pixels = torch.stack([prepare(image) for image in images]).to(PartialState().device)
         return self._dino(pixels).last_hidden_state[:, 0]
 
-    def _seen_by_clip(self, images: list[Image.Image]) -> torch.Tensor:
+    def _clip_embeddings(self, images: list[Image.Image]) -> torch.Tensor:
         inputs = self._clip_processor(images=images, return_tensors="pt").to(PartialState().device)
         return self._clip.get_image_features(**inputs).pooler_output
 
-    def _read_by_clip(self, texts: list[str]) -> torch.Tensor:
+    def _text_embeddings(self, texts: list[str]) -> torch.Tensor:
         inputs = self._clip_processor(text=texts, padding=True, truncation=True, return_tensors="pt")
         return self._clip.get_text_features(**inputs.to(PartialState().device)).pooler_output
 
 
 def _cosines(one: torch.Tensor, other: torch.Tensor) -> list[float]:
     return torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=-1).tolist()
-
-
-def _commit(model: str) -> str | None:
-    """The commit of a model on the Hub, `None` for a folder."""
-    return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
-
-
-def _case_score(cp: Judgement, pf: Judgement, cosines: dict[str, float]) -> CaseScore:
-    reasons = [why_no_score(one) for one in (cp, pf) if one.score is None]
-    grades = {name: None if one.score is None else one.score / 4 for name, one in (("cp", cp), ("pf", pf))}
-    return CaseScore({**grades, **cosines}, {"cp": cp, "pf": pf}, reasons[0] if reasons else None)

@@ -1,4 +1,4 @@
-"""What several runs of a benchmark look like side by side: tables, bars, training curves, and results in a model card."""
+"""The report on several runs of a benchmark: tables, bars, reward curves, a gallery, and results in a model card."""
 
 import csv
 import json
@@ -10,9 +10,10 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
+from ..utils.files import write_text
 from ..utils.tables import format_estimate, markdown_table
 from .gallery import write_gallery
-from .results import BENCHMARKS, LABELS, Run, compare
+from .results import Run, compare
 
 
 SIGNS = {
@@ -23,23 +24,23 @@ SIGNS = {
 
 def write_bench_report(
     runs: Sequence[Run],
-    out: str | Path,
+    output_dir: str | Path,
     logs: Sequence[str | Path] = (),
     baseline: str | None = None,
     gallery: bool = True,
 ) -> str:
     """
-    Writes `table.md`, `table.csv`, `table.tex`, `bars.png`, with training logs `curves.png` and `curves.csv`, and `gallery.html` with
-    `images/`. Files of an earlier report are replaced.
+    Writes the report on runs of one benchmark: `table.md`, `table.csv`, `table.tex`, `bars.png`, with training logs
+    `curves.png` and `curves.csv`, and `gallery.html` with `images/`. It replaces the files of an earlier report.
 
     Args:
         runs (`Sequence[Run]`):
             Runs of one benchmark on the same cases with the same judge.
-        out (`str` or `Path`):
-            Folder to write to. It is made if need be.
+        output_dir (`str` or `Path`):
+            Folder to write to. It is created if necessary.
         logs (`Sequence[str or Path]`, *optional*):
-            Output folders of [`FlowGRPOEditTrainer`], or their `trainer_state.json`, whose rewards are drawn as in the paper's
-            figure 5.
+            Output folders of [`FlowGRPOEditTrainer`], or their `trainer_state.json`, whose rewards are drawn as in the
+            paper's figure 5.
         baseline (`str`, *optional*):
             Name of the run that the others are compared with. By default the first.
         gallery (`bool`, *optional*, defaults to `True`):
@@ -49,9 +50,10 @@ def write_bench_report(
         `str`: the tables in Markdown.
 
     Raises:
-        `ValueError`: If runs cannot be compared, two have one name, there is no run `baseline`, or a log holds no rewards.
+        `ValueError`: If runs cannot be compared, two have one name, there is no run `baseline`, or a log holds no
+        rewards.
     """
-    out = Path(out)
+    output_dir = Path(output_dir)
     if not runs:
         raise ValueError("There are no runs to report on.")
     names = [run.name for run in runs]
@@ -62,41 +64,47 @@ def write_bench_report(
     if baseline not in (None, *names):
         raise ValueError(f"No run has the name {baseline!r}; the names are {', '.join(names)}.")
     first = runs[0] if baseline is None else runs[names.index(baseline)]
-    differences = {
-        run.name: compare(first, run) for run in runs if run is not first
-    }  # refuses what cannot be compared
+    # Before anything is written: this refuses runs that cannot be compared
+    differences = {run.name: compare(first, run) for run in runs if run is not first}
     curves = dict(map(read_rewards, logs))
     if len(curves) < len(logs):
         raise ValueError(f"Two of the logs are in folders of one name: {', '.join(str(log) for log in logs)}.")
-    out.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("curves.png", "curves.csv", "gallery.html"):  # these are not always written
-        (out / name).unlink(missing_ok=True)
-    tables = [_section(runs, section) for section in _benchmark(runs)["sections"]]
-    parts = [_markdown(head, rows, title) for title, head, rows in tables]
+        (output_dir / name).unlink(missing_ok=True)
+    tables = [_section_table(runs, section) for section in runs[0].benchmark["sections"]]
+    parts = [_markdown(*table) for table in tables]
     if differences:
-        parts.append(_differences(first, differences))
+        parts.append(_difference_table(first, differences))
     parts.append("\n".join(f"- {note}" for note in _notes(runs)) + "\n")
     text = "\n".join(parts)
-    pictures = "![Scores with intervals](bars.png)\n" + ("\n![Rewards in training](curves.png)\n" if curves else "")
-    title = BENCHMARKS.get(_benchmark(runs)["name"], _benchmark(runs)["name"])
-    (out / "table.md").write_text(f"# {title}\n\n{text}\n{pictures}", encoding="utf-8")
-    (out / "table.tex").write_text("\n".join(_latex(*table) for table in tables), encoding="utf-8")
-    _write_csv(runs, differences, out / "table.csv")
-    draw_bars(runs, out / "bars.png")
+    figures = "![Scores with intervals](bars.png)\n" + ("\n![Rewards in training](curves.png)\n" if curves else "")
+    write_text(output_dir / "table.md", f"# {runs[0].benchmark['title']}\n\n{text}\n{figures}")
+    write_text(output_dir / "table.tex", "\n".join(_latex(*table) for table in tables))
+    _write_csv(runs, differences, output_dir / "table.csv")
+    draw_bars(runs, output_dir / "bars.png")
     if curves:
-        draw_curves(curves, out / "curves.png")
-        with (out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
+        draw_curves(curves, output_dir / "curves.png")
+        with (output_dir / "curves.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["log", "step", "reward"])
             writer.writerows((name, step, reward) for name, points in curves.items() for step, reward in points)
     if gallery:
-        write_gallery(runs, out)
+        write_gallery(runs, output_dir)
     return text
+
+
+def describe_run(run: Run) -> str:
+    """The scores of one run and what is missing, in Markdown."""
+    tables = [_markdown(*_section_table([run], section)) for section in run.benchmark["sections"]]
+    counts = run.results["counts"]
+    complete = f"{run.name}: all of the {counts['cases']} cases have an edit and a score."
+    return "\n".join([*tables, *(_missing(run) or [complete]), ""])
 
 
 def read_rewards(path: str | Path) -> tuple[str, list[tuple[int, float]]]:
     """
-    Reads the rewards of a training from its log.
+    Reads the rewards of a training run from its log.
 
     Args:
         path (`str` or `Path`):
@@ -123,12 +131,12 @@ def read_rewards(path: str | Path) -> tuple[str, list[tuple[int, float]]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no log of a trainer: {type(error).__name__}: {error}") from error
-        best = max(best, points, key=len)  # the last checkpoint knows all that came before
+            raise ValueError(f"{file} is not a log of a trainer: {type(error).__name__}: {error}") from error
+        best = max(best, points, key=len)  # the last checkpoint holds all steps before it
     if not best:
         raise ValueError(
-            f"{path} has no trainer_state.json with rewards: name the output folder of FlowGRPOEditTrainer, which writes one with "
-            "every checkpoint."
+            f"{path} has no trainer_state.json with rewards: name the output folder of FlowGRPOEditTrainer, which "
+            "writes one with every checkpoint."
         )
     folder = folder.resolve()
     return (folder.parent if folder.name.startswith("checkpoint-") else folder).name, best
@@ -142,33 +150,34 @@ def push_results(run: Run, repo_id: str, token: str | None = None) -> str:
         run ([`Run`]):
             The run.
         repo_id (`str`):
-            The model's repository, e.g. of the LoRA. Its card is kept; results of the same benchmark and judge are replaced.
+            The model's repository, e.g. of the LoRA. Its card is kept, except for results of the same benchmark and
+            judge.
         token (`str`, *optional*):
-            Token with the right to write. By default that of `hf auth login`.
+            Token with write access. By default that of `hf auth login`.
 
     Returns:
-        `str`: address of the commit.
+        `str`: URL of the commit.
 
     Raises:
         `ValueError`: If the cases are not from the Hub, so that the card could not say what was measured.
     """
-    benchmark = run.settings["benchmark"]
-    source = benchmark.get("dataset")
-    if source is None or Path(source).exists() or source.count("/") != 1:
+    benchmark, labels = run.benchmark, run.labels
+    dataset = benchmark["dataset"]
+    if dataset is None or Path(dataset).exists() or dataset.count("/") != 1:
         raise ValueError(
-            f"The cases of {run.folder} are from {source!r}, which is no dataset on the Hub: a model card can only name one that is."
+            f"The cases of {run.folder} are from {dataset!r}, which is not a dataset on the Hub: a model card can "
+            "name only such a dataset."
         )
     results = [
         EvalResult(
             task_type="image-to-image",
-            dataset_type=source,
-            dataset_name=BENCHMARKS.get(benchmark["name"], benchmark["name"])
-            + (f", {row['section']}" if row["section"] else ""),
+            dataset_type=dataset,
+            dataset_name=", ".join(filter(None, (benchmark["title"], row["section"]))),
             dataset_config=row["section"] or None,
-            dataset_split=benchmark.get("split"),
-            dataset_revision=benchmark.get("revision"),
+            dataset_split=benchmark["split"],
+            dataset_revision=benchmark["revision"],
             metric_type=row["metric"],
-            metric_name=f"{LABELS.get(row['metric'], row['metric'])} ({benchmark['judge']})",
+            metric_name=f"{labels[row['metric']]} ({benchmark['judge']})",
             metric_value=round(row["value"], 4),
         )
         for row in run.results["summary"]
@@ -176,63 +185,53 @@ def push_results(run: Run, repo_id: str, token: str | None = None) -> str:
     ]
     try:
         card = ModelCard.load(repo_id, token=token)
-    except RemoteEntryNotFoundError:  # a repository without a card; one that cannot be read now is not overwritten
+    except RemoteEntryNotFoundError:  # a repository without a card; a card that cannot be read is not overwritten
         card = ModelCard("---\n---\n")
     data = card.data.to_dict()
     name = data.get("model_name") or repo_id.partition("/")[2]
     mine = {(one.dataset_type, one.dataset_config, one.metric_name) for one in results}
     kept = [
         one
-        for one in (getattr(card.data, "eval_results", None) or [])
+        for one in card.data.eval_results or []
         if (one.dataset_type, one.dataset_config, one.metric_name) not in mine
     ]
     data = {key: value for key, value in data.items() if key not in ("model-index", "model_name")}
     card.data = ModelCardData(**data, model_name=name, eval_results=[*kept, *results])
-    return str(
-        card.push_to_hub(repo_id, token=token, commit_message=f"Results on {BENCHMARKS.get(benchmark['name'], '')}")
-    )
+    return str(card.push_to_hub(repo_id, token=token, commit_message=f"Results on {benchmark['title']}"))
 
 
-def _benchmark(runs: Sequence[Run]) -> dict[str, Any]:
-    return runs[0].settings["benchmark"]
-
-
-def _summary(run: Run, section: str) -> dict[tuple[str, str, str | None], dict[str, Any]]:
+def _summary_by_key(run: Run, section: str) -> dict[tuple[str, str, str | None], dict[str, Any]]:
     rows = [row for row in run.results["summary"] if row["section"] == section]
     return {(row["metric"], row["kind"], row["group"]): row for row in rows}
 
 
-def _section(runs: Sequence[Run], section: str) -> tuple[str, list[str], list[list[tuple[str, bool]]]]:
-    """Title, head and cells of the table of one section; a cell is its text and whether it is the best of its column."""
-    benchmark = _benchmark(runs)
-    main = next(iter(benchmark["metrics"]))
-    summaries = [_summary(run, section) for run in runs]
+def _section_table(runs: Sequence[Run], section: str) -> tuple[str, list[str], list[list[tuple[str, bool]]]]:
+    """Title, head and cells of a section's table; a cell is its text and whether it is the best of its column."""
+    benchmark, labels, main = runs[0].benchmark, runs[0].labels, runs[0].main_metric
+    summaries = [_summary_by_key(run, section) for run in runs]
     groups = list(dict.fromkeys(name for rows in summaries for metric, kind, name in rows if kind == "group"))
     columns: list[tuple[str, tuple[str, str, str | None]]] = [(str(name), (main, "group", name)) for name in groups]
-    columns += [(f"{LABELS.get(main, main)}, overall", (main, "overall", None))]
-    columns += [(f"{LABELS.get(main, main)}, all cases", (main, "cases", None))]
-    others = [name for name in [*benchmark["metrics"], "human"] if name != main]
+    columns += [(f"{labels[main]}, overall", (main, "overall", None))]
+    columns += [(f"{labels[main]}, all cases", (main, "cases", None))]
     columns += [
-        (LABELS.get(name, name), (name, benchmark["average"], None))
-        for name in others
-        if any((name, benchmark["average"], None) in rows for rows in summaries)
+        (label, (name, benchmark["average"], None))
+        for name, label in labels.items()
+        if name != main and any((name, benchmark["average"], None) in rows for rows in summaries)
     ]
     cells: list[list[tuple[str, bool]]] = [[(run.name, False)] for run in runs]
     for _, key in columns:
-        estimates = [rows.get(key) for rows in summaries]
-        values = [None if one is None else one["value"] for one in estimates]
-        shown = [
-            "–" if one is None or one["value"] is None
-            else format_estimate(one) if key[1] == benchmark["average"] else f"{one['value']:.3f}"
-            for one in estimates
-        ]  # fmt: skip
-        known = [round(value, 3) for value in values if value is not None]
-        for row, value, text in zip(cells, values, shown, strict=True):
-            row.append((text, len(runs) > 1 and value is not None and round(value, 3) == max(known)))
+        estimates = [rows.get(key) or {"value": None} for rows in summaries]
+        known = [round(one["value"], 3) for one in estimates if one["value"] is not None]
+        for row, one in zip(cells, estimates, strict=True):
+            if one["value"] is None:
+                row.append(("–", False))
+                continue
+            text = format_estimate(one) if key[1] == benchmark["average"] else f"{one['value']:.3f}"
+            row.append((text, len(runs) > 1 and round(one["value"], 3) == max(known)))
     return section, ["editor", *(name for name, _ in columns)], cells
 
 
-def _markdown(head: list[str], rows: list[list[tuple[str, bool]]], title: str) -> str:
+def _markdown(title: str, head: list[str], rows: list[list[tuple[str, bool]]]) -> str:
     body = [[f"**{text}**" if best else text for text, best in row] for row in rows]
     return (f"## {title}\n\n" if title else "") + markdown_table(head, body)
 
@@ -241,82 +240,69 @@ def _latex(title: str, head: list[str], rows: list[list[tuple[str, bool]]]) -> s
     def escaped(text: str) -> str:
         return "".join(SIGNS.get(sign, sign) for sign in text)
 
-    lines = [" & ".join(escaped(name) for name in head) + r" \\"]
-    body = [
+    lines = [
         " & ".join(rf"\textbf{{{escaped(text)}}}" if best else escaped(text) for text, best in row) + r" \\"
-        for row in rows
+        for row in [[(name, False) for name in head], *rows]
     ]
     begin = [rf"% {title}"] if title else []
     begin += [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule"]
-    return "\n".join([*begin, *lines, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+    return "\n".join([*begin, lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _differences(first: Run, differences: dict[str, list[dict[str, Any]]]) -> str:
-    benchmark = first.settings["benchmark"]
-    main = next(iter(benchmark["metrics"]))
-    rows = []
-    for name, compared in differences.items():
-        for row in compared:
-            if (row["metric"], row["kind"]) == (main, benchmark["average"]):
-                rows.append(
-                    [
-                        name,
-                        *([row["section"]] if len(benchmark["sections"]) > 1 else []),
-                        format_estimate(row, signed=True),
-                        row["n"],
-                    ]
-                )
-    head = [
-        "editor",
-        *(["section"] if len(benchmark["sections"]) > 1 else []),
-        LABELS.get(main, main),
-        "cases of both",
+def _difference_table(first: Run, differences: dict[str, list[dict[str, Any]]]) -> str:
+    benchmark, main = first.benchmark, first.main_metric
+    several = len(benchmark["sections"]) > 1
+    rows = [
+        [name, *([row["section"]] if several else []), format_estimate(row, signed=True), row["n"]]
+        for name, compared in differences.items()
+        for row in compared
+        if (row["metric"], row["kind"]) == (main, benchmark["average"])
     ]
+    head = ["editor", *(["section"] if several else []), first.labels[main], "cases of both"]
     return f"Difference from {first.name}, on the cases that both have a score for:\n\n" + markdown_table(head, rows)
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    benchmark, results = _benchmark(runs), runs[0].results
-    where = " ".join(str(benchmark[name]) for name in ("dataset", "split") if benchmark.get(name) is not None)
+    benchmark, results = runs[0].benchmark, runs[0].results
+    where = " ".join(str(benchmark[name]) for name in ("dataset", "split") if benchmark[name] is not None)
     prompts = ", ".join(sorted({revision for revision, _ in benchmark["scorer_prompts"].values()}))
     notes = [
-        f"{benchmark['cases']} cases of {where or 'a dataset in memory'}, revision {benchmark.get('revision') or 'unknown'}, content "
-        f"{benchmark['cases_sha']}.",
+        f"{benchmark['cases']} cases of {where or 'a dataset in memory'}, revision "
+        f"{benchmark['revision'] or 'unknown'}, content {benchmark['cases_sha']}.",
         f"Judge: {benchmark['judge']}; prompts {prompts}.",
-        f"In brackets: {results['confidence']:.0%} bootstrap intervals from {results['num_resamples']} resamples of cases within their "
-        f"groups, seed {results['bootstrap_seed']}. Bold: the best of a column.",
+        f"In brackets: {results['confidence']:.0%} bootstrap intervals from {results['num_resamples']} resamples of "
+        f"cases within their groups, seed {results['bootstrap_seed']}. Bold: the best of a column.",
     ]
     for run in runs:
-        editor = {
-            name: value for name, value in run.settings["editor"].items() if name != "name" and value is not None
-        }
-        notes.append(
-            f"{run.name}: "
-            + ", ".join(f"{name} {value}" for name, value in editor.items())
-            + f"; seed {run.settings['seed']}."
-        )
-        counts = run.results["counts"]
-        missing = [
-            f"{counts[name]} {what}"
-            for name, what in (
-                ("no_edit", "cases without an edit"),
-                ("no_score", "edits without a score"),
-                ("unanswered", "questions that the judge did not answer"),
-                ("reshaped", "edits of another shape than their sources"),
-            )
-            if counts[name]
+        editor = [
+            f"{name} {value}" for name, value in run.settings["editor"].items() if name != "name" and value is not None
         ]
-        if counts["judgements"] and counts["parse_failures"]:
-            share = counts["parse_failures"] / counts["judgements"]
-            missing.append(
-                f"{counts['parse_failures']} of {counts['judgements']} answers without a score ({share:.1%})"
-            )
-        if counts["unparsed_samples"]:
-            missing.append(f"{counts['unparsed_samples']} answers without a score among those that were averaged")
-        if missing:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in run.results["reasons"].items())
-            notes.append(f"{run.name} lacks: {'; '.join(missing)}" + (f" (reasons: {reasons})." if reasons else "."))
+        notes += [f"{run.name}: {', '.join(editor)}; seed {run.settings['seed']}.", *_missing(run)]
     return notes
+
+
+def _missing(run: Run) -> list[str]:
+    """A sentence about what a run lacks, with reasons; none if nothing is missing."""
+    counts = run.results["counts"]
+    missing = [
+        f"{counts[name]} {what}"
+        for name, what in (
+            ("no_edit", "cases without an edit"),
+            ("no_score", "edits without a score"),
+            ("unanswered", "questions that the judge did not answer"),
+            ("reshaped", "edits whose aspect ratio differs from the reference's"),
+        )
+        if counts[name]
+    ]
+    if counts["judgements"] and counts["parse_failures"]:
+        share = counts["parse_failures"] / counts["judgements"]
+        missing.append(f"{counts['parse_failures']} of {counts['judgements']} answers without a score ({share:.1%})")
+    if counts["unparsed_samples"]:
+        missing.append(f"{counts['unparsed_samples']} answers without a score among those that were averaged")
+    if not missing:
+        return []
+    reasons = ", ".join(f"{reason} {count}" for reason, count in run.results["reasons"].items())
+    return [f"{run.name} lacks: {'; '.join(missing)}" + (f" (reasons: {reasons})." if reasons else ".")]
 
 
 def _write_csv(runs: Sequence[Run], differences: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -330,14 +316,14 @@ def _write_csv(runs: Sequence[Run], differences: dict[str, list[dict[str, Any]]]
             writer.writerows({"editor": name, "of": "difference", **row} for row in rows)
 
 
-def _drawn(text: str) -> str:
-    """A text as it is, where Matplotlib would take what stands between two dollar signs for a formula."""
+def _plain_text(text: str) -> str:
+    """The text with dollar signs escaped, which would enclose a formula for Matplotlib."""
     return text.replace("$", r"\$")
 
 
 def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
     """
-    Draws the main metric of each run in each group and over all, with intervals; for each section.
+    Draws the main metric of each run, for each group and overall, with intervals; one plot per section.
 
     Args:
         runs (`Sequence[Run]`):
@@ -347,10 +333,9 @@ def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    benchmark = _benchmark(runs)
-    main = next(iter(benchmark["metrics"]))
+    benchmark, main = runs[0].benchmark, runs[0].main_metric
     sections = list(benchmark["sections"])
-    summaries = {section: [_summary(run, section) for run in runs] for section in sections}
+    summaries = {section: [_summary_by_key(run, section) for run in runs] for section in sections}
     places = {
         section: [
             *dict.fromkeys(
@@ -371,20 +356,23 @@ def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
                 if one is None or one["value"] is None:
                     continue
                 axes.bar(
-                    place + offset, one["value"], 0.76 / len(runs), color=f"C{number % 10}", label=_drawn(run.name)
+                    place + offset,
+                    one["value"],
+                    0.76 / len(runs),
+                    color=f"C{number % 10}",
+                    label=_plain_text(run.name),
                 )
                 if one["low"] is not None:
                     sides = [[max(0.0, one["value"] - one["low"])], [max(0.0, one["high"] - one["value"])]]
                     axes.errorbar(place + offset, one["value"], sides, color="black", capsize=2, linewidth=0.8)
         labels = [
-            _drawn(str(name)) if kind == "group" else {"overall": "overall", "cases": "all cases"}[kind]
+            _plain_text(str(name)) if kind == "group" else {"overall": "overall", "cases": "all cases"}[kind]
             for kind, name in places[section]
         ]
         axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 11 else 20, fontsize=8)
         axes.axvline(len(labels) - 1.5, color="grey", linewidth=0.6)
-        axes.set(
-            ylabel=LABELS.get(main, main), ylim=(0, benchmark["metrics"][main] * 1.02), title=_drawn(section) or None
-        )
+        limits = (0, benchmark["metrics"][main]["maximum"] * 1.02)
+        axes.set(ylabel=runs[0].labels[main], ylim=limits, title=_plain_text(section) or None)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     shown: dict[str, Any] = {}
@@ -395,7 +383,7 @@ def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
             if label not in shown
         }
     if len(runs) > 1 and shown:
-        named = [name for name in (_drawn(run.name) for run in runs) if name in shown]
+        named = [name for name in (_plain_text(run.name) for run in runs) if name in shown]
         figure.legend(
             [shown[name] for name in named],
             named,
@@ -408,8 +396,8 @@ def draw_bars(runs: Sequence[Run], path: str | Path) -> None:
 
 def draw_curves(curves: dict[str, list[tuple[int, float]]], path: str | Path) -> None:
     """
-    Draws the rewards of trainings over their updates, as in the paper's figure 5: as they were logged, faintly, and smoothed by an
-    exponential mean over a twentieth of the run.
+    Draws the rewards of training runs over their updates, as in the paper's figure 5: as they were logged, faintly,
+    and smoothed by an exponential mean over a twentieth of the run.
 
     Args:
         curves (`dict[str, list[tuple[int, float]]]`):
@@ -425,12 +413,12 @@ def draw_curves(curves: dict[str, list[tuple[int, float]]], path: str | Path) ->
         steps, rewards = (np.array(column, float) for column in zip(*points, strict=True))
         weight = 1 / max(1.0, len(points) / 20)
         smooth, total, sum_of_weights = [], 0.0, 0.0
-        for reward in rewards:  # weights that add up to 1 from the first point on
+        for reward in rewards:  # the weights add up to 1 from the first point on
             total = (1 - weight) * total + weight * reward
             sum_of_weights = (1 - weight) * sum_of_weights + weight
             smooth.append(total / sum_of_weights)
         axes.plot(steps, rewards, color=f"C{number % 10}", alpha=0.2, linewidth=0.8)
-        axes.plot(steps, smooth, color=f"C{number % 10}", label=_drawn(name))
+        axes.plot(steps, smooth, color=f"C{number % 10}", label=_plain_text(name))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path)

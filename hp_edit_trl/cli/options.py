@@ -26,7 +26,7 @@ def add_scorer_options(command: argparse.ArgumentParser) -> None:
         "--judge_base_url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1; else in this process"
     )
     command.add_argument("--score_mode", choices=("integer", "expected"), default="integer")
-    command.add_argument("--num_answers", type=int, default=1, help="answers whose scores are averaged")
+    command.add_argument("--num_answers", type=int, help="answers whose scores are averaged")
     command.add_argument("--max_new_tokens", type=int, help="of an answer; raise it for judges that reason aloud")
     command.add_argument("--batch_size", type=int, default=8, help="of a judge in this process")
     command.add_argument("--max_concurrency", type=int, default=16, help="requests at once to a server")
@@ -40,13 +40,13 @@ def add_scorer_options(command: argparse.ArgumentParser) -> None:
 
 
 def judge_of(args: argparse.Namespace, **options: Any) -> "Judge":
-    """The judge that the options name."""
+    """The judge that the options name; `options` are defaults for those that are not set."""
     from ..judges import load_judge
 
     names = ("score_mode", "num_answers", "batch_size", "max_concurrency", "timeout", "max_retries", "max_new_tokens")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     cache = None if args.cache == "none" else args.cache
-    return load_judge(args.judge, args.judge_base_url, args.judge_revision, cache=cache, **(given | options))
+    return load_judge(args.judge, args.judge_base_url, args.judge_revision, cache=cache, **(options | given))
 
 
 def scorer_of(args: argparse.Namespace, task: str | None = None) -> "HPScorerReward":

@@ -1,4 +1,4 @@
-"""Modules for `evaluate.load(str(METRICS / "score_agreement"))`."""
+"""Modules for `evaluate`, e.g. `evaluate.load(str(METRICS / "score_agreement"))`."""
 
 from pathlib import Path
 

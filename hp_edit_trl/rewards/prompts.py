@@ -178,30 +178,36 @@ def load_scorer_prompts(source: str | None = None, revision: str | None = None) 
 
 
 def load_benchmark_prompts(
-    benchmark: str, names: Sequence[str], source: str | None = None, revision: str | None = None
+    benchmark: str,
+    names: Sequence[str],
+    source: str | None = None,
+    revision: str | None = None,
+    filled: str | None = None,
 ) -> dict[str, ScorerPrompt]:
     """
-    Loads the prompts of a benchmark's judge. Those of this package are in our own words; pass `scorer_prompts=` to use
-    the benchmark's original prompts.
+    Loads the scorer prompts of a benchmark. Those of this package paraphrase the originals; pass `source` to use the
+    originals.
 
     Args:
         benchmark (`str`):
             Name of the benchmark, e.g. `"gedit"`.
         names (`Sequence[str]`):
-            Which prompts it needs.
+            Names of the prompts that it needs.
         source (`str`, *optional*):
             A local folder or a Hub repository with a file `<name>.md` or `<name>.txt` for each. A file without a
             header is used as it is. By default the prompts of this package.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
+        filled (`str`, *optional*):
+            Name of a prompt that must have a place for the prompt of the case.
 
     Returns:
-        `dict[str, ScorerPrompt]`: the prompts by name. `{prompt}`, `{instruction}` and `<instruction>` stand for the
-        case's instruction.
+        `dict[str, ScorerPrompt]`: the scorer prompts by name. `{prompt}`, `{instruction}` and `<instruction>` in their
+        files stand for the prompt of the case.
 
     Raises:
         `FileNotFoundError`: If there is neither a folder nor a repository, or a file is missing.
-        `ValueError`: If there is a revision of a local folder.
+        `ValueError`: If there is a revision of a local folder, or the prompt `filled` has no place for the prompt.
     """
     folder, origin = find_prompts(source, revision)
     if source is None:
@@ -220,5 +226,11 @@ def load_benchmark_prompts(
         else:
             number = f"sha-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         text = re.sub(r"\{instruction\}|<instruction>", "{prompt}", text.strip())
+        if name == filled and "{prompt}" not in text:
+            raise ValueError(
+                f"The prompt {name} in {source or folder} has no {{instruction}}, so the judge would not see the prompt of "
+                "the case: write it where that belongs. The original file of a benchmark may lack it because the "
+                "benchmark's code sends the prompt separately."
+            )
         prompts[name] = ScorerPrompt(name, f"{origin}:{name}:{number}", text)
     return prompts

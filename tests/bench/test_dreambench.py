@@ -40,8 +40,7 @@ def models(tmp_path_factory):
 class GradeJudge:
     """Grades by how red the last picture is; with two pictures one grade less."""
 
-    parse = staticmethod(parse_grade)
-    identity = {"judge": "GradeJudge"}
+    identity = {"judge": "GradeJudge", "parse": "parse_grade"}
 
     def __init__(self, wrong=()):
         self.texts, self.wrong = [], wrong

@@ -40,10 +40,8 @@ def gedit(count=12, **columns) -> Dataset:
 class PairJudge:
     """Its first pair goes by how red the last picture is and how many there are, its second one is above it."""
 
-    parse = staticmethod(parse_pair)
-
     def __init__(self, wrong=()):
-        self.identity = {"judge": "PairJudge"}
+        self.identity = {"judge": "PairJudge", "parse": "parse_pair"}
         self.texts, self.wrong = [], wrong
 
     def load(self):
@@ -95,7 +93,10 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
         sc, pq = round(10 * red), 9 - round(4 * red)
         assert (row["sc"], row["pq"], row["o"]) == (sc, pq, pytest.approx(math.sqrt(sc * pq)))
     assert run.settings["benchmark"]["average"] == "overall"
-    assert run.settings["benchmark"]["metrics"] == {"o": 10, "sc": 10, "pq": 10}
+    assert run.settings["benchmark"]["title"] == "GEdit-Bench"
+    assert run.settings["benchmark"]["metrics"] == {
+        name: {"label": name.upper(), "maximum": 10} for name in ("o", "sc", "pq")
+    }
     # The source has the size of the raw image, and the judge sees both in it.
     assert {tuple(sizes) for _, sizes in judge.texts} == {((64, 48), (64, 48)), ((64, 48),)}
     assert [text for text, _ in judge.texts if "指令 1\n" in text]
@@ -117,7 +118,7 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
         assert overall["n"] == sum(map(len, of_tasks.values())) == (6 if section in ("en", "cn") else 3)
     benchmark = run.settings["benchmark"]
     assert benchmark["scorer_prompts"]["quality"][0] == "hp-edit-trl:gedit:quality:1"
-    assert benchmark["judge"] == "judge PairJudge"
+    assert benchmark["judge"] == "judge PairJudge, parse parse_pair"
 
 
 def shown(part) -> np.ndarray:
@@ -217,7 +218,7 @@ def test_prompts_of_ones_own(tmp_path):
 
 def test_a_judge_that_reads_other_answers(tmp_path):
     judge = ServerJudge("m", "http://127.0.0.1:9/v1", max_new_tokens=512)
-    with pytest.raises(ValueError, match="by parse_score, but this benchmark needs parse=parse_pair"):
+    with pytest.raises(ValueError, match="with parse_score, but this benchmark needs parse=parse_pair"):
         GEditBench(CachedJudge(judge, tmp_path / "cache.sqlite"), gedit())
     short = ServerJudge("m", "http://127.0.0.1:9/v1", parse=parse_pair)
     with pytest.raises(ValueError, match="max_new_tokens=16, .*allow 128 or more"):

@@ -148,7 +148,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
     (runs[0].folder.parent / "half").mkdir()
     shutil.copy(runs[0].folder / "run.json", runs[0].folder.parent / "half")
     with pytest.raises(SystemExit, match="did not finish: run `hp-edit bench`"):
-        main(["report", str(runs[0].folder), str(runs[0].folder.parent / "half"), "--out", str(tmp_path / "out")])
+        main(["report", str(runs[0].folder), str(runs[0].folder.parent / "half"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -223,7 +223,7 @@ def test_rewards_of_trainings(runs, tmp_path):
     write_bench_report(runs[:1], tmp_path / "out", gallery=False)  # a report without logs leaves no old curves
     assert not (tmp_path / "out" / "curves.png").exists()
     for broken, message in (
-        ("{}", "is no log of a trainer"),
+        ("{}", "is not a log of a trainer"),
         ('{"log_history": []}', "with rewards: name the output"),
     ):
         (tmp_path / "other" / "trainer_state.json").write_text(broken)
@@ -331,7 +331,7 @@ assert len(ModelCard.load("someone/bare").data.eval_results) == 1
 try:
     push_results(run_benchmark(bench(), Painter(), sys.argv[1] + "-local"), "someone/lora")
 except ValueError as error:
-    assert "no dataset on the Hub" in str(error)
+    assert "not a dataset on the Hub" in str(error)
 else:
     raise AssertionError
 """
@@ -350,9 +350,9 @@ def test_results_in_a_model_card(tmp_path):
 def test_the_command(runs, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.jpg").write_text("somebody's")
-    main(["report", *(str(run.folder) for run in runs[:2]), "--out", str(tmp_path), "--baseline", NAMES[1]])
+    main(["report", *(str(run.folder) for run in runs[:2]), "--output_dir", str(tmp_path), "--baseline", NAMES[1]])
     assert (tmp_path / "images" / "mine.jpg").exists()
     assert f"Difference from {NAMES[1]}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="name one run"):
-        main(["report", *(str(run.folder) for run in runs), "--out", str(tmp_path), "--push-to-hub", "someone/lora"])
+        main(["report", *(str(run.folder) for run in runs), "--output_dir", str(tmp_path), "--push-to-hub", "someone/lora"])
     assert read_run(runs[0].folder).name == NAMES[0]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hp_edit_trl import HPScorerReward
 from hp_edit_trl.bench import RealPrefBench, read_run, run_benchmark
 from hp_edit_trl.editors import Editor, FolderEditor
 from hp_edit_trl.judges import Judgement
@@ -21,9 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def bench(dataset=None, judge=None, **kwargs):
-    return RealPrefBench(
-        HPScorerReward(judge or RuleJudge()), make_cases(10) if dataset is None else dataset, **kwargs
-    )
+    return RealPrefBench(judge or RuleJudge(), make_cases(10) if dataset is None else dataset, **kwargs)
 
 
 class Painter(Editor):
@@ -36,14 +33,14 @@ class Painter(Editor):
     def identity(self):
         return {"editor": "painter", "revision": "1", "strength": self.strength}
 
-    def __call__(self, images, prompts, ids, seeds):
+    def __call__(self, references, prompts, ids, seeds):
         edits = []
-        for image, case_id, seed in zip(images, ids, seeds, strict=True):
+        for images, case_id, seed in zip(references, ids, seeds, strict=True):
             if len(self.painted) == self.stop_at:
                 raise KeyboardInterrupt
             self.painted.append(case_id)
             red = np.random.default_rng(seed).integers(0, 256)
-            edits.append(Image.new("RGB", image.size, (int(self.strength * red), 0, 0)))
+            edits.append(Image.new("RGB", images[0].size, (int(self.strength * red), 0, 0)))
         return edits
 
 
@@ -59,7 +56,9 @@ def test_a_run_from_cases_to_results(tmp_path):
     assert run.name == "painter" and [row["id"] for row in run.cases] == make_cases(10)["id"][:]
     scores = [score_of(row, run.folder) for row in run.cases]
     assert [row["hp_score"] for row in run.cases] == scores and len(set(scores)) > 2
-    assert all(Image.open(run.folder / row["source"]).size[0] <= 768 for row in run.cases)
+    for row in run.cases:
+        (reference,) = row["references"]
+        assert Image.open(run.folder / reference).size[0] <= 768
     assert json.loads(run.cases[0]["answers"]) == {"hp_score": str(scores[0])}
     overall = next(row for row in run.results["summary"] if row["kind"] == "overall")
     by_task = {}
@@ -158,7 +157,7 @@ def test_cases_that_go_wrong_are_missing_and_the_rest_goes_on(tmp_path):
     judge = RuleJudge(rule=lambda text, pictures: "hm" if pictures[-1].getpixel((0, 0))[0] == 7 else 4)
     run = run_benchmark(bench(dataset, judge), fussy, tmp_path)
     reasons = {row["id"]: row["reason"] for row in run.cases if row["reason"]}
-    assert reasons.pop("case-5").startswith("unreadable: The image of case 'case-5'")
+    assert reasons.pop("case-5").startswith("unreadable: An image of case 'case-5'")
     assert reasons == {
         "case-1": "editor failed: RuntimeError: too many fingers",
         "case-2": "no edit",
@@ -222,14 +221,14 @@ def test_a_folder_of_another_run(tmp_path):
         lambda row, i: {"image": Image.new("RGB", (64, 64))} if i == 3 else {}, with_indices=True
     )
     for other, message in (
-        (dict(editor=Painter(0.5)), "strength of its editor is 1.0, now it is 0.5"),
-        (dict(benchmark=bench(judge=RuleJudge("other"))), "judge of its benchmark is .* now it is"),
-        (dict(benchmark=bench(make_cases(9))), "cases of its benchmark is 10, now it is 9"),
-        (dict(benchmark=bench(repainted)), "cases_sha of its benchmark is"),
-        (dict(seed=3), "with seed 0, not 3"),
+        (dict(editor=Painter(0.5)), "run that was made with other settings .editor strength: 1.0 -> 0.5.: choose another output_dir"),
+        (dict(benchmark=bench(judge=RuleJudge("other"))), "benchmark judge: .* -> "),
+        (dict(benchmark=bench(make_cases(9))), "benchmark cases: 10 -> 9"),
+        (dict(benchmark=bench(repainted)), "benchmark cases_sha: "),
+        (dict(seed=3), "seed: 0 -> 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_benchmark(**{"benchmark": bench(), "editor": Painter(), "folder": tmp_path / "run", **other})
+            run_benchmark(**{"benchmark": bench(), "editor": Painter(), "output_dir": tmp_path / "run", **other})
     make_cases(10).save_to_disk(tmp_path / "cases")  # the same cases from elsewhere are the same cases
     assert run_benchmark(bench(str(tmp_path / "cases"), split="train"), Painter(), tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -299,10 +298,10 @@ def test_two_processes_share_the_cases_and_end_with_the_same_results(tmp_path):
 class Painful(Painter):
     """Fails with whatever the second process gives it."""
 
-    def __call__(self, images, prompts, ids, seeds):
+    def __call__(self, references, prompts, ids, seeds):
         if os.environ["RANK"] == "1":
             raise RuntimeError("no paint")
-        return super().__call__(images, prompts, ids, seeds)
+        return super().__call__(references, prompts, ids, seeds)
 
 
 @pytest.mark.slow
@@ -360,8 +359,8 @@ def test_an_edit_that_was_lost_is_made_again_and_found(tmp_path):
     (run.folder / run.cases[3]["edit"]).unlink()
 
     class Other(Painter):  # as one that draws otherwise each time
-        def __call__(self, images, prompts, ids, seeds):
-            return super().__call__(images, prompts, ids, [seed + 1 for seed in seeds])
+        def __call__(self, references, prompts, ids, seeds):
+            return super().__call__(references, prompts, ids, [seed + 1 for seed in seeds])
 
     again, editor, judge = None, Other(), RuleJudge()
     for _ in range(2):
@@ -384,7 +383,7 @@ def test_results_are_those_of_the_rows(tmp_path, monkeypatch):
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize("case_id", ["../x", "..", "a/b", "第三 个?*", "x" * 240, "%2e"])
+@pytest.mark.parametrize("case_id", ["../x", "..", "a/b", "第三 个?*", "x" * 230, "%2e"])
 def test_any_id_is_a_file_in_the_folder(tmp_path, case_id):
     odd = make_cases(2).to_list()
     odd[0]["id"] = case_id
@@ -401,7 +400,7 @@ def test_an_id_that_is_too_long_for_a_file_is_refused(tmp_path):
     odd = make_cases(2).to_list()
     odd[1]["id"] = "第" * 30
     cases = make_cases(2).from_list(odd, features=make_cases(2).features)
-    with pytest.raises(ValueError, match="The id of row 1 of realpref is too long to name a file: '第第"):
+    with pytest.raises(ValueError, match="The id of row 1 of RealPref-Bench is too long for a file name: '第第"):
         run_benchmark(bench(cases), Painter(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

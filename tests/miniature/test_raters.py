@@ -107,10 +107,9 @@ def test_a_judge_that_knows_the_targets(cases):
         for row in rows
     ]
     bench = GEditBench(TargetJudge(cases, parse_pair), Dataset.from_list(gedit))
-    as_cases = [dict(bench.dataset[i]) for i in range(24)]
+    as_cases, references = [dict(bench.dataset[i]) for i in range(24)], [[image] for image in sources]
     for edits, sc, pq in ((targets, 10, 10), (sources, 0, 10)):
-        assert [(one.values["sc"], one.values["pq"]) for one in bench.score(as_cases, sources, edits)] == [
-            (sc, pq)
-        ] * 24
+        scored = bench.score(as_cases, references, edits)
+        assert [(one.values["sc"], one.values["pq"]) for one in scored] == [(sc, pq)] * 24
     noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)) for i in range(24)]
-    assert all(one.values["pq"] == 0 for one in bench.score(as_cases, sources, noise))
+    assert all(one.values["pq"] == 0 for one in bench.score(as_cases, references, noise))

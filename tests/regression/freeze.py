@@ -14,7 +14,6 @@ from datasets import Dataset
 from experiments import make_trainer
 from PIL import Image
 
-from hp_edit_trl import HPScorerReward
 from hp_edit_trl.bench import RealPrefBench, Run, run_benchmark
 from hp_edit_trl.editors import PolicyEditor
 from hp_edit_trl.miniature import RuleScorer, load_dataset, load_pipeline
@@ -40,7 +39,7 @@ def bench(cases: Dataset, folder: str | Path, lora: bool = True, scale: float = 
     options = {"num_inference_steps": 5, "true_cfg_scale": 1.0, "batch_size": 16, **options}
     editor = PolicyEditor(policy, "frozen LoRA", resolution=SIDE, **options)
     judge = RuleJudge(rule=lambda text, pictures: 0)
-    return run_benchmark(RealPrefBench(HPScorerReward(judge), cases), editor, folder, batch_size=64)
+    return run_benchmark(RealPrefBench(judge, cases), editor, folder, batch_size=64)
 
 
 def exact_scores(run: Run, cases: Dataset) -> list[float]:

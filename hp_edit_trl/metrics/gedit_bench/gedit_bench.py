@@ -1,31 +1,24 @@
-"""GEdit-Bench's sums over scores, as a module for `evaluate.load`, which copies this file: imports are absolute."""
+"""The summary of GEdit-Bench as a module for `evaluate.load`, which copies this file: imports are absolute."""
 
 import math
 
-import datasets
 import evaluate
 
 from hp_edit_trl.bench import summarize
-from hp_edit_trl.bench.results import check_groups, check_values
+from hp_edit_trl.metrics.common import check_groups, check_values, metric_info
 
 
-class GEditBench(evaluate.Metric):
+class GEditBenchMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="SC, PQ and O of GEdit-Bench, summed up over its tasks. Use it for one language at a time.",
-            citation="",
-            inputs_description=(
-                "semantic_consistency and perceptual_quality: scores from 0 to 10 of each edit, NaN where there is none. tasks: the task "
-                "of each case. Returns g_sc, g_pq and g_o (unweighted means of the tasks' means, None if a task has no score), mean_o "
-                "(over all cases), o_ and a task's name (the mean of that task), n (edits with both scores) and missing."
-            ),
-            features=datasets.Features(
-                {
-                    "semantic_consistency": datasets.Value("float64"),
-                    "perceptual_quality": datasets.Value("float64"),
-                    "tasks": datasets.Value("string"),
-                }
-            ),
+        return metric_info(
+            "SC, PQ and O of GEdit-Bench, summarized over its tasks. Use it for one language at a time.",
+            "semantic_consistency and perceptual_quality: scores from 0 to 10 of each edit, NaN where missing. tasks: "
+            "the task of each case. Returns g_sc, g_pq and g_o (unweighted means of the tasks' means, None if a task "
+            "has no score), mean_o (over all cases), o_ with the name of a task (its mean), n (edits with both "
+            "scores) and missing.",
+            semantic_consistency="float64",
+            perceptual_quality="float64",
+            tasks="string",
         )
 
     def _compute(
@@ -33,16 +26,14 @@ class GEditBench(evaluate.Metric):
     ) -> dict[str, float | None]:
         consistency = check_values(semantic_consistency, "semantic_consistency", 10)
         quality = check_values(perceptual_quality, "perceptual_quality", 10)
-        tasks = check_groups(tasks, "tasks")
         cases = [
             {"task": task, "sc": sc, "pq": pq, "o": None if sc is None or pq is None else math.sqrt(sc * pq)}
-            for sc, pq, task in zip(consistency, quality, tasks, strict=True)
+            for sc, pq, task in zip(consistency, quality, check_groups(tasks, "tasks"), strict=True)
         ]
         rows = summarize(cases, ["sc", "pq", "o"], "task", num_resamples=0)
-        overall = {row["metric"]: row for row in rows if row["kind"] == "overall"}
-        result = {f"g_{name}": row["value"] for name, row in overall.items()}
-        result["mean_o"] = next(row["value"] for row in rows if (row["kind"], row["metric"]) == ("cases", "o"))
+        result = {f"g_{row['metric']}": row["value"] for row in rows if row["kind"] == "overall"}
         of_tasks = {
             f"o_{row['group']}": row["value"] for row in rows if (row["kind"], row["metric"]) == ("group", "o")
         }
-        return {**result, **of_tasks, "n": overall["o"]["n"], "missing": overall["o"]["missing"]}
+        mean = next(row for row in rows if (row["kind"], row["metric"]) == ("cases", "o"))
+        return result | of_tasks | {"mean_o": mean["value"], "n": mean["n"], "missing": mean["missing"]}

@@ -1,27 +1,20 @@
 """Krippendorff's alpha as a module for `evaluate.load`, which copies this file: imports are absolute."""
 
-import datasets
 import evaluate
 
 from hp_edit_trl.calibration import krippendorff_alpha
+from hp_edit_trl.metrics.common import metric_info
 
 
 class KrippendorffAlpha(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Krippendorff's alpha: how well annotators agree with each other.",
-            citation="",
-            inputs_description=(
-                "annotators, items and values: who rated what how, one entry for each rating. level: 'nominal', 'ordinal' (default) "
-                "or 'interval'. Returns krippendorff_alpha, None where it is undefined."
-            ),
-            features=datasets.Features(
-                {
-                    "annotators": datasets.Value("string"),
-                    "items": datasets.Value("string"),
-                    "values": datasets.Value("float64"),
-                }
-            ),
+        return metric_info(
+            "Krippendorff's alpha: the agreement of annotators with each other.",
+            "annotators, items and values: one entry per rating. level: 'nominal', 'ordinal' (default) or 'interval'. "
+            "Returns krippendorff_alpha, None where it is undefined.",
+            annotators="string",
+            items="string",
+            values="float64",
         )
 
     def _compute(
