@@ -128,14 +128,16 @@ def pipeline(tmp_path_factory):
 def bench_command(server, tmp_path, editor, out):
     make_cases(3).save_to_disk(tmp_path / "cases")
     small = ["--resolution", "64", "--dtype", "float32"]
-    where = ["--dataset", str(tmp_path / "cases"), "--split", "train", "--out", str(tmp_path / out)]
+    where = ["--dataset", str(tmp_path / "cases"), "--split", "train", "--output_dir", str(tmp_path / out)]
     return ["bench", "realpref", "--editor", editor, *where, *small, *options(server, tmp_path)]
 
 
 def test_bench_of_a_pipeline_a_policy_and_their_edits(server, tmp_path, pipeline, capsys):
-    options = ["--option", "num_inference_steps=2", "--option", "true_cfg_scale=1.0"]
+    options = ["--editor_options", "num_inference_steps=2", "true_cfg_scale=1.0"]
     main([*bench_command(server, tmp_path, pipeline, "a"), *options])
-    assert str(tmp_path / "a") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "a") in printed and "HP-score, overall" in printed
+    assert "all of the 3 cases have an edit and a score." in printed
     main([*bench_command(server, tmp_path, pipeline, "b"), *options, "--policy"])
     main([*bench_command(server, tmp_path, str(tmp_path / "a" / "edits"), "c"), "--name", "ready"])
     runs = [read_run(tmp_path / name) for name in "abc"]
@@ -145,8 +147,8 @@ def test_bench_of_a_pipeline_a_policy_and_their_edits(server, tmp_path, pipeline
         images = [Image.open(run.folder / row["edit"]) for run, row in zip(runs, (one, two, three), strict=True)]
         assert images[0].tobytes() == images[2].tobytes() and images[0].size == images[1].size
         assert one["hp_score"] == three["hp_score"] is not None
-    with pytest.raises(SystemExit, match="hp-edit: .* holds another run: num_inference_steps of its editor is 2, now"):
-        main([*bench_command(server, tmp_path, pipeline, "a"), "--option", "num_inference_steps=3"])
+    with pytest.raises(SystemExit, match="hp-edit: .* made with other settings .editor num_inference_steps: 2 -> 3"):
+        main([*bench_command(server, tmp_path, pipeline, "a"), *options, "num_inference_steps=3"])
 
 
 def test_bench_of_a_function(server, tmp_path):
@@ -162,13 +164,14 @@ def test_bench_of_a_function(server, tmp_path):
 @pytest.mark.parametrize(
     ("editor", "more", "message"),
     [
-        ("nowhere.py:edit", [], "names no function that can be imported"),
-        ("json:edit", [], "names no function that can be imported"),
-        ("json:dumps", ["--lora", "x"], "--lora: for pipelines only, and json:dumps is a function"),
+        ("nowhere.py:edit", [], "editor='nowhere.py:edit' cannot be imported .FileNotFoundError"),
+        ("json:edit", [], "editor='json:edit' cannot be imported .KeyError: 'edit'"),
+        ("json:dumps", ["--lora", "x"], "lora: for pipelines only, but editor='json:dumps' is a function"),
+        ("json:dumps", ["--policy"], "--policy is for pipelines only, but --editor json:dumps is not a pipeline"),
         ("no/such-model", [], "neither a folder nor a diffusers pipeline"),
     ],
 )
-def test_bench_with_what_is_no_editor(server, tmp_path, editor, more, message):
+def test_bench_with_a_wrong_editor(server, tmp_path, editor, more, message):
     with pytest.raises(SystemExit, match=f"hp-edit: .*{message}"):
         main([*bench_command(server, tmp_path, editor, "out"), *more])
     assert not (tmp_path / "out").exists()
@@ -180,14 +183,14 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
         "benchmark": "realpref",
         "dataset": str(tmp_path / "cases"),
         "split": "train",
-        "out": str(tmp_path / "out"),
+        "output_dir": str(tmp_path / "out"),
     }
     shared |= {"judge": "m", "judge_base_url": server.url, "cache": "none", "resolution": 64, "dtype": "float32"}
     file, config = tmp_path / "mine.py", tmp_path / "bench.yaml"
     file.write_text("def same(images, prompts):\n    return images\n")
     few = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "negative_prompt": " "}
     runs = [
-        {"name": "someone/tiny", "editor": pipeline, "option": few},
+        {"name": "someone/tiny", "editor": pipeline, "editor_options": few},
         {"name": "absent", "editor": str(tmp_path / "absent")},
         {"name": "as it was", "editor": f"{file}:same"},
     ]
@@ -196,6 +199,7 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
         main(["bench", "--config", str(config)])
     printed = capsys.readouterr()
     assert "absent: editor=" in printed.err and "Difference from someone/tiny" in printed.out
+    assert printed.out.count("all of the 3 cases have an edit and a score.") == 2  # each run prints its result
     assert (tmp_path / "out" / "report" / "gallery.html").exists()
     finished = [read_run(tmp_path / "out" / name) for name in ("someone-tiny", "as it was")]
     assert [run.name for run in finished] == ["someone/tiny", "as it was"]
@@ -210,15 +214,92 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
         config.write_text(yaml.safe_dump(broken))
         with pytest.raises(SystemExit, match=f"hp-edit: .*{message}"):
             main(["bench", "--config", str(config)])
-    config.write_text(yaml.safe_dump(shared | {"runs": [{"name": "x", "edtior": "y"}]}))
-    with pytest.raises(SystemExit):
-        main(["bench", "--config", str(config)])
-    assert "unrecognized arguments: --edtior=y" in capsys.readouterr().err
     config.write_text("runs: [}")
-    with pytest.raises(SystemExit, match="hp-edit: .*bench.yaml is no YAML: "):
+    with pytest.raises(SystemExit, match="hp-edit: .*bench.yaml is not valid YAML: "):
         main(["bench", "--config", str(config)])
-    with pytest.raises(SystemExit, match="hp-edit: benchmark, --seed: with --config, options stand in the file"):
+    with pytest.raises(SystemExit, match="hp-edit: benchmark, --seed: with --config, all options belong in the file"):
         main(["bench", "gedit", "--config", str(config), "--seed", "3"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"edtior": "y"}, "has the unknown option 'edtior'; known are .*editor,"),
+        ({"seed": "3"}, "seed must be a whole number, but is '3'"),
+        ({"seed": True}, "seed must be a whole number, but is True"),
+        ({"timeout": "long"}, "timeout must be a number, but is 'long'"),
+        ({"policy": "yes"}, "policy must be true or false, but is 'yes'"),
+        ({"judge_revision": 2024}, "judge_revision must be a text .in quotes if it looks like a number or a date."),
+        ({"editor_options": ["num_inference_steps=2"]}, "editor_options must be a mapping of names to values"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, but is 'int8'"),
+    ],
+)
+def test_bench_with_a_wrong_option_in_the_file(tmp_path, option, message):
+    config = tmp_path / "bench.yaml"
+    config.write_text(yaml.safe_dump({"output_dir": "out", "runs": [{"name": "x", **option}]}))
+    with pytest.raises(SystemExit, match=f"hp-edit: .*bench.yaml.*{message}"):
+        main(["bench", "--config", str(config)])
+
+
+TOY = """
+from hp_edit_trl.bench import Benchmark, CaseScore, Metric, conversation, why_no_score
+from hp_edit_trl.judges import parse_score
+
+
+class Toy(Benchmark):
+    name = "toy"
+    title = "Toy-Bench"
+    metrics = {"size": Metric("Size", 100.0), "red": Metric("How red", 5.0)}
+    group = "kind"
+    judge_options = {"max_new_tokens": 3}
+
+    def __init__(self, judge, dataset, split="train", text="How red?"):
+        super().__init__(judge, dataset, split)
+        self.text = text
+
+    def to_cases(self, raw):
+        sizes = ["small" if row["images"][0].width < 100 else "large" for row in raw]
+        return raw.rename_column("instruction", "prompt").add_column("kind", sizes)
+
+    def score(self, cases, references, edits):
+        judged = self.judge([conversation(self.text, [("The image", edit)]) for edit in edits])
+        return [
+            CaseScore({"size": float(images[-1].width), "red": one.score}, {"red": one}, why_no_score(one))
+            for images, one in zip(references, judged, strict=True)
+        ]
+"""
+
+
+def test_a_benchmark_is_one_file(server, tmp_path, capsys):
+    def several(row):
+        return {"images": [row["image"], row["image"].resize((40, 30))]}
+
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "mine.py").write_text(
+        "def last(images, prompts):\n"
+        "    return [None if '2' in prompt else two[-1] for two, prompt in zip(images, prompts)]\n"
+    )
+    cases = make_cases(4).map(several, remove_columns=["image", "task"]).rename_column("prompt", "instruction")
+    cases.save_to_disk(tmp_path / "cases")
+    where = ["--dataset", str(tmp_path / "cases"), *options(server, tmp_path)]
+    command = ["bench", f"{tmp_path}/toy.py:Toy", "--editor", f"{tmp_path}/mine.py:last", *where]
+    main([*command, "--output_dir", str(tmp_path / "run"), "--benchmark_options", "text=Red or not?"])
+    printed = capsys.readouterr().out
+    assert "| Size, overall" in printed and "How red" in printed
+    assert "last lacks: 1 cases without an edit (reasons: no edit 1)." in printed
+    run = read_run(tmp_path / "run")
+    assert [row["kind"] for row in run.cases] == ["small", "large", "small", "large"]
+    assert [row["size"] for row in run.cases] == [40, 40, None, 40] and len(run.cases[0]["references"]) == 2
+    assert all((run.folder / file).exists() for row in run.cases for file in row["references"])
+    assert {row["resized"] for row in run.cases} == {False}  # each edit has the shape of its last reference
+    judged = [look("", [Image.open(run.folder / row["edit"])]) for row in run.cases if row["edit"]]
+    assert [row["red"] for row in run.cases if row["edit"]] == judged
+    assert {body["max_tokens"] for body in server.requests} == {3}
+    assert "Red or not?" in server.requests[-1]["messages"][0]["content"][0]["text"]
+    main(["report", str(tmp_path / "run"), "--output_dir", str(tmp_path / "report")])
+    assert "# Toy-Bench" in (tmp_path / "report" / "table.md").read_text()
+    page = (tmp_path / "report" / "gallery.html").read_text()
+    assert "Toy-Bench" in page and "How red" in page and "0-reference-1.jpg" in page
 
 
 ROOT = Path(__file__).parents[1]
@@ -233,11 +314,11 @@ def test_the_papers_tables_are_runs_that_parse(recipe, monkeypatch):
         started.append(args)
         raise ValueError("not here")
 
-    monkeypatch.setattr(cli, "_bench", no_editor)
+    monkeypatch.setattr(cli.bench, "_run", no_editor)
     with pytest.raises(SystemExit, match="runs did not finish"):
         main(["bench", "--config", str(recipe)])
     names = [run["name"] for run in yaml.safe_load(recipe.read_text())["runs"]]
-    assert [run.name for run in started] == names and len({run.out for run in started}) == len(names)
+    assert [run.name for run in started] == names and len({run.output_dir for run in started}) == len(names)
     assert all(run.editor and run.benchmark and run.seed == 0 and run.resolution == 1024 for run in started)
     recipes = yaml.safe_load(recipe.read_text())
     calls = {
@@ -246,9 +327,9 @@ def test_the_papers_tables_are_runs_that_parse(recipe, monkeypatch):
         "black-forest-labs/FLUX.1-Kontext-dev": FluxKontextPipeline,
     }
     for run, wanted in zip(started, recipes["runs"], strict=True):
-        assert make_editor_options(run) == wanted.get("option", recipes.get("option", {}))
+        assert dict(run.editor_options) == wanted.get("editor_options", recipes.get("editor_options", {}))
         if not run.editor.startswith("edits/"):
-            assert set(make_editor_options(run)) <= set(inspect.signature(calls[run.editor].__call__).parameters)
+            assert set(run.editor_options) <= set(inspect.signature(calls[run.editor].__call__).parameters)
     head = recipe.read_text().split("\n\n")[0]
     assert (
         head.startswith("#")
@@ -256,10 +337,6 @@ def test_the_papers_tables_are_runs_that_parse(recipe, monkeypatch):
         and "# Work" in head
         and f"--config {recipe.relative_to(ROOT)}" in head
     )
-
-
-def make_editor_options(run):
-    return {name: json.loads(value) for name, _, value in (option.partition("=") for option in run.option)}
 
 
 def test_bench_of_gedit_with_a_judge_that_gives_reasons(serve, tmp_path):  # noqa: F811
@@ -270,9 +347,37 @@ def test_bench_of_gedit_with_a_judge_that_gives_reasons(serve, tmp_path):  # noq
     asked: list = []
     gedit(4).save_to_disk(tmp_path / "gedit")
     (tmp_path / "mine.py").write_text("def same(images, prompts):\n    return images\n")
-    where = ["--dataset", str(tmp_path / "gedit"), "--out", str(tmp_path / "out")]
+    where = ["--dataset", str(tmp_path / "gedit"), "--output_dir", str(tmp_path / "out")]
     main(["bench", "gedit", "--editor", f"{tmp_path}/mine.py:same", *where, *options(serve(reply), tmp_path)])
     run = read_run(tmp_path / "out")
     assert [(row["sc"], row["pq"]) for row in run.cases] == [(4, 6)] * 4
     assert sorted(set(asked)) == [(1, 512), (2, 512)]  # the trial shows two pictures
     assert "parse parse_pair" in run.settings["benchmark"]["judge"]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "more", "message"),
+    [
+        ("nothing", [], "There is no benchmark 'nothing': use dreambench, gedit, realpref, file.py:Class or"),
+        ("report", [], "There is no benchmark 'report'"),
+        ("json:dumps", [], "benchmark='json:dumps' is not a subclass of hp_edit_trl.bench.Benchmark"),
+        ("nowhere.py:Toy", [], "benchmark='nowhere.py:Toy' cannot be imported"),
+        ("realpref", [], "RealPref-Bench needs --dataset"),
+        (
+            "dreambench",
+            ["--split", "test"],
+            r"split: DreamBench\+\+ has no such option; its options are dataset, revision",
+        ),
+        ("gedit", ["--benchmark_options", "clip=null"], "clip: GEdit-Bench has no such option"),
+    ],
+)
+def test_bench_with_a_wrong_benchmark(tmp_path, benchmark, more, message):
+    with pytest.raises(SystemExit, match=f"hp-edit: {message}"):
+        main(["bench", benchmark, "--editor", "json:dumps", "--output_dir", str(tmp_path / "out"), *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pair_that_is_not_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "gedit", "--editor_options", "steps"])
+    assert "'steps' must be NAME=VALUE, e.g. num_inference_steps=40" in capsys.readouterr().err

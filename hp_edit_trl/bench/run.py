@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 THUMBNAIL = 768  # longest side of a reference image in a results folder
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "datasets", "pillow")
 LONGEST_ID = 230  # a file's name may have 255 characters, with the suffix of a temporary file
+ROW_COLUMNS = set("id prompt requirement references edit width height resized reshaped reason answers human".split())
 IN_A_ROW = 8  # failures after which the cases are not to blame
 
 
@@ -154,6 +155,10 @@ def _check_cases(cases: Dataset, benchmark: Benchmark) -> None:
     """Raises a `ValueError` if the cases of a benchmark lack a column or a value, or two of them have one id."""
     check_columns(cases, benchmark.title)
     check_has_columns(cases, benchmark.title, ["id", *benchmark.columns])
+    if taken := (ROW_COLUMNS | set(benchmark.columns)) & benchmark.metrics.keys():
+        raise ValueError(
+            f"{benchmark.title} has metrics with names of other columns: rename {', '.join(sorted(taken))}."
+        )
     for column in ("id", "prompt", benchmark.group):
         for row, value in enumerate(cases[column]):
             if not isinstance(value, str) or not value:

@@ -203,5 +203,5 @@ def test_data_that_are_not_the_benchmark(data, tmp_path):
     (tmp_path / "captions" / "style" / "00.txt").write_text("subject\none description\n")
     with pytest.raises(ValueError, match="must hold a subject and 9 descriptions.*2 lines and no image"):
         DreamBenchPlus(GradeJudge(), tmp_path).dataset  # noqa: B018
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a dataset on the Hub"):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a readable dataset on the Hub"):
         DreamBenchPlus(GradeJudge(), "no/such-data").dataset  # noqa: B018

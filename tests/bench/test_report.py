@@ -148,7 +148,9 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
     (runs[0].folder.parent / "half").mkdir()
     shutil.copy(runs[0].folder / "run.json", runs[0].folder.parent / "half")
     with pytest.raises(SystemExit, match="did not finish: run `hp-edit bench`"):
-        main(["report", str(runs[0].folder), str(runs[0].folder.parent / "half"), "--output_dir", str(tmp_path / "out")])
+        main(
+            ["report", str(runs[0].folder), str(runs[0].folder.parent / "half"), "--output_dir", str(tmp_path / "out")]
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -354,5 +356,14 @@ def test_the_command(runs, tmp_path, capsys):
     assert (tmp_path / "images" / "mine.jpg").exists()
     assert f"Difference from {NAMES[1]}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="name one run"):
-        main(["report", *(str(run.folder) for run in runs), "--output_dir", str(tmp_path), "--push-to-hub", "someone/lora"])
+        main(
+            [
+                "report",
+                *(str(run.folder) for run in runs),
+                "--output_dir",
+                str(tmp_path),
+                "--push-to-hub",
+                "someone/lora",
+            ]
+        )
     assert read_run(runs[0].folder).name == NAMES[0]

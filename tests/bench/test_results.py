@@ -94,7 +94,13 @@ def test_a_group_without_any_value_leaves_no_overall():
 
 
 def make_run(folder, data, **benchmark):
-    settings = {"metrics": {"score": {"label": "S", "maximum": 5.0}}, "products": {}, "group": "task", "sections": {"": {}}, "judge": "j"}
+    settings = {
+        "metrics": {"score": {"label": "S", "maximum": 5.0}},
+        "products": {},
+        "group": "task",
+        "sections": {"": {}},
+        "judge": "j",
+    }
     return Run(folder, str(folder), {"benchmark": settings | benchmark}, data, {})
 
 
@@ -114,10 +120,10 @@ def test_two_runs_are_compared_on_the_cases_of_both():
 
 
 def test_folders_that_are_no_finished_runs_of_this_format(tmp_path):
-    with pytest.raises(ValueError, match="no file run.json"):
+    with pytest.raises(ValueError, match="no readable file run.json"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"format": 2, "editor": {"name": "e"}})[:-3])
-    with pytest.raises(ValueError, match="no file run.json that can be read"):
+    with pytest.raises(ValueError, match="no readable file run.json"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"format": 2, "editor": {"name": "e"}}))
     with pytest.raises(ValueError, match="did not finish: run `hp-edit bench`"):

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Image as ImageFeature
+from datasets import List
 from PIL import Image
 
-from hp_edit_trl.bench import RealPrefBench, read_run, run_benchmark
+from hp_edit_trl.bench import Metric, RealPrefBench, read_run, run_benchmark
 from hp_edit_trl.editors import Editor, FolderEditor
 from hp_edit_trl.judges import Judgement
 from hp_edit_trl.ratings import Rating
 from tests.fake_hub import fake_hub
-from tests.helpers import END, RuleJudge, make_cases
+from tests.helpers import END, RuleJudge, make_cases, photo
 
 
 ROOT = Path(__file__).parents[2]
@@ -221,7 +223,10 @@ def test_a_folder_of_another_run(tmp_path):
         lambda row, i: {"image": Image.new("RGB", (64, 64))} if i == 3 else {}, with_indices=True
     )
     for other, message in (
-        (dict(editor=Painter(0.5)), "run that was made with other settings .editor strength: 1.0 -> 0.5.: choose another output_dir"),
+        (
+            dict(editor=Painter(0.5)),
+            "run that was made with other settings .editor strength: 1.0 -> 0.5.: choose another output_dir",
+        ),
         (dict(benchmark=bench(judge=RuleJudge("other"))), "benchmark judge: .* -> "),
         (dict(benchmark=bench(make_cases(9))), "benchmark cases: 10 -> 9"),
         (dict(benchmark=bench(repainted)), "benchmark cases_sha: "),
@@ -250,6 +255,41 @@ def test_cases_with_missing_columns(tmp_path):
     with pytest.raises(ValueError, match="Row 1 of RealPref-Bench has the id 'case-0' of row 0"):
         run_benchmark(bench(cases.map(lambda row: {"id": "case-0"})), Painter(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_metric_named_like_a_column(tmp_path):
+    benchmark = bench(make_cases(3))
+    benchmark.metrics = {"task": Metric("Task", 1.0), "edit": Metric("Edit", 1.0)}
+    with pytest.raises(ValueError, match="RealPref-Bench has metrics with names of other columns: rename edit, task"):
+        run_benchmark(benchmark, Painter(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_cases_with_several_references(tmp_path):
+    def several(row, i):
+        return {"images": [row["image"], photo(32, 64, i)][: 1 + i % 2]}
+
+    cases = make_cases(4).map(several, with_indices=True, remove_columns=["image"])
+    cases = cases.cast_column("images", List(ImageFeature()))
+    shown = []
+
+    def rule(text, pictures):
+        shown.append([picture.size for picture in pictures])
+        return 3
+
+    def tall(images, prompts):
+        return [Image.new("RGB", (16, 32)) if isinstance(image, list) else image for image in images]
+
+    run = run_benchmark(bench(cases, RuleJudge(rule=rule)), tall, tmp_path / "run")
+    # An edit is judged at the size of the reference with the nearest aspect ratio.
+    wanted = [[(64, 64)] * 2, [(128, 64), (32, 64), (32, 64)]] * 2
+    assert shown == wanted
+    assert [len(row["references"]) for row in run.cases] == [1, 2, 1, 2]
+    assert [Image.open(run.folder / file).size for file in run.cases[1]["references"]] == wanted[1][:2]
+    assert [row["resized"] for row in run.cases] == [False, True] * 2 and run.results["counts"]["reshaped"] == 0
+    other = cases.map(lambda row, i: {"images": row["images"][:1]} if i == 1 else {}, with_indices=True)
+    with pytest.raises(ValueError, match="benchmark cases_sha: "):
+        run_benchmark(bench(other, RuleJudge(rule=rule)), tall, tmp_path / "run")
 
 
 def test_ready_edits_under_any_id(tmp_path):
