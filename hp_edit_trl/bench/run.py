@@ -44,7 +44,10 @@ logger = logging.getLogger(__name__)
 THUMBNAIL = 768  # longest side of a reference image in a results folder
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "datasets", "pillow")
 LONGEST_ID = 230  # a file's name may have 255 characters, with the suffix of a temporary file
-ROW_COLUMNS = set("id prompt requirement references edit width height resized reshaped reason answers human".split())
+ROW_COLUMNS = {
+    "id", "prompt", "requirement", "references", "edit", "width", "height", "resized", "reshaped", "reason", "answers",
+    "human",
+}  # fmt: skip
 IN_A_ROW = 8  # failures after which the cases are not to blame
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def find_benchmark(name: str) -> "type[Benchmark]":
-    """The class of a benchmark: the one in a module of `hp_edit_trl.bench`, `file.py:Class` or `package.module:Class`."""
+    """The class of a benchmark: in a module of `hp_edit_trl.bench`, or `file.py:Class` or `package.module:Class`."""
     import pkgutil
     from importlib import import_module
 

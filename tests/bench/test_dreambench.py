@@ -62,17 +62,20 @@ class GradeJudge:
 
 
 def redder(images, prompts, seeds):
-    return [Image.blend(image, Image.new("RGB", image.size, (seed % 256, 0, 0)), 0.8) for image, seed in zip(images, seeds, strict=True)]  # fmt: skip
+    reds = [Image.new("RGB", image.size, (seed % 256, 0, 0)) for image, seed in zip(images, seeds, strict=True)]
+    return [Image.blend(image, red, 0.8) for image, red in zip(images, reds, strict=True)]
 
 
 @pytest.mark.parametrize(
     ("answer", "grade"),
     [
-        ("3", 3), ("3/4", 3), ("The ears differ.\nScore: 3", 3), ("**Score:** 2\n", 2), ("Final score: [4]", 4), ("4.0", 4),
-        ("Score is 2.", 2), ("Scores are high.\n- Score: **3**/4", 3), ("<think>\nScore: 1\n</think>\nFine.\nScore: 0", 0),
-        ("5", None), ("Score: 3\nScore: 4", None), ("Score: 5", None), ("perhaps 3", None), ("", None), ("Score: 12", None),
+        ("3", 3), ("3/4", 3), ("The ears differ.\nScore: 3", 3), ("**Score:** 2\n", 2), ("Final score: [4]", 4),
+        ("4.0", 4), ("Score is 2.", 2), ("Scores are high.\n- Score: **3**/4", 3),
+        ("<think>\nScore: 1\n</think>\nFine.\nScore: 0", 0), ("5", None), ("Score: 3\nScore: 4", None),
+        ("Score: 5", None), ("perhaps 3", None), ("", None), ("Score: 12", None),
         ("4/5", None), ("Fine.\nScore: 4/5", None), ("Fine.\nScore: -1", None), ("Fine.\nScore: 3.5", None),
-        ("<think>\nScore: 3\nbut", None), ("Analysis: fine. Score: 3", 3), ("Bad. Score: 1. Or so", None), ("<think>\nScore: 3\n</think>\nI cannot say", None), ("Score: 3\nScore: good", None),
+        ("<think>\nScore: 3\nbut", None), ("Analysis: fine. Score: 3", 3), ("Bad. Score: 1. Or so", None),
+        ("<think>\nScore: 3\n</think>\nI cannot say", None), ("Score: 3\nScore: good", None),
     ],
 )  # fmt: skip
 def test_one_grade_or_none(answer, grade):
@@ -110,7 +113,8 @@ def test_grades_and_cosines(data, models, tmp_path):
             seen = [dino(pixels(image)).last_hidden_state[0, 0].numpy() for image in (source, edit)]
         expected = seen[0] @ seen[1] / np.linalg.norm(seen[0]) / np.linalg.norm(seen[1])
         assert row["dino_i"] == pytest.approx(float(expected), abs=1e-5)
-    mean = {row["metric"]: row["value"] for row in run.results["summary"] if (row["section"], row["kind"]) == ("", "cases")}  # fmt: skip
+    over_all = [row for row in run.results["summary"] if (row["section"], row["kind"]) == ("", "cases")]
+    mean = {row["metric"]: row["value"] for row in over_all}
     assert mean["cp"] == pytest.approx(np.mean([row["cp"] for row in run.cases]))
     assert mean["cp_pf"] == pytest.approx(mean["cp"] * mean["pf"])
     assert run.settings["benchmark"]["clip"][0] == models["clip"]

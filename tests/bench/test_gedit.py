@@ -74,9 +74,11 @@ def redder(images, prompts, seeds):
         ('```json\n{"score": [7.5, 8]}\n```', 7.5), ('Here it is: {"score": [1, 2]} as asked.', 1),
         ('<think>{"score": [1, 1]}</think>{"score": [9, 8]}', 8), ("[0, 0]", 0),
         ("7 8", None), ('{"score": [7]}', None), ('{"score": [7, 8, 9]}', None), ('{"score": [7, 11]}', None),
-        ('{"score": [7, -1]}', None), ('{"score": [7, "8"]}', None), ('{"score": [true, 8]}', None), ('{"score": 7}', None),
-        ('{"score": [7, 8]} or {"score": [2, 3]}', None), ("", None), ('{"score": [7, 8', None), ('{"rating": [7, 8]}', None),
-        ('{"score": [7, NaN]}', None), ('<think>{"score": [7, 8]} or rather', None), ("[" * 3000, None), ('{"a": ' * 3000, None),
+        ('{"score": [7, -1]}', None), ('{"score": [7, "8"]}', None), ('{"score": [true, 8]}', None),
+        ('{"score": 7}', None), ('{"score": [7, 8]} or {"score": [2, 3]}', None),
+        ("", None), ('{"score": [7, 8', None),
+        ('{"rating": [7, 8]}', None), ('{"score": [7, NaN]}', None), ('<think>{"score": [7, 8]} or rather', None),
+        ("[" * 3000, None), ('{"a": ' * 3000, None),
     ],
 )  # fmt: skip
 def test_two_scores_or_none(answer, score):
@@ -181,7 +183,8 @@ def test_an_answer_without_scores_is_missing_and_counted(tmp_path):
     assert row["reason"] == "no score in the answer: I cannot say"
     counts = run.results["counts"]
     assert (counts["parse_failures"], counts["judgements"], counts["no_score"]) == (1, 24, 1)
-    missing = {row["metric"]: row["missing"] for row in run.results["summary"] if (row["section"], row["kind"]) == ("en", "cases")}  # fmt: skip
+    english = [row for row in run.results["summary"] if (row["section"], row["kind"]) == ("en", "cases")]
+    missing = {row["metric"]: row["missing"] for row in english}
     assert missing == {"o": 1, "sc": 1, "pq": 0}
 
 
@@ -189,7 +192,8 @@ def test_one_key_for_both_languages_and_data_that_are_no_gedit(tmp_path):
     twice = gedit().map(lambda row, i: {"key": f"key{i // 2}"}, with_indices=True)
     assert GEditBench(PairJudge(), twice).dataset["id"][:3] == ["key0-en", "key0-cn", "key1-en"]
     small = gedit().remove_columns("input_image_raw")
-    assert GEditBench(PairJudge(), small).dataset[0]["image"]["bytes"] == small.cast_column("input_image", ImageFeature(decode=False))[0]["input_image"]["bytes"]  # fmt: skip
+    stored = small.cast_column("input_image", ImageFeature(decode=False))[0]["input_image"]
+    assert GEditBench(PairJudge(), small).dataset[0]["image"]["bytes"] == stored["bytes"]
     with pytest.raises(ValueError, match="no column 'Intersection_exist', 'key'; its columns are"):
         run_benchmark(GEditBench(PairJudge(), gedit().remove_columns(["key", "Intersection_exist"])), redder, tmp_path)
     assert not list(tmp_path.iterdir())

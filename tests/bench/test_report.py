@@ -314,7 +314,8 @@ for _ in range(2):  # the second time replaces the first
 card = ModelCard.load("someone/lora")
 (result,) = card.data.eval_results
 assert abs(result.metric_value - value) < 1e-4 and result.metric_type == "hp_score", result
-assert result.dataset_type == "someone/RealPref-Bench" and result.dataset_split == "test" and len(result.dataset_revision) == 40
+assert result.dataset_type == "someone/RealPref-Bench" and result.dataset_split == "test"
+assert len(result.dataset_revision) == 40 and result.dataset_name == "RealPref-Bench"
 assert card.data.license == "mit" and card.data.tags == ["lora"] and "# My LoRA" in card.text
 text, load = card.content, ModelCard.load
 def unreachable(*args, **kwargs):

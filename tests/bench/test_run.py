@@ -68,8 +68,8 @@ def test_a_run_from_cases_to_results(tmp_path):
         by_task.setdefault(row["task"], []).append(row["hp_score"])
     assert overall["value"] == pytest.approx(np.mean([np.mean(values) for values in by_task.values()]))
     assert run.results["counts"] == {
-        "cases": 10, "edits": 10, "no_edit": 0, "resized": 0, "reshaped": 0, "no_score": 0, "judgements": 10, "parse_failures": 0,
-        "unparsed_samples": 0, "unanswered": 0,
+        "cases": 10, "edits": 10, "no_edit": 0, "resized": 0, "reshaped": 0, "no_score": 0, "judgements": 10,
+        "parse_failures": 0, "unparsed_samples": 0, "unanswered": 0,
     }  # fmt: skip
     settings = run.settings
     assert settings["editor"]["strength"] == 1.0 and settings["seed"] == 0 and settings["versions"]["hp-edit-trl"]
@@ -171,9 +171,8 @@ def test_cases_that_go_wrong_are_missing_and_the_rest_goes_on(tmp_path):
     assert rows["case-3"]["hp_score"] == rows["case-4"]["hp_score"] == 4
     assert (rows["case-3"]["width"], rows["case-3"]["resized"], rows["case-3"]["reshaped"]) == (32, True, True)
     assert run.results["counts"] == {
-        "cases": 10, "edits": 6, "no_edit": 4, "resized": 2, "reshaped": 2, "no_score": 1, "judgements": 6, "parse_failures": 1,
-        "unparsed_samples": 0,
-        "unanswered": 0,
+        "cases": 10, "edits": 6, "no_edit": 4, "resized": 2, "reshaped": 2, "no_score": 1, "judgements": 6,
+        "parse_failures": 1, "unparsed_samples": 0, "unanswered": 0,
     }  # fmt: skip
     assert run.results["reasons"] == {
         "editor failed": 1, "no edit": 2, "unreadable": 1, "no score in the answer": 1
@@ -307,7 +306,8 @@ def test_people_beside_the_scorer(tmp_path):
     ratings = [
         Rating(annotator, f"case-{i}", editor, score, "1", "2026-01-01T00:00:00+00:00")
         for annotator, i, editor, score in [
-            ("a", 0, "painter", 4), ("b", 0, "painter", 1), ("a", 1, "painter", None), ("a", 2, "other", 5), ("a", 3, "painter", 3)
+            ("a", 0, "painter", 4), ("b", 0, "painter", 1), ("a", 1, "painter", None), ("a", 2, "other", 5),
+            ("a", 3, "painter", 3),
         ]
     ]  # fmt: skip
     run = run_benchmark(bench(), Painter(), tmp_path, ratings=ratings)
@@ -352,8 +352,8 @@ def test_what_fails_in_one_process_fails_in_both_and_the_next_run_is_made(tmp_pa
         "from hp_edit_trl.bench import run_benchmark\n"
         "for name, editor in (('bad', Painful()), ('good', Painter())):\n"
         "    try:\n        run_benchmark(bench(make_cases(20)), editor, f'{sys.argv[1]}/{name}', batch_size=2)\n"
-        "    except ValueError as error:\n        open(sys.argv[1] + '/told-' + os.environ['RANK'], 'a').write(f'{name} {error}')\n"
-        + END
+        "    except ValueError as error:\n"
+        "        open(sys.argv[1] + '/told-' + os.environ['RANK'], 'a').write(f'{name} {error}')\n" + END
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -453,7 +453,8 @@ from tests.bench.test_run import Painter, bench
 from tests.helpers import make_cases
 first = make_cases(4).push_to_hub("someone/RealPref-Bench", split="test").oid
 make_cases(5).push_to_hub("someone/RealPref-Bench", split="test")
-runs = [run_benchmark(bench("someone/RealPref-Bench", revision=r), Painter(), f"{sys.argv[1]}/{r}") for r in (None, first)]
+pinned = [(bench("someone/RealPref-Bench", revision=revision), revision) for revision in (None, first)]
+runs = [run_benchmark(benchmark, Painter(), f"{sys.argv[1]}/{revision}") for benchmark, revision in pinned]
 newest = HfApi().dataset_info("someone/RealPref-Bench").sha
 assert [len(run.cases) for run in runs] == [5, 4]
 assert [run.settings["benchmark"]["revision"] for run in runs] == [newest, first], runs[0].settings

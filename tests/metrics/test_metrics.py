@@ -71,7 +71,8 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("home")), "PYTHONPATH": str(ROOT)}  # fmt: skip
+    home = str(tmp_path_factory.mktemp("home"))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": home, "PYTHONPATH": str(ROOT)}
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     done = subprocess.run([sys.executable, "-c", CODE], cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -112,7 +113,8 @@ def test_benchmarks(results):
         "g_sc": None, "g_pq": (13 / 2 + 5) / 2, "g_o": None, "mean_o": 6, "o_a": 6, "o_b": None, "n": 2, "missing": 1
     }  # fmt: skip
     assert results["dreambench"] == {
-        "cp": 0.5, "pf": 0.5, "cp_pf": 0.25, "cp_x": 0.75, "cp_y": 0, "pf_x": 0.625, "pf_y": 0.375, "n": 3, "missing": 1
+        "cp": 0.5, "pf": 0.5, "cp_pf": 0.25, "cp_x": 0.75, "cp_y": 0, "pf_x": 0.625, "pf_y": 0.375, "n": 3,
+        "missing": 1,
     }  # fmt: skip
 
 
