@@ -387,7 +387,7 @@ def load_editor(
             `file.py:function` or `package.module:function`, see [`FunctionEditor`]; a folder of edits without
             `model_index.json`, see [`FolderEditor`]; otherwise a pipeline, see [`PipelineEditor`].
         revision (`str`, *optional*):
-            For pipelines only, as all further arguments: branch, tag or commit of the Hub repository.
+            Branch, tag or commit of the Hub repository. This and the further arguments are for pipelines only.
         lora (`str`, *optional*):
             A LoRA that is loaded on top.
         resolution (`int`, *optional*):

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from .options import add_scorer_options, judge_of
 
 
@@ -114,6 +112,8 @@ def bench(args: argparse.Namespace) -> None:
 
 def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The runs of a YAML file, which holds options that all runs share, and a list `runs` with those of each."""
+    import yaml
+
     defaults = {action.dest: action.default for action in args.options.values()}
     given = [name for name, value in defaults.items() if name != "config" and getattr(args, name) != value]
     if given:

@@ -228,9 +228,9 @@ def load_benchmark_prompts(
         text = re.sub(r"\{instruction\}|<instruction>", "{prompt}", text.strip())
         if name == filled and "{prompt}" not in text:
             raise ValueError(
-                f"The prompt {name} in {source or folder} has no {{instruction}}, so the judge would not see the prompt of "
-                "the case: write it where that belongs. The original file of a benchmark may lack it because the "
-                "benchmark's code sends the prompt separately."
+                f"The prompt {name} in {source or folder} has no {{instruction}}, so the judge would not see the "
+                "prompt of the case: write it where that belongs. The original file of a benchmark may lack it "
+                "because the benchmark's code sends the prompt separately."
             )
         prompts[name] = ScorerPrompt(name, f"{origin}:{name}:{number}", text)
     return prompts
