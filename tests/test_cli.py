@@ -168,7 +168,7 @@ def test_bench_of_a_function(server, tmp_path):
         ("json:edit", [], "editor='json:edit' cannot be imported .KeyError: 'edit'"),
         ("json:dumps", ["--lora", "x"], "lora: for pipelines only, but editor='json:dumps' is a function"),
         ("json:dumps", ["--policy"], "--policy is for pipelines only, but --editor json:dumps is not a pipeline"),
-        ("no/such-model", [], "neither a folder nor a diffusers pipeline"),
+        ("no/such-model", [], "neither a folder nor a readable diffusers pipeline"),
     ],
 )
 def test_bench_with_a_wrong_editor(server, tmp_path, editor, more, message):

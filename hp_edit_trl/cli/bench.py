@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..editors import Editor
 
 
-def find_benchmark(name: str) -> "type[Benchmark]":
+def _find_benchmark(name: str) -> "type[Benchmark]":
     """The class of a benchmark: in a module of `hp_edit_trl.bench`, or `file.py:Class` or `package.module:Class`."""
     import pkgutil
     from importlib import import_module
@@ -38,11 +38,11 @@ def find_benchmark(name: str) -> "type[Benchmark]":
     return known[name]
 
 
-def make_benchmark(args: argparse.Namespace) -> "Benchmark":
+def _make_benchmark(args: argparse.Namespace) -> "Benchmark":
     """The benchmark that the options name."""
     import inspect
 
-    found: Any = find_benchmark(args.benchmark)
+    found: Any = _find_benchmark(args.benchmark)
     names = ("dataset", "split", "revision", "scorer_prompts", "scorer_prompts_revision")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given |= dict(args.benchmark_options)
@@ -58,7 +58,7 @@ def make_benchmark(args: argparse.Namespace) -> "Benchmark":
     return found(judge_of(args, **found.judge_options), **given)
 
 
-def make_editor(args: argparse.Namespace) -> "Editor":
+def _make_editor(args: argparse.Namespace) -> "Editor":
     """The editor that the options name."""
     from ..editors import PipelineEditor, PolicyEditor, load_editor
     from ..policies import policy_class
@@ -81,7 +81,7 @@ def make_editor(args: argparse.Namespace) -> "Editor":
     return PolicyEditor(policy, name, size, batch_size=args.editor_batch_size, **options)
 
 
-def bench(args: argparse.Namespace) -> None:
+def _bench(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..bench import describe_run, write_bench_report
@@ -171,7 +171,7 @@ def _run(args: argparse.Namespace) -> "Run":
         named = " and ".join(name if name == "benchmark" else f"--{name}" for name in missing)
         raise ValueError(f"A run needs {named}, e.g. hp-edit bench gedit --editor ... --output_dir DIR.")
     with in_step(patient_accelerator()):
-        benchmark, editor = make_benchmark(args), make_editor(args)
+        benchmark, editor = _make_benchmark(args), _make_editor(args)
     return run_benchmark(
         benchmark,
         editor,
@@ -184,7 +184,7 @@ def _run(args: argparse.Namespace) -> "Run":
     )
 
 
-def report(args: argparse.Namespace) -> None:
+def _report(args: argparse.Namespace) -> None:
     from ..bench import push_results, read_run, write_bench_report
 
     runs = [read_run(folder) for folder in args.runs]
@@ -245,7 +245,7 @@ def register(commands: Any) -> None:
     command.add_argument("--ratings", help="people's ratings of the edits: file, or folder with ratings-*.jsonl")
     add_scorer_options(command)
     options = {action.dest: action for action in command._actions if action.dest != "help"}
-    command.set_defaults(run=bench, options=options)
+    command.set_defaults(run=_bench, options=options)
 
     command = commands.add_parser("report", help="compare runs of `hp-edit bench`: tables, figures and a gallery")
     command.add_argument("runs", nargs="+", help="results folders")
@@ -253,4 +253,4 @@ def register(commands: Any) -> None:
     command.add_argument("--log", action="append", default=[], help="output folder of a training run, for its rewards")
     command.add_argument("--baseline", help="name of the run that the others are compared with; by default the first")
     command.add_argument("--push_to_hub", metavar="REPO", help="write a run's results into the card of its model")
-    command.set_defaults(run=report)
+    command.set_defaults(run=_report)

@@ -227,5 +227,5 @@ def test_a_judge_that_reads_other_answers(tmp_path):
     short = ServerJudge("m", "http://127.0.0.1:9/v1", parse=parse_pair)
     with pytest.raises(ValueError, match="max_new_tokens=16, .*allow 128 or more"):
         GEditBench(short, gedit())
-    with pytest.raises(ValueError, match="so parse=parse_pair has no meaning"):
+    with pytest.raises(ValueError, match="cannot use parse=parse_pair"):
         ServerJudge("m", "http://127.0.0.1:9/v1", "expected", parse=parse_pair)
