@@ -140,6 +140,8 @@ def test_bench_of_a_pipeline_a_policy_and_their_edits(server, tmp_path, pipeline
     assert "all of the 3 cases have an edit and a score." in printed
     main([*bench_command(server, tmp_path, pipeline, "b"), *options, "--policy"])
     main([*bench_command(server, tmp_path, str(tmp_path / "a" / "edits"), "c"), "--name", "ready"])
+    with pytest.raises(SystemExit, match="lora: for pipelines only, but editor=.*edits' is a folder"):
+        main([*bench_command(server, tmp_path, str(tmp_path / "a" / "edits"), "d"), "--lora", "x"])
     runs = [read_run(tmp_path / name) for name in "abc"]
     assert [run.name for run in runs] == [pipeline, pipeline, "ready"]
     assert runs[0].settings["editor"]["num_inference_steps"] == 2 and runs[1].settings["editor"]["revision"]
