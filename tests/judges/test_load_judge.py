@@ -25,9 +25,7 @@ def test_a_judge_is_returned_as_it_is_or_behind_a_cache(tmp_path):
 def test_what_cannot_be_a_judge(tmp_path):
     with pytest.raises(TypeError, match="must be the name of a model or a Judge: an object with `identity`"):
         load_judge(parse_score)
-    with pytest.raises(
-        ValueError, match="judge_base_url and judge_revision are for a judge"
-    ):
+    with pytest.raises(ValueError, match="judge_base_url and judge_revision are for a judge"):
         load_judge(RuleJudge(), judge_revision="main")
     with pytest.raises(ValueError, match="has no processor"):
         load_judge(str(tmp_path))

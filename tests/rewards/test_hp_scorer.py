@@ -108,7 +108,5 @@ def test_bad_input():
 def test_what_is_not_a_judge_is_refused():
     with pytest.raises(TypeError, match="must be the name of a model or a Judge"):
         HPScorerReward(lambda conversations: [])
-    with pytest.raises(
-        ValueError, match="judge_base_url and judge_revision are for a judge"
-    ):
+    with pytest.raises(ValueError, match="judge_base_url and judge_revision are for a judge"):
         HPScorerReward(ScriptedJudge([1]), judge_base_url="http://127.0.0.1:9/v1")
