@@ -52,7 +52,7 @@ class Editor(Protocol):
 
     def __call__(
         self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
-    ) -> list[Image.Image | None]:
+    ) -> Sequence[Image.Image | None]:
         """
         Edits cases.
 
@@ -67,7 +67,7 @@ class Editor(Protocol):
                 The seed of each edit.
 
         Returns:
-            `list[PIL.Image.Image | None]`: one edit per case, `None` where there is none.
+            `Sequence[PIL.Image.Image | None]`: one edit per case, `None` where there is none.
         """
 
 
@@ -237,7 +237,7 @@ class PolicyEditor:
 
     def __call__(
         self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
-    ) -> list[Image.Image | None]:
+    ) -> list[Image.Image]:
         edits: dict[int, Image.Image] = {}
         for members, images in self.batches(references, prompts, ids, seeds):
             edits.update(zip(members, images, strict=True))

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import hashlib
 import os
 from dataclasses import dataclass
@@ -268,8 +269,7 @@ class DPOEditTrainer(BaseEditTrainer):
                         if not loaded:  # once for all pairs, and not at all where all are known
                             stack.enter_context(self.policy.loaded(*self.policy.encoders))
                             loaded = True
-                        encoded = self._encode_pair(row)
-                        write_atomically(file, lambda part, encoded=encoded: torch.save(encoded, part))
+                        write_atomically(file, functools.partial(torch.save, self._encode_pair(row)))
                 except UnreadableImageError as error:
                     if self.args.on_bad_image == "error":
                         raise UnreadableImageError(f"{error} Set on_bad_image='skip' to leave it out.") from error
@@ -386,8 +386,8 @@ class DPOEditTrainer(BaseEditTrainer):
             bucket = [pairs[i] for i in members]
             schedule = policy.sigmas(self.sample_num_inference_steps, bucket[0].conditions)
             options = (args.logit_mean, args.logit_std)
-            sigmas = [draw_sigma(schedule, args.sigma_sampling, generators[i], *options) for i in members]
-            sigmas = torch.stack(sigmas).to(device)
+            drawn = [draw_sigma(schedule, args.sigma_sampling, generators[i], *options) for i in members]
+            sigmas = torch.stack(drawn).to(device)
             noise = torch.stack([torch.randn(pairs[i].chosen.shape, generator=generators[i]) for i in members]).to(
                 device
             )
