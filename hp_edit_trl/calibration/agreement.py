@@ -1,25 +1,24 @@
 """
-How well a scorer agrees with people, and people with each other: statistics with bootstrap intervals.
-
-An interval comes from resampling whole clusters (cases), because several models' edits of one case are not independent, within each
-group (task), because the tasks are chosen and not drawn. Every statistic is computed from a matrix of weights: how often each edit
-occurs in each resample. Its first row is all ones and gives the statistic itself.
+How well a scorer agrees with people, and people with each other: statistics with bootstrap intervals, see
+[`~hp_edit_trl.utils.statistics`]. A resample says how often each edit occurs.
 """
 
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
 from ..utils.statistics import bootstrap_weights, cluster_labels, estimate, finite_or_none
 
 
 STATISTICS = ("pearson", "spearman", "kendall", "mae", "exact", "within_one", "bias", "ties_human", "ties_scorer")
+CORRELATIONS = STATISTICS[:3]
 LEVELS = ("nominal", "ordinal", "interval")
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """Whole scores, with halves rounded up: 2.5 is 3."""
+    """Rounds scores to integers, halves up: 2.5 becomes 3."""
     return np.floor(values + 0.5).astype(int)
 
 
@@ -28,47 +27,52 @@ def agreement(
     scores: Sequence[float | None],
     groups: Sequence[str] | None = None,
     clusters: Sequence[Hashable] | None = None,
+    statistics: Sequence[str] = STATISTICS,
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Agreement between people and a scorer on the same edits.
+    Measures the agreement between people and a scorer on the same edits.
 
     Args:
         human (`Sequence[float]`):
-            What people gave each edit, 0 to 5.
+            Score of each edit by people, 0 to 5.
         scores (`Sequence[float | None]`):
-            What the scorer gave it, 0 to 5. `None` or NaN where it gave none: such edits are counted and left out.
+            Score of each edit by the scorer, 0 to 5. `None` or NaN if it is missing: such edits are counted and left
+            out.
         groups (`Sequence[str]`, *optional*):
             Group of each edit, e.g. its task, for results per group.
         clusters (`Sequence[Hashable]`, *optional*):
-            Which edits belong together, e.g. the ids of their cases. They are resampled together. By default each edit stands for
-            itself.
+            Cluster of each edit, e.g. the id of its case. The edits of a cluster are resampled together. By default,
+            each edit is a cluster of its own.
+        statistics (`Sequence[str]`, *optional*, defaults to all of `STATISTICS`):
+            The statistics to compute. Kendall's tau takes most of the time.
         confidence (`float`, *optional*, defaults to `0.95`):
-            Probability that an interval is made for.
+            Confidence level of the intervals.
         num_resamples (`int`, *optional*, defaults to `1000`):
-            How many bootstrap resamples.
+            Number of bootstrap resamples.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the resamples.
 
     Returns:
-        `dict`: `overall` (all edits pooled), `groups` (by name) and `mean_of_groups` (the unweighted mean of the groups' Pearson
-        correlations, `None` without groups; its `left_out` names the groups that have none). `overall` and each group hold `n` (edits with a score), `missing` (edits without),
-        `clusters`, `confusion` (6 x 6 counts, people's rounded scores in the rows) and, for each of `STATISTICS`, a dictionary with
-        `value`, `low` and `high`, `undefined_resamples` (how many of the resamples have no value and were left out) and `reason`
-        (why there is no value or no interval). Correlations and differences use the scores as they are; `exact`, `within_one` and
-        the confusion matrix use whole scores with halves rounded up. `bias` is the scorer's mean minus people's. `ties_human` and
-        `ties_scorer` are shares of the pairs of edits.
+        `dict`: `overall` (all edits pooled), `groups` (by name) and `mean_of_groups` (the unweighted mean of the
+        groups' Pearson correlations; `left_out` names the groups without one; `None` without groups or without
+        `"pearson"`). `overall` and each group hold `n` (edits with a score), `missing` (edits without), `clusters`,
+        `confusion` (6 x 6 counts of integer scores, people's in the rows) and, for each statistic, a dictionary with
+        `value`, `low`, `high`, `undefined_resamples` (resamples that have no value and were left out) and `reason`
+        (why there is no value or no interval). Correlations and differences use the scores as they are; `exact`,
+        `within_one` and the confusion matrix use integer scores, with halves rounded up. `bias` is the scorer's mean
+        minus people's. `ties_human` and `ties_scorer` are shares of the pairs of edits.
 
     Raises:
-        `ValueError`: If the lengths differ, a value is outside 0 to 5, a cluster lies in several groups, or an option has no meaning.
+        `ValueError`: If the lengths differ, a value is outside 0 to 5, a cluster is in several groups, or an option is
+        not
+            valid.
     """
     people, scorer = _checked(human, "human"), _checked(scores, "scores", may_miss=True)
     if len(people) != len(scorer):
-        raise ValueError(
-            f"There are {len(people)} human values and {len(scorer)} scores: both need one for each edit."
-        )
+        raise ValueError(f"There are {len(people)} human values and {len(scorer)} scores: each edit needs both.")
     cluster_of, group_of = cluster_labels(clusters, groups, len(people))
     present = ~np.isnan(scorer)
     weights = np.zeros((1 + num_resamples, len(people)), np.int32)
@@ -78,9 +82,9 @@ def agreement(
         scored = members & present
         x, y = people[scored], scorer[scored]
         num_clusters = len(np.unique(cluster_of[scored]))
-        rows = _statistics(x, y, weights[:, scored])
         values: dict[str, Any] = {"n": len(x), "missing": int((members & ~present).sum()), "clusters": num_clusters}
-        for name in STATISTICS:
+        rows = {name: _resampled(name, x, y, weights[:, scored]) for name in statistics}
+        for name in statistics:
             values[name] = estimate(rows[name], confidence, num_clusters, _why_undefined(name, x, y))
         confusion = np.zeros((6, 6), int)
         np.add.at(confusion, (rounded(x), rounded(y)), 1)
@@ -90,18 +94,19 @@ def agreement(
     by_group: dict[str, dict[str, Any]] = {}
     mean = None
     if groups is not None:
-        defined = {}
+        pearson = {}
         for name in np.unique(group_of).tolist():
             by_group[name], rows = result(group_of == name)
-            if by_group[name]["pearson"]["value"] is not None:
-                defined[name] = rows["pearson"]
-        mean = estimate(
-            np.mean(list(defined.values()), axis=0) if defined else np.full(1 + num_resamples, np.nan),
-            confidence,
-            min((by_group[name]["clusters"] for name in defined), default=0),
-            "no group has a Pearson correlation",
-        )
-        mean["left_out"] = [name for name in by_group if name not in defined]
+            if "pearson" in rows and by_group[name]["pearson"]["value"] is not None:
+                pearson[name] = rows["pearson"]
+        if "pearson" in statistics:
+            mean = estimate(
+                np.mean(list(pearson.values()), axis=0) if pearson else np.full(1 + num_resamples, np.nan),
+                confidence,
+                min((by_group[name]["clusters"] for name in pearson), default=0),
+                "no group has a Pearson correlation",
+            )
+            mean["left_out"] = [name for name in by_group if name not in pearson]
     return {
         "overall": result(np.ones(len(people), bool))[0],
         "groups": by_group,
@@ -123,35 +128,29 @@ def agreement_difference(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    How much better or worse scorer `b` agrees with people than scorer `a` does, on the edits that both of them scored.
+    Measures how much better or worse scorer `b` agrees with people than scorer `a`, on the edits that both scored.
 
-    Both are computed on the same resamples, so that what makes an edit easy or hard for both of them cancels out of the interval.
+    Both are computed on the same resamples. What makes an edit easy or hard for both then cancels out of the interval.
 
     Args:
         human (`Sequence[float]`):
-            What people gave each edit, 0 to 5.
+            Score of each edit by people, 0 to 5.
         scores_a (`Sequence[float | None]`):
-            What the one scorer gave it, 0 to 5; `None` or NaN where it gave none.
+            Score of each edit by scorer `a`, 0 to 5; `None` or NaN if it is missing.
         scores_b (`Sequence[float | None]`):
-            What the other scorer gave it.
-        clusters (`Sequence[Hashable]`, *optional*):
-            Which edits belong together, e.g. the ids of their cases. By default each edit stands for itself.
+            Score of each edit by scorer `b`.
         statistic (`str`, *optional*, defaults to `"pearson"`):
             One of `STATISTICS`.
-        confidence (`float`, *optional*, defaults to `0.95`):
-            Probability that the interval is made for.
-        num_resamples (`int`, *optional*, defaults to `1000`):
-            How many bootstrap resamples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resamples.
+        clusters, confidence, num_resamples, seed:
+            See [`agreement`].
 
     Returns:
-        `dict`: `difference` (that of `b` minus that of `a`), `low` and `high` of its interval, `a` and `b` (the statistic of each
-        scorer), `n` (edits that both scored), `missing` (edits that one or both did not score), `undefined_resamples` and `reason`
-        as in [`agreement`]. What is undefined is `None`.
+        `dict`: `difference` (`b` minus `a`), `low` and `high` of its interval, `a` and `b` (the statistic of each
+        scorer), `n` (edits that both scored), `missing` (edits that at least one did not score), `statistic`, and
+        `undefined_resamples` and `reason` as in [`agreement`]. Undefined values are `None`.
 
     Raises:
-        `ValueError`: As in [`agreement`], or if there is no such statistic.
+        `ValueError`: As in [`agreement`], or if the statistic is unknown.
     """
     if statistic not in STATISTICS:
         raise ValueError(f"There is no statistic {statistic!r}: choose one of {', '.join(STATISTICS)}.")
@@ -159,14 +158,13 @@ def agreement_difference(
     a, b = _checked(scores_a, "scores_a", may_miss=True), _checked(scores_b, "scores_b", may_miss=True)
     if not len(people) == len(a) == len(b):
         raise ValueError(
-            f"There are {len(people)} human values, {len(a)} and {len(b)} scores: all need one for each edit."
+            f"There are {len(people)} human values, {len(a)} and {len(b)} scores: each edit needs all three."
         )
     both = ~(np.isnan(a) | np.isnan(b))
     cluster_of, group_of = (labels[both] for labels in cluster_labels(clusters, None, len(people)))
     people, a, b = people[both], a[both], b[both]
     weights = bootstrap_weights(cluster_of, group_of, confidence, num_resamples, seed)
-    rows_a = _statistics(people, a, weights)[statistic]
-    rows_b = _statistics(people, b, weights)[statistic]
+    rows_a, rows_b = (_resampled(statistic, people, scores, weights) for scores in (a, b))
     reason = _why_undefined(statistic, people, a) or _why_undefined(statistic, people, b)
     result = estimate(rows_b - rows_a, confidence, len(np.unique(cluster_of)), reason)
     return {
@@ -184,22 +182,23 @@ def krippendorff_alpha(
     ratings: Sequence[tuple[Hashable, Hashable, float]], level: Literal["nominal", "ordinal", "interval"] = "ordinal"
 ) -> float | None:
     """
-    Krippendorff's alpha: 1 where all annotators agree, 0 where they agree as much as chance would have it.
+    Krippendorff's alpha: 1 if all annotators agree, 0 if they agree as often as expected by chance.
 
     Paper: Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011).
 
     Args:
         ratings (`Sequence[tuple]`):
-            Annotator, item and value of each rating. Not everyone needs to rate everything; an item with one rating does not count.
+            Annotator, item and value of each rating. Annotators may rate different items; an item with one rating does
+            not count.
         level (`str`, *optional*, defaults to `"ordinal"`):
-            How far apart two values are: `"nominal"` (equal or not), `"ordinal"` (by how many ratings lie between them) or
-            `"interval"` (by the square of their difference).
+            How the distance of two values is measured: `"nominal"` (equal or not), `"ordinal"` (by the number of
+            ratings between them) or `"interval"` (by the square of their difference).
 
     Returns:
         `float` or `None`: alpha; `None` if no item has two ratings, or all values are the same.
 
     Raises:
-        `ValueError`: If a value is no number, an annotator rated an item twice, or there is no such level.
+        `ValueError`: If a value is not a number, an annotator rated an item twice, or the level is unknown.
     """
     return krippendorff_interval(ratings, level, num_resamples=0)["value"]
 
@@ -214,26 +213,22 @@ def krippendorff_interval(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    [`krippendorff_alpha`] with an interval from resampling items.
+    Computes [`krippendorff_alpha`] with an interval from resampling items.
 
     Args:
-        ratings (`Sequence[tuple]`):
-            Annotator, item and value of each rating.
-        level (`str`, *optional*, defaults to `"ordinal"`):
-            `"nominal"`, `"ordinal"` or `"interval"`.
+        ratings, level:
+            See [`krippendorff_alpha`].
         groups (`dict`, *optional*):
-            Group of each item, within which is resampled.
+            Group of each item. Items are resampled within their group.
         clusters (`dict`, *optional*):
-            Cluster of each item. Items of one cluster are resampled together. By default each item stands for itself.
-        confidence (`float`, *optional*, defaults to `0.95`):
-            Probability that the interval is made for.
-        num_resamples (`int`, *optional*, defaults to `1000`):
-            How many bootstrap resamples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resamples.
+            Cluster of each item. The items of a cluster are resampled together. By default, each item is a cluster of
+            its own.
+        confidence, num_resamples, seed:
+            See [`agreement`].
 
     Returns:
-        `dict`: `value`, `low`, `high`, `undefined_resamples`, `reason`, and `items`, the number of items with two ratings or more.
+        `dict`: `value`, `low`, `high`, `undefined_resamples`, `reason`, and `items`, the number of items with at least
+        two ratings.
 
     Raises:
         `ValueError`: As in [`krippendorff_alpha`].
@@ -250,7 +245,8 @@ def krippendorff_interval(
     paired = {item: list(given.values()) for item, given in by_item.items() if len(given) > 1}
     levels = np.array(sorted({value for given in paired.values() for value in given}))
 
-    # How often two annotators gave one item the values c and k. An item with m ratings counts m times, however many pairs it has.
+    # How often two annotators gave one item the values c and k. An item with m ratings counts m times, however many
+    # pairs it has.
     counts = np.zeros((len(paired), len(levels)))
     for row, given in enumerate(paired.values()):
         np.add.at(counts[row], np.searchsorted(levels, given), 1)
@@ -296,73 +292,54 @@ def _checked(values: Sequence[float | None], name: str, may_miss: bool = False) 
     return numbers
 
 
-def _statistics(human: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Each of `STATISTICS` for each row of weights, NaN where undefined."""
-    if len(human) == 0:
-        return {name: np.full(len(weights), np.nan) for name in STATISTICS}
-    at_once = max(1, 4_000_000 // len(human))  # rows, which bounds the memory
-    parts = [
-        _statistics_of_rows(human, scores, weights[i : i + at_once].astype(float))
-        for i in range(0, len(weights), at_once)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in STATISTICS}
+def statistic_of(statistic: str, human: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """
+    Computes one of `STATISTICS`.
+
+    Args:
+        statistic (`str`):
+            Name of the statistic.
+        human (`np.ndarray`):
+            Score of each edit by people, of shape `(edits,)`.
+        scores (`np.ndarray`):
+            Score of each edit by the scorer, of the same shape.
+        weights (`np.ndarray`, *optional*):
+            How often each edit occurs in a resample, as integers of the same shape. By default, once.
+
+    Returns:
+        `float`: its value; NaN where it is undefined.
+    """
+    weights = np.ones(len(human), int) if weights is None else weights
+    x, y = np.repeat(human, weights), np.repeat(scores, weights)
+    if statistic in CORRELATIONS:
+        if np.count_nonzero(weights) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+            return np.nan
+        if statistic == "kendall":
+            return stats.kendalltau(x, y).statistic
+        if statistic == "spearman":
+            x, y = stats.rankdata(x), stats.rankdata(y)
+        return np.corrcoef(x, y)[0, 1]  # scipy's own also compute p-values, which takes ten times as long
+    if statistic in ("ties_human", "ties_scorer"):
+        copies = (weights**2).sum()  # pairs of an edit with itself, which are not ties
+        _, counts = np.unique(x if statistic == "ties_human" else y, return_counts=True)
+        return ((counts**2).sum() - copies) / (len(x) ** 2 - copies) if len(x) ** 2 > copies else np.nan
+    if statistic == "bias":
+        values = y - x
+    elif statistic == "mae":
+        values = np.abs(y - x)
+    else:
+        values = np.abs(rounded(y) - rounded(x)) <= (statistic == "within_one")
+    return values.mean() if len(values) else np.nan
 
 
-def _statistics_of_rows(human: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    num_edits = (weights > 0).sum(1)
-    copies = (weights**2).sum(1)  # pairs of an edit with itself: it may occur several times in a resample
-    # Few pairs of values are different, so that each is looked at once, with the sum of its weights.
-    (x, y), pair_of = np.unique(np.stack([human, scores]), axis=1, return_inverse=True)
-    weights = _sums(weights, pair_of.reshape(-1))
-    total = weights.sum(1)
-    x_of, y_of = (np.unique(values, return_inverse=True)[1] for values in (x, y))
-    x_counts, y_counts = _sums(weights, x_of), _sums(weights, y_of)
-    varied = (num_edits >= 3) & ((x_counts > 0).sum(1) > 1) & ((y_counts > 0).sum(1) > 1)
-
-    x_ranks, y_ranks = (np.cumsum(counts, 1) - counts / 2 for counts in (x_counts, y_counts))
-    concordance = np.zeros(len(weights))  # concordant minus discordant ordered pairs
-    for i in range(0, len(x), 500):
-        block = np.sign(x[i : i + 500, None] - x) * np.sign(y[i : i + 500, None] - y)
-        concordance += (weights[:, i : i + 500] * (weights @ block.T)).sum(1)
-    x_untied, y_untied = (total**2 - (counts**2).sum(1) for counts in (x_counts, y_counts))
-    pairs = total**2 - copies
-    gap = np.abs(rounded(x) - rounded(y))
-    return {
-        "pearson": _correlation(x[None], y[None], weights, varied),
-        "spearman": _correlation(x_ranks[:, x_of], y_ranks[:, y_of], weights, varied),
-        "kendall": _ratio(concordance, np.sqrt(x_untied * y_untied), varied),
-        "mae": _ratio(weights @ np.abs(y - x), total, total > 0),
-        "exact": _ratio(weights @ (gap == 0), total, total > 0),
-        "within_one": _ratio(weights @ (gap <= 1), total, total > 0),
-        "bias": _ratio(weights @ (y - x), total, total > 0),
-        "ties_human": _ratio(pairs - x_untied, pairs, pairs > 0),
-        "ties_scorer": _ratio(pairs - y_untied, pairs, pairs > 0),
-    }
-
-
-def _sums(weights: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Sums the columns that have the same index; every index from 0 to the largest occurs."""
-    order = np.argsort(index, kind="stable")
-    starts = np.searchsorted(index[order], np.arange(index.max() + 1))
-    return np.add.reduceat(weights[:, order], starts, axis=1)
-
-
-def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray, defined: np.ndarray) -> np.ndarray:
-    total = np.maximum(weights.sum(1, keepdims=True), 1)
-    x = x - (weights * x).sum(1, keepdims=True) / total
-    y = y - (weights * y).sum(1, keepdims=True) / total
-    scale = np.sqrt((weights * x**2).sum(1) * (weights * y**2).sum(1))
-    return np.clip(_ratio((weights * x * y).sum(1), scale, defined & (scale > 0)), -1, 1)
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray, defined: np.ndarray) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=defined)
+def _resampled(statistic: str, human: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.array([statistic_of(statistic, human, scores, row) for row in weights])
 
 
 def _why_undefined(statistic: str, human: np.ndarray, scores: np.ndarray) -> str | None:
     if len(human) == 0:
         return "no edit has a score"
-    if statistic in ("pearson", "spearman", "kendall"):
+    if statistic in CORRELATIONS:
         if len(human) < 3:
             return "fewer than 3 edits"
         if len(np.unique(human)) == 1:

@@ -1,9 +1,9 @@
 """
-Means, paired differences and their bootstrap intervals.
+Means, differences and bootstrap intervals.
 
-An interval comes from resampling whole clusters (cases), because several edits of one case are not independent, within
-each group (task), because the tasks are chosen and not drawn. Every statistic is computed from a matrix of weights:
-how often each value occurs in each resample. Its first row is all ones and gives the statistic itself.
+An interval comes from resampling whole clusters (cases), because the edits of a case are not independent. Clusters are
+resampled within their group (task), because the tasks are chosen and not drawn. A resample is a row of weights: how
+often each value occurs. The first row of weights is all ones and gives the statistic itself.
 """
 
 import math
@@ -24,24 +24,25 @@ def mean_with_interval(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    A mean over edits, with the same kind of interval as in [`~hp_edit_trl.calibration.agreement`].
+    Computes a mean over edits with its bootstrap interval.
 
     Args:
         values (`Sequence[float]`):
-            One for each edit.
+            Value of each edit.
         groups (`Sequence[str]`, *optional*):
-            Group of each edit, within which is resampled.
+            Group of each edit, e.g. its task. Clusters are resampled within their group.
         clusters (`Sequence[Hashable]`, *optional*):
-            Which edits belong together.
+            Cluster of each edit, e.g. the id of its case. The edits of a cluster are resampled together. By default,
+            each edit is a cluster of its own.
         confidence (`float`, *optional*, defaults to `0.95`):
-            Probability that the interval is made for.
+            Confidence level of the interval.
         num_resamples (`int`, *optional*, defaults to `1000`):
-            How many bootstrap resamples.
+            Number of bootstrap resamples.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the resamples.
 
     Returns:
-        `dict`: `value`, `low`, `high`, `undefined_resamples`, `reason`.
+        `dict`: `value`, `low`, `high`, `undefined_resamples` and `reason`, see [`estimate`].
     """
     numbers = np.asarray(values, dtype=float)
     cluster_of, group_of = cluster_labels(clusters, groups, len(numbers))
@@ -51,7 +52,7 @@ def mean_with_interval(
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Mean of the differences `after - before`, and its standard error (NaN for a single pair)."""
+    """Computes the mean of the differences `after - before` and its standard error (NaN for a single pair)."""
     differences = np.array(after) - np.array(before)
     error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
     return float(differences.mean()), float(error)
@@ -60,7 +61,10 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[
 def cluster_labels(
     clusters: Sequence[Hashable] | None, groups: Sequence[str] | None, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each edit's cluster, and the name of its group."""
+    """
+    Numbers the cluster of each edit and names its group. Raises `ValueError` if the lengths differ, or a cluster is in
+    several groups.
+    """
     for name, labels in (("clusters", clusters), ("groups", groups)):
         if labels is not None and len(labels) != count:
             raise ValueError(f"There are {count} edits and {len(labels)} {name}: each edit needs one.")
@@ -73,7 +77,7 @@ def cluster_labels(
         if group != group_of_cluster[cluster]:
             raise ValueError(
                 f"The cluster {cluster!r} has edits in the groups {group!r} and {group_of_cluster[cluster]!r}: all "
-                "edits of a case must have one task, because cases are resampled within their task."
+                "edits of a case must have the same task, because cases are resampled within their task."
             )
     number = {cluster: index for index, cluster in enumerate(group_of_cluster)}
     return np.array([number[cluster] for cluster in clusters], int), np.array(groups, str)
@@ -82,14 +86,35 @@ def cluster_labels(
 def bootstrap_weights(
     cluster_of: np.ndarray, group_of: np.ndarray, confidence: float, num_resamples: int, seed: int
 ) -> np.ndarray:
-    """How often each edit occurs, `(1 + num_resamples, edits)`. In the first row, once."""
+    """
+    Draws bootstrap resamples of whole clusters, within their groups.
+
+    Args:
+        cluster_of (`np.ndarray`):
+            Number of each edit's cluster, of shape `(edits,)`, see [`cluster_labels`].
+        group_of (`np.ndarray`):
+            Name of each edit's group, of the same shape. Groups of a single cluster are resampled together.
+        confidence (`float`):
+            Confidence level of the interval, which is only checked here.
+        num_resamples (`int`):
+            Number of resamples.
+        seed (`int`):
+            Seed of the resamples.
+
+    Returns:
+        `np.ndarray`: how often each edit occurs in each resample, of shape `(1 + num_resamples, edits)`. The first row
+        is all ones.
+
+    Raises:
+        `ValueError`: If an option is not valid.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must be between 0 and 1, e.g. 0.95.")
     if num_resamples < 0:
         raise ValueError(f"num_resamples={num_resamples} must not be negative.")
     strata = group_of.copy()
     for group in np.unique(group_of):
-        if len(np.unique(cluster_of[group_of == group])) == 1:  # one alone cannot vary
+        if len(np.unique(cluster_of[group_of == group])) == 1:  # a single cluster cannot vary
             strata[group_of == group] = ""
     weights = np.ones((1 + num_resamples, len(cluster_of)), np.int32)
     for stratum in np.unique(strata):
@@ -102,7 +127,23 @@ def bootstrap_weights(
 
 
 def estimate(rows: np.ndarray, confidence: float, num_clusters: int, reason: str | None) -> dict[str, Any]:
-    """The value in the first row, with the percentile interval of the others."""
+    """
+    Makes an estimate of a statistic's values: the first is its value, the others are those of the resamples.
+
+    Args:
+        rows (`np.ndarray`):
+            The values, of shape `(1 + num_resamples,)`; NaN where the statistic is undefined.
+        confidence (`float`):
+            Confidence level of the percentile interval.
+        num_clusters (`int`):
+            Number of clusters. A single one has no interval.
+        reason (`str`, *optional*):
+            Why the value is undefined, if it is.
+
+    Returns:
+        `dict`: `value`, `low`, `high` (`None` if undefined), `undefined_resamples` (their number; they are left out)
+        and `reason` (why there is no value or no interval).
+    """
     value, resamples = finite_or_none(rows[0]), rows[1:][~np.isnan(rows[1:])]
     low = high = None
     if value is not None:
@@ -121,4 +162,5 @@ def estimate(rows: np.ndarray, confidence: float, num_clusters: int, reason: str
 
 
 def finite_or_none(value: float) -> float | None:
+    """Returns the value as a `float`, or `None` for NaN."""
     return None if np.isnan(value) else float(value)
