@@ -1,7 +1,9 @@
 """
-What a case is: a row with `prompt`, `image` or `images`, and optionally `id`, `task`, `category`, `requirement`. A preference
-pair is a case with two edits of it, `chosen` and `rejected`. An edit is a case with `edit`, one picture made from it, and
-optionally `editor`, the name of the model that made it.
+Cases, edits and preference pairs: their columns, checks, and images.
+
+A case is a row to be edited: `prompt`, the reference image `image` or a list of them in `images`, and optionally `id`,
+`task`, `requirement`, `category` and `source`. An edit is a case with an edited image of it, `edit`, and optionally
+`editor`, the name of what made it. A preference pair is a case with two edits of it, `chosen` and `rejected`.
 """
 
 from pathlib import Path
@@ -14,25 +16,28 @@ from PIL import Image as PILImage
 from .utils.images import UnreadableImageError, read_image
 
 
+EditKey = tuple[str, str | None]  # id of the case, and editor
+
+
 def is_text(feature: Any) -> bool:
-    """Whether a feature of a dataset holds strings."""
+    """Returns whether a feature of a dataset holds strings."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def check_columns(dataset: Dataset, name: str) -> None:
     """
-    Raises an error that says what is wrong with a dataset of cases.
+    Checks that a dataset is a dataset of cases. No image is read.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         name (`str`):
-            What the error calls it, e.g. `"train_dataset"`.
+            Its name in errors, e.g. `"train_dataset"`.
 
     Raises:
-        `TypeError`: If it is not a map-style [`~datasets.Dataset`].
-        `ValueError`: If it is empty, a column is missing or not of the right type, a prompt is missing, or an id is
-            missing or not unique.
+        `TypeError`: If it is not a map-style [`~datasets.Dataset`]. `ValueError`: If it is empty, a column is missing
+        or has the wrong type, a prompt is missing, or an id is missing
+            or not unique.
     """
     _check_cases(dataset, name)
     if "id" in dataset.features:
@@ -44,8 +49,8 @@ def _check_cases(dataset: Dataset, name: str) -> None:
         raise TypeError(f"{name} is a dictionary of splits {list(dataset)}: choose one, e.g. {name}['train'].")
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"{name} must be a datasets.Dataset, whose rows can be drawn in any order, but is a "
-            f"{type(dataset).__name__}. A stream can be made one with `Dataset.from_list(list(stream.take(n)))`."
+            f"{name} must be a datasets.Dataset, whose rows can be read in any order, but is a "
+            f"{type(dataset).__name__}. Convert a stream with `Dataset.from_list(list(stream.take(n)))`."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty.")
@@ -57,8 +62,8 @@ def _check_cases(dataset: Dataset, name: str) -> None:
         raise ValueError(f"The column 'prompt' of {name} must hold strings, but is {features['prompt']}.")
     if "image" not in features and "images" not in features:
         raise ValueError(
-            f"{name} has no column 'image' (one source image per case) or 'images' (a list of them); its columns are "
-            f"{list(features)}."
+            f"{name} has no column 'image' (one reference image per case) or 'images' (a list of them); its "
+            f"columns are {list(features)}."
         )
     for column in ("image", "images"):
         feature = features.get(column)
@@ -73,73 +78,67 @@ def _check_unique(dataset: Dataset, name: str, columns: list[str]) -> None:
     seen: dict[Any, int] = {}
     for row, key in enumerate(zip(*(dataset[column][:] for column in columns), strict=True)):
         if key[0] is None or key in seen:
-            what = "has no id" if key[0] is None else f"has the {_named(columns, key)} of row {seen[key]}"
-            remedy = (
-                "be there and unique, or leave the column out"
-                if len(columns) == 1
-                else "be there, and unique for each editor"
-            )
-            raise ValueError(f"Row {row} of {name} {what}. Ids must {remedy}.")
+            same = " and ".join(f"{column} {value!r}" for column, value in zip(columns, key, strict=True))
+            what = "has no id" if key[0] is None else f"has the {same} of row {seen[key]}"
+            remedy = "and unique, or leave the column out" if len(columns) == 1 else "and unique for each editor"
+            raise ValueError(f"Row {row} of {name} {what}. Ids must be there {remedy}.")
         seen[key] = row
 
 
-def _named(columns: list[str], key: tuple) -> str:
-    return " and ".join(f"{column} {value!r}" for column, value in zip(columns, key, strict=True))
-
-
-def edit_keys(dataset: Dataset) -> list[tuple[str, str | None]]:
-    """The name of each edit of a dataset: the id of its case, as a string, and its editor."""
+def edit_keys(dataset: Dataset) -> list[EditKey]:
+    """Returns what identifies each edit of a dataset: the id of its case, as a string, and its editor."""
     editors = dataset["editor"][:] if "editor" in dataset.features else [None] * len(dataset)
     return list(zip(map(str, dataset["id"][:]), editors, strict=True))
 
 
 def check_edits(dataset: Dataset, name: str) -> None:
     """
-    Raises an error that says what is wrong with a dataset of edits. No image is read.
+    Checks that a dataset is a dataset of edits. No image is read.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         name (`str`):
-            What the error calls it, e.g. `"dataset"`.
+            Its name in errors, e.g. `"dataset"`.
 
     Raises:
         `TypeError`: If it is not a map-style [`~datasets.Dataset`].
-        `ValueError`: If it is not a dataset of cases, see [`check_columns`], has no images `edit`, or no column `id` that
-            is unique for each `editor`.
+        `ValueError`: If it is not a dataset of cases, see [`check_columns`], has no images in `edit`, or its `id` is
+            missing or not unique for each `editor`.
     """
     _check_cases(dataset, name)
     feature = dataset.features.get("edit")
     if feature is None or not (is_text(feature) or isinstance(feature, Image | dict)):
         raise ValueError(
-            f"{name} must have a column 'edit' that holds images or their paths; its columns are {dict(dataset.features)}."
+            f"{name} must have a column 'edit' with images or their paths; its columns are {dict(dataset.features)}."
         )
     if "id" not in dataset.features:
         raise ValueError(
-            f"{name} has no column 'id': ratings and scores find their edit by it; its columns are {list(dataset.features)}."
+            f"{name} has no column 'id', by which ratings and scores find their edit; its columns are "
+            f"{list(dataset.features)}."
         )
     _check_unique(dataset, name, ["id"] + ["editor"] * ("editor" in dataset.features))
 
 
 def load_split(path: str, split: str = "train", **options: Any) -> Any:
     """
-    Loads one split of whatever holds a dataset.
+    Loads one split of a dataset from a folder or the Hub.
 
     Args:
         path (`str`):
-            A folder that [`~datasets.Dataset.save_to_disk`] wrote, any other local folder that [`~datasets.load_dataset`] reads, or
-            a Hub repository.
+            A folder written by [`~datasets.Dataset.save_to_disk`], any other local folder that
+            [`~datasets.load_dataset`] reads, or a Hub repository.
         split (`str`, *optional*, defaults to `"train"`):
-            Which split.
+            Name of the split.
         **options:
-            Of [`~datasets.load_dataset`].
+            Options of [`~datasets.load_dataset`].
 
     Returns:
         [`~datasets.Dataset`], or [`~datasets.IterableDataset`] with `streaming=True`.
 
     Raises:
-        `FileNotFoundError`: If there is nothing at `path`.
-        `ValueError`: If there is no such split.
+        `FileNotFoundError`: If there is no dataset at `path`.
+        `ValueError`: If it has no such split.
     """
     if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
         return load_dataset(path, split=split, **options)
@@ -155,23 +154,22 @@ def load_split(path: str, split: str = "train", **options: Any) -> Any:
 
 def load_edits(path: str, split: str = "train", revision: str | None = None) -> Dataset:
     """
-    Loads a dataset of edits: a folder that [`~datasets.Dataset.save_to_disk`] wrote, any local folder that
-    [`~datasets.load_dataset`] reads (parquet, image folder), or a Hub repository. Its images are left encoded.
+    Loads a dataset of edits. Its images stay encoded.
 
     Args:
         path (`str`):
-            The folder or the repository.
+            A folder or a Hub repository, see [`load_split`].
         split (`str`, *optional*, defaults to `"train"`):
-            Which split.
+            Name of the split.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
 
     Returns:
-        [`~datasets.Dataset`]: with the columns `id`, `image` or `images`, `edit`, `prompt` and what else there is.
+        [`~datasets.Dataset`]: with `id`, `image` or `images`, `edit`, `prompt` and all other columns.
 
     Raises:
-        `FileNotFoundError`: If there is nothing at `path`.
-        `ValueError`: If there is no such split, or it is not a dataset of edits, see [`check_edits`].
+        `FileNotFoundError`: If there is no dataset at `path`.
+        `ValueError`: If it has no such split, or is not a dataset of edits, see [`check_edits`].
     """
     dataset = load_split(path, split, revision=revision)
     check_edits(dataset, path)
@@ -180,25 +178,25 @@ def load_edits(path: str, split: str = "train", revision: str | None = None) -> 
 
 def check_pairs(dataset: Dataset, name: str) -> None:
     """
-    Raises an error that says what is wrong with a dataset of preference pairs. No image is read.
+    Checks that a dataset is a dataset of preference pairs. No image is read.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         name (`str`):
-            What the error calls it, e.g. `"train_dataset"`.
+            Its name in errors, e.g. `"train_dataset"`.
 
     Raises:
-        `TypeError`: If it is not a map-style [`~datasets.Dataset`].
-        `ValueError`: If it is not a dataset of cases, see [`check_columns`], or has no images `chosen` and `rejected`.
+        `TypeError`: If it is not a map-style [`~datasets.Dataset`]. `ValueError`: If it is not a dataset of cases, see
+        [`check_columns`], or has no images in `chosen` and `rejected`.
     """
     check_columns(dataset, name)
     for column in ("chosen", "rejected"):
         feature = dataset.features.get(column)
         if feature is None:
             raise ValueError(
-                f"{name} has no column {column!r}: a preference pair has two edits of one case, `chosen` and `rejected`; its "
-                f"columns are {list(dataset.features)}."
+                f"{name} has no column {column!r}: a preference pair has two edits of one case, `chosen` and "
+                f"`rejected`; its columns are {list(dataset.features)}."
             )
         if not (is_text(feature) or isinstance(feature, Image | dict)):
             raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
@@ -206,15 +204,15 @@ def check_pairs(dataset: Dataset, name: str) -> None:
 
 def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
     """
-    Raises an error if a case has more reference images than a pipeline takes. No image is read.
+    Checks that no case has more reference images than a pipeline takes. No image is read.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         name (`str`):
-            What the error calls it.
-        limit (`int`, *optional*):
-            The largest number of references, if there is one.
+            Its name in errors.
+        limit (`int` or `None`):
+            Largest number of reference images; `None` for no limit.
 
     Raises:
         `ValueError`: If a case has more.
@@ -228,13 +226,16 @@ def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
         if count is not None and count > limit:
             case = f"Case {dataset['id'][row]!r}" if "id" in dataset.features else f"Row {row}"
             raise ValueError(
-                f"{case} of {name} has {count} reference images, but the pipeline takes at most {limit}: leave it out, or "
-                "train a pipeline that takes several."
+                f"{case} of {name} has {count} reference images, but the pipeline takes at most {limit}: leave "
+                "it out, or train a pipeline that takes several."
             )
 
 
 def without_decoding(dataset: Dataset) -> Dataset:
-    """The dataset with its images left encoded, so that a broken one is met case by case by [`case_images`]."""
+    """
+    Returns the dataset with its images encoded, so that a broken image is an error of its case ([`case_images`]) and
+    not of the dataset.
+    """
     for column in ("image", "edit", "chosen", "rejected"):
         if isinstance(dataset.features.get(column), Image):
             dataset = dataset.cast_column(column, Image(decode=False))
@@ -246,13 +247,13 @@ def without_decoding(dataset: Dataset) -> Dataset:
 
 def case_images(row: dict[str, Any], case_id: Any) -> list[PILImage.Image]:
     """
-    The source images of a case: decoded, turned upright, in RGB.
+    Reads the reference images of a case, see [`~hp_edit_trl.utils.images.read_image`].
 
     Args:
         row (`dict`):
-            The case. `images` counts before `image`. Each image is a PIL image, a path, or datasets' encoded form.
+            The case. If it has `images`, `image` is ignored.
         case_id (`Any`):
-            What an error calls the case.
+            Name of the case in errors.
 
     Raises:
         [`UnreadableImageError`]: If there is no image, or one cannot be decoded.
@@ -265,16 +266,16 @@ def case_images(row: dict[str, Any], case_id: Any) -> list[PILImage.Image]:
 
 def pair_images(row: dict[str, Any], case_id: Any) -> tuple[PILImage.Image, PILImage.Image]:
     """
-    The chosen and the rejected edit of a preference pair: decoded, turned upright, in RGB.
+    Reads the chosen and the rejected edit of a preference pair, see [`~hp_edit_trl.utils.images.read_image`].
 
     Args:
         row (`dict`):
             The pair, with `chosen` and `rejected`.
         case_id (`Any`):
-            What an error calls the pair.
+            Name of the pair in errors.
 
     Raises:
-        [`UnreadableImageError`]: If one is missing, cannot be decoded, or has another size than the other.
+        [`UnreadableImageError`]: If an image is missing or cannot be decoded, or their sizes differ.
     """
     images = []
     for column in ("chosen", "rejected"):
@@ -285,6 +286,7 @@ def pair_images(row: dict[str, Any], case_id: Any) -> tuple[PILImage.Image, PILI
     if chosen.size != rejected.size:
         raise UnreadableImageError(
             f"The chosen image of pair {case_id!r} has {chosen.width} x {chosen.height} pixels and the rejected one "
-            f"{rejected.width} x {rejected.height}: two edits of one case have one size. Crop them, or leave the pair out."
+            f"{rejected.width} x {rejected.height}, but they must have the same size. Crop them, or leave "
+            "the pair out."
         )
     return chosen, rejected

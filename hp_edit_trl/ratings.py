@@ -1,42 +1,53 @@
 """
-Ratings of edits by people: a JSON Lines file for each annotator, one line for each rating, written the moment it is given.
+Ratings of edits by people: a JSON Lines file per annotator with a line per rating, appended when it is given; and a
+dataset with its ratings.
 """
 
+import hashlib
 import logging
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 
-from .cases import edit_keys
+from .cases import EditKey, check_edits, edit_keys, is_text
 from .utils.files import append_jsonl, read_jsonl
 
 
 logger = logging.getLogger(__name__)
 
 SCORES = range(6)
+RATING = {"annotator": "string", "score": "int64", "comment": "string", "rubric": "string", "time": "string"}
+COLUMNS = {
+    "human_score": Value("float64"),
+    "num_ratings": Value("int64"),
+    "ratings": List({name: Value(kind) for name, kind in RATING.items()}),
+}
 
 
 @dataclass(frozen=True)
 class Rating:
     """
-    What one person said of one edit.
+    The rating of one edit by one person.
 
     Args:
         annotator (`str`):
-            Who rated.
+            Name of the person.
         id (`str`):
             Id of the case.
         editor (`str` or `None`):
-            Which model's edit of the case; `None` in a dataset without a column `editor`.
+            Editor that made the edit; `None` in a dataset without a column `editor`.
         score (`int` or `None`):
-            A whole number from 0 to 5; `None` if the edit was skipped.
+            An integer from 0 to 5; `None` if the edit was skipped.
         rubric (`str`):
             Revision of the rubric that was shown.
         time (`str`):
-            When, in ISO 8601 with its time zone.
+            Time of the rating, in ISO 8601.
         comment (`str`, *optional*, defaults to `""`):
-            What else the annotator wrote.
+            Comment of the annotator.
     """
 
     annotator: str
@@ -47,9 +58,28 @@ class Rating:
     time: str
     comment: str = ""
 
+    @property
+    def edit(self) -> EditKey:
+        """What identifies the edit: id of the case and editor."""
+        return self.id, self.editor
+
+    def timestamp(self) -> datetime:
+        """Parses `time`, in UTC if it has no time zone. Raises `ValueError` if it is not in ISO 8601."""
+        time = datetime.fromisoformat(self.time)
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def ratings_file(output_dir: str | Path, annotator: str) -> Path:
+    """Returns the file of an annotator. Two names never share one, even on file systems that ignore case."""
+    part = annotator
+    if not re.fullmatch(r"[a-z0-9_-]{1,60}", annotator):
+        readable = re.sub(r"[^a-z0-9_-]+", "-", annotator.lower())[:40].strip("-")
+        part = f"{readable}.{hashlib.sha256(annotator.encode()).hexdigest()[:12]}"
+    return Path(output_dir) / f"ratings-{part}.jsonl"
+
 
 def append_rating(file: str | Path, rating: Rating) -> None:
-    """Appends a rating to a file and waits until it is on disk. A line that a crash cut off before it is closed first."""
+    """Appends a rating to a file and returns once it is on disk."""
     append_jsonl(file, [asdict(rating)])
 
 
@@ -57,35 +87,36 @@ def read_ratings(
     path: str | Path, dataset: Dataset | None = None, rubric: str | None = None
 ) -> tuple[list[Rating], list[str]]:
     """
-    Reads ratings. Of several by one annotator on one edit, the last line counts. Lines that cannot be used are left out and
-    reported; the files stay as they are.
+    Reads ratings. If an annotator rated an edit several times, the last line counts. Invalid lines are left out and
+    reported; the files are not changed.
 
     Args:
         path (`str` or `Path`):
-            A file, or a folder whose `ratings-*.jsonl` are read.
+            A file, or a folder with files `ratings-*.jsonl`.
         dataset ([`~datasets.Dataset`], *optional*):
-            The edits that were rated. With it, ratings of edits that it does not hold are left out and reported.
+            The rated edits. With it, ratings of other edits are left out and reported.
         rubric (`str`, *optional*):
-            Take only ratings made with this revision of the rubric.
+            Read only ratings made with this revision of the rubric.
 
     Returns:
-        `tuple[list[Rating], list[str]]`: the ratings in the order of their edits' first lines, skipped edits included (their
-        score is `None`); and what was left out, each with file, line and reason.
+        `tuple[list[Rating], list[str]]`: the ratings in the order of their edits' first lines, including skipped edits
+        (with the score `None`); and a list of what was left out, each with file, line and reason.
 
     Raises:
         `FileNotFoundError`: If there are no files.
-        `ValueError`: If the ratings were made with several revisions of the rubric, and `rubric` does not choose one.
+        `ValueError`: If the ratings were made with several revisions of the rubric, and `rubric` is not given.
     """
     path = Path(path)
     files = sorted(path.glob("ratings-*.jsonl")) if path.is_dir() else [path]
     if not files or not files[0].exists():
-        raise FileNotFoundError(f"No ratings at {path}: name a file, or a folder with files ratings-*.jsonl.")
+        raise FileNotFoundError(f"No ratings at {path}: pass a file, or a folder with files ratings-*.jsonl.")
     known = None if dataset is None else set(edit_keys(dataset))
     ratings: dict[tuple, Rating] = {}
     problems = []
     names = {field.name for field in fields(Rating)}
     for file in files:
         for number, values, line in read_jsonl(file):
+            where = f"{file.name}, line {number}"
             try:
                 if values is None:
                     raise TypeError
@@ -93,29 +124,124 @@ def read_ratings(
                 texts = (rating.annotator, rating.id, rating.rubric, rating.time, rating.comment, rating.editor or "")
                 if not all(isinstance(text, str) for text in texts):
                     raise TypeError
-            except TypeError:  # a crash in the middle of a line
-                problems.append(
-                    f"{file.name}, line {number}: not a whole rating: {line[:60].decode(errors='replace')!r}"
-                )
+            except TypeError:  # e.g. a crash in the middle of a line
+                problems.append(f"{where}: not a complete rating: {line[:60].decode(errors='replace')!r}")
                 continue
-            key = rating.annotator, rating.id, rating.editor
             if rating.score is not None and (type(rating.score) is not int or rating.score not in SCORES):
-                problems.append(
-                    f"{file.name}, line {number}: the score {rating.score!r} is no whole number from 0 to 5"
-                )
-            elif known is not None and (rating.id, rating.editor) not in known:
+                problems.append(f"{where}: the score {rating.score!r} is not an integer from 0 to 5")
+            elif known is not None and rating.edit not in known:
                 of = "" if rating.editor is None else f" by {rating.editor!r}"
-                problems.append(f"{file.name}, line {number}: the dataset has no edit of case {rating.id!r}{of}")
+                problems.append(f"{where}: the dataset has no edit of case {rating.id!r}{of}")
             elif rubric is None or rating.rubric == rubric:
-                ratings[key] = rating
+                ratings[rating.annotator, *rating.edit] = rating
             else:
-                problems.append(f"{file.name}, line {number}: made with the rubric {rating.rubric!r}, not {rubric!r}")
+                problems.append(f"{where}: made with the rubric {rating.rubric!r}, not {rubric!r}")
     for problem in problems:
         logger.warning("Left out: %s.", problem)
     found = sorted({rating.rubric for rating in ratings.values()})
     if len(found) > 1:
         raise ValueError(
-            f"The ratings at {path} were made with {len(found)} revisions of the rubric, {', '.join(found)}: what a score meant is "
-            "not the same in all of them. Choose one with rubric=."
+            f"The ratings at {path} were made with {len(found)} revisions of the rubric, {', '.join(found)}, in which "
+            "a score may mean different things. Choose one with rubric=."
         )
     return list(ratings.values()), problems
+
+
+def add_ratings(ratings: Iterable[Rating], output_dir: str | Path) -> int:
+    """
+    Adds ratings to the files of a folder. Ratings that are already there are not added again, and a later rating of
+    the same edit is never replaced by an earlier one.
+
+    Args:
+        ratings (`Iterable[Rating]`):
+            The ratings, sorted by time.
+        output_dir (`str` or `Path`):
+            The folder. It is created if it does not exist.
+
+    Returns:
+        `int`: the number of ratings that were added.
+
+    Raises:
+        `ValueError`: If the folder would hold ratings made with several revisions of the rubric. Then nothing is
+        added.
+    """
+    ratings = list(ratings)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = read_ratings(folder)[0] if any(folder.glob("ratings-*.jsonl")) else []
+    rubrics = sorted({rating.rubric for rating in [*there, *ratings]})
+    if len(rubrics) > 1:
+        raise ValueError(
+            f"{folder} would hold ratings made with the rubrics {', '.join(rubrics)}, in which a score may mean "
+            "different things: choose another output_dir for each."
+        )
+    last = {(rating.annotator, *rating.edit): rating for rating in there}
+    added = 0
+    for rating in ratings:
+        earlier = last.get((rating.annotator, *rating.edit))
+        if earlier is not None:
+            same = (rating.score, rating.comment) == (earlier.score, earlier.comment)
+            if same or rating.timestamp() <= earlier.timestamp():
+                continue
+        append_rating(ratings_file(folder, rating.annotator), rating)
+        last[rating.annotator, *rating.edit] = rating
+        added += 1
+    return added
+
+
+def ratings_by_edit(ratings: Iterable[Rating], dataset: Dataset) -> dict[EditKey, list[Rating]]:
+    """
+    Groups ratings by edit, in the order of the dataset. Edits without ratings have an empty list.
+
+    Raises:
+        `ValueError`: If the dataset does not contain a rated edit.
+    """
+    by_edit: dict[EditKey, list[Rating]] = {key: [] for key in edit_keys(dataset)}
+    for rating in ratings:
+        if rating.edit not in by_edit:
+            raise ValueError(
+                f"{rating.annotator} rated an edit of case {rating.id!r} by {rating.editor!r}, which the dataset does "
+                "not contain: pass the dataset that was rated, or leave other ratings out with read_ratings(..., "
+                "dataset)."
+            )
+        by_edit[rating.edit].append(rating)
+    return by_edit
+
+
+def ratings_dataset(ratings: Iterable[Rating], dataset: Dataset) -> Dataset:
+    """
+    Adds ratings to a dataset of edits as columns.
+
+    Args:
+        ratings (`Iterable[Rating]`):
+            The ratings, see [`read_ratings`].
+        dataset ([`~datasets.Dataset`]):
+            The edits.
+
+    Returns:
+        [`~datasets.Dataset`]: the edits with the columns `human_score` (the mean over the annotators who scored the
+        edit, `None` without any), `num_ratings` (their number) and `ratings` (a list of `{annotator, score, comment,
+        rubric, time}`; the score is `None` if the annotator skipped the edit). Paths of images become images, so that
+        `push_to_hub` and `save_to_disk` include them.
+
+    Raises:
+        `ValueError`: If the dataset does not contain a rated edit, or already has one of these columns.
+    """
+    check_edits(dataset, "dataset")
+    if taken := sorted(COLUMNS.keys() & set(dataset.column_names)):
+        raise ValueError(f"dataset has columns {taken} already, which ratings are written to: rename or remove them.")
+    values: dict[str, list] = {name: [] for name in COLUMNS}
+    for of_edit in ratings_by_edit(ratings, dataset).values():
+        scores = [rating.score for rating in of_edit if rating.score is not None]
+        values["human_score"].append(sum(scores) / len(scores) if scores else None)
+        values["num_ratings"].append(len(scores))
+        values["ratings"].append([{name: asdict(one)[name] for name in RATING} for one in of_edit])
+    for name, feature in COLUMNS.items():
+        dataset = dataset.add_column(name, values[name], feature=feature)
+    features = dict(dataset.features)
+    for name in ("image", "edit"):
+        if name in features and (is_text(features[name]) or isinstance(features[name], Image)):
+            features[name] = Image()
+    if isinstance(features.get("images"), List):
+        features["images"] = List(Image())
+    return dataset.cast(Features(features))

@@ -1,4 +1,4 @@
-"""How an image is shown: decoded, scaled down, and encoded anew, so that nothing of its file comes along."""
+"""Images as annotators see them: scaled down and encoded again, so that nothing else in their files is revealed."""
 
 import base64
 import io
@@ -11,8 +11,8 @@ MAX_SIDE = 1600
 
 def shown_jpeg(image: Image.Image) -> bytes:
     """
-    The image as a JPEG of at most `MAX_SIDE` pixels a side, at a quality that adds nothing one could see. Names, paths and
-    comments in the file that it was read from, which could tell the editor, are gone.
+    Encodes an image as JPEG with at most `MAX_SIDE` pixels a side, without visible artifacts. Names, paths and
+    comments of the original file, which could reveal the editor, are left out.
     """
     image = image.copy()
     image.info = {}
@@ -23,12 +23,12 @@ def shown_jpeg(image: Image.Image) -> bytes:
 
 
 def data_url(image: Image.Image) -> str:
-    """The image within an address, for a page that needs no file."""
+    """Returns an image as a data URL, to be embedded in a page."""
     return f"data:image/jpeg;base64,{base64.b64encode(shown_jpeg(image)).decode()}"
 
 
 def side_by_side(images: list[Image.Image]) -> Image.Image:
-    """Several images in one, at the height of the first."""
+    """Joins images side by side, at the height of the first."""
     if len(images) == 1:
         return images[0]
     height = images[0].height

@@ -1,4 +1,4 @@
-"""What a browser gets from the page's server, and nothing else."""
+"""Restricts the server of the rating page to what the page needs."""
 
 import ipaddress
 import re
@@ -6,18 +6,24 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 
-# All that the page needs of Gradio. Its other routes (files, uploads, proxies, documentation) are closed.
+# The routes of Gradio that the page needs. The others (files, uploads, proxies, documentation) are closed.
 OPEN = ("/", "/login", "/logout", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
 OPEN_BELOW = ("/assets/", "/static/", "/svelte/")
 OPEN_API = ("app_id", "cancel", "heartbeat", "login_check", "queue", "reset", "startup-events", "theme.css", "user")
-# Nothing is fetched from elsewhere, neither fonts nor scripts.
+# Nothing is loaded from other hosts, including fonts and scripts.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
 
 
 class Guard:
     """
-    Lets through what the page needs, and nothing else. Without a password a page that was opened under another name than that
-    of this machine is refused: it would be another site's, whose name was pointed here.
+    ASGI middleware that serves only the routes that the page needs.
+
+    Args:
+        app (`Callable`):
+            The application.
+        local_only (`bool`):
+            Whether to refuse requests for other host names than this machine's. Otherwise a website could point its
+            own name here and read the page (DNS rebinding).
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], local_only: bool):
@@ -54,7 +60,7 @@ class Guard:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host."""
+    """Returns whether a host can only be reached from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""The rubric: what the scores from 0 to 5 mean, in a Markdown file with a revision."""
+"""The rubric: the meaning of the scores 0 to 5, as a Markdown file with a revision."""
 
 import re
 from dataclasses import dataclass
@@ -13,16 +13,15 @@ LABELS = ("", "", "", "", "", "")
 @dataclass(frozen=True)
 class Rubric:
     """
-    What annotators are told.
+    Instructions for annotators.
 
     Args:
         revision (`str`):
-            Where the text came from and which revision it is, e.g. `"hp-edit-trl:rubric:1"`. It is written beside every
-            rating.
+            Origin and revision of the text, e.g. `"hp-edit-trl:rubric:1"`. It is saved with every rating.
         text (`str`):
-            The rubric, in Markdown.
+            The instructions, in Markdown.
         labels (`tuple[str, ...]`, *optional*):
-            A word or two for each of the scores 0 to 5; none by default.
+            A short label for each of the scores 0 to 5. Defaults to none.
     """
 
     revision: str
@@ -32,16 +31,16 @@ class Rubric:
 
 def load_rubric(path: str | Path | None = None) -> Rubric:
     """
-    Loads a rubric: a Markdown file with a YAML header that names its `revision`, and optionally six `labels` for the scores 0 to
-    5.
+    Loads a rubric: a Markdown file with a YAML header that has a `revision` and optionally `labels` for the six
+    scores.
 
     Args:
         path (`str` or `Path`, *optional*):
-            The file. By default the rubric of this package, which is the scale of its scorer prompts.
+            The file. Defaults to the rubric of this package, which has the scale of its scorer prompts.
 
     Raises:
-        `FileNotFoundError`: If there is no such file.
-        `ValueError`: If the header is missing or not valid, or there is no text.
+        `FileNotFoundError`: If the file does not exist.
+        `ValueError`: If the header is missing or not valid, or the text is empty.
     """
     file = Path(__file__).with_name("rubric.md") if path is None else Path(path)
     try:
@@ -55,11 +54,12 @@ def load_rubric(path: str | Path | None = None) -> Rubric:
         raise ValueError(f"The header of the rubric {file} is not valid YAML: {error}") from error
     if parts is None or not isinstance(header, dict) or header.get("revision") is None or not parts[2].strip():
         raise ValueError(
-            f"The rubric {file} must begin with a header that names its revision, followed by the text: '---', 'revision: 1', "
-            "'---'. Count the revision up when the text changes: ratings made with different ones are not mixed."
+            f"The rubric {file} must begin with a header that has its revision: '---', 'revision: 1', '---', and then "
+            "the text. Increase the revision when the text changes: ratings made with different revisions are not "
+            "mixed."
         )
     labels = header.get("labels", LABELS)
     if not isinstance(labels, list | tuple) or len(labels) != 6:
-        raise ValueError(f"The rubric {file} has labels {labels!r}: name six of them, for the scores 0 to 5, or none.")
+        raise ValueError(f"The rubric {file} has labels {labels!r}: it needs six, for the scores 0 to 5, or none.")
     origin = "hp-edit-trl:rubric" if path is None else file.name
     return Rubric(f"{origin}:{header['revision']}", parts[2].strip(), tuple(map(str, labels)))

@@ -1,7 +1,8 @@
-"""Who rates what, in which order, and where everyone is. Nothing here knows of a web page."""
+"""
+The queue of each annotator: which edits, in which order, and which of them are rated. Independent of the web page.
+"""
 
 import hashlib
-import re
 import threading
 import unicodedata
 from collections import Counter
@@ -12,74 +13,64 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
+from ..cases import EditKey
 from ..ratings import SCORES, Rating, append_rating, read_ratings
 from ..utils.seeding import seeded_generator
 
 
-EditKey = tuple[str, str | None]  # id of the case, editor
-
-
 class StaleError(ValueError):
-    """An answer to an edit that has been answered in the meantime."""
+    """The edit has already been answered."""
 
 
 def annotator_name(name: str) -> str:
     """
-    The name in one spelling: composed characters, no spaces around it, single ones inside.
+    Normalizes a name: composed Unicode characters, single spaces.
 
     Raises:
-        `ValueError`: If it is empty, longer than 100 characters, or has characters that cannot be shown.
+        `ValueError`: If it is empty, longer than 100 characters, or has characters that are not printable.
     """
     name = " ".join(unicodedata.normalize("NFC", name).split())
     if not name:
         raise ValueError("Please enter your name.")
     if len(name) > 100 or not name.isprintable():
-        raise ValueError("A name has at most 100 characters, all of which can be shown.")
+        raise ValueError("A name must have at most 100 characters, all of them printable.")
     return name
-
-
-def ratings_file(ratings_dir: str | Path, annotator: str) -> Path:
-    """The file of an annotator. Two names never have the same one, also where case does not matter."""
-    part = annotator
-    if not re.fullmatch(r"[a-z0-9_-]{1,60}", annotator):
-        readable = re.sub(r"[^a-z0-9_-]+", "-", annotator.lower())[:40].strip("-")
-        part = f"{readable}.{hashlib.sha256(annotator.encode()).hexdigest()[:12]}"
-    return Path(ratings_dir) / f"ratings-{part}.jsonl"
 
 
 def assign_cases(
     keys: Iterable[EditKey], annotators: Iterable[str], overlap: int, seed: int = 0
 ) -> dict[str, list[EditKey]]:
     """
-    Gives each case, with all its edits, to some of the annotators, so that everyone gets about as many edits.
+    Assigns each case, with all its edits, to some of the annotators, so that all get about the same number of edits.
 
     Args:
         keys (`Iterable[tuple[str, str | None]]`):
-            The edits, each by the id of its case and its editor.
+            The edits, each as id of its case and editor.
         annotators (`Iterable[str]`):
-            The names.
+            Names of the annotators.
         overlap (`int`):
-            How many of them rate each case.
+            Number of annotators who rate each case.
         seed (`int`, *optional*, defaults to `0`):
-            Decides who gets which case. The order of names and of edits does not matter.
+            Seed of the assignment, which does not depend on the order of names and edits.
 
     Returns:
         `dict[str, list[tuple[str, str | None]]]`: the edits of each annotator.
 
     Raises:
-        `ValueError`: If there are not as many annotators.
+        `ValueError`: If `overlap` is not between 1 and the number of annotators.
     """
     annotators = sorted(annotators)
     if not 1 <= overlap <= len(annotators):
         raise ValueError(
-            f"overlap={overlap} with {len(annotators)} annotators ({', '.join(annotators)}): it must lie between 1 and their number."
+            f"overlap={overlap} with {len(annotators)} annotators ({', '.join(annotators)}): it must be between 1 and "
+            "their number."
         )
     cases: dict[str, list[EditKey]] = {}
     for key in keys:
         cases.setdefault(key[0], []).append(key)
     given: dict[str, list[EditKey]] = {annotator: [] for annotator in annotators}
     for case_id in sorted(cases, key=lambda case_id: (_draw(seed, "annotation case", case_id), case_id)):
-        # Those with the fewest edits so far; among equals chance decides, so that every pair of people meets.
+        # Those with the fewest edits so far; ties are broken at random, so that every pair of annotators shares cases.
         ranked = sorted(annotators, key=lambda name: (len(given[name]), _draw(seed, "overlap", case_id, name)))
         for annotator in ranked[:overlap]:
             given[annotator] += cases[case_id]
@@ -92,25 +83,26 @@ def _draw(*key: int | str) -> int:
 
 class RatingSession:
     """
-    One annotator's way through the edits. The file is the state: a session that is made anew goes on where the last one was.
+    The queue of one annotator. Its state is in the file of ratings: a new session resumes where the last one stopped.
 
-    Every answer names what it answers by a token, which changes as soon as the edit is answered. So a click that comes twice, or
-    from a page that is out of date, never rates another edit than the one that was seen.
+    An answer names its edit by a token, which changes as soon as the edit is answered. A second click, or a click on
+    an outdated page, therefore never rates an edit that was not seen.
 
     Args:
         annotator (`str`):
-            The name.
+            Name of the annotator.
         keys (`Iterable[tuple[str, str | None]]`):
-            The edits to rate, each by the id of its case and its editor.
+            The edits to rate, each as id of its case and editor.
         file (`str` or `Path`):
-            Where the ratings go. Those in it count.
+            File of the annotator's ratings. Existing ratings count.
         rubric (`str`):
             Revision of the rubric.
         seed (`int`, *optional*, defaults to `0`):
-            Decides the order, together with the name. Edits that come or go do not change the order of the others.
+            Seed of the order, together with the name. Adding or removing edits does not change the order of the
+            others.
 
     Raises:
-        `ValueError`: If the file has ratings made with another revision of the rubric.
+        `ValueError`: If the file holds ratings made with another revision of the rubric.
     """
 
     def __init__(self, annotator: str, keys: Iterable[EditKey], file: str | Path, rubric: str, seed: int = 0):
@@ -123,7 +115,7 @@ class RatingSession:
         self.queue = sorted(keys, key=places.__getitem__)
         self.places = {key: place for place, key in enumerate(self.queue)}
         self.answers: dict[EditKey, Rating] = {}
-        self.drafts: dict[EditKey, str] = {}  # comments on edits that were left without an answer
+        self.drafts: dict[EditKey, str] = {}  # comments on edits without an answer
         self.lock = threading.RLock()
         if self.file.exists():
             for rating in check_rubric(self.file, rubric):
@@ -132,24 +124,22 @@ class RatingSession:
         self.tokens = {self.token(key): key for key in self.queue}
 
     def token(self, key: EditKey) -> str:
-        """Names an edit as it is answered now. It tells neither case nor editor."""
+        """Returns the token of an edit in its present state. It reveals neither case nor editor."""
         state = repr((self.seed, self.annotator, key, self.answers.get(key)))
         return hashlib.sha256(state.encode()).hexdigest()[:24]
 
     def comment(self, key: EditKey) -> str:
-        """What the annotator wrote to an edit."""
+        """Returns the annotator's comment on an edit."""
         return self.drafts.get(key, self.answers[key].comment if key in self.answers else "")
 
     def next(self) -> EditKey | None:
-        """The first edit without an answer; `None` when all are answered."""
+        """Returns the first edit without an answer; `None` if all are answered."""
         return next((key for key in self.queue if key not in self.answers), None)
 
     def next_skipped(self, after: EditKey | None = None) -> EditKey | None:
-        """The first edit that was skipped, or the first after another one."""
+        """Returns the first skipped edit (after another one, if given); `None` if there is none."""
         start = 0 if after is None else self.places[after] + 1
-        return next(
-            (key for key in self.queue[start:] if key in self.answers and self.answers[key].score is None), None
-        )
+        return next((key for key in self.queue[start:] if self._skipped(key)), None)
 
     def rate(self, token: str, score: int | None, comment: str = "") -> EditKey | None:
         """
@@ -157,31 +147,31 @@ class RatingSession:
 
         Args:
             token (`str`):
-                What is answered, see [`token`].
+                Token of the edit, see [`token`].
             score (`int` or `None`):
                 0 to 5; `None` skips the edit.
             comment (`str`, *optional*, defaults to `""`):
-                What else there is to say.
+                Comment of the annotator.
 
         Returns:
-            `tuple[str, str | None]` or `None`: the edit to show next; `None` when all are answered.
+            `tuple[str, str | None]` or `None`: the edit to show next; `None` if all are answered.
 
         Raises:
-            [`StaleError`]: If the edit has been answered since the token was given. Nothing is written then.
-            `ValueError`: If the score is none.
+            [`StaleError`]: If the edit has been answered since the token was issued. Then nothing is written.
+            `ValueError`: If the score is not valid.
             `OSError`: If the file cannot be written.
         """
         if score is not None and (type(score) is not int or score not in SCORES):
-            raise ValueError(f"The score {score!r} is no whole number from 0 to 5.")
+            raise ValueError(f"The score {score!r} is not an integer from 0 to 5.")
         with self.lock:
             key = self._find(token)
-            was_skipped = key in self.answers and self.answers[key].score is None
+            was_skipped = self._skipped(key)
             self._write(key, score, comment)
             following = self.next()
             return self.next_skipped(after=key) if following is None and was_skipped else following
 
     def back(self, token: str | None, comment: str | None = None) -> EditKey | None:
-        """The edit before the one that is shown, or the last one if `token` is `None`. A comment is kept."""
+        """Returns the edit before the shown one, or the last edit if `token` is `None`. Keeps the comment."""
         with self.lock:
             if token is None:
                 return self.queue[-1] if self.queue else None
@@ -190,7 +180,7 @@ class RatingSession:
             return self.queue[max(0, self.places[key] - 1)]
 
     def forward(self, token: str, comment: str | None = None) -> EditKey | None:
-        """The edit after the one that is shown, if that has an answer. A comment is kept."""
+        """Returns the edit after the shown one, which must have an answer to be left. Keeps the comment."""
         with self.lock:
             key = self._find(token)
             self._keep(key, comment)
@@ -200,7 +190,7 @@ class RatingSession:
             return self.queue[place] if place < len(self.queue) else self.next()
 
     def drop(self, key: EditKey) -> None:
-        """Takes an edit that cannot be shown out of the queue."""
+        """Removes an edit that cannot be shown from the queue."""
         with self.lock:
             if key in self.places:
                 self.queue.remove(key)
@@ -209,15 +199,16 @@ class RatingSession:
                 self.answers.pop(key, None)
 
     def counts(self) -> Counter:
-        """How many edits were `"rated"` and `"skipped"`, and how many have each score."""
+        """Counts the edits that were `"rated"` and `"skipped"`, and those with each score."""
         scores = [answer.score for answer in self.answers.values()]
         return Counter(scores) + Counter({"rated": len(scores) - scores.count(None), "skipped": scores.count(None)})
 
+    def _skipped(self, key: EditKey) -> bool:
+        return key in self.answers and self.answers[key].score is None
+
     def _find(self, token: str) -> EditKey:
         if token not in self.tokens:
-            raise StaleError(
-                "This edit was already answered, a moment ago or in another tab. This answer was not taken."
-            )
+            raise StaleError("This edit was already answered, just now or in another tab. This answer was not saved.")
         return self.tokens[token]
 
     def _write(self, key: EditKey, score: int | None, comment: str) -> None:
@@ -230,7 +221,7 @@ class RatingSession:
         self.tokens[self.token(key)] = key
 
     def _keep(self, key: EditKey, comment: str | None) -> None:
-        """Keeps a comment when its edit is left: beside the answer, or until there is one."""
+        """Keeps the comment on an edit that is left: with its answer, or as a draft until it has one."""
         if comment is None or comment.strip() == self.comment(key).strip():
             return
         if key in self.answers:
@@ -241,7 +232,7 @@ class RatingSession:
 
 def check_rubric(file: Path, rubric: str, dataset: Dataset | None = None) -> list[Rating]:
     """
-    The ratings in a file. Lines that cannot be used are reported, see [`read_ratings`].
+    Reads the ratings in a file, see [`~hp_edit_trl.ratings.read_ratings`].
 
     Raises:
         `ValueError`: If they were made with another revision of the rubric.
@@ -253,7 +244,7 @@ def check_rubric(file: Path, rubric: str, dataset: Dataset | None = None) -> lis
         found = "several revisions"
     if found:
         raise ValueError(
-            f"The ratings in {file.name} were made with the rubric {found}, but this is {rubric}: what a score means is not the "
-            "same. Use that rubric (--rubric), or another folder for these ratings (--ratings)."
+            f"The ratings in {file.name} were made with the rubric {found}, but this is {rubric}: a score may mean "
+            "something else. Use that rubric (--rubric), or another folder for the new ratings (--output_dir)."
         )
     return ratings
