@@ -1,15 +1,16 @@
-"""Stage 1 of HP-Edit: people rate edits, a scorer scores them, and the scorer's prompts are refined until both agree."""
+"""Stage 1 of HP-Edit: people rate edits, a scorer scores them, and its prompts are refined until both agree."""
 
 from typing import TYPE_CHECKING, Any
 
 from .agreement import agreement, agreement_difference, krippendorff_alpha, krippendorff_interval
-from .agreement_page import report_text, worst_disagreements, write_report
+from .agreement_page import agreement_tables, worst_disagreements, write_agreement
 from .comparison import compare_with_people
-from .export import add_ratings, from_label_studio, label_studio_config, ratings_dataset, to_label_studio
+from .label_studio import from_label_studio, label_studio_config, to_label_studio
+from .probe import probe_judge
 from .refine import PromptRefiner, add_questions, is_held_out, parse_questions
 from .rubric import Rubric, load_rubric
-from .scoring import JudgingReport, probe_judge, read_scores, score_dataset
-from .session import RatingSession, assign_cases, ratings_file
+from .scoring import ScoringSummary, read_scores, score_dataset
+from .session import RatingSession, assign_cases
 
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "JudgingReport",
     "PromptRefiner",
     "RatingSession",
     "Rubric",
+    "ScoringSummary",
     "add_questions",
-    "add_ratings",
     "agreement",
     "agreement_difference",
+    "agreement_tables",
     "annotate",
     "assign_cases",
     "build_app",
@@ -45,12 +46,9 @@ __all__ = [
     "load_rubric",
     "parse_questions",
     "probe_judge",
-    "ratings_dataset",
-    "ratings_file",
     "read_scores",
-    "report_text",
     "score_dataset",
     "to_label_studio",
     "worst_disagreements",
-    "write_report",
+    "write_agreement",
 ]

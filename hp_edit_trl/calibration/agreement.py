@@ -343,9 +343,9 @@ def _why_undefined(statistic: str, human: np.ndarray, scores: np.ndarray) -> str
         if len(human) < 3:
             return "fewer than 3 edits"
         if len(np.unique(human)) == 1:
-            return "people gave every edit the same"
+            return "people gave all edits the same score"
         if len(np.unique(scores)) == 1:
-            return "the scorer gave every edit the same"
+            return "the scorer gave all edits the same score"
     if statistic.startswith("ties") and len(human) < 2:
         return "fewer than 2 edits"
     return None

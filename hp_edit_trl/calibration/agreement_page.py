@@ -1,7 +1,6 @@
-"""What a comparison with people looks like: tables, figures, and a page of the worst disagreements."""
+"""Files of a comparison with people: tables, figures, and a page of the worst disagreements."""
 
 import hashlib
-import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ import numpy as np
 from datasets import Dataset
 
 from ..cases import case_images, edit_keys, without_decoding
+from ..utils.files import write_json, write_text
 from ..utils.images import UnreadableImageError, read_image
 from ..utils.tables import format_estimate, markdown_table
-from .agreement import STATISTICS
+from .agreement import CORRELATIONS, STATISTICS
 
 
 NAMES = {
@@ -33,79 +33,70 @@ REASONS = {
     "skipped": "skipped by all who saw them",
     "unknown": "not in the dataset",
 }
-MAX_PIXELS = 1280  # longest side of a picture beside the page
+MAX_SIDE = 1280  # pixels of an image of the page
 
 
-def write_report(result: dict[str, Any], folder: str | Path, dataset: Dataset | None = None, worst: int = 30) -> None:
+def write_agreement(
+    result: dict[str, Any], output_dir: str | Path, dataset: Dataset | None = None, worst: int = 30
+) -> None:
     """
-    Writes `agreement.json` (everything), `agreement.md` (the tables), `human_against_scorer.png` (the paper's figure S1),
-    `mean_per_model.png` (its figure 6, if the edits have editors) and, with a dataset, `worst.html` with `images/`. Files of an
-    earlier report in the folder are replaced.
+    Writes `agreement.json` (everything), `agreement.md` (the tables), `human_against_scorer.png` (the paper's figure
+    S1), `mean_per_model.png` (its figure 6, if the edits have editors) and, with a dataset, `worst.html` with
+    `images/`. Existing files of these names are replaced.
 
     Args:
         result (`dict`):
-            What [`compare_with_people`] returned.
-        folder (`str` or `Path`):
-            Where to. It is made if need be.
+            Result of [`compare_with_people`].
+        output_dir (`str` or `Path`):
+            The folder. It is created if it does not exist.
         dataset ([`~datasets.Dataset`], *optional*):
-            The edits that were rated, for the page of the worst disagreements.
+            The rated edits, for the page of the worst disagreements.
         worst (`int`, *optional*, defaults to `30`):
-            How many of them.
+            Number of disagreements on that page.
 
     Raises:
-        `ValueError`: If `worst` is below 1, or the dataset does not hold an edit that is to be shown.
+        `ValueError`: If `worst` is below 1, or the dataset does not contain an edit of the page.
     """
     if worst < 1:
-        raise ValueError(f"worst={worst} must be 1 or more.")
-    folder = Path(folder)
+        raise ValueError(f"worst={worst} must be at least 1.")
+    folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("mean_per_model.png", "worst.html"):  # these are not always written
         (folder / name).unlink(missing_ok=True)
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "agreement.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "agreement.json", result)
     draw_human_against_scorer(result, folder / "human_against_scorer.png")
-    pictures = ["human_against_scorer"]
+    figures = ["human_against_scorer"]
     if result["editors"]:
         draw_mean_per_model(result, folder / "mean_per_model.png")
-        pictures.append("mean_per_model")
-    shown = "\n".join(f"![{name.replace('_', ' ')}]({name}.png)\n" for name in pictures)
-    (folder / "agreement.md").write_text(f"# Agreement\n\n{report_text(result)}\n{shown}", encoding="utf-8")
+        figures.append("mean_per_model")
+    shown = "\n".join(f"![{name.replace('_', ' ')}]({name}.png)\n" for name in figures)
+    write_text(folder / "agreement.md", f"# Agreement\n\n{agreement_tables(result)}\n{shown}")
     if dataset is not None:
         write_worst_page(result, folder, dataset, worst)
 
 
-def report_text(result: dict[str, Any]) -> str:
-    """The tables of a comparison in Markdown, with what was left out below."""
+def agreement_tables(result: dict[str, Any]) -> str:
+    """Returns the tables of a comparison ([`compare_with_people`]) in Markdown, followed by what was left out."""
     agreed, alpha = result["agreement"], result["alpha"]
     rows = [(name, values, alpha["groups"][name]) for name, values in agreed["groups"].items()]
     rows.append(("all edits", agreed["overall"], alpha["overall"]))
 
     correlations = [
-        [name, values["n"], values["missing"]]
-        + [format_estimate(values[statistic]) for statistic in ("pearson", "spearman", "kendall")]
+        [name, values["n"], values["missing"], *(format_estimate(values[one]) for one in CORRELATIONS)]
         + [format_estimate(between)]
         for name, values, between in rows
     ]
     if agreed["mean_of_groups"] is not None:
         correlations.insert(-1, ["mean of the tasks", "", "", format_estimate(agreed["mean_of_groups"]), "", "", ""])
     distances = [
-        [name]
-        + [
-            format_estimate(values[statistic], signed=statistic == "bias")
-            for statistic in ("mae", "exact", "within_one", "bias")
-        ]
-        + [format_estimate(values[statistic], interval=False) for statistic in ("ties_human", "ties_scorer")]
+        [name, *(format_estimate(values[one]) for one in ("mae", "exact", "within_one"))]
+        + [format_estimate(values["bias"], signed=True)]
+        + [format_estimate(values[one], interval=False) for one in ("ties_human", "ties_scorer")]
         for name, values, _ in rows
     ]
     annotators = [
-        [
-            name,
-            values["n"],
-            values["skipped"],
-            format_estimate(values["pearson"]),
-            format_estimate(values["bias"], signed=True),
-        ]
-        for name, values in result["annotators"].items()
+        [name, one["n"], one["skipped"], format_estimate(one["pearson"]), format_estimate(one["bias"], signed=True)]
+        for name, one in result["annotators"].items()
     ]
     editors = [
         [name, values["n"], format_estimate(values["human"]), format_estimate(values["scorer"])]
@@ -123,13 +114,17 @@ def report_text(result: dict[str, Any]) -> str:
     return "\n".join([*tables, "\n".join(f"- {note}" for note in _notes(result)), ""])
 
 
+def _made_with(result: dict[str, Any]) -> str:
+    return f"Judge {result['judge']}, score_mode {result['score_mode']}; rubric {result['rubric']}"
+
+
 def _notes(result: dict[str, Any]) -> list[str]:
     agreed = result["agreement"]
     prompts = ", ".join(dict.fromkeys(result["scorer_prompts"].values()))
     notes = [
-        f"Judge {result['judge']}, mode {result['score_mode']}, prompts {prompts}; rubric {result['rubric']}.",
-        f"In brackets: {agreed['confidence']:.0%} bootstrap intervals from {agreed['num_resamples']} resamples of cases within their "
-        f"tasks, seed {agreed['seed']}.",
+        f"{_made_with(result)}; scorer prompts {prompts}.",
+        f"In brackets: {agreed['confidence']:.0%} bootstrap intervals from {agreed['num_resamples']} resamples of "
+        f"cases within their tasks, seed {agreed['seed']}.",
     ]
     for reason, keys in result["left_out"].items():
         if keys:
@@ -137,14 +132,15 @@ def _notes(result: dict[str, Any]) -> list[str]:
             more = ", ..." if len(keys) > 5 else ""
             notes.append(f"{len(keys)} {'edit' if len(keys) == 1 else 'edits'} {REASONS[reason]}: {named}{more}.")
     if agreed["mean_of_groups"] is not None and agreed["mean_of_groups"]["left_out"]:
-        notes.append(f"The mean of the tasks is without {', '.join(agreed['mean_of_groups']['left_out'])}.")
+        notes.append(f"The mean of the tasks excludes {', '.join(agreed['mean_of_groups']['left_out'])}.")
+    annotators = result["annotators"].items()
     places = [
-        *((f"{name}, {NAMES[s]}", values[s]) for name, values in agreed["groups"].items() for s in STATISTICS),
-        *((f"all edits, {NAMES[s]}", agreed["overall"][s]) for s in STATISTICS),
+        *((f"{name}, {NAMES[one]}", values[one]) for name, values in agreed["groups"].items() for one in STATISTICS),
+        *((f"all edits, {NAMES[one]}", agreed["overall"][one]) for one in STATISTICS),
         *((f"{name}, alpha", values) for name, values in result["alpha"]["groups"].items()),
         ("all edits, alpha", result["alpha"]["overall"]),
-        *((f"{name}, {NAMES[s]}", values[s]) for name, values in result["annotators"].items() for s in ("pearson", "bias")),
-    ]  # fmt: skip
+        *((f"{name}, {NAMES[one]}", values[one]) for name, values in annotators for one in ("pearson", "bias")),
+    ]
     reasons: dict[str, list[str]] = {}
     for place, estimate in places:
         if estimate["reason"] is not None:
@@ -157,19 +153,20 @@ def _notes(result: dict[str, Any]) -> list[str]:
 
 def draw_human_against_scorer(result: dict[str, Any], path: str | Path) -> None:
     """
-    Draws how often people and scorer gave what, as in the paper's figure S1: all edits, and each task.
+    Draws how often people and scorer gave each pair of scores, for all edits and each task, as in the paper's figure
+    S1.
 
     Args:
         result (`dict`):
-            What [`compare_with_people`] returned.
+            Result of [`compare_with_people`].
         path (`str` or `Path`):
-            PNG file to write.
+            The PNG file.
     """
     from matplotlib.figure import Figure
 
     agreed = result["agreement"]
     groups = agreed["groups"]
-    columns = min(4, -(-len(groups) // 2))  # of tasks, right of all edits, which takes two
+    columns = min(4, -(-len(groups) // 2))  # of tasks, to the right of all edits, which take two
     rows = max(2, -(-len(groups) // max(columns, 1)))
     figure = Figure(figsize=(2.45 * (2 + columns), 2.8 * rows + 0.2), dpi=120, layout="constrained")
     grid = figure.add_gridspec(rows, 2 + columns)
@@ -185,9 +182,9 @@ def draw_human_against_scorer(result: dict[str, Any], path: str | Path) -> None:
 def _heat_map(axes: Any, name: str, values: dict[str, Any], fontsize: float) -> None:
     from matplotlib.patches import Rectangle
 
-    counts = np.array(values["confusion"]).T  # the scorer upwards
+    counts = np.array(values["confusion"]).T  # the scorer on the vertical axis
     axes.imshow(counts, origin="lower", cmap="Blues", vmin=0, vmax=max(1, counts.max() * 1.15))
-    for score in range(6):  # where people and scorer agree
+    for score in range(6):  # people and scorer agree
         axes.add_patch(Rectangle((score - 0.5, score - 0.5), 1, 1, fill=False, edgecolor="C1", linewidth=1.2))
     for (scorer, human), count in np.ndenumerate(counts):
         if count:
@@ -202,13 +199,13 @@ def _heat_map(axes: Any, name: str, values: dict[str, Any], fontsize: float) -> 
 
 def draw_mean_per_model(result: dict[str, Any], path: str | Path) -> None:
     """
-    Draws the mean of each model's edits for people beside the scorer's, as in the paper's figure 6.
+    Draws the mean scores of each model's edits by people and by the scorer, as in the paper's figure 6.
 
     Args:
         result (`dict`):
-            What [`compare_with_people`] returned, of edits that have editors.
+            Result of [`compare_with_people`], for edits with editors.
         path (`str` or `Path`):
-            PNG file to write.
+            The PNG file.
     """
     from matplotlib.figure import Figure
 
@@ -226,14 +223,8 @@ def draw_mean_per_model(result: dict[str, Any], path: str | Path) -> None:
                 sides = [[estimate["value"] - estimate["low"]], [estimate["high"] - estimate["value"]]]
                 axes.errorbar(estimate["value"], row + offset, xerr=sides, color="black", capsize=3, linewidth=1)
                 end = estimate["high"]
-            axes.annotate(
-                f"{estimate['value']:.2f}",
-                (end, row + offset),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
+            style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{estimate['value']:.2f}", (end, row + offset), (4, 0), **style)
     axes.set_yticks(range(len(editors)), [f"{name} ({values['n']} edits)" for name, values in editors])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
@@ -243,30 +234,30 @@ def draw_mean_per_model(result: dict[str, Any], path: str | Path) -> None:
 
 
 def worst_disagreements(result: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The edits on which people and scorer are furthest apart, equally far ones in the order of their ids."""
+    """Returns the edits on which people and scorer differ most; ties are ordered by id."""
     both = [edit for edit in result["edits"] if edit["human"] is not None and edit["score"] is not None]
     both.sort(key=lambda edit: (-round(abs(edit["score"] - edit["human"]), 9), edit["id"], edit["editor"] or ""))
     return both[:count]
 
 
-def write_worst_page(result: dict[str, Any], folder: str | Path, dataset: Dataset, count: int = 30) -> None:
+def write_worst_page(result: dict[str, Any], output_dir: str | Path, dataset: Dataset, count: int = 30) -> None:
     """
-    Writes `worst.html`, a page of the worst disagreements that needs no server, and its pictures in `images/`.
+    Writes `worst.html`, a page of the worst disagreements that works without a server, and its images into `images/`.
 
     Args:
         result (`dict`):
-            What [`compare_with_people`] returned.
-        folder (`str` or `Path`):
-            Where to.
+            Result of [`compare_with_people`].
+        output_dir (`str` or `Path`):
+            The folder.
         dataset ([`~datasets.Dataset`]):
             The edits.
         count (`int`, *optional*, defaults to `30`):
-            How many disagreements.
+            Number of disagreements.
 
     Raises:
-        `ValueError`: If the dataset does not hold one of the edits.
+        `ValueError`: If the dataset does not contain one of the edits.
     """
-    folder = Path(folder)
+    folder = Path(output_dir)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     dataset = without_decoding(dataset)
     row_of = {key: row for row, key in enumerate(edit_keys(dataset))}
@@ -275,32 +266,32 @@ def write_worst_page(result: dict[str, Any], folder: str | Path, dataset: Datase
     for rank, edit in enumerate(edits, start=1):
         key = edit["id"], edit["editor"]
         if key not in row_of:
-            raise ValueError(f"The dataset has no edit {key}: give the one that was compared.")
+            raise ValueError(f"The dataset has no edit {key}: pass the dataset that was compared.")
         cards.append(_card(rank, edit, dataset[row_of[key]], folder))
     tasks = sorted({edit["task"] for edit in edits if edit["task"] is not None})
     options = "".join(f'<option value="{escape(task)}">{escape(task)}</option>' for task in tasks)
-    compared = f"{len(edits)} of {result['agreement']['overall']['n']} edits"
-    (folder / "worst.html").write_text(
-        PAGE.replace(
-            "%about%", escape(f"Judge {result['judge']}, mode {result['score_mode']}; rubric {result['rubric']}")
-        )
-        .replace("%count%", escape(compared))
-        .replace("%options%", options)
-        .replace("%cards%", "\n".join(cards)),  # last, so that nothing in a text of the data is replaced
-        encoding="utf-8",
-    )
+    texts = {
+        "about": escape(_made_with(result)),
+        "count": escape(f"{len(edits)} of {result['agreement']['overall']['n']} edits"),
+        "options": options,
+        "cards": "\n".join(cards),  # last, so that nothing in the texts of the dataset is replaced
+    }
+    page = Path(__file__).with_name("worst.html").read_text(encoding="utf-8")
+    for name, text in texts.items():
+        page = page.replace(f"%{name}%", text)
+    write_text(folder / "worst.html", page)
 
 
 def _card(rank: int, edit: dict[str, Any], row: dict[str, Any], folder: Path) -> str:
     name = hashlib.sha256(repr((edit["id"], edit["editor"])).encode()).hexdigest()[:12]
     pictures = []
     try:
-        sources = case_images(row, edit["id"])
-        for number, image in enumerate(sources):
-            label = "source" if len(sources) == 1 else f"source {number + 1}"
-            pictures.append(_picture(image, label, f"{name}-source-{number}.jpg", folder))
+        references = case_images(row, edit["id"])
+        for number, image in enumerate(references, start=1):
+            label = "reference" if len(references) == 1 else f"reference {number}"
+            pictures.append(_picture(image, label, f"{name}-reference-{number}.jpg", folder))
     except UnreadableImageError as error:
-        pictures.append(_broken("source", error))
+        pictures.append(_broken("reference", error))
     try:
         if row["edit"] is None:
             raise UnreadableImageError(f"Case {edit['id']!r} has no edit.")
@@ -310,20 +301,20 @@ def _card(rank: int, edit: dict[str, Any], row: dict[str, Any], folder: Path) ->
         pictures.append(_broken("edit", error))
 
     ratings = "".join(
-        f"<tr><td>{escape(one['annotator'])}</td><td class=score>{'skipped' if one['score'] is None else one['score']}</td>"
-        f"<td>{escape(one['comment'])}</td></tr>"
+        f"<tr><td>{escape(one['annotator'])}</td><td class=score>"
+        f"{'skipped' if one['score'] is None else one['score']}</td><td>{escape(one['comment'])}</td></tr>"
         for one in edit["ratings"]
     )
     about = [edit["task"] or "", f"case {edit['id']}", *([] if edit["editor"] is None else [f"by {edit['editor']}"])]
-    requirement = row.get("requirement")
+    people, score, requirement = _short(edit["human"]), _short(edit["score"]), row.get("requirement")
     return f"""<article data-task="{escape(edit["task"] or "")}">
-<h2>{rank}. people {_short(edit["human"])}, scorer {_short(edit["score"])} <small>{edit["score"] - edit["human"]:+.2f}</small></h2>
+<h2>{rank}. people {people}, scorer {score} <small>{edit["score"] - edit["human"]:+.2f}</small></h2>
 <p class=about>{escape(" · ".join(part for part in about if part))}</p>
 <p class=prompt>{escape(row["prompt"])}</p>
 {f"<p class=requirement>{escape(requirement)}</p>" if requirement else ""}
 <div class=pictures>{"".join(pictures)}</div>
 <div class=words><table><tr><th>annotator</th><th>score</th><th>comment</th></tr>{ratings}</table>
-<div class=answer><b>scorer: {_short(edit["score"])}</b><pre>{escape(edit["answer"] or "")}</pre></div></div>
+<div class=answer><b>scorer: {score}</b><pre>{escape(edit["answer"] or "")}</pre></div></div>
 </article>"""
 
 
@@ -332,68 +323,13 @@ def _short(value: float) -> str:
 
 
 def _picture(image: Any, label: str, name: str, folder: Path) -> str:
-    image.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     image.save(folder / "images" / name, quality=92)
     return (
-        f'<figure><a href="images/{name}"><img loading=lazy src="images/{name}" width={image.width} height={image.height} '
-        f'alt="{label}"></a><figcaption>{label}</figcaption></figure>'
+        f'<figure><a href="images/{name}"><img loading=lazy src="images/{name}" width={image.width} '
+        f'height={image.height} alt="{label}"></a><figcaption>{label}</figcaption></figure>'
     )
 
 
 def _broken(label: str, error: Exception) -> str:
     return f"<figure><p class=broken>{escape(str(error))}</p><figcaption>{label}</figcaption></figure>"
-
-
-PAGE = """<!DOCTYPE html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width">
-<title>Worst disagreements</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 1.5em auto; padding: 0 1em; color: #222; }
-h1 { font-size: 1.5em; margin-bottom: .2em; }
-h2 { font-size: 1.15em; margin: 0; }
-small, .about, header p, figcaption { color: #666; }
-article { border-top: 1px solid #ccc; padding: 1.2em 0; }
-article[hidden] { display: none; }
-.about, .prompt, .requirement { margin: .2em 0; overflow-wrap: anywhere; }
-.prompt { font-size: 1.1em; }
-.requirement { color: #444; }
-.requirement::before { content: "Requirement: "; color: #666; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 1em; margin: .8em 0; }
-figure { margin: 0; }
-figcaption { font-size: .85em; }
-img { max-width: 100%; max-height: 480px; width: auto; height: auto; display: block; background: #eee; }
-.broken { background: #fbeaea; border: 1px solid #d99; padding: 1em; margin: 0; overflow-wrap: anywhere; }
-.words { display: flex; flex-wrap: wrap; gap: 2em; align-items: flex-start; }
-table { border-collapse: collapse; }
-td, th { text-align: left; padding: .15em .8em .15em 0; vertical-align: top; font-weight: normal; }
-td { overflow-wrap: anywhere; }
-th { color: #666; }
-.score { text-align: right; }
-.answer { flex: 1; min-width: 280px; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6em; margin: .3em 0; max-height: 20em; overflow: auto; }
-</style>
-<header>
-<h1>Worst disagreements between people and the scorer</h1>
-<p>%count%, the furthest apart first. %about%.</p>
-<p><label>Task <select id=task><option value="">all</option>%options%</select></label> <span id=shown></span></p>
-</header>
-<main>
-%cards%
-</main>
-<script>
-const task = document.getElementById("task");
-function choose() {
-  let count = 0;
-  for (const card of document.querySelectorAll("article")) {
-    card.hidden = task.value !== "" && card.dataset.task !== task.value;
-    count += !card.hidden;
-  }
-  document.getElementById("shown").textContent = count + " shown";
-}
-task.addEventListener("change", choose);
-choose();
-</script>
-</html>
-"""

@@ -1,4 +1,4 @@
-"""Ratings by people and scores by a judge, joined edit by edit."""
+"""Comparison of ratings and scores, joined edit by edit."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..cases import check_edits, edit_keys
+from ..cases import EditKey, check_edits, edit_keys
 from ..ratings import Rating
 from ..utils.statistics import mean_with_interval
 from .agreement import agreement, krippendorff_interval
 
 
 NO_TASK = "no task"
-
-Key = tuple[str, str | None]
 
 
 def compare_with_people(
@@ -29,22 +27,20 @@ def compare_with_people(
     """
     Compares a scorer with the people who rated the same edits, and the people with each other.
 
-    What people gave an edit is the mean over the annotators who did not skip it. Intervals come from resampling cases within their
-    tasks, see [`agreement`].
+    People's score of an edit is the mean over the annotators who did not skip it. Intervals come from resampling cases
+    within their tasks, see [`agreement`].
 
     Args:
         ratings (`Sequence[Rating]`):
-            The ratings, see [`~hp_edit_trl.ratings.read_ratings`]. Of several by one annotator on one edit, the last counts.
+            The ratings, see [`~hp_edit_trl.ratings.read_ratings`]. If an annotator rated an edit several times, the
+            last rating counts.
         scores (`Sequence[dict]`):
             The scores, see [`~hp_edit_trl.calibration.read_scores`].
         dataset ([`~datasets.Dataset`], *optional*):
-            The edits. With it, what is not in it is left out, and its column `task` names the tasks. Otherwise the scores do.
-        confidence (`float`, *optional*, defaults to `0.95`):
-            Probability that an interval is made for.
-        num_resamples (`int`, *optional*, defaults to `1000`):
-            How many bootstrap resamples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resamples.
+            The edits. With it, ratings and scores of other edits are left out, and its column `task` counts as well as
+            the tasks in the scores.
+        confidence, num_resamples, seed:
+            See [`agreement`].
 
     Returns:
         `dict`, ready for JSON:
@@ -53,26 +49,29 @@ def compare_with_people(
         - `alpha`: Krippendorff's ordinal alpha between the annotators, `overall` and by task in `groups`, each as
           [`krippendorff_interval`] returns it.
         - `annotators`: by name, against the mean of the others on the same edits: `n`, `skipped`, `pearson`, `bias`.
-        - `editors`: by name, the means `human` and `scorer` on the edits that have both, and their number `n`. Empty if the edits
-          have no editor.
-        - `edits`: each rated edit with `id`, `editor`, `task`, `human`, `score`, `answer`, and `ratings` (annotator, score, comment).
-        - `left_out`: lists of `(id, editor)` by reason: `no_score` (the scorer gave none), `not_scored` (no line in the scores),
-          `not_rated`, `skipped` (by all who saw it) and `unknown` (not in the dataset). The first two are the `missing` of
-          `agreement`.
-        - `rubric`, `judge`, `score_mode`, `scorer_prompts` (by task): what the ratings and scores were made with.
+        - `editors`: by name, the means `human` and `scorer` on the edits that have both, and their number `n`. Empty
+          if the edits have no editor.
+        - `edits`: each rated edit with `id`, `editor`, `task`, `human`, `score`, `answer`, and `ratings` (annotator,
+          score, comment).
+        - `left_out`: lists of `(id, editor)` by reason: `no_score` (the scorer gave none), `not_scored` (not in the
+          scores), `not_rated`, `skipped` (by all who saw it) and `unknown` (not in the dataset). The first two are the
+          `missing` of `agreement`.
+        - `rubric`, `judge`, `score_mode`, `scorer_prompts` (by task): settings of the ratings and scores.
 
     Raises:
-        `ValueError`: If there are no ratings, no edit has both a rating and a score, the ratings were made with several rubrics, the
-            scores by several judges, modes or revisions of a task's prompt, or a case has several tasks.
+        `ValueError`: If there are no ratings, no edit has both a rating and a score, the ratings were made with
+        several
+            rubrics, the scores with several judges, score modes or revisions of a task's prompt, or a case has several
+            tasks.
     """
     known = None
     if dataset is not None:
         check_edits(dataset, "dataset")
         known = set(edit_keys(dataset))
-    rated: dict[Key, dict[str, Rating]] = {}
+    rated: dict[EditKey, dict[str, Rating]] = {}
     for rating in ratings:
-        rated.setdefault((rating.id, rating.editor), {})[rating.annotator] = rating
-    lines: dict[Key, dict[str, Any]] = {}
+        rated.setdefault(rating.edit, {})[rating.annotator] = rating
+    lines: dict[EditKey, dict[str, Any]] = {}
     for line in scores:
         key = line["id"], line["editor"]
         line = {**line, "score": _number(line["score"])}
@@ -142,7 +141,7 @@ def compare_with_people(
     }
 
 
-def _order(key: Key) -> tuple[str, str]:
+def _order(key: EditKey) -> tuple[str, str]:
     return key[0], key[1] or ""
 
 
@@ -155,8 +154,8 @@ def _mean(given: dict[str, Rating]) -> float | None:
     return float(np.mean(scores)) if scores else None
 
 
-def _tasks(lines: dict[Key, dict[str, Any]], dataset: Dataset | None) -> dict[str, str]:
-    """The task of each case that has one."""
+def _tasks(lines: dict[EditKey, dict[str, Any]], dataset: Dataset | None) -> dict[str, str]:
+    """Returns the task of each case that has one."""
     found = [(key[0], line.get("task"), "the scores") for key, line in lines.items()]
     if dataset is not None and "task" in dataset.features:
         tasks = dataset["task"][:]
@@ -168,14 +167,14 @@ def _tasks(lines: dict[Key, dict[str, Any]], dataset: Dataset | None) -> dict[st
         other, there = task_of.setdefault(case, (task, where))
         if task != other:
             raise ValueError(
-                f"Case {case!r} has the task {other!r} in {there} and {task!r} in {where}: a case has one task, whose prompt its "
-                "edits are scored with. Mend the dataset, or score it again."
+                f"Case {case!r} has the task {other!r} in {there} and {task!r} in {where}, but a case must have one "
+                "task, whose prompt its edits are scored with. Correct the dataset, or score it again."
             )
     return {case: task for case, (task, _) in task_of.items()}
 
 
-def _settings(ratings: Sequence[Rating], lines: dict[Key, dict[str, Any]]) -> dict[str, Any]:
-    """What ratings and scores were made with, after a check that it is one thing."""
+def _settings(ratings: Sequence[Rating], lines: dict[EditKey, dict[str, Any]]) -> dict[str, Any]:
+    """Returns the settings of the ratings and scores, after a check that they are the same for all."""
     rubrics = sorted({rating.rubric for rating in ratings})
     if len(rubrics) > 1:
         raise ValueError(f"The ratings were made with the rubrics {', '.join(rubrics)}: compare with one at a time.")
@@ -184,7 +183,8 @@ def _settings(ratings: Sequence[Rating], lines: dict[Key, dict[str, Any]]) -> di
         found = sorted({str(line.get(name)) for line in scored})
         if len(found) > 1:
             raise ValueError(
-                f"The scores were made with several {name}s, {', '.join(found)}, which do not mix: keep a file of scores for each."
+                f"The scores were made with several {name}s, {', '.join(found)}, which must not be mixed: score into "
+                "another output_dir for each."
             )
     prompts: dict[str, str | None] = {}
     for line in scored:
@@ -193,8 +193,9 @@ def _settings(ratings: Sequence[Rating], lines: dict[Key, dict[str, Any]]) -> di
             prompt = f"{prompt} ({line['scorer_prompt_sha']})"
         if prompts.setdefault(task, prompt) != prompt:
             raise ValueError(
-                f"The scores of {task if task == NO_TASK else f'the task {task!r}'} were made with two revisions of the prompt, "
-                f"{prompts[task]} and {prompt}, which do not mix: keep a file of scores for each."
+                f"The scores of {task if task == NO_TASK else f'the task {task!r}'} were made with two revisions of "
+                f"the prompt, {prompts[task]} and {prompt}, which must not be mixed: score into another output_dir "
+                "for each."
             )
     return {
         "rubric": rubrics[0],
@@ -212,17 +213,18 @@ def _check_overlap(rated: dict, values: dict, lines: dict, score_of: dict, some_
     if not values.keys() & lines.keys():
         examples = f"e.g. {next(iter(values))} and {next(iter(lines))}" if lines else "there are none"
         raise ValueError(
-            f"None of the {len(values)} rated edits is among the {len(lines)} scored ones ({examples}): edits are matched by id and "
-            "editor. Are both files of one dataset?"
+            f"None of the {len(values)} rated edits is among the {len(lines)} scored ones ({examples}): edits are "
+            "matched by id and editor. Check that ratings and scores are of the same dataset."
         )
     if all(score is None for score in score_of.values()):
         raise ValueError(
-            f"None of the {len(values)} rated edits has a score: the judge gave none. Its answers are in the file of scores."
+            f"None of the {len(values)} rated edits has a score, because the judge gave none. See its answers in the "
+            "scores."
         )
 
 
 def _against_the_others(
-    name: str, rated: dict[Key, dict[str, Rating]], task_of: dict[str, str], options: dict[str, Any]
+    name: str, rated: dict[EditKey, dict[str, Rating]], task_of: dict[str, str], options: dict[str, Any]
 ) -> dict[str, Any]:
     own, others, keys = [], [], []
     for key, given in rated.items():
@@ -232,7 +234,8 @@ def _against_the_others(
             others.append(rest)
             keys.append(key)
     tasks = [task_of.get(case) or NO_TASK for case, _ in keys]
-    result = agreement(others, own, tasks, [case for case, _ in keys], **options)["overall"]
+    ids = [case for case, _ in keys]
+    result = agreement(others, own, tasks, ids, statistics=("pearson", "bias"), **options)["overall"]
     for statistic in ("pearson", "bias"):
         result[statistic]["reason"] = _of_annotators(result[statistic]["reason"])
     return {
@@ -244,17 +247,20 @@ def _against_the_others(
 
 
 def _of_annotators(reason: str | None) -> str | None:
-    """Here the annotator stands where the scorer stands in [`agreement`]."""
+    """Words a reason of [`agreement`] for an annotator in the place of the scorer."""
     words = {
         "no edit has a score": "no edit was rated by this annotator and another",
-        "people gave every edit the same": "the others gave every edit the same",
-        "the scorer gave every edit the same": "this annotator gave every edit the same",
+        "people gave all edits the same score": "the others gave all edits the same score",
+        "the scorer gave all edits the same score": "this annotator gave all edits the same score",
     }
     return words.get(reason, reason) if reason else None
 
 
 def _means_of_editors(
-    values: dict[Key, float], score_of: dict[Key, float | None], task_of: dict[str, str], options: dict[str, Any]
+    values: dict[EditKey, float],
+    score_of: dict[EditKey, float | None],
+    task_of: dict[str, str],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     result = {}
     for editor in sorted({key[1] for key in values if key[1] is not None}):

@@ -1,6 +1,6 @@
-// Keys, zoom, and a guard against answers that come too soon after an edit appeared.
+// Keys, zoom, and a guard against answers given too soon after an edit appeared.
 (() => {
-  const TOO_SOON = 400; // milliseconds; nobody has looked at an edit by then, it is a second click on the one before
+  const TOO_SOON = 400; // milliseconds; a click this early is a second click on the previous edit
   let shown = null, shownAt = 0, zoomed = -1;
 
   const pictures = () => [...document.querySelectorAll("#shown .hp-images img")];
@@ -20,7 +20,7 @@
     if (zoomed >= 0) {
       box.querySelector("img").src = images[zoomed].src;
       box.querySelector("p").textContent =
-        `${images[zoomed].alt} \u00b7 Left and Right: the other picture, Escape or click: close`;
+        `${images[zoomed].alt} \u00b7 Left and Right: other image, Escape or click: close`;
     } else {
       box.querySelector("img").removeAttribute("src");
     }
@@ -32,7 +32,7 @@
     shown = element.dataset.token;
     shownAt = performance.now();
     zoom(-1);
-    // A reloaded tab goes on for the same annotator.
+    // A reloaded tab keeps its annotator.
     const address = new URL(location);
     if (element.dataset.annotator && address.searchParams.get("annotator") !== element.dataset.annotator) {
       address.searchParams.set("annotator", element.dataset.annotator);

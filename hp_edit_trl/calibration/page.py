@@ -1,4 +1,4 @@
-"""The rating page: a Gradio app that shows edits beside their sources and asks for a score."""
+"""The rating page: a Gradio app that shows edits beside their reference images and asks for a score."""
 
 import hmac
 import html
@@ -12,12 +12,13 @@ from typing import Any
 from datasets import Dataset
 from tqdm import tqdm
 
-from ..cases import case_images, check_edits, edit_keys, without_decoding
+from ..cases import EditKey, case_images, check_edits, edit_keys, without_decoding
+from ..ratings import ratings_file
 from ..utils.images import UnreadableImageError, read_image
 from .display import data_url
 from .guard import Guard, is_loopback
 from .rubric import Rubric, load_rubric
-from .session import EditKey, RatingSession, StaleError, annotator_name, assign_cases, check_rubric, ratings_file
+from .session import RatingSession, StaleError, annotator_name, assign_cases, check_rubric
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -31,24 +32,24 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 KEYS = (
-    "Keys: **0** to **5** rate, **s** skips, **←** or **Backspace** goes back, **→** forward, **Esc** leaves the comment. "
-    "Click a picture to enlarge it."
+    "Keys: **0** to **5** rate, **s** skips, **←** or **Backspace** goes back, **→** goes forward, **Esc** leaves the "
+    "comment. Click an image to enlarge it."
 )
 
 
 def _shown_text(value: Any) -> str:
-    """Text for the page. Braces and dollars would mean something to Gradio's template."""
+    """Escapes text for HTML and for Gradio's templates, in which braces, dollars and backticks have a meaning."""
     text = html.escape(str(value))
     return text.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
 class _Campaign:
-    """What is rated, by whom, and where it goes; makes the session of an annotator when it is first asked for."""
+    """The edits, annotators and files of a rating page. Sessions are created when they are first needed."""
 
     def __init__(
         self,
         dataset: Dataset,
-        ratings_dir: str | Path,
+        output_dir: str | Path,
         rubric: Rubric,
         annotators: Sequence[str] | None,
         overlap: int | None,
@@ -56,28 +57,28 @@ class _Campaign:
     ):
         check_edits(dataset, "dataset")
         self.dataset = without_decoding(dataset)
-        self.ratings_dir = Path(ratings_dir)
+        self.output_dir = Path(output_dir)
         self.rubric = rubric
         self.seed = seed
         try:
             self.annotators = None if annotators is None else [annotator_name(name) for name in annotators]
         except ValueError as error:
-            raise ValueError(f"annotators={list(annotators or ())} has one that is no name: {error}") from error
+            raise ValueError(f"annotators={list(annotators or ())} has an invalid name: {error}") from error
         if self.annotators is not None and len(set(self.annotators)) < max(1, len(self.annotators)):
-            raise ValueError(f"annotators={self.annotators} must be names that differ from each other.")
+            raise ValueError(f"annotators={self.annotators} must be different names.")
         keys = edit_keys(self.dataset)
         self.rows = {key: row for row, key in enumerate(keys)}
         self.given: dict[str, list[EditKey]] | None = None
         if overlap is not None:
             if self.annotators is None:
-                raise ValueError(f"overlap={overlap} deals the cases out to annotators: name them with annotators=.")
-            # Before broken images are left out, so that a file that is mended gives nobody other cases.
+                raise ValueError(f"overlap={overlap} assigns the cases to annotators: name them with annotators=.")
+            # Before broken images are left out, so that a repaired file does not change the assignment.
             self.given = assign_cases(keys, self.annotators, overlap, seed)
 
-        self.ratings_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.ratings_dir, os.W_OK):
-            raise ValueError(f"The folder for ratings {self.ratings_dir} cannot be written to: choose another one.")
-        for file in sorted(self.ratings_dir.glob("ratings-*.jsonl")):
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.output_dir, os.W_OK):
+            raise ValueError(f"The folder {self.output_dir} cannot be written to: choose another output_dir.")
+        for file in sorted(self.output_dir.glob("ratings-*.jsonl")):
             check_rubric(file, rubric.revision, self.dataset)
         self._leave_out_unreadable()
         self.sessions: dict[str, RatingSession] = {}
@@ -92,11 +93,10 @@ class _Campaign:
                 del self.rows[key]
         broken = len(self.dataset) - len(self.rows)
         if not self.rows:
-            raise ValueError(f"Not one of the {broken} edits can be shown, because their images cannot be decoded.")
+            raise ValueError(f"None of the {broken} edits can be shown, because their images cannot be decoded.")
         if broken:
-            logger.warning(
-                "%d of %d edits are not shown, because an image cannot be decoded.", broken, len(self.dataset)
-            )
+            count = len(self.dataset)
+            logger.warning("%d of %d edits are not shown, because an image cannot be decoded.", broken, count)
 
     def _images(self, row: int) -> list:
         values = self.dataset[row]
@@ -111,57 +111,58 @@ class _Campaign:
         with self.lock:
             if name not in self.sessions:
                 keys = self.rows if self.given is None else [key for key in self.given[name] if key in self.rows]
-                file = ratings_file(self.ratings_dir, name)
+                file = ratings_file(self.output_dir, name)
                 self.sessions[name] = RatingSession(name, keys, file, self.rubric.revision, self.seed)
             return self.sessions[name]
 
     def show(self, session: RatingSession, key: EditKey) -> str:
         """
-        An edit as HTML, images included. The editor's name is nowhere in it.
+        Returns an edit as HTML with its images. The name of its editor is not in it.
 
         Raises:
-            [`UnreadableImageError`]: If an image has gone since the start.
+            [`UnreadableImageError`]: If an image has become unreadable since the start.
         """
         row = self.dataset[self.rows[key]]
-        *sources, edited = [data_url(image) for image in self._images(self.rows[key])]
-        names = ["Source"] if len(sources) == 1 else [f"Source {i}" for i in range(1, len(sources) + 1)]
+        *references, edit = [data_url(image) for image in self._images(self.rows[key])]
+        # The rubric calls the reference images "source".
+        names = ["Source"] if len(references) == 1 else [f"Source {i}" for i in range(1, len(references) + 1)]
         figures = [
             f'<figure><figcaption>{name}</figcaption><img src="{url}" alt="{name}"></figure>'
-            for url, name in zip([*sources, edited], [*names, "Edit"], strict=True)
+            for url, name in zip([*references, edit], [*names, "Edit"], strict=True)
         ]
-        task, requirement = row.get("task"), row.get("requirement")
-        counts = session.counts()
-        answer = session.answers.get(key)
+        annotator, counts, answer = _shown_text(session.annotator), session.counts(), session.answers.get(key)
         score = "" if answer is None else "skipped" if answer.score is None else answer.score
         skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
         done = 100 * (counts["rated"] + counts["skipped"]) / len(session.queue)
+        task = f'<span class="hp-task">{_shown_text(row["task"])}</span>' if row.get("task") else ""
+        requirement = row.get("requirement")
+        required = f"<br><small>Required: {_shown_text(requirement)}</small>" if requirement else ""
+        several = " several" if len(references) > 1 else ""
         return (
-            f'<div class="hp-edit" data-token="{session.token(key)}" data-annotator="{_shown_text(session.annotator)}" data-score="{score}">'
+            f'<div class="hp-edit" data-token="{session.token(key)}" data-annotator="{annotator}" data-score="{score}">'
             f'<div class="hp-head"><span><b>{counts["rated"]} of {len(session.queue)}</b> rated{skipped}</span>'
-            f'<span class="hp-bar"><i style="width: {done:.1f}%"></i></span><span>{_shown_text(session.annotator)}</span></div>'
-            f'<div class="hp-asked">{f"""<span class="hp-task">{_shown_text(task)}</span>""" if task else ""}'
-            f"{_shown_text(row['prompt'])}"
-            f"{f'<br><small>Required: {_shown_text(requirement)}</small>' if requirement else ''}</div>"
-            f'<div class="hp-images"><div class="hp-sources{" several" if len(sources) > 1 else ""}">{"".join(figures[:-1])}</div>'
+            f'<span class="hp-bar"><i style="width: {done:.1f}%"></i></span><span>{annotator}</span></div>'
+            f'<div class="hp-asked">{task}{_shown_text(row["prompt"])}{required}</div>'
+            f'<div class="hp-images"><div class="hp-references{several}">{"".join(figures[:-1])}</div>'
             f"{figures[-1]}</div></div>"
         )
 
     def thanks(self, session: RatingSession) -> str:
-        counts = session.counts()
+        annotator, counts = _shown_text(session.annotator), session.counts()
         lines = [
             f"<tr><td>{score} {_shown_text(label)}</td><td>{counts[score]}</td></tr>"
             for score, label in enumerate(self.rubric.labels)
         ]
         return (
-            f'<div class="hp-done" data-token="done" data-annotator="{_shown_text(session.annotator)}"><h1>Thank you, '
-            f"{_shown_text(session.annotator)}!</h1><p><b>{counts['rated']} of {len(session.queue)}</b> rated, "
-            f"{counts['skipped']} skipped. Everything is saved; you can close this page.</p><table>{''.join(lines)}</table></div>"
+            f'<div class="hp-done" data-token="done" data-annotator="{annotator}"><h1>Thank you, {annotator}!</h1>'
+            f"<p><b>{counts['rated']} of {len(session.queue)}</b> rated, {counts['skipped']} skipped. Everything is "
+            f"saved; you can close this page.</p><table>{''.join(lines)}</table></div>"
         )
 
 
 def build_app(
     dataset: Dataset,
-    ratings_dir: str | Path = "ratings",
+    output_dir: str | Path = "ratings",
     *,
     rubric: Rubric | None = None,
     annotators: Sequence[str] | None = None,
@@ -169,38 +170,39 @@ def build_app(
     seed: int = 0,
 ) -> gr.Blocks:
     """
-    Builds the rating page. [`annotate`] also starts it, with the guards that a page needs that others can reach.
+    Builds the rating page. [`annotate`] also serves it, with access control.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            The edits: `id`, `image` or `images`, `edit`, `prompt`, and optionally `editor`, `task` and `requirement`. Edits with
-            an image that cannot be decoded are left out and reported.
-        ratings_dir (`str` or `Path`, *optional*, defaults to `"ratings"`):
-            Folder for the ratings, one file for each annotator.
+            The edits: `id`, `image` or `images`, `edit`, `prompt`, and optionally `editor`, `task` and `requirement`.
+            Edits with an image that cannot be decoded are left out and reported.
+        output_dir (`str` or `Path`, *optional*, defaults to `"ratings"`):
+            Folder of the ratings, one file per annotator.
         rubric ([`Rubric`], *optional*):
-            What a score means; by default the rubric of this package.
+            The meaning of the scores. Defaults to the rubric of this package.
         annotators (`Sequence[str]`, *optional*):
-            Who may rate; by default anyone who enters a name.
+            Names of the annotators. By default, anyone who enters a name can rate.
         overlap (`int`, *optional*):
-            How many of the annotators rate each case; by default everyone rates everything.
+            Number of annotators who rate each case. By default, all of them rate all cases.
         seed (`int`, *optional*, defaults to `0`):
-            Decides who rates what, and in which order.
+            Seed of the assignment of cases and of the order of edits.
 
     Returns:
         `gradio.Blocks`: the page.
 
     Raises:
-        `ValueError`: If `dataset` is no dataset of edits, none of them can be shown, the folder has ratings made with another
-            rubric, or the options do not fit together.
+        `ValueError`: If `dataset` is not a dataset of edits, none of them can be shown, the folder holds ratings made
+        with
+            another rubric, or the options contradict each other.
     """
     rubric = rubric or load_rubric()
-    campaign = _Campaign(dataset, ratings_dir, rubric, annotators, overlap, seed)
+    campaign = _Campaign(dataset, output_dir, rubric, annotators, overlap, seed)
 
     with gr.Blocks(title="Rate edits", analytics_enabled=False, fill_width=True) as app:
         who = gr.Textbox(visible=False)
         token = gr.Textbox(visible=False)
         with gr.Column(elem_id="start") as start:
-            gr.Markdown("# Rate edited pictures")
+            gr.Markdown("# Rate edited images")
             message = gr.HTML(visible=False)
             if campaign.annotators is None:
                 name: Any = gr.Textbox(label="Your name", max_lines=1, autofocus=True, elem_id="name")
@@ -218,11 +220,9 @@ def build_app(
                     ]
                 with gr.Row(elem_id="bottom"):
                     back = gr.Button("← Back", elem_id="back", scale=0)
-                    comment = gr.Textbox(
-                        show_label=False, placeholder="Comment (optional)", lines=1, max_lines=4, scale=1,
-                        elem_id="comment", container=False,
-                    )  # fmt: skip
-                    again = gr.Button("Show what was skipped", elem_id="again", scale=0, visible=False)
+                    options: dict[str, Any] = {"show_label": False, "container": False, "lines": 1, "max_lines": 4}
+                    comment = gr.Textbox(placeholder="Comment (optional)", scale=1, elem_id="comment", **options)
+                    again = gr.Button("Show skipped edits", elem_id="again", scale=0, visible=False)
                     skip = gr.Button("Skip", elem_id="skip", elem_classes=["answer"], scale=0)
                     forward = gr.Button("Forward →", elem_id="forward", scale=0)
             with gr.Column(scale=1, min_width=280, elem_id="rubric"):
@@ -276,9 +276,8 @@ def build_app(
                     gr.Info(f"{error} Go back to see or change it.")
                     return view(session, session.next())
                 except OSError as error:
-                    raise gr.Error(
-                        f"This was not saved, please try again: {error.strerror}.", print_exception=False
-                    ) from error
+                    message = f"This was not saved, please try again: {error.strerror}."
+                    raise gr.Error(message, print_exception=False) from error
                 except ValueError as error:
                     raise gr.Error(str(error), print_exception=False) from error
 
@@ -287,7 +286,7 @@ def build_app(
         def rate(score: int | None) -> Callable[[RatingSession, str, str], EditKey | None]:
             return lambda session, token, note: session.rate(token, score, note)
 
-        # Everything in a click comes from the page that was clicked; the server keeps nothing about a tab.
+        # A click carries all its inputs; the server keeps no state per tab.
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 8}
         inputs = [who, token, comment]
         app.load(load, None, outputs, **hidden)
@@ -304,7 +303,7 @@ def build_app(
 
 def annotate(
     dataset: Dataset,
-    ratings_dir: str | Path = "ratings",
+    output_dir: str | Path = "ratings",
     *,
     rubric: Rubric | None = None,
     annotators: Sequence[str] | None = None,
@@ -315,31 +314,31 @@ def annotate(
     password: str | None = None,
 ) -> None:
     """
-    Starts the rating page and serves it until it is stopped.
+    Serves the rating page until it is stopped.
 
-    Only this machine reaches it, unless `host` says otherwise. Nothing is sent anywhere, and of all files only the images of the
-    dataset are shown, encoded anew within the page.
+    By default, it can only be reached from this machine. It sends no data to other services, and serves no files; the
+    images of the dataset are embedded in the page.
 
     Args:
-        dataset, ratings_dir, rubric, annotators, overlap, seed:
+        dataset, output_dir, rubric, annotators, overlap, seed:
             See [`build_app`].
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
-            Address to listen at, e.g. `"0.0.0.0"` for the whole network. It then needs a password.
+            Address to listen on, e.g. `"0.0.0.0"` for the whole network, which requires a password.
         port (`int`, *optional*, defaults to `7860`):
-            Port to listen at.
+            Port to listen on.
         password (`str`, *optional*):
-            What annotators enter, together with their name, before they see anything.
+            Password of the page, which annotators enter together with their name.
 
     Raises:
-        `ValueError`: As of [`build_app`]; if others could reach the page without a password; if the port is taken.
+        `ValueError`: As in [`build_app`], or if others could reach the page without a password, or the port is taken.
     """
     if not password and not is_loopback(host):
         raise ValueError(
-            f"host={host!r} can be reached from other machines: set a password (HP_EDIT_PASSWORD or --password), or leave "
-            "the host at 127.0.0.1."
+            f"host={host!r} can be reached from other machines: set a password (HP_EDIT_PASSWORD or --password), or "
+            "use the host 127.0.0.1."
         )
-    os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would copy answers into the browser's storage
-    app = build_app(dataset, ratings_dir, rubric=rubric, annotators=annotators, overlap=overlap, seed=seed)
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would copy answers to the browser's storage
+    app = build_app(dataset, output_dir, rubric=rubric, annotators=annotators, overlap=overlap, seed=seed)
     allowed = None if annotators is None else {annotator_name(name) for name in annotators}
 
     def log_in(name: str, given: str) -> bool:
@@ -358,7 +357,7 @@ def annotate(
             quiet=True,
             prevent_thread_lock=True,
             auth=log_in if password else None,
-            auth_message="Your name as an annotator, and the password of this page" if password else None,
+            auth_message="Your annotator name and the password of this page" if password else None,
             footer_links=[],
             allowed_paths=[],
             enable_monitoring=False,
@@ -374,5 +373,5 @@ def annotate(
         raise ValueError(
             f"The page cannot be served at {host}, port {port}: {error}. Choose another --port."
         ) from error
-    print(f"Rate edits at {url} (ratings go to {ratings_dir}; stop with Ctrl-C)", flush=True)
+    print(f"Rate edits at {url} (ratings are saved in {output_dir}; stop with Ctrl-C)", flush=True)
     app.block_thread()
