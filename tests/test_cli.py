@@ -4,6 +4,7 @@ import base64
 import inspect
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,31 +46,35 @@ def options(server, tmp_path):
     return ["--judge", "m", "--judge_base_url", server.url, "--cache", str(tmp_path / "cache.sqlite")]
 
 
+def squeezed(table):
+    return re.sub(" +", " ", table)
+
+
 def test_score_and_again(server, tmp_path, capsys):
     make_edits(3).save_to_disk(tmp_path / "edits")
-    command = ["score", str(tmp_path / "edits"), "--out", str(tmp_path / "s.jsonl"), *options(server, tmp_path)]
+    command = ["score", str(tmp_path / "edits"), "--output_dir", str(tmp_path / "s"), *options(server, tmp_path)]
     main([*command, "--input-price", "1", "--output-price", "2"])
-    assert "| scores given | 6 |" in capsys.readouterr().out
-    assert [line["score"] for line in read_scores(tmp_path / "s.jsonl")] == [
+    assert "| new scores | 6 |" in squeezed(capsys.readouterr().out)
+    assert [line["score"] for line in read_scores(tmp_path / "s")] == [
         look("", [row["edit"]]) for row in make_edits(3)
     ]
     asked = len(server.requests)
     main(command)
-    assert "| scores kept from before | 6 |" in capsys.readouterr().out
-    # Another file, the same judgements: only the trial at the start is asked for
-    main(["score", str(tmp_path / "edits"), "--out", str(tmp_path / "t.jsonl"), *options(server, tmp_path)])
-    assert "| of these from the cache | 6 |" in capsys.readouterr().out
+    assert "| scores kept from before | 6 |" in squeezed(capsys.readouterr().out)
+    # Another folder, the same judgements: only the trial at the start is asked for
+    main(["score", str(tmp_path / "edits"), "--output_dir", str(tmp_path / "t"), *options(server, tmp_path)])
+    assert "| judgements from the cache | 6 |" in squeezed(capsys.readouterr().out)
     assert len(server.requests) == asked + 2
-    with pytest.raises(SystemExit, match="hp-edit: .* holds scores of another scorer"):
+    with pytest.raises(SystemExit, match="hp-edit: .* holds scores for the task .* made with other settings"):
         main([*command, "--task", "base"])
 
 
 def test_probe(server, tmp_path, capsys):
     make_edits(4).save_to_disk(tmp_path / "edits")
     main(["probe-judge", str(tmp_path / "edits"), *options(server, tmp_path)])
-    rows = capsys.readouterr().out.splitlines()
+    rows = squeezed(capsys.readouterr().out).strip().splitlines()
     assert len(rows) == 7 and rows[0].startswith("| probe | what is shown |")
-    assert rows[2].startswith("| as given | the edit, as it is | 4 | 0 |")
+    assert rows[2].startswith("| as given | the edit as it is | 4 | 0 |")
 
 
 def test_refine_with_a_candidate_and_with_proposals(server, tmp_path, capsys):
@@ -86,14 +91,14 @@ def test_refine_with_a_candidate_and_with_proposals(server, tmp_path, capsys):
         *options(server, tmp_path),
     ]
     revision("2", ARTIFACTS).save(tmp_path / "candidate.md")
-    main([*command, "--out", str(tmp_path / "a"), "--candidate", str(tmp_path / "candidate.md")])
+    main([*command, "--output_dir", str(tmp_path / "a"), "--candidate", str(tmp_path / "candidate.md")])
     assert "yes: better on the held-out cases" in capsys.readouterr().out
     assert load_scorer_prompts(str(tmp_path / "a"))["color"].name == "2"
-    main([*command, "--out", str(tmp_path / "b"), "--propose", "--rounds", "1"])
+    main([*command, "--output_dir", str(tmp_path / "b"), "--propose", "--rounds", "1"])
     shown = capsys.readouterr()
     assert f"Proposed for revision 2: {ARTIFACTS}" in shown.err and "yes: better" in shown.out
     assert ARTIFACTS in load_scorer_prompts(str(tmp_path / "b"))["color"].text
-    main([*command, "--out", str(tmp_path / "b")])  # the history alone
+    main([*command, "--output_dir", str(tmp_path / "b")])  # the history alone
     assert "yes: better" in capsys.readouterr().out
 
 
@@ -110,7 +115,7 @@ def test_what_goes_wrong_is_said_in_a_line(server, tmp_path):
         (["score", edits, "--judge", str(tmp_path / "edits"), "--cache", "none"], "has no processor"),
         (["score", edits, "--judge_base_url", server.url, "--scorer_prompts", str(tmp_path)], "No scorer prompts"),
         (
-            ["refine-prompt", "add", edits, "--ratings", edits, "--out", edits, "--judge_base_url", server.url],
+            ["refine-prompt", "add", edits, "--ratings", edits, "--output_dir", edits, "--judge_base_url", server.url],
             "No ratings at",
         ),
     ]:

@@ -70,6 +70,7 @@ def agreement(
         not
             valid.
     """
+    _check_statistics(statistics)
     people, scorer = _checked(human, "human"), _checked(scores, "scores", may_miss=True)
     if len(people) != len(scorer):
         raise ValueError(f"There are {len(people)} human values and {len(scorer)} scores: each edit needs both.")
@@ -152,8 +153,7 @@ def agreement_difference(
     Raises:
         `ValueError`: As in [`agreement`], or if the statistic is unknown.
     """
-    if statistic not in STATISTICS:
-        raise ValueError(f"There is no statistic {statistic!r}: choose one of {', '.join(STATISTICS)}.")
+    _check_statistics([statistic])
     people = _checked(human, "human")
     a, b = _checked(scores_a, "scores_a", may_miss=True), _checked(scores_b, "scores_b", may_miss=True)
     if not len(people) == len(a) == len(b):
@@ -278,6 +278,12 @@ def krippendorff_interval(
     else:
         reason = "all ratings are the same"
     return {**estimate(1 - rows, confidence, len(np.unique(cluster_of)), reason), "items": len(paired)}
+
+
+def _check_statistics(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in STATISTICS:
+            raise ValueError(f"There is no statistic {name!r}: choose one of {', '.join(STATISTICS)}.")
 
 
 def _checked(values: Sequence[float | None], name: str, may_miss: bool = False) -> np.ndarray:

@@ -223,7 +223,7 @@ def draw_mean_per_model(result: dict[str, Any], path: str | Path) -> None:
                 sides = [[estimate["value"] - estimate["low"]], [estimate["high"] - estimate["value"]]]
                 axes.errorbar(estimate["value"], row + offset, xerr=sides, color="black", capsize=3, linewidth=1)
                 end = estimate["high"]
-            style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
+            style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
             axes.annotate(f"{estimate['value']:.2f}", (end, row + offset), (4, 0), **style)
     axes.set_yticks(range(len(editors)), [f"{name} ({values['n']} edits)" for name, values in editors])
     axes.invert_yaxis()

@@ -139,7 +139,8 @@ class _Campaign:
         required = f"<br><small>Required: {_shown_text(requirement)}</small>" if requirement else ""
         several = " several" if len(references) > 1 else ""
         return (
-            f'<div class="hp-edit" data-token="{session.token(key)}" data-annotator="{annotator}" data-score="{score}">'
+            f'<div class="hp-edit" data-token="{session.token(key)}" data-annotator="{annotator}" '
+            f'data-score="{score}">'
             f'<div class="hp-head"><span><b>{counts["rated"]} of {len(session.queue)}</b> rated{skipped}</span>'
             f'<span class="hp-bar"><i style="width: {done:.1f}%"></i></span><span>{annotator}</span></div>'
             f'<div class="hp-asked">{task}{_shown_text(row["prompt"])}{required}</div>'

@@ -1,49 +1,53 @@
-"""Commands of stage 1: scores, ratings, agreement, refinement."""
+"""Commands of stage 1: scores, ratings, agreement, refinement of scorer prompts."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .options import add_dataset_options, add_scorer_options, scorer_of
 
 
-def score(args: argparse.Namespace) -> None:
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def edits_of(args: argparse.Namespace) -> "Dataset":
+    """Loads the dataset of edits that the options name."""
+    from ..cases import load_edits
+
+    return load_edits(args.dataset, args.split, args.revision)
+
+
+def run_score(args: argparse.Namespace) -> None:
     from ..calibration import score_dataset
-    from ..cases import load_edits
 
-    dataset = load_edits(args.dataset, args.split, args.revision)
-    report = score_dataset(scorer_of(args, args.task), dataset, args.output_dir, args.chunk_size)
-    print(report.table(args.input_price, args.output_price))
+    dataset = edits_of(args)
+    summary = score_dataset(scorer_of(args, args.task), dataset, args.output_dir, args.chunk_size)
+    print(summary.table(args.input_price, args.output_price))
 
 
-def probe(args: argparse.Namespace) -> None:
+def run_probe_judge(args: argparse.Namespace) -> None:
     from ..calibration import probe_judge
-    from ..cases import load_edits
+    from ..utils.tables import markdown_table
 
-    dataset = load_edits(args.dataset, args.split, args.revision)
-    table = probe_judge(scorer_of(args), dataset, args.num_cases, args.seed)
-    print(
-        "| probe | what is shown | scores | failed | mean | at most 1 | shift | change |\n|---|---|---|---|---|---|---|---|"
-    )
-    for row in table:
-        print(
-            "| "
-            + " | ".join(f"{x:.2f}" if isinstance(x, float) else "–" if x is None else str(x) for x in row.values())
-            + " |"
-        )
+    dataset = edits_of(args)
+    head = ["probe", "what is shown", "scores", "failed", "mean", "at most 1", "shift", "change"]
+    rows = [
+        [f"{value:.2f}" if isinstance(value, float) else "–" if value is None else value for value in row.values()]
+        for row in probe_judge(scorer_of(args), dataset, args.num_cases, args.seed)
+    ]
+    print(markdown_table(head, rows))
 
 
-def refine(args: argparse.Namespace) -> None:
+def run_refine_prompt(args: argparse.Namespace) -> None:
     from ..calibration import PromptRefiner
-    from ..cases import load_edits
-    from ..judges import ServerJudge, TransformersJudge
+    from ..judges import load_judge
     from ..ratings import read_ratings
     from ..rewards import read_scorer_prompt
 
-    dataset = load_edits(args.dataset, args.split, args.revision)
+    dataset = edits_of(args)
     ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
     scorer = scorer_of(args)
     refiner = PromptRefiner(
@@ -62,12 +66,9 @@ def refine(args: argparse.Namespace) -> None:
     if args.candidate is not None:
         refiner.compare(read_scorer_prompt(args.candidate))
     elif args.propose:
-        name, url = args.proposer or args.judge, args.proposer_url or args.judge_base_url
-        proposer = (
-            ServerJudge(name, url, max_new_tokens=2048, timeout=600)
-            if url is not None
-            else TransformersJudge(name, max_new_tokens=2048)
-        )
+        revision = args.judge_revision if args.proposer is None else None
+        base_url = args.proposer_base_url or args.judge_base_url
+        proposer = load_judge(args.proposer or args.judge, base_url, revision, max_new_tokens=2048, timeout=600)
         try:
             for _ in range(args.rounds):
                 candidate, questions = refiner.propose(proposer)
@@ -80,29 +81,25 @@ def refine(args: argparse.Namespace) -> None:
     print(refiner.table())
 
 
-def agreement(args: argparse.Namespace) -> None:
-    from ..calibration import compare_with_people, read_scores, report_text, write_report
-    from ..cases import load_edits
+def run_measure_agreement(args: argparse.Namespace) -> None:
+    from ..calibration import agreement_tables, compare_with_people, read_scores, write_agreement
     from ..ratings import read_ratings
 
-    dataset = None if args.dataset is None else load_edits(args.dataset, args.split, args.revision)
+    dataset = None if args.dataset is None else edits_of(args)
     ratings, _ = read_ratings(args.ratings, rubric=args.rubric)
-    result = compare_with_people(
-        ratings, read_scores(args.scores), dataset, confidence=args.confidence, seed=args.seed
-    )
-    write_report(result, args.output_dir, dataset, args.worst)
-    print(report_text(result))
+    scores = read_scores(args.scores)
+    result = compare_with_people(ratings, scores, dataset, confidence=args.confidence, seed=args.seed)
+    write_agreement(result, args.output_dir, dataset, args.worst)
+    print(agreement_tables(result))
     print(args.output_dir)
 
 
-def annotate(args: argparse.Namespace) -> None:
-    from ..calibration import annotate as serve
-    from ..calibration import load_rubric
-    from ..cases import load_edits
+def run_annotate(args: argparse.Namespace) -> None:
+    from ..calibration import annotate, load_rubric
 
-    serve(
-        load_edits(args.dataset, args.split, args.revision),
-        args.ratings,
+    annotate(
+        edits_of(args),
+        args.output_dir,
         rubric=load_rubric(args.rubric),
         annotators=None if args.annotators is None else args.annotators.split(","),
         overlap=args.overlap,
@@ -113,135 +110,134 @@ def annotate(args: argparse.Namespace) -> None:
     )
 
 
-def export_ratings(args: argparse.Namespace) -> None:
-    from ..calibration import label_studio_config, load_rubric, ratings_dataset, to_label_studio
-    from ..cases import load_edits
-    from ..ratings import read_ratings
+def run_export_ratings(args: argparse.Namespace) -> None:
+    from ..calibration import label_studio_config, load_rubric, to_label_studio
+    from ..ratings import ratings_dataset, read_ratings
+    from ..utils.files import write_json, write_text
 
     out, to_studio = Path(args.output_dir), args.format == "label-studio"
     if out.exists():
-        raise ValueError(f"{out} exists already: name another folder, or remove it.")
+        raise ValueError(f"{out} already exists: choose another --output_dir, or remove it.")
     if (args.image_url is not None or args.rubric_file is not None) and not to_studio:
         raise ValueError("--image_url and --rubric_file are for --format label-studio.")
     if args.private and args.push_to_hub is None or args.push_to_hub is not None and to_studio:
         raise ValueError("--push_to_hub is for --format dataset, and --private for --push_to_hub.")
-    dataset = load_edits(args.dataset, args.split, args.revision)
+    dataset = edits_of(args)
     if to_studio:
         rubric = load_rubric(args.rubric_file)
         started = not Path(args.ratings).is_dir() or any(Path(args.ratings).glob("ratings-*.jsonl"))
         ratings = read_ratings(args.ratings, dataset, args.rubric)[0] if started else []
-        images = None if args.image_url is None else out / "images"
+        folder = None if args.image_url is None else out / "images"
         tasks = to_label_studio(
-            dataset, ratings, rubric=rubric.revision, image_folder=images, image_url=args.image_url
+            dataset, ratings, rubric=rubric.revision, image_folder=folder, image_url=args.image_url
         )
         out.mkdir(parents=True, exist_ok=True)
-        (out / "tasks.json").write_text(json.dumps(tasks, ensure_ascii=False), encoding="utf-8")
-        (out / "config.xml").write_text(label_studio_config(dataset, rubric), encoding="utf-8")
+        write_json(out / "tasks.json", tasks)
+        write_text(out / "config.xml", label_studio_config(dataset, rubric))
     else:
         ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
         rated = ratings_dataset(ratings, dataset)
         rated.save_to_disk(out)
         if args.push_to_hub is not None:
             rated.push_to_hub(args.push_to_hub, private=args.private or None)
-    print(f"{out}: {len(ratings)} ratings of {len({(rating.id, rating.editor) for rating in ratings})} edits")
+    print(f"{out}: {len(ratings)} ratings of {len({rating.edit for rating in ratings})} edits")
 
 
-def import_ratings(args: argparse.Namespace) -> None:
-    from ..calibration import add_ratings, from_label_studio
-    from ..cases import load_edits
+def run_import_ratings(args: argparse.Namespace) -> None:
+    from ..calibration import from_label_studio
+    from ..ratings import add_ratings
 
-    dataset = load_edits(args.dataset, args.split, args.revision)
-    ratings, problems = from_label_studio(args.file, dataset, args.rubric)
+    ratings, problems = from_label_studio(args.file, edits_of(args), args.rubric)
     added = add_ratings(ratings, args.output_dir)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
-    print(f"{args.output_dir}: {added} ratings added, {len(ratings) - added} there already, {len(problems)} left out")
+    print(f"{args.output_dir}: {added} ratings added, {len(ratings) - added} already there, {len(problems)} left out")
 
 
 def register(commands: Any) -> None:
     """Adds the commands of this family to a parser's subcommands."""
-    command = commands.add_parser("score", help="score a dataset of edits with HP-Scorer; goes on where it stopped")
+    command = commands.add_parser("score", help="score a dataset of edits with HP-Scorer, or resume")
     add_dataset_options(command)
-    command.add_argument("--output_dir", default="scores.jsonl", help="file that the scores are appended to")
-    command.add_argument("--task", help="prompt for all edits, whatever their task; 'base' is the paper's base scorer")
+    command.add_argument("--output_dir", default="scores", help="folder of scores.jsonl, to which scores are appended")
+    command.add_argument("--task", help="use this task's prompt for all edits; 'base' is the paper's base scorer")
     command.add_argument("--chunk_size", type=int, default=64, help="edits that are judged and written together")
-    command.add_argument("--input_price", type=float, help="of a million tokens that the judge reads")
-    command.add_argument("--output_price", type=float, help="of a million tokens that it writes")
+    command.add_argument("--input_price", type=float, help="of a million input tokens of the judge")
+    command.add_argument("--output_price", type=float, help="of a million output tokens")
     add_scorer_options(command)
-    command.set_defaults(run=score)
+    command.set_defaults(run=run_score)
 
-    command = commands.add_parser("probe-judge", help="show a judge edits whose scores should be known")
+    command = commands.add_parser("probe-judge", help="probe a judge for biases with edits of known scores")
     add_dataset_options(command)
     command.add_argument("--num_cases", type=int, default=50)
     command.add_argument("--seed", type=int, default=0)
     add_scorer_options(command)
-    command.set_defaults(run=probe)
+    command.set_defaults(run=run_probe_judge)
 
-    command = commands.add_parser(
-        "refine-prompt", help="compare revisions of a task's prompt by the ratings of people"
-    )
+    command = commands.add_parser("refine-prompt", help="refine a task's scorer prompt against ratings")
     command.add_argument("task")
     add_dataset_options(command)
-    command.add_argument("--ratings", required=True, help="file, or folder with ratings-*.jsonl")
-    command.add_argument("--rubric", help="take only ratings made with this revision of the rubric")
-    command.add_argument(
-        "--output_dir", required=True, help="folder of prompts, with its history; HPScorerReward can use it"
-    )
+    command.add_argument("--ratings", required=True, help="folder of ratings, or a file")
+    command.add_argument("--rubric", help="use only ratings made with this revision of the rubric")
+    command.add_argument("--output_dir", required=True, help="folder of the scorer prompts and their history")
     what = command.add_mutually_exclusive_group()
-    what.add_argument("--candidate", help="a revision to compare with the current one: a Markdown file")
+    what.add_argument("--candidate", help="Markdown file of a revision to compare with the current one")
     what.add_argument("--propose", action="store_true", help="let a model propose questions to add")
-    command.add_argument("--proposer", help="model that proposes, by default the judge's")
-    command.add_argument("--proposer_url", help="its server")
+    command.add_argument("--proposer", help="model that proposes questions; by default the judge's")
+    command.add_argument("--proposer_base_url", help="its OpenAI-compatible server; by default the judge's")
     command.add_argument("--rounds", type=int, default=3, help="of proposals")
     command.add_argument("--statistic", choices=("pearson", "spearman", "kendall", "mae"), default="pearson")
     command.add_argument("--validation_fraction", type=float, default=0.5)
     command.add_argument("--confidence", type=float, default=0.95)
     command.add_argument("--seed", type=int, default=0)
     add_scorer_options(command)
-    command.set_defaults(run=refine)
+    command.set_defaults(run=run_refine_prompt)
 
-    command = commands.add_parser("agreement", help="compare scores with people's ratings")
-    command.add_argument("ratings", help="file of ratings, or folder with files ratings-*.jsonl")
-    command.add_argument("scores", help="file that `hp-edit score` wrote")
+    command = commands.add_parser("measure-agreement", help="measure the agreement between scores and ratings")
+    command.add_argument("ratings", help="folder of ratings, or a file")
+    command.add_argument("scores", help="folder of scores, or a file")
     command.add_argument("--dataset", help="folder or Hub repository of the edits, for tasks and images")
     command.add_argument("--split", default="train")
-    command.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    command.add_argument("--output_dir", required=True, help="folder for tables, figures and the worst disagreements")
-    command.add_argument("--rubric", help="take only ratings made with this revision of the rubric")
-    command.add_argument("--worst", type=int, default=30, help="how many of the worst disagreements to show")
+    command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
+    command.add_argument("--output_dir", required=True, help="folder of the tables, figures and worst disagreements")
+    command.add_argument("--rubric", help="use only ratings made with this revision of the rubric")
+    command.add_argument("--worst", type=int, default=30, help="number of worst disagreements to show")
     command.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
-    command.add_argument("--seed", type=int, default=0, help="of the intervals' resamples")
-    command.set_defaults(run=agreement)
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap resamples")
+    command.set_defaults(run=run_measure_agreement)
 
-    command = commands.add_parser("annotate", help="start the page on which people rate edits from 0 to 5")
+    command = commands.add_parser("annotate", help="serve the page on which people rate edits from 0 to 5")
     add_dataset_options(command)
-    command.add_argument("--ratings", default="ratings", help="folder for the ratings, a file for each annotator")
-    command.add_argument("--rubric", help="Markdown file with a header that names its revision; by default ours")
-    command.add_argument("--annotators", help="who may rate, separated by commas; by default everyone")
-    command.add_argument("--overlap", type=int, help="how many of the annotators rate each case; by default all")
-    command.add_argument("--seed", type=int, default=0, help="decides who rates what, and in which order")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen at; any but this needs a password")
+    command.add_argument("--output_dir", default="ratings", help="folder of the ratings, one file per annotator")
+    command.add_argument("--rubric", help="Markdown file with a rubric; by default this package's")
+    command.add_argument("--annotators", help="names of the annotators, separated by commas; by default anyone")
+    command.add_argument("--overlap", type=int, help="number of annotators who rate each case; by default all")
+    command.add_argument("--seed", type=int, default=0, help="of the assignment of cases and the order of edits")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on; any other needs a password")
     command.add_argument("--port", type=int, default=7860)
-    command.add_argument("--password", help="or in the environment as HP_EDIT_PASSWORD, where fewer can read it")
-    command.set_defaults(run=annotate)
+    command.add_argument("--password", help="better set in the environment as HP_EDIT_PASSWORD")
+    command.set_defaults(run=run_annotate)
 
-    command = commands.add_parser("export-ratings", help="ratings as a dataset, or as tasks for Label Studio")
-    command.add_argument("ratings", help="file, or folder with ratings-*.jsonl")
+    command = commands.add_parser("export-ratings", help="export ratings as a dataset, or as Label Studio tasks")
+    command.add_argument("ratings", help="folder of ratings, or a file")
     add_dataset_options(command)
-    command.add_argument("--output_dir", required=True, help="folder to write")
+    command.add_argument("--output_dir", required=True, help="new folder of the export")
     command.add_argument("--format", choices=("dataset", "label-studio"), default="dataset")
-    command.add_argument("--rubric", help="take only ratings made with this revision of the rubric")
-    command.add_argument("--rubric_file", help="rubric that Label Studio shows: a Markdown file; by default ours")
-    command.add_argument("--image_url", help="where Label Studio finds OUT/images; by default images are in the tasks")
+    command.add_argument("--rubric", help="use only ratings made with this revision of the rubric")
+    command.add_argument(
+        "--rubric_file", help="Markdown file with the rubric for Label Studio; by default this package's"
+    )
+    command.add_argument(
+        "--image_url", help="where Label Studio finds OUTPUT_DIR/images; by default images are embedded"
+    )
     command.add_argument("--push_to_hub", metavar="REPO", help="also push the dataset")
     command.add_argument("--private", action="store_true", help="to a private repository")
-    command.set_defaults(run=export_ratings)
+    command.set_defaults(run=run_export_ratings)
 
-    command = commands.add_parser("import-ratings", help="take over ratings from Label Studio's export in JSON")
+    command = commands.add_parser("import-ratings", help="import ratings from Label Studio's export in JSON")
     command.add_argument("file")
     add_dataset_options(command)
     command.add_argument(
-        "--output_dir", required=True, help="folder for the ratings; what is there already is not doubled"
+        "--output_dir", required=True, help="folder of the ratings; existing ratings are not repeated"
     )
-    command.add_argument("--rubric", help="revision of the rubric, where the tasks do not tell it")
-    command.set_defaults(run=import_ratings)
+    command.add_argument("--rubric", help="revision of the rubric, for tasks that do not name it")
+    command.set_defaults(run=run_import_ratings)

@@ -1,5 +1,6 @@
-"""Edits to be rated."""
+"""Edits and their ratings."""
 
+import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
 from hp_edit_trl.ratings import Rating
@@ -41,3 +42,16 @@ def with_broken(dataset: Dataset, column: str, row: int) -> Dataset:
 
 def make_rating(annotator="anna", id="case-0", editor="model-one", score=3, minute=0, comment="", rubric="r:1"):
     return Rating(annotator, id, editor, score, rubric, f"2026-01-01T10:{minute:02d}:00+00:00", comment)
+
+
+RATINGS = [
+    make_rating("anna", "case-0", "model-one", 5),
+    make_rating("bert", "case-0", "model-one", 2, minute=1, comment="hm"),
+    make_rating("anna", "case-1", "model-two", None, minute=2),
+    make_rating("anna", "case-2", "model-one", 0, minute=3),
+    make_rating("bert", "case-2", "model-one", None, minute=4, comment="cannot say"),
+]
+
+
+def pixels(dataset, column):
+    return [np.asarray(image).tobytes() for image in dataset[column]]

@@ -1,4 +1,6 @@
-"""Statistics of agreement against scipy, brute force, exact enumeration and published numbers; where they are undefined."""
+"""
+Statistics of agreement against scipy, brute force, exact enumeration and published numbers; where they are undefined.
+"""
 
 import itertools
 import warnings
@@ -8,7 +10,7 @@ import pytest
 from scipy import stats
 
 from hp_edit_trl.calibration import agreement, agreement_difference, krippendorff_alpha, krippendorff_interval
-from hp_edit_trl.calibration.agreement import STATISTICS, _statistics, rounded
+from hp_edit_trl.calibration.agreement import STATISTICS, rounded, statistic_of
 from hp_edit_trl.utils.statistics import mean_with_interval
 
 
@@ -71,15 +73,15 @@ def test_weights_are_copies():
     """A resample, given as how often each edit occurs, has the statistics of the edits written out that often."""
     human, scores, _ = simulated(12, seed=3)
     weights = np.random.default_rng(4).multinomial(len(human), np.full(len(human), 1 / len(human)), size=5)
-    rows = _statistics(human, scores, weights)
-    for row, times in enumerate(weights):
+    for times in weights:
+        found = {name: statistic_of(name, human, scores, times) for name in STATISTICS}
         expected = by_hand(np.repeat(human, times), np.repeat(scores, times))
         for name in set(STATISTICS) - {"ties_human", "ties_scorer"}:
-            assert rows[name][row] == pytest.approx(expected[name], abs=1e-12), name
+            assert found[name] == pytest.approx(expected[name], abs=1e-12), name
         # Copies of one edit are no tie between two.
         edit = np.repeat(np.arange(len(human)), times)
         ties = [human[i] == human[j] for i, j in itertools.combinations(edit, 2) if i != j]
-        assert rows["ties_human"][row] == pytest.approx(np.mean(ties))
+        assert found["ties_human"] == pytest.approx(np.mean(ties))
 
 
 def test_halves_are_rounded_up():
@@ -98,8 +100,9 @@ def test_a_scorer_like_people_and_a_shifted_one():
     assert agreement(human, 5 - human, num_resamples=0)["overall"]["kendall"]["value"] == pytest.approx(-1)
 
 
-# A world whose agreement is known: a true quality from 1 to 4, to which people and the scorer add independent noise. Three models'
-# edits of one case have one quality and the same noise of the scorer, and people's noise is each edit's own.
+# A world whose agreement is known: a true quality from 1 to 4, to which people and the scorer add independent noise.
+# Three models' edits of one case have one quality and the same noise of the scorer, and people's noise is each edit's
+# own.
 NOISE = {-1: 0.25, 0: 0.5, 1: 0.25}
 
 
@@ -128,7 +131,7 @@ def test_intervals_of_cases_cover_what_they_should_and_those_of_edits_do_not():
         cases = np.repeat(np.arange(60), 3)
         quality = rng.integers(1, 5, 60)
         human, scores = quality[cases] + draw(180), np.minimum(quality + draw(60) + 1, 5)[cases]
-        options = dict(confidence=0.9, num_resamples=200, seed=seed)
+        options = dict(statistics=("pearson", "bias"), confidence=0.9, num_resamples=200, seed=seed)
         for count, clusters in ((covered, cases), (naive, None)):
             result = agreement(human, scores, clusters=clusters, **options)["overall"]
             for name in count:
@@ -160,9 +163,8 @@ def test_paired_intervals_cover_and_are_narrower_than_the_difference_of_two_inte
         human, a, b = world(np.random.default_rng([1, seed]), 60)
         result = agreement_difference(human, a, b, confidence=0.9, num_resamples=200, seed=seed)
         covered += result["low"] <= truth <= result["high"]
-        parts = [
-            agreement(human, s, confidence=0.9, num_resamples=200, seed=seed)["overall"]["pearson"] for s in (a, b)
-        ]
+        options = dict(statistics=["pearson"], confidence=0.9, num_resamples=200, seed=seed)
+        parts = [agreement(human, s, **options)["overall"]["pearson"] for s in (a, b)]
         widths.append((result["high"] - result["low"], np.hypot(*(p["high"] - p["low"] for p in parts))))
     assert 0.81 <= covered / 150 <= 0.975
     paired, unpaired = np.mean(widths, axis=0)
@@ -185,7 +187,7 @@ def test_paired_difference_says_which_way_and_leaves_out_what_one_did_not_score(
     assert same["difference"] == same["low"] == same["high"] == 0
     constant = agreement_difference(human, scores, [3] * len(human), cases)
     assert constant["difference"] is None and constant["b"] is None and constant["a"] is not None
-    assert constant["low"] is None and constant["reason"] == "the scorer gave every edit the same"
+    assert constant["low"] is None and constant["reason"] == "the scorer gave all edits the same score"
     with pytest.raises(ValueError, match="no statistic 'r2'"):
         agreement_difference(human, scores, better, cases, "r2")
     with pytest.raises(ValueError, match="90 human values, 90 and 3 scores"):
@@ -219,6 +221,21 @@ def test_the_seed_decides_the_resamples():
     assert np.random.get_state()[1].tolist() == before  # no global generator
 
 
+def test_only_the_statistics_that_were_asked_for_are_computed():
+    human, scores, cases = simulated(12, seed=13)
+    groups = ["a" if case < 6 else "b" for case in cases]
+    whole = agreement(human, scores, groups, cases, num_resamples=20)
+    some = agreement(human, scores, groups, cases, statistics=["mae", "pearson"], num_resamples=20)
+    for name, values in whole["groups"].items():
+        assert some["groups"][name] == {
+            key: values[key] for key in values.keys() - set(STATISTICS) | {"mae", "pearson"}
+        }
+    assert some["mean_of_groups"] == whole["mean_of_groups"]
+    assert agreement(human, scores, groups, cases, statistics=["mae"])["mean_of_groups"] is None
+    with pytest.raises(ValueError, match="There is no statistic 'r2'"):
+        agreement(human, scores, statistics=["mae", "r2"])
+
+
 def test_missing_scores_are_counted_and_left_out():
     human, scores, _ = simulated(10, seed=11)
     gaps = scores.tolist()
@@ -240,9 +257,9 @@ def test_what_is_undefined_is_none_with_a_reason():
 
     flat = agreement([1, 2, 3, 4], [2, 2, 2, 2], num_resamples=20)["overall"]
     for name in ("pearson", "spearman", "kendall"):
-        assert (flat[name]["value"], flat[name]["reason"]) == (None, "the scorer gave every edit the same")
+        assert (flat[name]["value"], flat[name]["reason"]) == (None, "the scorer gave all edits the same score")
     assert flat["bias"]["value"] == -0.5 and flat["ties_scorer"]["value"] == 1 and flat["ties_human"]["value"] == 0
-    assert agreement([2, 2, 2], [1, 2, 3])["overall"]["pearson"]["reason"] == "people gave every edit the same"
+    assert agreement([2, 2, 2], [1, 2, 3])["overall"]["pearson"]["reason"] == "people gave all edits the same score"
 
     two = agreement([1, 2], [1, 3], num_resamples=20)["overall"]
     assert (two["pearson"]["value"], two["pearson"]["reason"]) == (None, "fewer than 3 edits")

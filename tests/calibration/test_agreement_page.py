@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from hp_edit_trl.calibration import compare_with_people, report_text, worst_disagreements, write_report
+from hp_edit_trl.calibration import agreement_tables, compare_with_people, worst_disagreements, write_agreement
 from hp_edit_trl.cli import main
 from hp_edit_trl.ratings import append_rating, read_ratings
 from tests.calibration.test_comparison import line, rate
@@ -67,7 +67,7 @@ def cells(text, row):
 
 
 def command(files, out, *options):
-    main(["agreement", str(files / "ratings"), str(files / "scores.jsonl"), "--out", str(out), *options])
+    main(["measure-agreement", str(files / "ratings"), str(files), "--output_dir", str(out), *options])
 
 
 def test_the_command_writes_everything(files, result, tmp_path, capsys):
@@ -79,19 +79,19 @@ def test_the_command_writes_everything(files, result, tmp_path, capsys):
     assert kept["scorer_prompts"] == {"add": "hp-edit-trl:add:1", "bokeh": "hp-edit-trl:bokeh:1"}
     assert len(kept["edits"]) == 16 and kept["edits"][0]["ratings"][1]["comment"] == NASTY
     page = (tmp_path / "agreement.md").read_text()
-    assert report_text(kept) in printed and report_text(kept) in page
+    assert agreement_tables(kept) in printed and agreement_tables(kept) in page
     for name in ("human_against_scorer.png", "mean_per_model.png"):
         assert f"({name})" in page
         with PILImage.open(tmp_path / name) as picture:
             assert picture.width > 400 and len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 10
     assert (tmp_path / "worst.html").read_text().count("<article") == 5
-    # Without the dataset there are no pictures, and none of another report stay.
+    # Without the dataset there are no pictures, and none of an earlier comparison stay.
     command(files, tmp_path)
     assert not (tmp_path / "worst.html").exists() and (tmp_path / "mean_per_model.png").exists()
 
 
 def test_the_tables_say_what_the_result_says(result):
-    text = report_text(result)
+    text = agreement_tables(result)
     overall, pearson = result["agreement"]["overall"], result["agreement"]["overall"]["pearson"]
     first, second = text.split("\n\n")[:2]
     assert cells(first, "all edits")[1:4] == [
@@ -101,7 +101,10 @@ def test_the_tables_say_what_the_result_says(result):
     assert cells(second, "all edits")[4].startswith(f"{overall['bias']['value']:+.2f} [")
     assert cells(text, "ben")[1:3] == ["14", "2"]
     assert cells(text, "y\\|z")[1] == "8"
-    assert "- Judge judge-a, mode integer, prompts hp-edit-trl:add:1, hp-edit-trl:bokeh:1; rubric r1." in text
+    assert (
+        "- Judge judge-a, score_mode integer; rubric r1; scorer prompts hp-edit-trl:add:1, hp-edit-trl:bokeh:1."
+        in text
+    )
     assert "- 1 edit rated, but the scorer gave no score: c7 by x." in text
     rows = [one for one in first.splitlines() if one.startswith("|")]
     assert len({len(row) for row in rows}) == 1
@@ -110,20 +113,21 @@ def test_the_tables_say_what_the_result_says(result):
 def test_what_is_undefined_is_a_dash_with_its_reason():
     ratings = [rate("ada", f"c{i}", i) for i in range(4)]
     flat = compare_with_people(ratings, [line(f"c{i}", 3) for i in range(4)], num_resamples=20)
-    text = report_text(flat)
+    text = agreement_tables(flat)
     assert cells(text.split("\n\n")[0], "add")[3:7] == ["–"] * 4
     assert (
-        "- The scorer gave every edit the same: add, Pearson; add, Spearman; add, Kendall; all edits, Pearson" in text
+        "- The scorer gave all edits the same score: add, Pearson; add, Spearman; add, Kendall; all edits, Pearson"
+        in text
     )
     assert "- There is only one annotator: add, alpha; all edits, alpha." in text
-    assert "- The mean of the tasks is without add." in text
+    assert "- The mean of the tasks excludes add." in text
 
 
 def test_a_result_without_models_tasks_or_correlations_can_be_written(tmp_path):
-    (tmp_path / "mean_per_model.png").write_bytes(b"of another report")
+    (tmp_path / "mean_per_model.png").write_bytes(b"of an earlier comparison")
     ratings = [rate("ada", f"c{i}", 2, None) for i in range(2)]
     scores = [line(f"c{i}", 3, None, None) for i in range(2)]
-    write_report(compare_with_people(ratings, scores, num_resamples=5), tmp_path)
+    write_agreement(compare_with_people(ratings, scores, num_resamples=5), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"agreement.json", "agreement.md", "human_against_scorer.png"}
 
 
@@ -142,7 +146,7 @@ def test_the_worst_are_the_furthest_apart_and_then_by_id(result):
 
 def test_the_page_escapes_what_it_shows_and_names_broken_images(files, result, tmp_path):
     dataset = Dataset.load_from_disk(files / "data")
-    write_report(result, tmp_path, dataset, worst=100)
+    write_agreement(result, tmp_path, dataset, worst=100)
     page = (tmp_path / "worst.html").read_text()
     assert page.count("<script>") == 1 and page.count("<article") == 15
     assert (
@@ -153,9 +157,9 @@ def test_the_page_escapes_what_it_shows_and_names_broken_images(files, result, t
     assert len(list((tmp_path / "images").iterdir())) == 15 * 2 - 1
     assert "http" not in page.split("<main>")[0]  # nothing from elsewhere
     with pytest.raises(ValueError, match="worst=0"):
-        write_report(result, tmp_path, dataset, worst=0)
+        write_agreement(result, tmp_path, dataset, worst=0)
     with pytest.raises(ValueError, match="The dataset has no edit"):
-        write_report(result, tmp_path, dataset.select([15]), worst=100)
+        write_agreement(result, tmp_path, dataset.select([15]), worst=100)
 
 
 def test_the_page_works_in_a_browser(files, result, tmp_path):
@@ -163,7 +167,7 @@ def test_the_page_works_in_a_browser(files, result, tmp_path):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium")
-    write_report(result, tmp_path, Dataset.load_from_disk(files / "data"), worst=100)
+    write_agreement(result, tmp_path, Dataset.load_from_disk(files / "data"), worst=100)
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
@@ -189,7 +193,7 @@ def test_the_page_works_in_a_browser(files, result, tmp_path):
 def test_bad_files_are_named_in_a_line(files, tmp_path, caplog):
     def message(ratings, scores, *options):
         with pytest.raises(SystemExit) as stopped:
-            main(["agreement", str(ratings), str(scores), "--out", str(tmp_path / "out"), *options])
+            main(["measure-agreement", str(ratings), str(scores), "--output_dir", str(tmp_path / "out"), *options])
         return str(stopped.value)
 
     ratings, scores = files / "ratings", files / "scores.jsonl"
@@ -210,6 +214,6 @@ def test_bad_files_are_named_in_a_line(files, tmp_path, caplog):
     whole = (ratings / "ratings-ada.jsonl").read_text()
     cut.write_text(whole + whole[:50])
     with caplog.at_level(logging.WARNING):
-        main(["agreement", str(cut), str(scores), "--out", str(tmp_path / "out")])
-    assert "cut.jsonl, line 17: not a whole rating" in caplog.text
+        main(["measure-agreement", str(cut), str(scores), "--output_dir", str(tmp_path / "out")])
+    assert "cut.jsonl, line 17: not a complete rating" in caplog.text
     assert json.loads((tmp_path / "out" / "agreement.json").read_text())["agreement"]["overall"]["n"] == 15

@@ -1,4 +1,4 @@
-"""Ratings as a dataset, on a Hub and through Label Studio."""
+"""Ratings through Label Studio and back, and the commands that export and import them."""
 
 import base64
 import io
@@ -9,83 +9,18 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import numpy as np
 import pytest
 from datasets import Image, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
 from hp_edit_trl import cli
-from hp_edit_trl.calibration import (
-    add_ratings,
-    from_label_studio,
-    label_studio_config,
-    load_rubric,
-    ratings_dataset,
-    ratings_file,
-    to_label_studio,
-)
-from hp_edit_trl.ratings import append_rating, read_ratings
-from tests.calibration.helpers import make_edits, make_rating, with_broken, with_references
+from hp_edit_trl.calibration import from_label_studio, label_studio_config, load_rubric, to_label_studio
+from hp_edit_trl.ratings import add_ratings, append_rating, ratings_file, read_ratings
+from tests.calibration.helpers import RATINGS, make_edits, pixels, with_broken, with_references
 from tests.fake_hub import fake_hub
 
 
 ROOT = Path(__file__).parents[2]
-RATINGS = [
-    make_rating("anna", "case-0", "model-one", 5),
-    make_rating("bert", "case-0", "model-one", 2, minute=1, comment="hm"),
-    make_rating("anna", "case-1", "model-two", None, minute=2),
-    make_rating("anna", "case-2", "model-one", 0, minute=3),
-    make_rating("bert", "case-2", "model-one", None, minute=4, comment="cannot say"),
-]
-
-
-def pixels(dataset, column):
-    return [np.asarray(image).tobytes() for image in dataset[column]]
-
-
-def test_ratings_stand_beside_their_edits():
-    edits = make_edits()
-    rated = ratings_dataset(RATINGS, edits)
-    assert rated.column_names == [*edits.column_names, "human_score", "num_ratings", "ratings"]
-    found = {(row["id"], row["editor"]): row for row in rated}
-    assert len(found) == len(rated) == len(edits)
-    assert (found["case-0", "model-one"]["human_score"], found["case-0", "model-one"]["num_ratings"]) == (3.5, 2)
-    assert found["case-0", "model-one"]["ratings"][1] == {
-        "annotator": "bert", "score": 2, "comment": "hm", "rubric": "r:1", "time": "2026-01-01T10:01:00+00:00",
-    }  # fmt: skip
-    assert (found["case-2", "model-one"]["human_score"], found["case-2", "model-one"]["num_ratings"]) == (0.0, 1)
-    for key in (("case-1", "model-two"), ("case-3", "model-one")):  # skipped, not seen: no score, never 0
-        assert found[key]["human_score"] is None and found[key]["num_ratings"] == 0
-    assert [rating["score"] for rating in found["case-1", "model-two"]["ratings"]] == [None]
-    assert pixels(rated, "edit") == pixels(edits, "edit")
-
-
-def test_a_dataset_without_editors():
-    edits = make_edits(editors=("x",)).remove_columns("editor")
-    rated = ratings_dataset([make_rating(editor=None, score=4)], edits)
-    assert rated["human_score"][:] == [4.0, None, None, None]
-
-
-def test_ratings_of_other_edits_and_taken_columns_are_refused():
-    with pytest.raises(ValueError, match="anna rated an edit of case 'case-9' by 'model-one', which the dataset"):
-        ratings_dataset([make_rating(id="case-9")], make_edits())
-    with pytest.raises(ValueError, match=r"columns \['ratings'\] already"):
-        ratings_dataset([], make_edits().add_column("ratings", [1] * 8))
-
-
-def test_images_come_along_where_the_dataset_has_paths(tmp_path):
-    edits = with_references(make_edits(), 1, 2)
-    expected = pixels(edits, "edit")
-    files = [str(tmp_path / f"{i}.png") for i in range(len(edits))]
-    for file, image in zip(files, edits["edit"], strict=True):
-        image.save(file)
-    by_path = edits.remove_columns("edit").add_column("edit", files)
-    ratings_dataset(RATINGS, by_path).save_to_disk(tmp_path / "out")
-    for file in files:
-        Path(file).unlink()
-    rated = load_from_disk(tmp_path / "out")
-    assert pixels(rated, "edit") == expected and isinstance(rated.features["edit"], Image)
-    assert len(rated[1]["images"]) == 2 and rated[0]["images"] is None
 
 
 def export(tmp_path, edits, ratings, *options):
@@ -93,7 +28,9 @@ def export(tmp_path, edits, ratings, *options):
     edits.save_to_disk(tmp_path / "edits")
     for rating in ratings:
         append_rating(ratings_file(tmp_path, rating.annotator), rating)
-    cli.main(["export-ratings", str(tmp_path), str(tmp_path / "edits"), str(tmp_path / "out"), *options])
+    cli.main(
+        ["export-ratings", str(tmp_path), str(tmp_path / "edits"), "--output_dir", str(tmp_path / "out"), *options]
+    )
 
 
 def test_export_as_a_dataset(tmp_path, capsys):
@@ -101,11 +38,12 @@ def test_export_as_a_dataset(tmp_path, capsys):
     assert "5 ratings of 3 edits" in capsys.readouterr().out
     rated = load_from_disk(tmp_path / "out")
     assert rated["human_score"][:] == [3.5, None, None, None, 0.0, None, None, None]
-    with pytest.raises(SystemExit, match="exists already"):
-        cli.main(["export-ratings", str(tmp_path), str(tmp_path / "edits"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="already exists"):
+        cli.main(["export-ratings", str(tmp_path), str(tmp_path / "edits"), "--output_dir", str(tmp_path / "out")])
     for options in (["--image-url", "x"], ["--private"], ["--format", "label-studio", "--push-to-hub", "a/b"]):
+        command = ["export-ratings", str(tmp_path), str(tmp_path / "edits"), "--output_dir", str(tmp_path / "new")]
         with pytest.raises(SystemExit, match="hp-edit: --"):
-            cli.main(["export-ratings", str(tmp_path), str(tmp_path / "edits"), str(tmp_path / "new"), *options])
+            cli.main([*command, *options])
     assert not (tmp_path / "new").exists()
 
 
@@ -118,7 +56,7 @@ def test_to_the_hub_and_back(tmp_path):
     with fake_hub() as hub:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         env = {**outside, **hub.env, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "hp_edit_trl.cli", "export-ratings", ".", "edits", "out"]
+        command = [sys.executable, "-m", "hp_edit_trl.cli", "export-ratings", ".", "edits", "--output_dir", "out"]
         done = subprocess.run(
             [*command, "--push-to-hub", "someone/rated"], cwd=tmp_path, env=env, capture_output=True, text=True
         )
@@ -147,7 +85,7 @@ def test_label_studio_tasks_show_the_edits_and_not_their_editors():
     root = ET.fromstring(config)
     names = {element.get("name"): element for element in root.iter() if element.get("name")}
     used = {element.get("value")[1:] for element in names.values() if (element.get("value") or "").startswith("$")}
-    assert used == {"source", "edit", "prompt", "task"} and all(used <= task["data"].keys() for task in tasks)
+    assert used == {"reference", "edit", "prompt", "task"} and all(used <= task["data"].keys() for task in tasks)
     choices = [choice.get("value") for choice in names["score"]]
     assert choices == list("012345") and names["score"].tag == "Choices" and names["score"].get("toName") in names
     # The order of tasks is not that of editors.
@@ -155,7 +93,7 @@ def test_label_studio_tasks_show_the_edits_and_not_their_editors():
     for task in tasks:
         by_prompt.setdefault(task["data"]["prompt"], []).append(task)
     assert {len(same) for same in by_prompt.values()} == {2}
-    widths = sorted(decoded(task["data"]["source"]).width for task in tasks)
+    widths = sorted(decoded(task["data"]["reference"]).width for task in tasks)
     assert widths[-1] > 60 and set(widths[:-1]) == {48}  # two references side by side
 
 
@@ -194,7 +132,7 @@ def test_images_in_a_folder(tmp_path, capsys):
     tasks = json.loads((tmp_path / "out" / "tasks.json").read_text())
     assert ET.parse(tmp_path / "out" / "config.xml").getroot().tag == "View"
     for task in tasks:
-        for column in ("source", "edit"):
+        for column in ("reference", "edit"):
             prefix, _, name = task["data"][column].rpartition("/")
             assert prefix == "/data/local-files/?d=x"
             assert PILImage.open(tmp_path / "out" / "images" / name).size == (48, 32)
@@ -249,23 +187,23 @@ def test_annotations_of_many_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        (task(annotation(choice(["6"]))), "task 100, annotation 1: the score ['6'] is no whole number from 0 to 5"),
-        (task(annotation(stars(-1))), "the score -1 is no whole number"),
-        (task(annotation(stars(2.5))), "the score 2.5 is no whole number"),
-        (task(annotation(choice(["1", "2"]))), "the score ['1', '2'] is no whole number"),
-        (task(annotation(choice(["good"]))), "the score ['good'] is no whole number"),
+        (task(annotation(choice(["6"]))), "task 100, annotation 1: the score ['6'] is not an integer from 0 to 5"),
+        (task(annotation(stars(-1))), "the score -1 is not an integer"),
+        (task(annotation(stars(2.5))), "the score 2.5 is not an integer"),
+        (task(annotation(choice(["1", "2"]))), "the score ['1', '2'] is not an integer"),
+        (task(annotation(choice(["good"]))), "the score ['good'] is not an integer"),
         (task(annotation()), "0 answers of type choices or rating"),
         (task(annotation(choice(["1"], "a"), choice(["2"], "b"))), "2 answers of type choices or rating"),
-        (task(annotation(choice(["1"]), time="yesterday")), "`created_at` 'yesterday' is no time"),
-        (task(annotation(choice(["1"]), time=None)), "`created_at` None is no time"),
-        (task(annotation(choice(["1"]), by=None)), "nobody stands in `completed_by`"),
-        (task(annotation({**choice(["1"]), "value": None})), "the score None is no whole number"),
+        (task(annotation(choice(["1"]), time="yesterday")), "`created_at` 'yesterday' is not a time"),
+        (task(annotation(choice(["1"]), time=None)), "`created_at` None is not a time"),
+        (task(annotation(choice(["1"]), by=None)), "`completed_by` names no user"),
+        (task(annotation({**choice(["1"]), "value": None})), "the score None is not an integer"),
         (task(annotation(choice(["1"]), {"type": "textarea", "value": 3})), "the comment"),
         (task({"id": 1}), "no `result`"),
         (task(5), "task 100, annotation 5: it has no `result`"),
         (task(annotation(choice(["1"])), id="case-9"), "no edit of case 'case-9' by 'model-one'"),
         (task(annotation(choice(["1"])), id=None), "neither `edit` nor `id`"),
-        (task(annotation(choice(["1"])), edit="abc"), "no edit 'abc': it was exported from another one"),
+        (task(annotation(choice(["1"])), edit="abc"), "no edit 'abc': it was exported from another dataset"),
         (task(annotation(choice(["1"])), edit=["abc"]), "no edit ['abc']"),
         (task(annotation(choice(["1"])), editor=["x"]), "no edit of case 'case-0'"),
     ],
@@ -282,9 +220,9 @@ def test_what_cannot_be_used_is_reported_and_the_rest_kept(tmp_path, broken, rea
     ("content", "reason"),
     [
         ("not json", "is not JSON"),
-        ('{"data": {}}', "no list of tasks"),
+        ('{"data": {}}', "not a list of tasks"),
         ('[{"id": 1, "score": "3", "annotator": 1}]', "not JSON-MIN"),
-        ("[3]", "no list of tasks"),
+        ("[3]", "not a list of tasks"),
     ],
 )
 def test_what_is_no_export_is_refused(tmp_path, content, reason):
@@ -292,33 +230,15 @@ def test_what_is_no_export_is_refused(tmp_path, content, reason):
         read(tmp_path, content)
 
 
-def test_a_later_rating_is_not_taken_back(tmp_path):
-    first, second = make_rating(score=1, minute=1), make_rating(score=2, minute=2)
-    newer = make_rating(score=5, minute=9)
-    assert add_ratings([first, second], tmp_path) == 2
-    append_rating(ratings_file(tmp_path, "anna"), newer)
-    assert add_ratings([first, second], tmp_path) == 0
-    assert read_ratings(tmp_path)[0] == [newer]
-    assert add_ratings([make_rating(score=0, minute=10)], tmp_path) == 1
-    assert read_ratings(tmp_path)[0][0].score == 0
-
-
-def test_rubrics_are_not_mixed(tmp_path):
-    add_ratings([make_rating()], tmp_path)
-    before = (tmp_path / "ratings-anna.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="rubrics r:1, r:2"):
-        add_ratings([make_rating("bert"), make_rating("anna", rubric="r:2", minute=5)], tmp_path)
-    assert (tmp_path / "ratings-anna.jsonl").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
 def test_import_by_the_command(tmp_path, capsys):
     make_edits().save_to_disk(tmp_path / "edits")
     (tmp_path / "export.json").write_text(json.dumps([task(annotation(choice(["2"]))), task(annotation(stars(9)))]))
-    command = ["import-ratings", str(tmp_path / "export.json"), str(tmp_path / "edits"), str(tmp_path / "ratings")]
+    command = ["import-ratings", str(tmp_path / "export.json"), str(tmp_path / "edits")]
+    command += ["--output_dir", str(tmp_path / "ratings")]
     for added, there in ((1, 0), (0, 1)):
         cli.main(command)
         said = capsys.readouterr()
-        assert f"{added} ratings added, {there} there already, 1 left out" in said.out
+        assert f"{added} ratings added, {there} already there, 1 left out" in said.out
         assert "left out: task 100, annotation 1: the score 9" in said.err
     assert [rating.score for rating in read_ratings(tmp_path / "ratings")[0]] == [2]
     (tmp_path / "export.json").write_text("[")

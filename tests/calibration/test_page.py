@@ -1,4 +1,7 @@
-"""The rating page in a real browser: two people rate, tabs are reloaded, the server is killed; and what it does not serve."""
+"""
+The rating page in a real browser: two people rate, tabs are reloaded, the server is killed; and what it does not
+serve.
+"""
 
 import base64
 import json
@@ -21,11 +24,11 @@ from PIL import ImageEnhance, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
 from hp_edit_trl import cli
-from hp_edit_trl.calibration import load_rubric, page, ratings_file
+from hp_edit_trl.calibration import load_rubric, page
 from hp_edit_trl.calibration.display import MAX_SIDE, shown_jpeg
 from hp_edit_trl.cases import edit_keys, load_edits
 from hp_edit_trl.miniature.photographs import load_photographs
-from hp_edit_trl.ratings import append_rating, read_ratings
+from hp_edit_trl.ratings import append_rating, ratings_file, read_ratings
 from hp_edit_trl.utils.images import read_image
 from tests.calibration.helpers import make_edits, make_rating, with_broken, with_references
 from tests.helpers import photo
@@ -281,7 +284,7 @@ def test_two_people_rate(browser, tmp_path):
         anna.page.wait_for_timeout(500)
         assert anna.token() == before
         servers.append(start())
-        assert "not a whole rating" in (tmp_path / "server.log").read_text()
+        assert "not a complete rating" in (tmp_path / "server.log").read_text()
         bert.page.reload()
         bert.settle()
         note(anna, "anna", 2)
@@ -330,7 +333,7 @@ def test_two_people_rate(browser, tmp_path):
     ratings, problems = read_ratings(tmp_path / "ratings", edits)
     found = {name: {(r.id, r.editor): r.score for r in ratings if r.annotator == name} for name in given}
     assert found == given
-    assert len(problems) == 1 and "not a whole rating" in problems[0]
+    assert len(problems) == 1 and "not a complete rating" in problems[0]
     comments = {(r.annotator, r.comment) for r in ratings if r.comment}
     assert ("anna", "3 cats, 5 dogs s") in comments and len(comments) == 1
     for name, count in written.items():
@@ -424,7 +427,7 @@ def test_others_need_a_password(tmp_path, monkeypatch):
     monkeypatch.delenv("HP_EDIT_PASSWORD", raising=False)
     for host in ("0.0.0.0", "::", "192.168.0.7", "example.org", ""):
         with pytest.raises(SystemExit, match=r"hp-edit: host=.* can be reached from other machines: set a password"):
-            cli.main(["annotate", str(tmp_path / "edits"), "--ratings", str(tmp_path / "r"), "--host", host])
+            cli.main(["annotate", str(tmp_path / "edits"), "--output_dir", str(tmp_path / "r"), "--host", host])
     assert not (tmp_path / "r").exists()
     assert all(page.is_loopback(host) for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1", "[::1]"))
 
@@ -436,23 +439,23 @@ def test_a_port_that_is_taken(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit, match=f"port {port}.*another --port"):
-            cli.main(["annotate", str(tmp_path / "edits"), "--ratings", str(tmp_path / "r"), "--port", str(port)])
+            cli.main(["annotate", str(tmp_path / "edits"), "--output_dir", str(tmp_path / "r"), "--port", str(port)])
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--overlap", "2"], "overlap=2 deals the cases out to annotators"),
+        (["--overlap", "2"], "overlap=2 assigns the cases to annotators"),
         (["--overlap", "3", "--annotators", "a,b"], "overlap=3 with 2 annotators"),
-        (["--annotators", "a, a"], "names that differ"),
-        (["--annotators", "a,,b"], "has one that is no name"),
+        (["--annotators", "a, a"], "must be different names"),
+        (["--annotators", "a,,b"], "has an invalid name"),
         (["--rubric", "nowhere.md"], "nowhere.md"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, options, reason):
     make_edits(2).save_to_disk(tmp_path / "edits")
     with pytest.raises(SystemExit, match=f"hp-edit: .*{reason}"):
-        cli.main(["annotate", str(tmp_path / "edits"), "--ratings", str(tmp_path / "r"), *options])
+        cli.main(["annotate", str(tmp_path / "edits"), "--output_dir", str(tmp_path / "r"), *options])
 
 
 def campaign(dataset, folder, **options):
@@ -466,7 +469,7 @@ def test_broken_images_are_reported_and_the_rest_is_shown(tmp_path, caplog):
     assert "The edit of case 'case-0' by 'model-two' cannot be decoded" in caplog.text
     assert "An image of case 'case-2' cannot be decoded" in caplog.text and "2 of 6 edits are not shown" in caplog.text
     assert set(found.session("anna").queue) == {edit_keys(edits)[i] for i in (0, 2, 3, 5)}
-    with pytest.raises(ValueError, match="Not one of the 1 edits can be shown"):
+    with pytest.raises(ValueError, match="None of the 1 edits can be shown"):
         campaign(edits.select([1]), tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_a_worse_prompt_never_looks_at_the_held_out_cases(tmp_path):
     work = refiner(tmp_path)
     entry = work.compare(revision("2", USELESS))
     assert entry["validation"] is None and entry["look"] is None and not entry["adopted"]
-    assert entry["reason"] == "no better on the calibration cases"
+    assert entry["reason"] == "not better on the calibration cases"
     assert work.current.name == "1" and load_scorer_prompts(str(tmp_path))["color"].name == "1"
 
 
@@ -125,7 +125,7 @@ def test_a_prompt_that_leaves_hard_edits_without_a_score_is_not_better(tmp_path)
     entry = refiner(tmp_path, RuleJudge(rule=evades)).compare(revision("2", ARTIFACTS))
     missing = sum(is_held_out(f"case {i}") for i in range(0, 60, 5))
     assert entry["validation"]["low"] > 0 and entry["validation"]["missing_after"] == missing > 0
-    assert not entry["adopted"] and entry["reason"] == "more edits stay without a score"
+    assert not entry["adopted"] and entry["reason"] == "more edits have no score"
 
 
 def test_the_mean_absolute_error_is_better_when_it_is_smaller(tmp_path):
@@ -176,7 +176,7 @@ def test_proposals_are_shown_the_worst_of_the_calibration_cases_alone(tmp_path):
 def test_a_proposer_that_answers_rubbish_or_nothing(tmp_path):
     work = refiner(tmp_path)
     for answer in ("I would add more detail.", "[]", "[1, 2]", '["unclosed', '{"a": 1}'):
-        with pytest.raises(ValueError, match="answered no JSON list of questions"):
+        with pytest.raises(ValueError, match="answer has no JSON list of questions"):
             work.propose(Proposer(answer))
     with pytest.raises(ConnectionError, match="gave no answer: APITimeoutError"):
         work.propose(Proposer(Judgement(None, "APITimeoutError", answered=False)))
@@ -223,9 +223,9 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="'color' has 0 rated cases for calibration and 0 held out"):
         refiner(tmp_path, data=(dataset, []))
     few = [Rating(r.annotator, r.id, None, r.score if r.id < "case 2" else None, "r:1", r.time) for r in ratings]
-    with pytest.raises(ValueError, match="eight on each side are the least"):
+    with pytest.raises(ValueError, match="at least eight are needed on each side"):
         refiner(tmp_path, data=(dataset, few))
-    with pytest.raises(ValueError, match="statistic='r2' is not known"):
+    with pytest.raises(ValueError, match="statistic='r2' is unknown"):
         refiner(tmp_path, statistic="r2")
     with pytest.raises(ValueError, match="validation_fraction=1"):
         refiner(tmp_path, validation_fraction=1)
@@ -234,7 +234,7 @@ def test_bad_input(tmp_path):
         work.compare(load_scorer_prompts()["add"])
     with pytest.raises(ValueError, match="has the text of the current revision '1'"):
         work.compare(ScorerPrompt("color", "mine:color:2", work.current.text))
-    with pytest.raises(ValueError, match="has the revision '1', and so has a prompt with another text"):
+    with pytest.raises(ValueError, match="The revision '1' of the candidate belongs to a prompt with another text"):
         work.compare(revision("1", ARTIFACTS))
     dead = RuleJudge()
     dead.__class__ = type("Dead", (RuleJudge,), {"__call__": lambda self, chats: [Judgement(None, "timed out", answered=False) for _ in chats]})  # fmt: skip
@@ -283,7 +283,7 @@ def test_a_kill_loses_nothing(tmp_path, caplog):
     with open(tmp_path / "history.jsonl", "a") as lines:
         lines.write('{"task": "col')
     work = refiner(tmp_path)
-    assert work.history == [entry] and "line 2: not a whole entry" in caplog.text
+    assert work.history == [entry] and "line 2: not a complete entry" in caplog.text
     assert work.compare(revision("2", ARTIFACTS)) == entry  # asked for twice, also when it was adopted
     work.compare(revision("3", ARTIFACTS, USELESS))
     assert [one["after"] for one in refiner(tmp_path).history] == ["2", "3"]
@@ -344,7 +344,7 @@ def test_the_table_says_what_was_compared(tmp_path):
     work = refiner(tmp_path, statistic="mae")
     entry = work.compare(revision("3", ARTIFACTS))
     rows = work.table().splitlines()
-    assert "| pearson |" in rows[2] and "| mae |" in rows[3]
+    assert "| pearson " in rows[2] and "| mae " in rows[3]
     low, high = entry["validation"]["low"], entry["validation"]["high"]
     assert f"+{-entry['validation']['difference']:.3f} (+{-high:.3f} to +{-low:.3f})" in rows[3]
 

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from hp_edit_trl.calibration import RatingSession, assign_cases, load_rubric, ratings_file
+from hp_edit_trl.calibration import RatingSession, assign_cases, load_rubric
 from hp_edit_trl.calibration.session import StaleError, annotator_name
-from hp_edit_trl.ratings import append_rating, read_ratings
+from hp_edit_trl.ratings import append_rating, ratings_file, read_ratings
 from hp_edit_trl.rewards import load_scorer_prompts
 from tests.calibration.helpers import make_rating
 
@@ -149,7 +149,7 @@ def test_an_edit_that_has_gone_is_dropped(file):
 @pytest.mark.parametrize("score", [6, -1, 2.5, "3", True])
 def test_a_score_outside_the_scale_is_refused(file, score):
     session = open_session(file)
-    with pytest.raises(ValueError, match="no whole number from 0 to 5"):
+    with pytest.raises(ValueError, match="not an integer from 0 to 5"):
         session.rate(session.token(session.next()), score)
     assert not file.exists()
 
@@ -163,7 +163,7 @@ def test_a_line_that_was_cut_off_is_reported_and_rated_again(file, caplog):
     file.write_bytes(content[:-30])
     caplog.clear()
     again = open_session(file)
-    assert "ratings-anna.jsonl, line 2: not a whole rating" in caplog.text
+    assert "ratings-anna.jsonl, line 2: not a complete rating" in caplog.text
     assert again.next() == second
     again.rate(again.token(second), 3)
     ratings, problems = read_ratings(file)
@@ -172,7 +172,7 @@ def test_a_line_that_was_cut_off_is_reported_and_rated_again(file, caplog):
 
 def test_ratings_made_with_another_rubric_are_refused(file):
     append_rating(file, make_rating(rubric="r:0"))
-    with pytest.raises(ValueError, match=r"rubric r:0, but this is r:1.*--rubric.*--ratings"):
+    with pytest.raises(ValueError, match=r"rubric r:0, but this is r:1.*--rubric.*--output_dir"):
         open_session(file)
     append_rating(file, make_rating(id="case-1", rubric="r:1"))
     with pytest.raises(ValueError, match="several revisions"):
