@@ -2,25 +2,26 @@
 # dependencies = ["hp-edit-trl"]
 # ///
 """
-Builds an HP-Scorer: edits are rated by people and scored by a judge, agreement is measured, and the prompt is refined until the
-judge finds what people find (docs/building_an_hp_scorer.md).
+Builds an HP-Scorer: people rate edits, a judge scores them, their agreement is measured, and the scorer prompts are
+refined until both agree (docs/building_an_hp_scorer.md).
 
     python examples/calibrate_scorer.py
 
-People, judge and proposer are simulated here, and the raters' noise is known. So is the agreement that must come out, which is
-printed beside what was measured. With people and a real judge, each step is a command:
+People, judge and proposer are simulated, and the raters' noise is known. So is the correct agreement, which is printed
+beside the measured one. With people and a real judge, each step is a command:
 
-    hp-edit annotate someone/edits --ratings ratings
-    hp-edit score someone/edits --base-url http://localhost:8000/v1 --out scores.jsonl
-    hp-edit agreement ratings scores.jsonl --dataset someone/edits --out agreement
-    hp-edit refine-prompt remove someone/edits --ratings ratings --out my-prompts --propose --base-url http://localhost:8000/v1
+    hp-edit annotate someone/edits --output_dir ratings
+    hp-edit score someone/edits --output_dir scores --judge_base_url http://localhost:8000/v1
+    hp-edit measure-agreement ratings scores --dataset someone/edits --output_dir agreement
+    hp-edit refine-prompt remove someone/edits --ratings ratings --output_dir my-prompts --propose \\
+        --judge_base_url http://localhost:8000/v1
 """
 
 import argparse
 from pathlib import Path
 
 from hp_edit_trl import HPScorerReward, miniature
-from hp_edit_trl.calibration import PromptRefiner, compare_with_people, read_scores, score_dataset, write_report
+from hp_edit_trl.calibration import PromptRefiner, compare_with_people, read_scores, score_dataset, write_agreement
 from hp_edit_trl.judges import CachedJudge
 
 
@@ -36,11 +37,10 @@ def main(output_dir: Path, cases_per_task: int, rounds: int) -> None:
     judge = CachedJudge(miniature.SimulatedJudge(cases), output_dir / "judgements.sqlite")
 
     def measure(scorer: HPScorerReward, name: str) -> None:
-        file = output_dir / f"scores-{name}.jsonl"
-        score_dataset(scorer, edits, file)
-        lines = read_scores(file)
+        score_dataset(scorer, edits, output_dir / f"scores-{name}")
+        lines = read_scores(output_dir / f"scores-{name}")
         result = compare_with_people(ratings, lines, edits)
-        write_report(result, output_dir / f"agreement-{name}", edits)
+        write_agreement(result, output_dir / f"agreement-{name}", edits)
         scores = {(line["id"], line["editor"]): line["score"] for line in lines}
         expected = miniature.known_pearson(
             truths, [scores[row["id"], row["editor"]] for row in edits], list(NOISE.values())
@@ -48,19 +48,19 @@ def main(output_dir: Path, cases_per_task: int, rounds: int) -> None:
         found = result["agreement"]["overall"]["pearson"]
         print(
             f"{name}: Pearson {found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f}), by the raters' noise "
-            f"{expected:.3f}; report in {output_dir / f'agreement-{name}'}"
+            f"{expected:.3f}; tables and figures in {output_dir / f'agreement-{name}'}"
         )
 
-    # The paper begins with a prompt that holds nothing but the scale, ...
+    # The paper starts with a prompt that contains only the scale, ...
     start = HPScorerReward(judge, task="base")
     measure(start, "base")
 
-    # ... and adds questions to it, task by task. Here each task's prompt begins with the base prompt.
+    # ... and adds questions to it, task by task. Here each task starts from the base prompt.
     scorer = HPScorerReward(judge)
     scorer.scorer_prompts = {"base": scorer.scorer_prompts["base"]}
     for task in miniature.world.TASKS:
         refiner = PromptRefiner(task, scorer, edits, ratings, output_dir / "prompts")
-        for _ in range(rounds - len(refiner.history)):  # a second run goes on
+        for _ in range(rounds - len(refiner.history)):  # a second run resumes
             refiner.compare(*refiner.propose(miniature.SimulatedProposer()))
         print(f"\n{task}\n{refiner.table()}")
 

@@ -79,7 +79,15 @@ def test_files_that_are_no_ratings(tmp_path):
         read_ratings(tmp_path)
     with pytest.raises(FileNotFoundError, match="No ratings at"):
         read_ratings(tmp_path / "missing.jsonl")
-    lines = ["[1, 2]", '"text"', "null", "5", '{"id": "case-0"}', "prose", json.dumps({"annotator": ["x"], "id": "a", "editor": None, "score": 1, "rubric": "r", "time": ""})]  # fmt: skip
+    lines = [
+        "[1, 2]",
+        '"text"',
+        "null",
+        "5",
+        '{"id": "case-0"}',
+        "prose",
+        json.dumps({"annotator": ["x"], "id": "a", "editor": None, "score": 1, "rubric": "r", "time": ""}),
+    ]
     (tmp_path / "r.jsonl").write_text("\n".join(lines))
     ratings, problems = read_ratings(tmp_path / "r.jsonl")
     assert ratings == [] and len(problems) == 7

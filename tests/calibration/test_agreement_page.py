@@ -39,8 +39,16 @@ def files(tmp_path_factory):
                 edit["bytes"] = edit["bytes"][:60]
             source = {"path": None, "bytes": png.read_bytes()}
             rows.append(
-                {"id": f"c{i}", "editor": editor, "task": TASKS[i % 2], "prompt": f"{NASTY} {i}", "image": source, "edit": edit, "requirement": "keep <b>it</b>" if i else None}
-            )  # fmt: skip
+                {
+                    "id": f"c{i}",
+                    "editor": editor,
+                    "task": TASKS[i % 2],
+                    "prompt": f"{NASTY} {i}",
+                    "image": source,
+                    "edit": edit,
+                    "requirement": "keep <b>it</b>" if i else None,
+                }
+            )
             score = None if i == 7 and editor == "x" else score_of(i, editor)
             lines.append(line(f"c{i}", score, editor, TASKS[i % 2], answer=f"{NASTY} answer"))
             for name, shift in (("ada", 0), ("ben", 1)):

@@ -82,7 +82,11 @@ def test_one_annotator_has_no_one_to_agree_with():
 
 
 def test_models_are_compared_on_the_edits_that_have_both():
-    ratings = [rate("ada", f"c{i}", score, e) for e, scores in {"x": [1, 2, 3], "y": [4, 5, 5]}.items() for i, score in enumerate(scores)]  # fmt: skip
+    ratings = [
+        rate("ada", f"c{i}", score, e)
+        for e, scores in {"x": [1, 2, 3], "y": [4, 5, 5]}.items()
+        for i, score in enumerate(scores)
+    ]
     scores = [
         line("c0", 2, "x"),
         line("c1", 3, "x"),
@@ -98,7 +102,10 @@ def test_models_are_compared_on_the_edits_that_have_both():
 
 
 def test_what_is_left_out_is_named():
-    dataset = edits([(f"c{i}", "m", None) for i in range(5)] + [("skipped", "m", None), ("unscored", "m", None), ("unrated", "m", None)])  # fmt: skip
+    dataset = edits(
+        [(f"c{i}", "m", None) for i in range(5)]
+        + [("skipped", "m", None), ("unscored", "m", None), ("unrated", "m", None)]
+    )
     ratings = [*RATINGS, rate("ada", "skipped", None), rate("ada", "unscored", 2), rate("ada", "gone", 3)]
     scores = [*SCORES, line("skipped", 1), line("unrated", 4), line("c0", 1, editor="other")]
     result = compare_with_people(ratings, scores, dataset, num_resamples=10)
@@ -145,12 +152,24 @@ def test_of_several_lines_the_last_with_a_score_counts():
         (RATINGS, [line(f"c{i}", None) for i in range(5)], "None of the 5 rated edits has a score"),
         (RATINGS, [*SCORES, line("c9", 1, judge="judge-b")], "several judges, judge-a, judge-b"),
         (RATINGS, [*SCORES, line("c9", 1, score_mode="expected")], "several score_modes, expected, integer"),
-        (RATINGS, [*SCORES, line("c9", 1, scorer_prompt="mine:add:2")], "'add' were made with two revisions .* hp-edit-trl:add:1 and mine:add:2"),
-        (RATINGS, [*SCORES[1:], line("c0", 1, scorer_prompt_sha="abc")], r"'add' .* hp-edit-trl:add:1 \(abc\) and hp-edit-trl:add:1,"),
+        (
+            RATINGS,
+            [*SCORES, line("c9", 1, scorer_prompt="mine:add:2")],
+            "'add' were made with two revisions .*:add:1 and mine:add:2",
+        ),
+        (
+            RATINGS,
+            [*SCORES[1:], line("c0", 1, scorer_prompt_sha="abc")],
+            r"'add' .* hp-edit-trl:add:1 \(abc\) and hp-edit-trl:add:1,",
+        ),
         ([*RATINGS, rate("ada", "c9", 1, rubric="r2")], SCORES, "rubrics r1, r2"),
-        (RATINGS, [*SCORES, line("c1", 2, editor="n", task="style")], "'c1' has the task 'add' in the scores and 'style'"),
+        (
+            RATINGS,
+            [*SCORES, line("c1", 2, editor="n", task="style")],
+            "'c1' has the task 'add' in the scores and 'style'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_belong_together_is_an_error(ratings, scores, message):
     with pytest.raises(ValueError, match=message):
         compare_with_people(ratings, scores, num_resamples=5)

@@ -343,6 +343,16 @@ def test_two_people_rate(browser, tmp_path):
     assert orders["anna"] != orders["bert"]
 
 
+CLOSED_FOR_FILES = (
+    "/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/svelte/", "/static/../",
+    "/assets/%2e%2e/", "/gradio_api/queue/../file=", "/",
+)  # fmt: skip
+CLOSED = (
+    "upload", "info", "proxy=http://127.0.0.1:9/", "openapi.json", "runs", "call/load", "run/load", "component_server",
+    "dev/reload", "stream/a/b/1/playlist-file", "vibe-edit/",
+)  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_password_and_what_is_not_served(browser, tmp_path):
     make_edits(2).save_to_disk(tmp_path / "edits")
@@ -366,16 +376,25 @@ def test_a_password_and_what_is_not_served(browser, tmp_path):
                 relative = os.path.relpath(file, tmp_path)
                 for path in (str(file), relative, f"../{tmp_path.name}/{relative}", f"./{relative}"):
                     for form in (path, path.replace("..", "%2e%2e").replace("/", "%2f")):
-                        for route in ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/svelte/",
-                                      "/static/../", "/assets/%2e%2e/", "/gradio_api/queue/../file=", "/"):  # fmt: skip
+                        for route in (
+                            "/gradio_api/file=",
+                            "/gradio_api/file/",
+                            "/file=",
+                            "/static/",
+                            "/assets/",
+                            "/svelte/",
+                            "/static/../",
+                            "/assets/%2e%2e/",
+                            "/gradio_api/queue/../file=",
+                            "/",
+                        ):
                             request = httpx.Request("GET", f"{url}{route}{form}", cookies=client.cookies)
                             # As it stands: a client would make ".." and "//" of it what they mean.
                             request.url = request.url.copy_with(raw_path=f"{route}{form}".encode())
                             answer = client.send(request)
                             assert answer.status_code in (403, 404), (route, form, answer.status_code)
                             assert file.read_bytes()[:40] not in answer.content
-            for route in ("upload", "info", "proxy=http://127.0.0.1:9/", "openapi.json", "runs", "call/load", "run/load",
-                          "component_server", "dev/reload", "stream/a/b/1/playlist-file", "vibe-edit/"):  # fmt: skip
+            for route in CLOSED:
                 for method in ("GET", "POST"):
                     assert client.request(method, f"/gradio_api/{route}").status_code == 404, route
             for route in ("docs", "redoc", "openapi.json", "monitoring", "gradio_api/deep_link", "pwa_icon"):

@@ -29,7 +29,12 @@ def test_probes_of_a_fair_and_of_biased_judges(caplog):
     def labelled(user):
         """The pictures by their labels, however they are ordered."""
         content = user["content"]
-        return [content[i + 1]["image"] for label in ("Image A:", "Image B:") for i, part in enumerate(content) if part.get("text") == label]  # fmt: skip
+        return [
+            content[i + 1]["image"]
+            for label in ("Image A:", "Image B:")
+            for i, part in enumerate(content)
+            if part.get("text") == label
+        ]
 
     class Reads(RuleJudge):
         def __call__(self, conversations):
@@ -44,7 +49,10 @@ def test_probes_of_a_fair_and_of_biased_judges(caplog):
 
     def note(text, pictures):
         before, after = (round(np.asarray(picture, dtype=float)[..., 2].mean() / 30) for picture in pictures)
-        edited = [bool(np.asarray(picture)[..., 0].mean() - 10 * number > 30) for picture, number in zip(pictures, (before, after), strict=True)]  # fmt: skip
+        edited = [
+            bool(np.asarray(picture)[..., 0].mean() - 10 * number > 30)
+            for picture, number in zip(pictures, (before, after), strict=True)
+        ]
         notes.append((before == after, *edited))
         return 3
 

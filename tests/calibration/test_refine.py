@@ -37,7 +37,15 @@ def world(count=60, noise=0.3, seed=0):
         pixels[-1] = 255 if blotch else pixels[0]
         pixels[..., 2] = i  # no two edits are the same
         source = Image.new("RGB", (16, 16), (0, 0, i))
-        rows.append({"id": f"case {i}", "prompt": f"Make it red, {i}", "image": source, "edit": Image.fromarray(pixels), "task": "color"})  # fmt: skip
+        rows.append(
+            {
+                "id": f"case {i}",
+                "prompt": f"Make it red, {i}",
+                "image": source,
+                "edit": Image.fromarray(pixels),
+                "task": "color",
+            }
+        )
         for name in ("anna", "ben"):
             score = int(np.clip(round(5 * red - 2 * blotch + rng.normal(0, noise)), 0, 5))
             ratings.append(Rating(name, f"case {i}", None, score, "r:1", "2026-01-01T00:00:00+00:00", "ugly" * blotch))
@@ -237,7 +245,11 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="The revision '1' of the candidate belongs to a prompt with another text"):
         work.compare(revision("1", ARTIFACTS))
     dead = RuleJudge()
-    dead.__class__ = type("Dead", (RuleJudge,), {"__call__": lambda self, chats: [Judgement(None, "timed out", answered=False) for _ in chats]})  # fmt: skip
+    dead.__class__ = type(
+        "Dead",
+        (RuleJudge,),
+        {"__call__": lambda self, chats: [Judgement(None, "timed out", answered=False) for _ in chats]},
+    )
     with pytest.raises(ConnectionError, match="The judge gave no answer for case 'case 0': timed out"):
         refiner(tmp_path, dead).compare(revision("2", ARTIFACTS))
     assert refiner(tmp_path).history == []

@@ -82,7 +82,7 @@ def test_scores_of_two_scorers_are_not_mixed(tmp_path):
     before = file.read_bytes()
     with pytest.raises(
         ValueError,
-        match="scores for the task .* made with other settings .judge: 'judge RuleJudge, .*another output_dir",
+        match="scores for the task .* other settings .judge: 'judge RuleJudge, .*another output_dir",
     ):
         score_dataset(HPScorerReward(RuleJudge("second")), edits, tmp_path)
     with pytest.raises(ValueError, match="scorer_prompt: 'hp-edit-trl:add:1' -> 'hp-edit-trl:base:1'"):
@@ -98,7 +98,14 @@ def test_scores_of_two_scorers_are_not_mixed(tmp_path):
 
 def test_images_that_cannot_be_read_are_missing_scores(tmp_path, caplog):
     rows = make_edits(4, editors=("one",))
-    broken = [{**row, "edit": {"path": None, "bytes": b"no picture"} if i == 1 else row["edit"], "image": row["image"] if i != 2 else None} for i, row in enumerate(rows)]  # fmt: skip
+    broken = [
+        {
+            **row,
+            "edit": {"path": None, "bytes": b"no picture"} if i == 1 else row["edit"],
+            "image": row["image"] if i != 2 else None,
+        }
+        for i, row in enumerate(rows)
+    ]
     for row in broken:
         for column in ("image", "edit"):
             if isinstance(row[column], Image.Image):
@@ -162,7 +169,13 @@ def test_options_and_lines_that_make_no_sense(tmp_path, caplog):
     for size in (0, -1):
         with pytest.raises(ValueError, match="chunk_size=.* must be at least 1"):
             score_dataset(scorer, make_edits(2), tmp_path, chunk_size=size)
-    lines = ['{"id": ["a"], "editor": null, "score": 1}', '{"id": 3, "editor": null, "score": 1}', "[1]", '{"id": "x"}', '{"id": "case-0", "editor": "one", "score": 2}']  # fmt: skip
+    lines = [
+        '{"id": ["a"], "editor": null, "score": 1}',
+        '{"id": 3, "editor": null, "score": 1}',
+        "[1]",
+        '{"id": "x"}',
+        '{"id": "case-0", "editor": "one", "score": 2}',
+    ]
     (tmp_path / "scores.jsonl").write_text("\n".join(lines))
     assert [line["id"] for line in read_scores(tmp_path / "scores.jsonl")] == ["case-0"]
     assert caplog.text.count("not a complete score") == 4

@@ -180,8 +180,10 @@ def test_ratings_made_with_another_rubric_are_refused(file):
 
 
 def test_two_names_never_share_a_file(tmp_path):
-    names = ["anna", "Anna", "ANNA", "änna", "anna ", "an/na", "an\\na", "../anna", "..", "a" * 60, "a" * 61, "a" * 100,
-             "anna.0123456789ab", "con", "安娜", "🙂", "anna-müller", "anna müller"]  # fmt: skip
+    names = [
+        "anna", "Anna", "ANNA", "änna", "anna ", "an/na", "an\\na", "../anna", "..", "a" * 60, "a" * 61, "a" * 100,
+        "anna.0123456789ab", "con", "安娜", "🙂", "anna-müller", "anna müller",
+    ]  # fmt: skip
     names = {annotator_name(name) for name in names}
     files = [ratings_file(tmp_path, name) for name in names]
     assert len({file.name.lower() for file in files}) == len(names)  # also where case does not matter
