@@ -75,7 +75,7 @@ def to_label_studio(
         except UnreadableImageError as error:
             logger.warning("Left out: %s", error)
             continue
-        data = {"edit": name, "rubric": rubric}
+        data = {"edit_hash": name, "rubric": rubric}
         for column, image in images.items():
             if image_folder is None:
                 data[column] = data_url(image)
@@ -85,7 +85,7 @@ def to_label_studio(
                 data[column] = f"{image_url}/{name}-{column}.jpg"
         data |= {column: row[column] or "" for column in ("prompt", "task", "requirement") if column in row}
         tasks.append({"data": data, "annotations": [_annotation(rating) for rating in of_edit]})
-    return sorted(tasks, key=lambda task: task["data"]["edit"])
+    return sorted(tasks, key=lambda task: task["data"]["edit_hash"])
 
 
 def _annotation(rating: Rating) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def from_label_studio(file: str | Path, dataset: Dataset, rubric: str | None = N
         file (`str` or `Path`):
             The export.
         dataset ([`~datasets.Dataset`]):
-            The edits. The edit of a task is found by the field `edit` that [`to_label_studio`] wrote into its data, or
+            The edits. The edit of a task is found by the `edit_hash` that [`to_label_studio`] wrote into its data, or
             else by `id` and `editor` in its data or `meta`.
         rubric (`str`, *optional*):
             Revision of the rubric, for tasks whose data does not name it. Defaults to `"label-studio"`.
@@ -194,12 +194,12 @@ def from_label_studio(file: str | Path, dataset: Dataset, rubric: str | None = N
 def _find_edit(task: dict[str, Any], by_hash: dict[str, EditKey], known: set[EditKey]) -> EditKey:
     meta = task.get("meta") if isinstance(task.get("meta"), dict) else {}
     values = {**(meta or {}), **task["data"]}
-    if "edit" in values:
-        if str(values["edit"]) not in by_hash:
-            raise ValueError(f"the dataset has no edit {values['edit']!r}: it was exported from another dataset")
-        return by_hash[str(values["edit"])]
+    if "edit_hash" in values:
+        if str(values["edit_hash"]) not in by_hash:
+            raise ValueError(f"the dataset has no edit {values['edit_hash']!r}: it was exported from another dataset")
+        return by_hash[str(values["edit_hash"])]
     if values.get("id") is None:
-        raise ValueError("it has neither `edit` nor `id` in its data")
+        raise ValueError("it has neither `edit_hash` nor `id` in its data")
     editor = values.get("editor")
     key = str(values["id"]), None if editor is None else str(editor)
     if key not in known:

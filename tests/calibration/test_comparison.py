@@ -121,7 +121,7 @@ def test_what_is_left_out_is_named():
 
 
 def test_tasks_come_from_the_dataset_or_the_scores():
-    scores = [{**one, "task": None, "prompt": "hp-edit-trl:base:1"} for one in SCORES]
+    scores = [{**one, "task": None, "scorer_prompt": "hp-edit-trl:base:1"} for one in SCORES]
     assert compare_with_people(RATINGS, scores, num_resamples=10)["agreement"]["groups"] == {}
     dataset = edits([(f"c{i}", "m", "style" if i < 3 else "color") for i in range(5)])
     result = compare_with_people(RATINGS, scores, dataset, num_resamples=10)

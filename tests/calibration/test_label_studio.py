@@ -202,9 +202,9 @@ def test_annotations_of_many_kinds(tmp_path):
         (task({"id": 1}), "no `result`"),
         (task(5), "task 100, annotation 5: it has no `result`"),
         (task(annotation(choice(["1"])), id="case-9"), "no edit of case 'case-9' by 'model-one'"),
-        (task(annotation(choice(["1"])), id=None), "neither `edit` nor `id`"),
-        (task(annotation(choice(["1"])), edit="abc"), "no edit 'abc': it was exported from another dataset"),
-        (task(annotation(choice(["1"])), edit=["abc"]), "no edit ['abc']"),
+        (task(annotation(choice(["1"])), id=None), "neither `edit_hash` nor `id`"),
+        (task(annotation(choice(["1"])), edit_hash="abc"), "no edit 'abc': it was exported from another dataset"),
+        (task(annotation(choice(["1"])), edit_hash=["abc"]), "no edit ['abc']"),
         (task(annotation(choice(["1"])), editor=["x"]), "no edit of case 'case-0'"),
     ],
 )  # fmt: skip
