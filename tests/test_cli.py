@@ -94,7 +94,10 @@ def test_refine_with_a_candidate_and_with_proposals(server, tmp_path, capsys):
     main([*command, "--output_dir", str(tmp_path / "a"), "--candidate", str(tmp_path / "candidate.md")])
     assert "yes: better on the held-out cases" in capsys.readouterr().out
     assert load_scorer_prompts(str(tmp_path / "a"))["color"].name == "2"
-    main([*command, "--output_dir", str(tmp_path / "b"), "--propose", "--rounds", "1"])
+    proposer = ["--proposer", "thinker", "--proposer_base_url", server.url]
+    main([*command, "--output_dir", str(tmp_path / "b"), "--propose", "--rounds", "1", *proposer])
+    asked = [body for body in server.requests if body["model"] == "thinker"]
+    assert len(asked) == 1 and "JSON list" in asked[0]["messages"][0]["content"][0]["text"]
     shown = capsys.readouterr()
     assert f"Proposed for revision 2: {ARTIFACTS}" in shown.err and "yes: better" in shown.out
     assert ARTIFACTS in load_scorer_prompts(str(tmp_path / "b"))["color"].text
