@@ -13,26 +13,26 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def edits_of(args: argparse.Namespace) -> "Dataset":
+def _load_edits(args: argparse.Namespace) -> "Dataset":
     """Loads the dataset of edits that the options name."""
     from ..cases import load_edits
 
     return load_edits(args.dataset, args.split, args.revision)
 
 
-def run_score(args: argparse.Namespace) -> None:
+def _score(args: argparse.Namespace) -> None:
     from ..calibration import score_dataset
 
-    dataset = edits_of(args)
+    dataset = _load_edits(args)
     summary = score_dataset(scorer_of(args, args.task), dataset, args.output_dir, args.chunk_size)
     print(summary.table(args.input_price, args.output_price))
 
 
-def run_probe_judge(args: argparse.Namespace) -> None:
+def _probe_judge(args: argparse.Namespace) -> None:
     from ..calibration import probe_judge
     from ..utils.tables import markdown_table
 
-    dataset = edits_of(args)
+    dataset = _load_edits(args)
     head = ["probe", "what is shown", "scores", "failed", "mean", "at most 1", "shift", "change"]
     rows = [
         [f"{value:.2f}" if isinstance(value, float) else "–" if value is None else value for value in row.values()]
@@ -41,13 +41,13 @@ def run_probe_judge(args: argparse.Namespace) -> None:
     print(markdown_table(head, rows))
 
 
-def run_refine_prompt(args: argparse.Namespace) -> None:
+def _refine_prompt(args: argparse.Namespace) -> None:
     from ..calibration import PromptRefiner
     from ..judges import load_judge
     from ..ratings import read_ratings
     from ..rewards import read_scorer_prompt
 
-    dataset = edits_of(args)
+    dataset = _load_edits(args)
     ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
     scorer = scorer_of(args)
     refiner = PromptRefiner(
@@ -81,11 +81,11 @@ def run_refine_prompt(args: argparse.Namespace) -> None:
     print(refiner.table())
 
 
-def run_measure_agreement(args: argparse.Namespace) -> None:
+def _measure_agreement(args: argparse.Namespace) -> None:
     from ..calibration import agreement_tables, compare_with_people, read_scores, write_agreement
     from ..ratings import read_ratings
 
-    dataset = None if args.dataset is None else edits_of(args)
+    dataset = None if args.dataset is None else _load_edits(args)
     ratings, _ = read_ratings(args.ratings, rubric=args.rubric)
     scores = read_scores(args.scores)
     result = compare_with_people(ratings, scores, dataset, confidence=args.confidence, seed=args.seed)
@@ -94,11 +94,11 @@ def run_measure_agreement(args: argparse.Namespace) -> None:
     print(args.output_dir)
 
 
-def run_annotate(args: argparse.Namespace) -> None:
+def _annotate(args: argparse.Namespace) -> None:
     from ..calibration import annotate, load_rubric
 
     annotate(
-        edits_of(args),
+        _load_edits(args),
         args.output_dir,
         rubric=load_rubric(args.rubric),
         annotators=None if args.annotators is None else args.annotators.split(","),
@@ -110,7 +110,7 @@ def run_annotate(args: argparse.Namespace) -> None:
     )
 
 
-def run_export_ratings(args: argparse.Namespace) -> None:
+def _export_ratings(args: argparse.Namespace) -> None:
     from ..calibration import label_studio_config, load_rubric, to_label_studio
     from ..ratings import ratings_dataset, read_ratings
     from ..utils.files import write_json, write_text
@@ -122,7 +122,7 @@ def run_export_ratings(args: argparse.Namespace) -> None:
         raise ValueError("--image_url and --rubric_file are for --format label-studio.")
     if args.private and args.push_to_hub is None or args.push_to_hub is not None and to_studio:
         raise ValueError("--push_to_hub is for --format dataset, and --private for --push_to_hub.")
-    dataset = edits_of(args)
+    dataset = _load_edits(args)
     if to_studio:
         rubric = load_rubric(args.rubric_file)
         started = not Path(args.ratings).is_dir() or any(Path(args.ratings).glob("ratings-*.jsonl"))
@@ -143,11 +143,11 @@ def run_export_ratings(args: argparse.Namespace) -> None:
     print(f"{out}: {len(ratings)} ratings of {len({rating.edit for rating in ratings})} edits")
 
 
-def run_import_ratings(args: argparse.Namespace) -> None:
+def _import_ratings(args: argparse.Namespace) -> None:
     from ..calibration import from_label_studio
     from ..ratings import add_ratings
 
-    ratings, problems = from_label_studio(args.file, edits_of(args), args.rubric)
+    ratings, problems = from_label_studio(args.file, _load_edits(args), args.rubric)
     added = add_ratings(ratings, args.output_dir)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
@@ -164,14 +164,14 @@ def register(commands: Any) -> None:
     command.add_argument("--input_price", type=float, help="of a million input tokens of the judge")
     command.add_argument("--output_price", type=float, help="of a million output tokens")
     add_scorer_options(command)
-    command.set_defaults(run=run_score)
+    command.set_defaults(run=_score)
 
     command = commands.add_parser("probe-judge", help="probe a judge for biases with edits of known scores")
     add_dataset_options(command)
     command.add_argument("--num_cases", type=int, default=50)
     command.add_argument("--seed", type=int, default=0)
     add_scorer_options(command)
-    command.set_defaults(run=run_probe_judge)
+    command.set_defaults(run=_probe_judge)
 
     command = commands.add_parser("refine-prompt", help="refine a task's scorer prompt against ratings")
     command.add_argument("task")
@@ -190,7 +190,7 @@ def register(commands: Any) -> None:
     command.add_argument("--confidence", type=float, default=0.95)
     command.add_argument("--seed", type=int, default=0)
     add_scorer_options(command)
-    command.set_defaults(run=run_refine_prompt)
+    command.set_defaults(run=_refine_prompt)
 
     command = commands.add_parser("measure-agreement", help="measure the agreement between scores and ratings")
     command.add_argument("ratings", help="folder of ratings, or a file")
@@ -203,7 +203,7 @@ def register(commands: Any) -> None:
     command.add_argument("--worst", type=int, default=30, help="number of worst disagreements to show")
     command.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
     command.add_argument("--seed", type=int, default=0, help="of the bootstrap resamples")
-    command.set_defaults(run=run_measure_agreement)
+    command.set_defaults(run=_measure_agreement)
 
     command = commands.add_parser("annotate", help="serve the page on which people rate edits from 0 to 5")
     add_dataset_options(command)
@@ -215,7 +215,7 @@ def register(commands: Any) -> None:
     command.add_argument("--host", default="127.0.0.1", help="address to listen on; any other needs a password")
     command.add_argument("--port", type=int, default=7860)
     command.add_argument("--password", help="better set in the environment as HP_EDIT_PASSWORD")
-    command.set_defaults(run=run_annotate)
+    command.set_defaults(run=_annotate)
 
     command = commands.add_parser("export-ratings", help="export ratings as a dataset, or as Label Studio tasks")
     command.add_argument("ratings", help="folder of ratings, or a file")
@@ -231,7 +231,7 @@ def register(commands: Any) -> None:
     )
     command.add_argument("--push_to_hub", metavar="REPO", help="also push the dataset")
     command.add_argument("--private", action="store_true", help="to a private repository")
-    command.set_defaults(run=run_export_ratings)
+    command.set_defaults(run=_export_ratings)
 
     command = commands.add_parser("import-ratings", help="import ratings from Label Studio's export in JSON")
     command.add_argument("file")
@@ -240,4 +240,4 @@ def register(commands: Any) -> None:
         "--output_dir", required=True, help="folder of the ratings; existing ratings are not repeated"
     )
     command.add_argument("--rubric", help="revision of the rubric, for tasks that do not name it")
-    command.set_defaults(run=run_import_ratings)
+    command.set_defaults(run=_import_ratings)
