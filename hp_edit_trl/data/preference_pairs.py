@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from datasets.table import embed_table_storage
 from diffusers import DiffusionPipeline
@@ -380,9 +380,6 @@ def build_preference_dataset(
     settings = read_json(output_dir / "mining.json")
     if settings is None:
         raise ValueError(f"{output_dir} holds no mined edits: its mining.json is missing or damaged. Mine them first.")
-    # References are written as images, even if the cases only have their paths.
-    kinds = {"image": ImageFeature(), "images": List(ImageFeature())}
-    references = {name: kind for name, kind in kinds.items() if name in dataset.features}
     dataset = without_decoding(dataset)
     if "id" not in dataset.column_names:
         dataset = dataset.add_column("id", [str(i) for i in range(len(dataset))])
@@ -391,51 +388,48 @@ def build_preference_dataset(
         if score is not None:
             by_case.setdefault(name, {})[k] = score
 
-    pairs: dict[str, list] = {name: [] for name in ("case", *PAIR_COLUMNS)}
-    samples: dict[str, list] = {name: [] for name in ("case", "sample", "score", "edit")}
-    dropped = []
+    pairs: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    dropped: list[dict[str, str]] = []
     for case, (case_id, folder) in enumerate(zip(dataset["id"], _sample_folders(dataset, output_dir), strict=True)):
         scores = by_case.get(folder.name, {})
         for k in sorted(int(file.stem) for file in folder.glob("*.png")):
-            _append(samples, case, k, scores.get(k), str(folder / f"{k}.png"))
+            samples.append({"case": case, "sample": k, "score": scores.get(k), "edit": str(folder / f"{k}.png")})
         if reason := _reason_against_pair(list(scores.values()), min_gap, min_chosen_score):
             dropped.append({"id": str(case_id), "reason": reason})
             continue
-        first = sorted(scores)  # of equal scores, `max` and `min` take the first
-        best, worst = max(first, key=scores.__getitem__), min(first, key=scores.__getitem__)
-        edits = [str(folder / f"{k}.png") for k in (best, worst)]
-        _append(pairs, case, *edits, scores[best], scores[worst])
-    counts = Counter({"pairs": len(pairs["case"])}) + Counter(entry["reason"].partition(":")[0] for entry in dropped)
-    if not pairs["case"]:
+        in_order = sorted(scores)  # of equal scores, `max` and `min` take the first
+        pair: dict[str, Any] = {"case": case}
+        for name, choose in (("chosen", max), ("rejected", min)):
+            k = choose(in_order, key=scores.__getitem__)
+            pair |= {name: str(folder / f"{k}.png"), f"score_{name}": scores[k]}
+        pairs.append(pair)
+    counts = Counter({"pairs": len(pairs)}) + Counter(entry["reason"].partition(":")[0] for entry in dropped)
+    if not pairs:
         raise ValueError(
             f"Not one of {len(dataset)} cases gave a pair ({dict(counts)}): lower min_gap={min_gap:g} or "
             f"min_chosen_score={min_chosen_score:g}, or sample more edits per case."
         )
 
-    paired = dataset.select(pairs.pop("case"))
-    for column, values in pairs.items():
-        feature = Value("float32") if column.startswith("score") else ImageFeature()
-        paired = paired.add_column(column, values).cast_column(column, feature)
-    paired = paired.cast(Features({**paired.features, **references}))
-    listed = dataset.select_columns([name for name in ("id", "prompt", "task") if name in dataset.column_names])
-    listed = listed.cast_column("id", Value("string")).select(samples.pop("case"))
-    for column, values in samples.items():
-        listed = listed.add_column(column, values)
-    listed = listed.cast_column("edit", ImageFeature())
-
     folder = output_dir / "dataset"
-    for name, part in (("pairs", paired), ("samples", listed)):
-        _write_parquet(part, folder / name)
+    _write_parquet(_joined(dataset, pairs), folder / "pairs")
+    texts = dataset.select_columns([name for name in ("id", "prompt", "task") if name in dataset.column_names])
+    _write_parquet(_joined(texts.cast_column("id", Value("string")), samples), folder / "samples")
     write_text(folder / "dropped.jsonl", "".join(json.dumps(entry) + "\n" for entry in dropped))
     thresholds = {"min_gap": min_gap, "min_chosen_score": min_chosen_score}
-    _write_card(folder, settings["sampling"] | settings["scoring"], counts, samples["score"], thresholds)
+    all_scores = [sample["score"] for sample in samples]
+    _write_card(folder, settings["sampling"] | settings["scoring"], counts, all_scores, thresholds)
     logger.info("%s", dict(counts))
     return counts
 
 
-def _append(columns: dict[str, list], *values: Any) -> None:
-    for column, value in zip(columns.values(), values, strict=True):
-        column.append(value)
+def _joined(dataset: Dataset, rows: list[dict[str, Any]]) -> Dataset:
+    """The cases that rows name by number in `case`, with the other columns of the rows. Paths become images."""
+    columns = Dataset.from_list(rows)
+    joined = concatenate_datasets([dataset.select(columns["case"]), columns.remove_columns("case")], axis=1)
+    kinds = {name: ImageFeature() for name in ("image", "chosen", "rejected", "edit")}
+    kinds |= {"images": List(ImageFeature()), "score_chosen": Value("float32"), "score_rejected": Value("float32")}
+    return joined.cast(Features({name: kinds.get(name, kind) for name, kind in joined.features.items()}))
 
 
 def _reason_against_pair(scores: list[float], min_gap: float, min_chosen_score: float) -> str | None:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...judges.base import ScoreMode
-from ...tasks import TASKS
 from ...utils.config import check_positive
+from .plan import TASK_WEIGHTS
+from .split import BENCHMARK_COUNTS
 
 
 # Number of rows per batch of the stages that work in batches
@@ -123,9 +124,7 @@ class BuildConfig:
     category_quota: int | None = None
     num_cases: int | None = None
     tasks_per_image: int = 1
-    task_weights: dict[str, float] = field(
-        default_factory=lambda: {task.name: task.realpref_50k for task in TASKS.values()}
-    )
+    task_weights: dict[str, float] = field(default_factory=TASK_WEIGHTS.copy)
     languages: dict[str, float] = field(default_factory=lambda: {"en": 1.0})
     writer: str = "Qwen/Qwen3-VL-32B-Instruct"
     writer_base_url: str | None = None
@@ -134,9 +133,7 @@ class BuildConfig:
     instruction_templates_revision: str | None = None
     check_feasibility: bool = True
     max_repeats: int = 20
-    benchmark_counts: dict[str, int] = field(
-        default_factory=lambda: {task.name: task.realpref_bench for task in TASKS.values()}
-    )
+    benchmark_counts: dict[str, int] = field(default_factory=BENCHMARK_COUNTS.copy)
     benchmark_distance: int = 8
     editor: str = "Qwen/Qwen-Image-Edit-2509"
     editor_revision: str | None = None

@@ -184,7 +184,7 @@ def export_dataset(
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
-            raise OSError(error.errno, f"{folder} cannot be written ({error}). Make room, and run again") from error
+            raise OSError(error.errno, f"{folder} cannot be written ({error}). Free space, and run again") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 from datasets import Features, Value
@@ -13,6 +14,9 @@ from ...utils.config import check_positive
 from ...utils.seeding import seeded_generator
 from .engine import Batch, Stage
 from .styles import LANGUAGES, STYLES, Style, styles_by_name
+
+
+TASK_WEIGHTS: dict[str, float] = {task.name: task.realpref_50k for task in TASKS.values()}
 
 
 class Plan(Stage):
@@ -53,19 +57,15 @@ class Plan(Stage):
         self,
         num_cases: int | None = None,
         tasks_per_image: int = 1,
-        task_weights: Mapping[str, float] | None = None,
-        languages: Mapping[str, float] | None = None,
+        task_weights: Mapping[str, float] = TASK_WEIGHTS,
+        languages: Mapping[str, float] = MappingProxyType({"en": 1.0}),
         seed: int = 0,
         styles: Sequence[Style] = STYLES,
     ):
         self.num_cases = num_cases
         self.tasks_per_image = tasks_per_image
-        self.task_weights = _checked_weights(
-            "task_weights",
-            {task.name: task.realpref_50k for task in TASKS.values()} if task_weights is None else task_weights,
-            TASKS,
-        )
-        self.languages = _checked_weights("languages", {"en": 1.0} if languages is None else languages, LANGUAGES)
+        self.task_weights = _checked_weights("task_weights", task_weights, TASKS)
+        self.languages = _checked_weights("languages", languages, LANGUAGES)
         self.seed = seed
         self.styles = styles_by_name(styles)
         check_positive(num_cases=num_cases)

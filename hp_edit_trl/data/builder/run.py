@@ -1,15 +1,12 @@
 """Building a dataset of hard cases (stage 2 of HP-Edit) from images: the stages, one after the other."""
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ...editors import Editor, FolderEditor, PipelineEditor
+from ...editors import Editor, FolderEditor, PipelineEditor, empty_device_cache
 from ...judges import Judge, load_judge
 from ...rewards import HPScorerReward, load_scorer_prompts
 from ...utils.config import check_positive
@@ -34,18 +31,9 @@ logger = logging.getLogger(__name__)
 
 # Each stage is in the module of its name.
 STAGES = (
-    "sources",
-    "duplicates",
-    "category",
-    "balance",
-    "plan",
-    "instructions",
-    "split",
-    "edits",
-    "scores",
-    "filter",
+    "sources", "duplicates", "category", "balance", "plan", "instructions", "split", "edits", "scores", "filter",
     "export",
-)
+)  # fmt: skip
 
 
 def build_dataset(
@@ -127,9 +115,9 @@ def build_dataset(
                     f"The stage {name!r} rejected all of {all_rows} rows ({dict(reasons)}): read the reasons in "
                     f"{folder.path / name}, correct the cause, and remove that folder."
                 )
-            del stage  # with its model, before the next one is loaded
-            gc.collect()
-            torch.cuda.empty_cache()
+            if stage.batch_size is not None:  # it may have a model, which must be gone before the next one is loaded
+                del stage
+                empty_device_cache()
         dataset = folder.path / "dataset"
         if STAGES[last] == "export" and accelerator.is_main_process:
             export_build(folder, dataset)
@@ -171,10 +159,7 @@ def _stages(
         "sources": lambda: ImageCheck(config.min_side, config.max_side, config.resolution, sizes["sources"]),
         "duplicates": lambda: Duplicates(config.duplicate_distance),
         "category": lambda: ClipCategories(
-            config.clip_model,
-            config.clip_revision,
-            batch_size=sizes["category"],
-            min_score=config.min_category_score,
+            config.clip_model, config.clip_revision, batch_size=sizes["category"], min_score=config.min_category_score
         ),
         "balance": lambda: Balance(config.max_images, config.category_quota, seed),
         "plan": lambda: Plan(

@@ -1,7 +1,7 @@
 """Stage `split`: draws the cases of the benchmark, and keeps their images out of the training data."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from .engine import Batch, Stage
 from .instructions import compact_text
 
 
+BENCHMARK_COUNTS = {task.name: task.realpref_bench for task in TASKS.values()}
+
+
 class Split(Stage):
     """
     Assigns cases to the benchmark (`"test"`) or to training (`"train"`).
@@ -23,7 +26,7 @@ class Split(Stage):
     rejected, so that training sees neither.
 
     Args:
-        counts (`dict[str, int]`, *optional*):
+        counts (`Mapping[str, int]`, *optional*):
             Number of cases per task in the benchmark; `{}` for none. Defaults to the counts of RealPref-Bench.
         max_distance (`int`, *optional*, defaults to `8`):
             Images look alike if their perceptual hashes differ in at most this many of 64 bits.
@@ -38,9 +41,9 @@ class Split(Stage):
     features = Features({"split": Value("string")})
 
     def __init__(
-        self, counts: dict[str, int] | None = None, max_distance: int = 8, max_repeats: int = 20, seed: int = 0
+        self, counts: Mapping[str, int] = BENCHMARK_COUNTS, max_distance: int = 8, max_repeats: int = 20, seed: int = 0
     ):
-        self.counts = {task.name: task.realpref_bench for task in TASKS.values()} if counts is None else dict(counts)
+        self.counts = dict(counts)
         if any(not isinstance(count, int) or count < 0 for count in self.counts.values()):
             raise ValueError(f"benchmark_counts={self.counts} must be integers of at least 0.")
         if not 0 <= max_distance <= 64:
