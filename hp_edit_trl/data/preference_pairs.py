@@ -219,11 +219,11 @@ def sample_and_score(
     def unscored(folder: Path) -> list[int]:
         return [k for k in range(num_generations) if scores.get((folder.name, k)) is None]
 
-    # All cases are divided, also those that are done: the share of a process must not depend on the progress of
-    # others.
+    # All cases are divided, also finished ones: the share of a process must not depend on the progress of others.
     share = range(accelerator.process_index, len(folders), accelerator.num_processes)
     todo = [index for index in share if unscored(folders[index])]
     rounds = range(0, len(todo), cases_per_round)
+    scores_file = output_dir / f"scores-{accelerator.process_index}.jsonl"
     for start in tqdm(rounds, "Mining", unit="round", disable=not accelerator.is_main_process):
         rows, references, places = [], [], []
         for index in todo[start : start + cases_per_round]:
@@ -241,9 +241,7 @@ def sample_and_score(
         _sample(editor, rows, references, places, num_generations, seed)
         samples = [(row, place / f"{k}.png") for row, place in zip(rows, places, strict=True) for k in unscored(place)]
         if samples:
-            append_jsonl(
-                output_dir / f"scores-{accelerator.process_index}.jsonl", _score(reward_func, samples, score_name)
-            )
+            append_jsonl(scores_file, _score(reward_func, samples, score_name))
     accelerator.wait_for_everyone()
 
 
@@ -256,9 +254,9 @@ def _begin(output_dir: Path, sampling: dict[str, Any], scoring: dict[str, Any], 
     remedy = "choose another output_dir"
     if before:
         check_unchanged(f"{output_dir} holds edits", before["sampling"], sampling, remedy)
-    if before and has_scores:
+    if has_scores:
         remedy += ", or delete its scores-*.jsonl to score its edits again"
-        check_unchanged(f"{output_dir} holds scores", before["scoring"], scoring, remedy)
+        check_unchanged(f"{output_dir} holds scores", before.get("scoring", {}), scoring, remedy)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(file, {"sampling": sampling, "scoring": scoring})

@@ -72,9 +72,7 @@ class Sources:
 
     def __init__(self, specs: list[dict[str, Any]]):
         if not isinstance(specs, list) or not specs:
-            raise ValueError(
-                f"sources={specs!r} must be a list with at least one source, e.g. [{{'folder': 'photos'}}]."
-            )
+            raise ValueError(f"sources={specs!r} must be a list of sources, e.g. [{{'folder': 'photos'}}].")
         self._parts: list[_Folder | _Rows] = []
         for number, spec in enumerate(specs):
             name = f"sources[{number}]"
@@ -294,8 +292,8 @@ class ImageCheck(Stage):
     """
     Normalizes images to upright 8-bit sRGB without alpha, and rejects those that cannot be used.
 
-    The bytes of images that are like that already are kept, with all metadata. Other images are encoded again as PNG,
-    without metadata; only a JPEG that is scaled down is stored as JPEG.
+    Images that need no change keep their bytes, with all metadata. Other images are encoded as PNG, without metadata;
+    only a JPEG that is scaled down is stored as JPEG.
 
     The column `image_id` is a hash of the pixels, and `image_hash` the perceptual hash `imagehash.phash`.
 
@@ -384,6 +382,7 @@ class ImageCheck(Stage):
         """The bytes to store of an image, and the picture that they encode."""
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         self._check_size(*image.size)
+        # Pillow defines `n_frames` only for formats that can have several.
         frames = 1 if image.format in JPEGS else getattr(image, "n_frames", 1)
         if frames > 1:
             raise _Rejected(f"animated: {frames} frames")

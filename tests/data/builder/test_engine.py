@@ -83,9 +83,8 @@ def test_a_finished_build_does_nothing(whole):
     assert contents(folder.path) == before and len(calls.read_text().split()) == count == 26
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGKILL, signal.SIGKILL], [signal.SIGINT]])
-def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, whole, signals):
-    folder = tmp_path / "build"
+def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, whole):
+    folder, signals = tmp_path / "build", (signal.SIGKILL, signal.SIGINT)
     done = 0
     for number, kill in enumerate(signals):
         process = start(folder, "local", 0.1)

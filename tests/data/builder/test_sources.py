@@ -672,7 +672,7 @@ def test_a_source_without_a_license_is_mentioned_once(folder, caplog):
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [
-        ([], ValueError, r"sources=\[\] must be a list with at least one"),
+        ([], ValueError, r"sources=\[\] must be a list of sources"),
         ({"folder": "here"}, ValueError, "must be a list"),
         (["here"], ValueError, r"sources\[0\] must be a mapping with one of the keys \['folder', .* but is 'here'"),
         ([{"license": "mit"}], ValueError, r"sources\[0\] must have exactly one of the keys .* has \['license'\]"),
