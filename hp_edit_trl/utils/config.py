@@ -14,7 +14,7 @@ Config = TypeVar("Config")
 
 def read_config(cls: type[Config], path: str | Path) -> Config:
     """
-    Reads a dataclass of options from a YAML file, which maps names to values. A name without a value means the default.
+    Reads a dataclass of options from a YAML file that maps names to values. A name without a value means the default.
 
     Args:
         cls (`type`):
@@ -27,7 +27,7 @@ def read_config(cls: type[Config], path: str | Path) -> Config:
 
     Raises:
         `FileNotFoundError`: If there is no such file.
-        `ValueError`: If it is not a mapping, or an option is unknown, missing, of the wrong type, or rejected by `cls`.
+        `ValueError`: If it is not a mapping, or an option is unknown, missing, of the wrong type or rejected by `cls`.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

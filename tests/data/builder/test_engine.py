@@ -27,12 +27,10 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def start(*args, launcher=(), **kwargs) -> subprocess.Popen:
-    command = [sys.executable, *launcher, "-m", "tests.data.builder.toy_build", *map(str, args)]
+def start(*args) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.data.builder.toy_build", *map(str, args)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
