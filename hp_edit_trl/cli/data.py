@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 
-def run_build(args: argparse.Namespace) -> None:
+def _build(args: argparse.Namespace) -> None:
     from ..data.builder import BuildConfig, build_dataset
     from ..utils.config import read_config
 
@@ -20,7 +20,7 @@ def run_build(args: argparse.Namespace) -> None:
     print(folder)
 
 
-def run_check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> None:
     from ..data import load_realpref
 
     dataset = load_realpref(args.dataset, args.split, args.revision)
@@ -35,10 +35,10 @@ def register(commands: Any) -> None:
     command.add_argument("--engine", choices=("local", "ray"), default="local", help="what runs the stages")
     command.add_argument("--num_workers", type=int, default=1, help="with Ray: workers per stage")
     command.add_argument("--gpus_per_worker", type=float, default=0, help="with Ray")
-    command.set_defaults(run=run_build)
+    command.set_defaults(run=_build)
 
     command = commands.add_parser("check-dataset", help="check every row of a dataset against the schema")
     command.add_argument("dataset", help="folder or Hub repository")
     command.add_argument("--split", default="train")
     command.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    command.set_defaults(run=run_check)
+    command.set_defaults(run=_check)

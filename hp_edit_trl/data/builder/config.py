@@ -74,11 +74,11 @@ class BuildConfig:
             Images are excluded from training if their perceptual hash differs from that of a benchmark image in at
             most this many bits.
         editor (`str`, *optional*, defaults to `"Qwen/Qwen-Image-Edit-2509"`):
-            A diffusers pipeline, or a folder of finished edits, named by the id of their case.
+            A diffusers pipeline, a folder of finished edits, or a function, see [`load_editor`].
         editor_revision (`str`, *optional*):
             Branch, tag or commit of its repository.
         editor_options (`dict`, *optional*):
-            Options of [`PipelineEditor`], e.g. `{"num_inference_steps": 40, "lora": "..."}`.
+            Options of a pipeline, e.g. `{"num_inference_steps": 40, "lora": "..."}`, see [`PipelineEditor`].
         judge (`str`, *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
             Vision-language model that scores the edits.
         judge_base_url (`str`, *optional*):

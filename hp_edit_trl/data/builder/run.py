@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ...editors import Editor, FolderEditor, PipelineEditor, empty_device_cache
+from ...editors import Editor, empty_device_cache, load_editor
 from ...judges import Judge, load_judge
 from ...rewards import HPScorerReward, load_scorer_prompts
 from ...utils.config import check_positive
@@ -146,6 +146,10 @@ def _stages(
         size, check = sizes["instructions"], config.check_feasibility
         return WriteInstructions(model, templates, styles, batch_size=size, check_feasibility=check)
 
+    def make_edits() -> Stage:
+        made = editor or load_editor(config.editor, config.editor_revision, **config.editor_options)
+        return MakeEdits(made, sizes["edits"], seed)
+
     def make_scores() -> Stage:
         if scorer is not None:
             return ScoreEdits(scorer, sizes["scores"])
@@ -167,7 +171,7 @@ def _stages(
         ),
         "instructions": make_instructions,
         "split": lambda: Split(config.benchmark_counts, config.benchmark_distance, config.max_repeats, seed),
-        "edits": lambda: MakeEdits(editor or _load_editor(config), sizes["edits"], seed),
+        "edits": make_edits,
         "scores": make_scores,
         "filter": lambda: Filter(config.filter_rule, config.filter_threshold),
     }
@@ -183,10 +187,3 @@ def _stages(
                     f"There is no {what} for the task {task!r}, which task_weights asks for; there are {list(known)}."
                 )
     return make
-
-
-def _load_editor(config: BuildConfig) -> Editor:
-    folder = Path(config.editor)
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        return FolderEditor(folder)
-    return PipelineEditor(config.editor, config.editor_revision, **config.editor_options)
