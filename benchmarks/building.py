@@ -1,19 +1,18 @@
 """
-What building a dataset costs beside the models' own calls, and how much memory it takes. Prints tables, asserts
-nothing.
+Measures what building a dataset costs besides the calls of the models, and how much memory it takes. Prints tables.
 
-    python benchmarks/building.py                      # rows per second and overhead of each stage, locally and on Ray
+    python benchmarks/building.py                      # rows per second and overhead of each stage, local and with Ray
     python benchmarks/building.py --memory 50000       # peak memory of building from 50,000 small pictures
 
 Setting of the first: one CPU thread, pictures of 256 x 256; CLIP ViT-B/32 with random weights; writer and judge behind
-servers on loopback that answer after --latency seconds, 16 requests at once; an editor that takes as long for each
-picture. "Model calls" is the time within the model's own call (CLIP's forward pass, the servers' answers, the editor),
-with the processor that is part of CLIP. "Whole stage" is the time from when the stage is ready, and overhead what it
-takes beyond the calls: reading, decoding, checking, encoding, writing. "Start" is what comes before: with Ray the
-worker's process and its imports, and the loading of the model.
+servers on loopback that answer after --latency seconds, 16 requests at once; an editor that takes --latency seconds
+per picture. "Model calls" is the time in the calls of the model (processor and forward pass of CLIP, answers of the
+servers, the editor). "Whole stage" is the time since the stage was ready. The overhead is the time beyond the calls:
+reading, decoding, checking, encoding and writing. "Start" is the time before: loading the model, and with Ray the
+process of the worker and its imports.
 
-Setting of the second: pictures of 64 x 64, each stage with its default batch, models that answer at once; what is
-measured is the peak of the process's resident memory.
+Setting of the second: pictures of 64 x 64, each stage with its default batch size, models that answer at once. It
+measures the peak of the resident memory of the process.
 """
 
 import argparse
@@ -39,11 +38,21 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from hp_edit_trl import HPScorerReward
-from hp_edit_trl.data.builder import BuildConfig, ClipCategories, build_dataset
-from hp_edit_trl.data.builder.edits import MakeEdits, ScoreEdits
-from hp_edit_trl.data.builder.engine import Stage, WorkFolder, run_stage
-from hp_edit_trl.data.builder.instructions import Plan, WriteInstructions
-from hp_edit_trl.data.builder.sources import Duplicates, ImageCheck, Sources
+from hp_edit_trl.data.builder import (
+    BuildConfig,
+    ClipCategories,
+    Duplicates,
+    ImageCheck,
+    MakeEdits,
+    Plan,
+    ScoreEdits,
+    Sources,
+    Stage,
+    WorkFolder,
+    WriteInstructions,
+    build_dataset,
+    run_stage,
+)
 from hp_edit_trl.judges import Judgement, ServerJudge
 from hp_edit_trl.miniature.tiny import tiny_clip
 
@@ -65,7 +74,7 @@ def pictures(folder: Path, count: int, size: int) -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A chat server that answers after a while: with a score if it is asked for one, else with an instruction."""
+    """A chat server that answers after a delay: with a score if it is asked for one, otherwise with a prompt."""
 
     latency = 0.0
 
@@ -93,7 +102,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Timed:
-    """A judge that writes down how long its calls took."""
+    """A judge that writes down how long its calls take."""
 
     def __init__(self, judge: Any, file: Path):
         self.judge, self.file, self.identity = judge, file, judge.identity
@@ -114,7 +123,7 @@ def note(file: Path, seconds: float) -> None:
 
 
 class TimedClip(ClipCategories):
-    """Writes down how long its processor and its model took with the pictures."""
+    """Writes down how long its processor and its model take."""
 
     def __init__(self, file: Path, model: str):
         super().__init__(model)
@@ -137,15 +146,12 @@ class TimedClip(ClipCategories):
 
 
 class Started:
-    """A stage that writes down when it was ready to begin."""
+    """A stage that writes down when it was ready."""
 
     def __init__(self, stage: Stage, file: Path):
         self.stage, self.file = stage, file
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("stage", "file"):  # not there yet, while this is unpickled
-            raise AttributeError(name)
-        return getattr(self.stage, name)
+        self.name, self.inputs, self.features = stage.name, stage.inputs, stage.features
+        self.batch_size, self.settings = stage.batch_size, stage.settings
 
     def load(self) -> None:
         self.stage.load()
@@ -156,19 +162,22 @@ class Started:
 
 
 class SlowEditor:
-    """Takes its time and gives the picture back."""
+    """An editor that waits and returns the picture."""
 
     def __init__(self, file: Path, latency: float):
         self.file, self.latency, self.identity = file, latency, {"editor": "slow", "revision": None}
 
     def load(self) -> None:
-        """It is ready."""
+        pass
 
-    def __call__(self, images: list, prompts: list, ids: list, seeds: list) -> list[Image.Image]:
+    def unload(self) -> None:
+        pass
+
+    def __call__(self, references: list, prompts: list, ids: list, seeds: list) -> list[Image.Image]:
         start = time.perf_counter()
-        time.sleep(self.latency * len(images))
+        time.sleep(self.latency * len(references))
         note(self.file, time.perf_counter() - start)
-        return images
+        return [images[0] for images in references]
 
 
 class Instant:

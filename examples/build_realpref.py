@@ -4,13 +4,13 @@
 """
 Builds a dataset of hard cases from images (docs/building_a_dataset.md), and trains on it.
 
-Without arguments it builds a small set from drawn scenes and scikit-image's photographs, with the miniature's policy as the editor,
-and trains two steps on it. Writer and judge are simulated, and the CLIP model is a tiny one with random weights, so that its
-categories mean nothing:
+Without arguments it builds a small dataset from drawn scenes and photographs of scikit-image, with the policy of the
+miniature as the editor, and trains two steps on it. Writer and judge are simulated, and the CLIP model is a tiny one
+with random weights, so its categories are meaningless:
 
     python examples/build_realpref.py
 
-The real thing is a config, with your images named in it:
+For a real dataset, list your images in a configuration:
 
     python examples/build_realpref.py --config examples/configs/build_realpref.yaml
 """
@@ -27,6 +27,7 @@ from hp_edit_trl.editors import PolicyEditor
 from hp_edit_trl.miniature.tiny import tiny_clip
 from hp_edit_trl.policies import policy_class
 from hp_edit_trl.tasks import TASKS
+from hp_edit_trl.utils.config import read_config
 
 
 def main(output_dir: Path, num_scenes: int, engine: str) -> None:
@@ -57,9 +58,8 @@ def main(output_dir: Path, num_scenes: int, engine: str) -> None:
     )
 
     dataset = load_realpref(str(folder), split="train")
-    print(
-        f"{len(dataset)} hard cases in {folder}; the mean of their scores is {sum(dataset['score']) / len(dataset):.2f}."
-    )
+    mean_score = sum(dataset["score"]) / len(dataset)
+    print(f"{len(dataset)} hard cases in {folder}; the mean of their scores is {mean_score:.2f}.")
     args = FlowGRPOEditConfig(
         str(output_dir / "lora"),
         resolution=32,
@@ -79,12 +79,12 @@ def main(output_dir: Path, num_scenes: int, engine: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="build from this configuration instead; nothing is trained")
+    parser.add_argument("--config", help="YAML file: build this dataset, without training")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/build-realpref"))
     parser.add_argument("--num_scenes", type=int, default=240)
     args = parser.parse_args()
     if args.config is not None:
-        print(build_dataset(BuildConfig.from_yaml(args.config), engine=args.engine))
+        print(build_dataset(read_config(BuildConfig, args.config), engine=args.engine))
     else:
         main(args.output_dir, args.num_scenes, args.engine)

@@ -1,14 +1,7 @@
 """Stage 2 of HP-Edit: the schema of a case, the dataset builder, and preference pairs."""
 
 from .preference_pairs import build_preference_dataset, mine_preference_pairs, sample_and_score
-from .schema import (
-    CASE_FEATURES,
-    EDIT_FEATURES,
-    SCHEMA_VERSION,
-    SCORE_FEATURES,
-    check_realpref,
-    load_realpref,
-)
+from .schema import CASE_FEATURES, EDIT_FEATURES, SCHEMA_VERSION, SCORE_FEATURES, check_realpref, load_realpref
 
 
 __all__ = [

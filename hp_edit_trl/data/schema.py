@@ -1,8 +1,10 @@
-"""What a row of a dataset holds, and loading with a check of every row."""
+"""The schema of a dataset of cases, and loading with a check of every row."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +22,7 @@ SCHEMA_VERSION = 1
 
 TEXT = Value("string")
 
-# Of every case
+# Columns of every case
 CASE_FEATURES = Features(
     {
         "schema_version": Value("int32"),
@@ -41,11 +43,11 @@ CASE_FEATURES = Features(
         "writer_prompt": TEXT,
     }
 )
-# Of a case with an edit
+# Further columns of a case with an edit
 EDIT_FEATURES = Features(
     {"edit": ImageFeature(), "editor": TEXT, "editor_revision": TEXT, "edit_seed": Value("int64")}
 )
-# Of an edit with a score
+# Further columns of an edit with a score
 SCORE_FEATURES = Features(
     {
         "score": Value("float32"),
@@ -70,28 +72,31 @@ def load_realpref(
     """
     Loads a dataset of cases, checks every row against the schema, and casts its columns. No image is decoded.
 
-    The schema is `CASE_FEATURES`, with `EDIT_FEATURES` if there is a column `edit`, and `SCORE_FEATURES` if there is a column
-    `score`. Columns beyond it are kept. A dataset without `schema_version`, from before there was a schema, gets the columns that
-    it lacks, without values.
+    The schema is `CASE_FEATURES`, plus `EDIT_FEATURES` if there is a column `edit`, and `SCORE_FEATURES` if there is a
+    column `score`. Other columns are kept. A dataset without `schema_version` was written before there was a schema:
+    the missing columns are added, without values.
 
     Args:
         repo_or_folder (`str`):
-            Hub repository, a folder that [`~datasets.load_dataset`] reads, or one that [`~datasets.Dataset.save_to_disk`] wrote.
+            Hub repository, a folder that [`~datasets.load_dataset`] reads, or one that
+            [`~datasets.Dataset.save_to_disk`] wrote.
         split (`str`, *optional*, defaults to `"train"`):
-            Which split.
+            The split to load.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
         streaming (`bool`, *optional*, defaults to `False`):
-            Download nothing beforehand. Each row is checked as it passes.
+            Return a stream, without downloading the files first. Each row is checked when it is read.
         token (`str`, *optional*):
-            Token for a private repository. Defaults to the one that is logged in.
+            Token for a private repository. Defaults to the token of the logged-in user.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`].
 
     Raises:
-        `FileNotFoundError`: If there is no such folder, repository or revision, or it is private.
-        `ValueError`: If there is no such split, or a row, a column or the version does not fit; it names row and column.
+        `FileNotFoundError`: If the folder, repository or revision does not exist, or is private.
+        `ValueError`: If the split does not exist, or a row, a column or the version does not fit the schema; it names
+        row
+            and column.
     """
     dataset = _load(repo_or_folder, split, revision, streaming, token)
     if isinstance(dataset, Dataset):
@@ -106,17 +111,17 @@ def _load(
 ) -> Dataset | IterableDataset:
     try:
         dataset = load_split(path, split, revision=revision, streaming=streaming, token=token)
-    except FileNotFoundError as error:  # those of datasets among them
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"There is no dataset {path!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on the Hub, or it "
-            f"is private and needs a token: {error}"
+            f"There is no dataset {path!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on "
+            f"the Hub, or it is private and needs a token: {error}"
         ) from error
     except (pa.ArrowInvalid, DatasetGenerationError) as error:
         raise ValueError(
-            f"{path} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns are others than those "
-            "of the rest, or the disk is full."
+            f"{path} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns differ "
+            "from those of the others, or the disk is full."
         ) from error
-    if dataset.features is None:  # a stream of files that do not tell
+    if dataset.features is None:  # a stream of files without a schema
         dataset = dataset._resolve_features()
     return dataset
 
@@ -125,7 +130,7 @@ def _missing_columns(dataset: Dataset | IterableDataset, name: str) -> list[str]
     try:
         return _check_features(dataset.features, name)
     except ValueError:
-        # A later version may have other columns, and then the remedy is another one.
+        # If a newer version with other columns wrote it, the remedy is an upgrade.
         if "schema_version" in dataset.features:
             for row in dataset.select_columns(["schema_version"]).take(1):
                 if isinstance(version := row["schema_version"], int) and version > SCHEMA_VERSION:
@@ -134,7 +139,7 @@ def _missing_columns(dataset: Dataset | IterableDataset, name: str) -> list[str]
 
 
 def _newer(version: int) -> str:
-    return f"{version} was written by a newer hp-edit-trl, this one knows {SCHEMA_VERSION}: upgrade it."
+    return f"{version} was written by a newer hp-edit-trl, but this one reads {SCHEMA_VERSION}: upgrade it."
 
 
 def _expected(columns: list[str]) -> Features:
@@ -146,11 +151,11 @@ def _expected(columns: list[str]) -> Features:
 
 
 def _check_features(features: Features, name: str) -> list[str]:
-    """The columns that are missing and may be. Raises `ValueError` if one that must be there is, or one cannot be cast."""
+    """The missing columns. Raises `ValueError` if a required column is missing, or one cannot be cast."""
     if missing := [column for column in REQUIRED if column not in features]:
         raise ValueError(
-            f"{name} has no column {', '.join(map(repr, missing))}; its columns are {list(features)}. A case has at least "
-            f"{list(REQUIRED)}: rename or add what it lacks."
+            f"{name} has no column {', '.join(map(repr, missing))}; its columns are {list(features)}. A case needs "
+            f"{list(REQUIRED)}: rename or add columns."
         )
     expected = _expected(list(features))
     for column, wanted in expected.items():
@@ -158,12 +163,8 @@ def _check_features(features: Features, name: str) -> list[str]:
         if found is None or found == wanted:
             continue
         if isinstance(wanted, ImageFeature):
-            fits = (
-                isinstance(found, ImageFeature)
-                or is_text(found)
-                or isinstance(found, dict)
-                and {"bytes", "path"} <= found.keys()
-            )
+            is_struct = isinstance(found, dict) and {"bytes", "path"} <= found.keys()
+            fits = isinstance(found, ImageFeature) or is_text(found) or is_struct
         elif wanted == TEXT:
             fits = is_text(found) or found == Value("null")
         else:
@@ -179,7 +180,8 @@ def _complete(dataset: Dataset, name: str) -> Dataset:
     missing = _missing_columns(dataset, name)
     if "schema_version" in missing:
         logger.warning(
-            "%s has no column 'schema_version', so it is from before there was a schema: it gets the columns %s, without values.",
+            "%s has no column 'schema_version', so it was written before there was a schema. The columns %s are "
+            "added, without values.",
             name,
             missing,
         )
@@ -198,7 +200,7 @@ def _cast(dataset: Dataset) -> Dataset:
     for column in set(wrong) - set(light):
         dataset = dataset.cast_column(column, expected[column])
     if light:
-        # A cast writes what it casts to the cache: these columns, and not all images with them.
+        # A cast copies what it casts to the cache: these columns only, not the images.
         names = dataset.column_names
         cast = dataset.select_columns(light).cast(Features({column: expected[column] for column in light}))
         parts = [dataset.remove_columns(light), cast]
@@ -208,22 +210,23 @@ def _cast(dataset: Dataset) -> Dataset:
 
 def check_realpref(dataset: Dataset, name: str) -> None:
     """
-    Raises an error that names the first row and column of a dataset that do not fit the schema. No image is read.
+    Checks a dataset against the schema. Images are not decoded.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         name (`str`):
-            What the error calls it.
+            Its name in the error.
 
     Raises:
-        `ValueError`: If a row, a column or the version does not fit.
+        `ValueError`: If a row, a column or the version does not fit; it names the first such row and column.
     """
     if missing := _missing_columns(dataset, name):
         raise ValueError(f"{name} has no columns {missing}: load it with load_realpref, which adds them.")
     expected = _expected(dataset.column_names)
     images = [column for column in ("image", "edit") if column in dataset.features]
-    light = [column for column in ("schema_version", "id", "prompt", "task", "editor", "edit_seed", "score", "width", "height") if column in expected and column in dataset.features]  # fmt: skip
+    checked = ("schema_version", "id", "prompt", "task", "editor", "edit_seed", "score", "width", "height")
+    light = [column for column in checked if column in expected and column in dataset.features]
     seen: dict[tuple, int] = {}
     rows = dataset.select_columns([*light, *images]).with_format("arrow")
     for start in range(0, len(rows), 1000):
@@ -243,7 +246,22 @@ def _are_there(images: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int]) -> None:
-    """Raises `ValueError` if a row does not fit; images only count as there or not. `seen` gathers the names of the rows."""
+    """
+    Checks a row against the schema.
+
+    Args:
+        row (`dict`):
+            The row, with `True` or `False` in place of its images, see [`with_presence`].
+        number (`int`):
+            Its number in the error.
+        name (`str`):
+            The name of the dataset in the error.
+        seen (`dict[tuple, int]`):
+            The ids and editors of earlier rows. Those of this row are added.
+
+    Raises:
+        `ValueError`: If the row does not fit.
+    """
 
     def fail(column: str, problem: str) -> None:
         raise ValueError(f"Row {number} of {name}, column {column!r}: {problem}")
@@ -252,7 +270,7 @@ def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int
     if version != SCHEMA_VERSION:
         if isinstance(version, int) and version > SCHEMA_VERSION:
             fail("schema_version", _newer(version))
-        fail("schema_version", f"{version!r} is no version; this hp-edit-trl writes {SCHEMA_VERSION}.")
+        fail("schema_version", f"{version!r} is not a version; this hp-edit-trl writes {SCHEMA_VERSION}.")
     for column in ("id", "prompt", "task"):
         if not (row[column] or "").strip():
             fail(column, "is empty.")
@@ -261,7 +279,7 @@ def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int
             fail(column, "has no image.")
     for column in ("width", "height"):
         if row.get(column) is not None and not 1 <= row[column] < 2**31:
-            fail(column, f"{row[column]} is no number of pixels.")
+            fail(column, f"{row[column]} is not a number of pixels.")
     seed = row.get("edit_seed")
     if seed is not None and not -(2**63) <= seed < 2**63:
         fail("edit_seed", f"{seed} does not fit 64 bits with a sign.")
@@ -270,14 +288,14 @@ def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int
         fail("score", f"{score:g} is not between 0 and 5.")
     key = (row["id"], row.get("editor") if "edit" in row else None)
     if key in seen:
-        fail("id", f"{row['id']!r} is that of row {seen[key]} as well{' and by the same editor' if key[1] else ''}.")
+        fail("id", f"row {seen[key]} has {row['id']!r}, too{', and the same editor' if key[1] else ''}.")
     seen[key] = number
 
 
 def _checked_stream(dataset: IterableDataset, name: str) -> IterableDataset:
     missing = _missing_columns(dataset, name)
     if "schema_version" in missing:
-        logger.warning("%s has no column 'schema_version': it gets the columns %s, without values.", name, missing)
+        logger.warning("%s has no column 'schema_version': the columns %s are added, without values.", name, missing)
     expected = _expected(list(dataset.features))
     features = Features({**dataset.features, **expected})
     undecoded = dataset
@@ -285,7 +303,7 @@ def _checked_stream(dataset: IterableDataset, name: str) -> IterableDataset:
         if isinstance(dataset.features.get(column), ImageFeature):
             undecoded = undecoded.cast_column(column, ImageFeature(decode=False))
 
-    # Not a closure: a stream may be sent to the workers of a DataLoader.
+    # A partial, which can be pickled, because a stream may be sent to the workers of a DataLoader
     return IterableDataset.from_generator(partial(_checked_rows, undecoded, missing, name), features=features)
 
 
@@ -300,9 +318,22 @@ def _checked_rows(dataset: IterableDataset, missing: list[str], name: str) -> It
 
 
 def with_presence(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as [`check_row`] takes it: of each image only whether there is one."""
+    """The row with `True` or `False` in place of its images: whether there is one."""
     return {**row, **{column: _is_there(row[column]) for column in ("image", "edit") if column in row}}
 
 
 def _is_there(value: Any) -> bool:
     return any(value.values()) if isinstance(value, dict) else bool(value)
+
+
+def content_description(folder: Path) -> str:
+    """
+    A description of a card's configuration that changes with the content of the Parquet files in a folder.
+    `load_dataset` finds a local folder in its cache by its name and its card, so without this it would return the rows
+    of another dataset in a folder of the same name.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.parquet")):
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"content {digest.hexdigest()[:16]}"

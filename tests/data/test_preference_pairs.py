@@ -25,7 +25,8 @@ from tests.helpers import END
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
-    "score_name": "score", "resolution": 32, "num_inference_steps": 2, "true_cfg_scale": 1.0, "batch_size": 8, "num_generations": 3,
+    "score_name": "score", "resolution": 32, "num_inference_steps": 2, "true_cfg_scale": 1.0, "batch_size": 8,
+    "num_generations": 3,
 }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def test_the_rule_of_choice(cases, tmp_path):
     scores = [[5, 1, 1], [4, 4, 4], [2, 1, 0], [4.5, 4, 4.2], [None, 3, None], [4, 4, None]]
     cases = cases.remove_columns("target")
     (tmp_path / "mining.json").write_text(
-        json.dumps({"sampling": {"model": "x"}, "scoring": {"reward_func": "y", "score_name": None}})
+        json.dumps({"sampling": {"editor": "x"}, "scoring": {"reward_func": "y", "score_name": None}})
     )
     places = preference_pairs._sample_folders(preference_pairs.without_decoding(cases), tmp_path)
     with (tmp_path / "scores-0.jsonl").open("w") as file:
@@ -166,7 +167,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(mined, pipeline, cases, tmp_pat
         mine(pipeline, cases, tmp_path, Scorer())
     monkeypatch.setattr(PILImage.Image, "save", save)
     done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    scored = len(preference_pairs.read_scores(tmp_path))
+    scored = len(preference_pairs.read_mined_scores(tmp_path))
     again = [0]
 
     class Counting(RuleScorer):
@@ -188,7 +189,7 @@ def test_a_line_that_was_cut_off_is_scored_again(mined, pipeline, cases, tmp_pat
     file.write_text(file.read_text()[:-20])
     pairs = mine(pipeline, cases, tmp_path)
     assert contents(pairs) == contents(mined[0])
-    assert len(preference_pairs.read_scores(tmp_path)) == 18
+    assert len(preference_pairs.read_mined_scores(tmp_path)) == 18
 
 
 def test_missing_scores_stay_missing_and_are_asked_for_again(pipeline, cases, tmp_path):
@@ -197,19 +198,25 @@ def test_missing_scores_stay_missing_and_are_asked_for_again(pipeline, cases, tm
 
         def __call__(self, log_extra=None, **columns):
             def spoil(name, values):
-                log_extra(name, [None if self.fails and i % 3 == 1 else math.nan if self.fails and i % 3 == 2 else v for i, v in enumerate(values)])  # fmt: skip
+                log_extra(
+                    name,
+                    [
+                        None if self.fails and i % 3 == 1 else math.nan if self.fails and i % 3 == 2 else v
+                        for i, v in enumerate(values)
+                    ],
+                )
 
             return super().__call__(log_extra=spoil, **columns)
 
     scorer = Failing()
     sample_and_score(pipeline, scorer, cases, tmp_path, **OPTIONS)
-    scores = preference_pairs.read_scores(tmp_path)
-    assert sum(entry["score"] is None for entry in scores.values()) == 12
+    scores = preference_pairs.read_mined_scores(tmp_path)
+    assert list(scores.values()).count(None) == 12
     with pytest.raises(ValueError, match="fewer than two scores"):
         build_preference_dataset(cases, tmp_path)
     scorer.fails = False
     sample_and_score(pipeline, scorer, cases, tmp_path, **OPTIONS)
-    assert all(entry["score"] is not None for entry in preference_pairs.read_scores(tmp_path).values())
+    assert None not in preference_pairs.read_mined_scores(tmp_path).values()
 
 
 def test_other_pairs_in_a_folder_of_the_same_name_are_not_taken_for_these(pipeline, cases, tmp_path):
@@ -222,21 +229,21 @@ def test_other_pairs_in_a_folder_of_the_same_name_are_not_taken_for_these(pipeli
 def test_bad_input(pipeline, cases, tmp_path):
     for options, message in [
         ({"num_generations": 1}, "num_generations=1 must be at least 2"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be an integer of at least 1"),
         ({"on_bad_image": "ignore"}, "on_bad_image='ignore' is not known"),
-        ({"score_name": "beauty"}, r"logs no 'beauty'; it logs \['score'\]"),
+        ({"score_name": "beauty"}, r"does not log 'beauty'; it logs \['score'\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             mine(pipeline, cases, tmp_path / "bad", **options)
     with pytest.raises(ValueError, match="no column 'prompt'"):
         mine(pipeline, cases.remove_columns("prompt"), tmp_path / "bad")
-    with pytest.raises(ValueError, match=r"columns \['chosen'\] already"):
+    with pytest.raises(ValueError, match=r"already has the columns \['chosen'\]"):
         mine(pipeline, cases.add_column("chosen", list(range(6))), tmp_path / "taken")
     assert not (tmp_path / "taken").exists()
     with pytest.raises(ValueError, match="guidance_scale=2.0, but the transformer of this"):
         mine(pipeline, cases, tmp_path / "bad", guidance_scale=2.0)
     sample_and_score(pipeline, RuleScorer(), cases.select([0]), tmp_path / "seed", **OPTIONS)
-    with pytest.raises(ValueError, match=r"whose sampling was another \(seed: 0 -> 1\): choose another"):
+    with pytest.raises(ValueError, match=r"holds edits made with other settings \(seed: 0 -> 1\): choose another"):
         sample_and_score(pipeline, RuleScorer(), cases.select([0]), tmp_path / "seed", seed=1, **OPTIONS)
 
 
@@ -245,20 +252,20 @@ def test_edits_of_another_policy_or_scores_of_another_judge_are_not_mixed(cases,
     sample_and_score(pipeline, RuleScorer(), cases, tmp_path, **OPTIONS)
     edits = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
     with pytest.raises(
-        ValueError, match=r"whose scoring was another .*'RuleScorer' -> 'CoarseScorer'.*delete its scores"
+        ValueError, match=r"holds scores made with other settings .*'RuleScorer' -> 'CoarseScorer'.*delete its scores"
     ):
         sample_and_score(pipeline, CoarseScorer(), cases, tmp_path, **OPTIONS | {"score_name": "coarse_score"})
     (tmp_path / "scores-0.jsonl").unlink()
     sample_and_score(pipeline, CoarseScorer(), cases, tmp_path, **OPTIONS | {"score_name": "coarse_score"})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == edits
     pipeline.transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="whose sampling was another .weights: "):
+    with pytest.raises(ValueError, match="holds edits made with other settings .revision: "):
         sample_and_score(pipeline, CoarseScorer(), cases, tmp_path, **OPTIONS | {"score_name": "coarse_score"})
 
 
 def test_the_scorer_of_a_task_is_asked_for_before_anything_is_sampled(pipeline, cases, tmp_path):
     class Judge:
-        name = "a judge"
+        identity = {"judge": "Judge", "name": "a judge"}
 
         def load(self):
             pass
@@ -296,7 +303,10 @@ def test_a_broken_image_stops_or_is_left_out(pipeline, cases, tmp_path):
 @pytest.mark.slow
 def test_processes_that_are_shot(mined, tmp_path):
     # Twice, wherever it happens to be, and not only where Python can clean up
-    script = f"from tests.data.test_preference_pairs import *\nmine(load_pipeline(), load_world('train', 6), {str(tmp_path)!r}, Slow())"
+    script = (
+        "from tests.data.test_preference_pairs import *\n"
+        f"mine(load_pipeline(), load_world('train', 6), {str(tmp_path)!r}, Slow())"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for edits in (2, 9):
         process = subprocess.Popen(

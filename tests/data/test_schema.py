@@ -25,7 +25,7 @@ from hp_edit_trl.data import (
 from hp_edit_trl.data.builder import export_dataset
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.rewards import load_scorer_prompts
-from tests.data.builder.test_edits import encoded
+from tests.data.builder.toy_build import encoded
 from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, make_config, photo
 
@@ -93,7 +93,7 @@ def test_a_stream_is_checked_as_it_passes(tmp_path):
     with pytest.raises(ValueError, match="Row 2 of .*bad, column 'score': 5.5 is not between 0 and 5"):
         next(passing)
     twice = save(make(id=["a", "b", "a", "c", "d"], editor=None), tmp_path / "twice")
-    with pytest.raises(ValueError, match="Row 2 of .*column 'id': 'a' is that of row 0 as well"):
+    with pytest.raises(ValueError, match="Row 2 of .*column 'id': row 0 has 'a', too"):
         list(load_realpref(twice, streaming=True))
 
 
@@ -107,14 +107,15 @@ def test_a_stream_is_checked_as_it_passes(tmp_path):
         ({"prompt": ["a", "b", "c", "", "e"]}, "Row 3 of .*, column 'prompt': is empty"),
         ({"task": [None] * 5}, "Row 0 of .*, column 'task': is empty"),
         ({"id": ["a", "b", "c", "", "d"]}, "Row 3 of .*, column 'id': is empty"),
-        ({"id": ["a", "b", "c", "a", "d"]}, "Row 3 of .*, column 'id': 'a' is that of row 0 as well and by the same editor"),
+        ({"id": ["a", "b", "c", "a", "d"]}, "Row 3 of .*, column 'id': row 0 has 'a', too, and the same editor"),
         ({"image": [None] * 5}, "Row 0 of .*, column 'image': has no image"),
         ({"edit": [*make_rows()["edit"][:4], None]}, "Row 4 of .*, column 'edit': has no image"),
         ({"prompt": ["a", " \n", "c", "d", "e"]}, "Row 1 of .*, column 'prompt': is empty"),
-        ({"width": [64, 0, 64, 64, 64]}, "Row 1 of .*, column 'width': 0 is no number of pixels"),
-        ({"schema_version": [1, 1, 2, 1, 1]}, "Row 2 of .*'schema_version': 2 was written by a newer hp-edit-trl.*upgrade"),
-        ({"schema_version": [1, None, 1, 1, 1]}, "Row 1 of .*'schema_version': None is no version"),
-        ({"schema_version": [0] * 5}, "Row 0 of .*'schema_version': 0 is no version"),
+        ({"width": [64, 0, 64, 64, 64]}, "Row 1 of .*, column 'width': 0 is not a number of pixels"),
+        ({"schema_version": [1, 1, 2, 1, 1]},
+            "Row 2 of .*'schema_version': 2 was written by a newer hp-edit-trl.*upgrade"),
+        ({"schema_version": [1, None, 1, 1, 1]}, "Row 1 of .*'schema_version': None is not a version"),
+        ({"schema_version": [0] * 5}, "Row 0 of .*'schema_version': 0 is not a version"),
         ({"image": None}, "has no column 'image'; its columns are"),
         ({"task": None, "id": None}, "has no column 'id', 'task'; its columns are"),
     ],
@@ -164,7 +165,7 @@ def test_nothing_is_copied_that_need_not_be(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_numbers_that_do_not_fit_are_named_by_row(tmp_path, streaming):
     wide = make(width=None).add_column("width", [64, 64, 2**40, 64, 64])
-    with pytest.raises(ValueError, match=f"Row 2 of .*, column 'width': {2**40} is no number of pixels"):
+    with pytest.raises(ValueError, match=f"Row 2 of .*, column 'width': {2**40} is not a number of pixels"):
         list(load_realpref(save(wide, tmp_path / "wide"), streaming=streaming))
     seeds = make(edit_seed=None).add_column("edit_seed", np.array([0, 1, 2, 3, 2**63], np.uint64))
     with pytest.raises(ValueError, match=f"Row 4 of .*, column 'edit_seed': {2**63} does not fit"):
@@ -198,13 +199,13 @@ def test_a_stream_can_be_sent_to_another_process(tmp_path):
 def test_a_data_set_from_before_the_schema_gets_what_it_lacks(tmp_path, caplog, streaming):
     old = make().select_columns(["id", "image", "prompt", "task", "edit"])
     loaded = load_realpref(save(old, tmp_path / "old"), streaming=streaming)
-    assert "is from before there was a schema" in caplog.text or "has no column 'schema_version'" in caplog.text
+    assert "was written before there was a schema" in caplog.text or "has no column 'schema_version'" in caplog.text
     row = next(iter(loaded))
     assert set(row) == {*CASE_FEATURES, *EDIT_FEATURES} and row["schema_version"] == SCHEMA_VERSION
     assert row["license"] is None and row["id"] == "case-0"
     if not streaming:
         check_realpref(loaded, "migrated")
-        new = load_realpref(save(make(score=None, answer=None, judge=None, scorer_prompt=None, scorer_prompt_sha=None, score_mode=None), tmp_path / "new"))  # fmt: skip
+        new = load_realpref(save(make(**dict.fromkeys(SCORE_FEATURES)), tmp_path / "new"))
         both = concatenate_datasets([loaded.select([0]), new.select([1])])
         check_realpref(both, "both")
 
@@ -225,7 +226,7 @@ def test_saved_to_disk_and_splits(tmp_path):
 PUSH = """
 import sys
 from huggingface_hub import HfApi
-from hp_edit_trl.data import push_dataset
+from hp_edit_trl.data.builder import push_dataset
 for folder in sys.argv[1:3]:
     print(push_dataset(folder, "someone/realpref").rpartition("/")[2])
 api = HfApi()
@@ -235,13 +236,15 @@ print(api.upload_folder(folder_path=sys.argv[3], repo_id="someone/prompts", repo
 LOAD = """
 import sys
 import numpy as np
-from hp_edit_trl.data import load_instruction_templates, load_realpref
+from hp_edit_trl.data import load_realpref
+from hp_edit_trl.data.builder import load_instruction_templates
 from hp_edit_trl.rewards import load_scorer_prompts
 first, prompts, token, what = sys.argv[1:]
 if what == "all":
     newest = load_realpref("someone/realpref", token=token or None)
     print("newest", len(newest), newest["prompt"][0])
-    print("stream", [row["id"] for row in load_realpref("someone/realpref", "test", first, streaming=True, token=token or None)])
+    stream = load_realpref("someone/realpref", "test", first, streaming=True, token=token or None)
+    print("stream", [row["id"] for row in stream])
     try:
         load_realpref("someone/realpref", revision="0" * 40, token=token or None)
     except FileNotFoundError as error:

@@ -1,13 +1,19 @@
-"""The pipeline that builds a dataset of hard cases, stage by stage."""
+"""The builder: makes a dataset of hard cases from images, stage by stage. Each stage is in the module of its name."""
 
-from .categories import Balance, ClipCategories
-from .edits import MakeEdits, ScoreEdits
+from .balance import Balance
+from .category import ClipCategories
+from .config import BuildConfig
+from .duplicates import Duplicates
+from .edits import MakeEdits
 from .engine import Stage, WorkFolder, run_stage
 from .export import export_dataset, push_dataset
-from .instructions import Plan, WriteInstructions, load_instruction_templates
-from .run import BuildConfig, build_dataset
-from .sources import Duplicates, ImageCheck, Sources
-from .splits import Filter, Split
+from .filter import Filter
+from .instructions import WriteInstructions, load_instruction_templates
+from .plan import Plan
+from .run import build_dataset
+from .scores import ScoreEdits
+from .sources import ImageCheck, Sources
+from .split import Split
 from .styles import STYLES, Style
 
 

@@ -1,9 +1,10 @@
 """
-The engine of a build: it takes a stage through all rows of a work folder, batch by batch, and can be stopped anywhere.
+The engine of a build: it takes a stage through all rows of a work folder, batch by batch, and can be stopped at any
+time.
 
-A stage is a function from a batch of columns to a batch of columns. Each batch that it returns becomes one Parquet file, written
-beside its place and then moved there, so that a file that exists is whole. A run that was killed goes on with the batches that
-have no file: it redoes the one that was being computed, and ends with the same bytes as a run that was not.
+A stage is a function from a batch of columns to a batch of columns. Each batch that it returns becomes one Parquet
+file, written completely or not at all. A build that was killed resumes with the batches that have no file: it repeats
+the one that was being computed, and ends with the same bytes as a build that was never stopped.
 
 Columns are never copied from stage to stage. Pixels are written once, by the stage that made them.
 """
@@ -28,7 +29,7 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from tqdm import tqdm
 
-from ...utils.files import write_atomically, write_json
+from ...utils.files import check_unchanged, read_json, write_atomically, write_json
 
 
 Batch = dict[str, list]
@@ -38,44 +39,42 @@ OPEN_FILES = 32  # shards that are held open for reading
 
 class Stage(Protocol):
     """
-    What a stage is: a function from a batch of columns to a batch of columns, as [`~datasets.Dataset.map`] with `batched=True` and
-    Ray Data's `map_batches` call it. It returns a row for every row that it is given, in the same order.
+    A stage: a function from a batch of columns to a batch of columns, as [`~datasets.Dataset.map`] with `batched=True`
+    and Ray Data's `map_batches` call it. It returns one row for each row that it is given, in the same order.
 
     Attributes:
         name (`str`):
-            Name of its folder.
+            Name of the stage and of its folder.
         inputs (`tuple[str, ...]`):
             The columns that it reads.
         features ([`~datasets.Features`]):
-            The columns that it adds. Beside them it returns `reason`: `None`, or why the row is rejected. A rejected row stays
-            on disk, and no later stage sees it.
+            The columns that it adds. In addition it returns `reason`: `None`, or why the row is rejected. A rejected
+            row stays on disk, but later stages do not see it.
         batch_size (`int` or `None`):
-            Number of rows at once. `None`: all of them, for choices that depend on all rows; such a stage reads no images.
-            It may also return `parent`, for each of its rows the number of the row of the batch that it comes from: then its
-            rows take the place of those before.
+            Number of rows per batch. `None` gives it all rows at once, for choices that depend on all of them; such a
+            stage reads no images. It may also return `parent`: for each of its rows, the number of the row of the
+            batch that it comes from. Its rows then replace those before.
         settings (`dict`):
-            Whatever decides what it returns. Results of different settings do not mix.
+            Everything that its results depend on. Results of different settings are not mixed.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def inputs(self) -> tuple[str, ...]: ...
-    @property
-    def features(self) -> Features: ...
-    @property
-    def batch_size(self) -> int | None: ...
+    name: str
+    inputs: tuple[str, ...]
+    features: Features = Features({})
+    batch_size: int | None = None
+
     @property
     def settings(self) -> dict[str, Any]: ...
 
     def load(self) -> None:
-        """Gets ready. Raises if every row would fail."""
+        """Gets ready, e.g. loads a model. Raises an error if every row would fail. By default does nothing."""
+        return None
 
     def __call__(self, batch: Batch) -> Batch: ...
 
 
 class Reader(Protocol):
-    """Where the first stage's rows come from: numbered rows with columns."""
+    """The rows that the first stage reads, by their numbers."""
 
     settings: dict[str, Any]
 
@@ -87,21 +86,21 @@ class Reader(Protocol):
 @dataclass
 class FinishedStage:
     """
-    A stage whose rows are all there.
+    A stage whose rows are complete.
 
     Args:
         name (`str`):
             Its name.
         key (`str`):
-            A hash of its settings and of all stages before.
+            Hash of its settings and of those of all stages before it.
         columns (`tuple[str, ...]`):
             The columns that it added.
         rows (`numpy.ndarray`):
             The numbers of its rows, ascending.
         batch_size (`int`):
-            Number of rows of each of its files.
+            Number of rows in each of its files.
         level (`int`):
-            How many stages before it, itself included, have taken other rows: columns of an earlier level are found by `parents`.
+            How many stages up to this one replaced the rows. Columns of an earlier level are found through `parents`.
     """
 
     name: str
@@ -114,13 +113,13 @@ class FinishedStage:
 
 class WorkFolder:
     """
-    The folder of a build: the finished stages, and the rows that they have left. It can be sent to other processes.
+    The folder of a build: its finished stages, and the rows that they kept. It can be pickled.
 
     Args:
         path (`str` or `Path`):
             The folder.
         sources ([`Reader`]):
-            Where the rows of the first stage come from.
+            The rows that the first stage reads.
     """
 
     def __init__(self, path: str | Path, sources: Reader):
@@ -136,23 +135,23 @@ class WorkFolder:
 
     @property
     def key(self) -> str:
-        """A hash of the settings of all finished stages."""
+        """Hash of the settings of all finished stages."""
         return self.stages[-1].key if self.stages else _digest(self.sources.settings)
 
     @staticmethod
     @contextlib.contextmanager
     def locked(path: str | Path) -> Iterator[None]:
         """
-        Keeps other builders out of a folder.
+        Locks a folder against other builders.
 
         Args:
             path (`str` or `Path`):
-                The folder, which is made if need be.
+                The folder. It is created if it does not exist.
 
         Raises:
-            `ValueError`: If another one is at work in it.
+            `ValueError`: If another builder has locked it.
         """
-        import fcntl  # not on Windows, where the rest of the package works
+        import fcntl  # does not exist on Windows, where the rest of the package works
 
         Path(path).mkdir(parents=True, exist_ok=True)
         with open(Path(path) / ".lock", "a+") as lock:
@@ -161,8 +160,8 @@ class WorkFolder:
             except BlockingIOError:
                 lock.seek(0)
                 raise ValueError(
-                    f"Another builder is at work in {path} ({lock.read() or 'unknown'}): wait until it has ended, stop it, or "
-                    "choose another output_dir."
+                    f"Another builder is running in {path} ({lock.read() or 'unknown'}): wait until it has ended, "
+                    "stop it, or choose another output_dir."
                 ) from None
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -172,25 +171,24 @@ class WorkFolder:
 
     def read(self, rows: np.ndarray, columns: tuple[str, ...] | list[str]) -> Batch:
         """
-        Reads columns of some live rows.
+        Reads columns of rows.
 
         Args:
             rows (`numpy.ndarray`):
-                Numbers of rows, of the latest level.
+                Numbers of rows, as the latest stage numbers them.
             columns (`tuple[str, ...]`):
                 Names of columns.
 
         Raises:
-            `ValueError`: If a column is not there, or a file is damaged.
+            `ValueError`: If a column does not exist, or a file is damaged.
         """
         batch: Batch = {}
         by_stage: dict[str, list[str]] = {}
         for column in columns:
             home = [stage for stage in self.stages if column in stage.columns]
             if not home:
-                raise ValueError(
-                    f"There is no column {column!r} yet; there are {[name for stage in self.stages for name in stage.columns]}."
-                )
+                known = [name for stage in self.stages for name in stage.columns]
+                raise ValueError(f"There is no column {column!r} yet; there are {known}.")
             by_stage.setdefault(home[-1].name, []).append(column)  # the latest, e.g. of two splits
         for stage in self.stages:
             if wanted := by_stage.get(stage.name):
@@ -215,7 +213,7 @@ class WorkFolder:
                 table = parquet.read_row_groups(groups.tolist(), columns)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(
-                    f"{file} is missing or damaged ({error}): remove it and run again, then this batch is made anew."
+                    f"{file} is missing or damaged ({error}): remove it and run again to compute this batch again."
                 ) from error
             starts = np.searchsorted(groups, offsets[members] // per_group) * per_group
             pieces.append(table.take(pa.array(starts + offsets[members] % per_group)))
@@ -244,13 +242,14 @@ class WorkFolder:
         return rows, {column: batch[column] for column in stage.inputs}
 
     def compute(self, stage: Stage, number: int) -> dict[str, int]:
-        """Computes and writes one batch of a stage. Returns its number of rows and of rejected ones."""
+        """Computes and writes one batch of a stage. Returns how many rows it has, and how many are rejected."""
         rows, batch = self.input_batch(stage, number)
         done = stage(batch)
         parents = done.pop("parent", None)
         if done.keys() != {*stage.features, "reason"} or parents is not None and stage.batch_size is not None:
             raise ValueError(
-                f"The stage {stage.name!r} returned the columns {sorted(done)}; expected are {sorted([*stage.features, 'reason'])}."
+                f"The stage {stage.name!r} returned the columns {sorted(done)}; expected are "
+                f"{sorted([*stage.features, 'reason'])}."
             )
         count = len(rows) if parents is None else len(parents)
         if lengths := {name: len(values) for name, values in done.items() if len(values) != count}:
@@ -261,66 +260,58 @@ class WorkFolder:
         schema = stage.features.arrow_schema
         arrays |= {name: pa.array(done[name], schema.field(name).type) for name in stage.features}
         arrays["reason"] = pa.array(done["reason"], pa.string())
-        # Images are read one at a time later on, in another order.
+        # Later stages read images one by one, in another order.
         with_images = any(isinstance(feature, ImageFeature) for feature in stage.features.values())
         _write(self._file(stage.name, number), pa.table(arrays), row_group_size=1 if with_images else 1000)
         return {"rows": count, "rejected": count - done["reason"].count(None)}
 
     def begin(self, stage: Stage) -> None:
         """
-        Writes down how a stage is made.
+        Writes down the settings of a stage.
 
         Raises:
-            `ValueError`: If there are rows of it that were made otherwise.
+            `ValueError`: If its folder holds rows that were made with other settings.
         """
         folder = self.path / stage.name
-        file = folder / "manifest.json"
-        new = {"stage": stage.name, "after": self.key, "batch_size": stage.batch_size, "settings": stage.settings}
-        new = json.loads(json.dumps(new))
-        if file.exists():
-            known = json.loads(file.read_text())
-            before = {**known["settings"], "batch_size": known["batch_size"]}
-            now = {**new["settings"], "batch_size": new["batch_size"]}
-            changed = [f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]  # fmt: skip
-            if known["after"] != new["after"]:
-                changed.append("the stages before it were made anew")
-            if changed:
-                raise ValueError(
-                    f"{folder} holds rows of the stage {stage.name!r} that were made otherwise ({'; '.join(changed)}): remove the "
-                    "folder to make it and all later stages anew, or choose another output_dir."
-                )
-            for unfinished in folder.glob("*.part"):
-                unfinished.unlink()
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
+        manifest = read_json(folder / "manifest.json")
+        if manifest is None:
             if any(folder.glob("*.parquet")):
-                raise ValueError(
-                    f"{folder} holds files without a manifest.json, of unknown origin: remove the folder."
-                )
-            write_json(file, new)
+                raise ValueError(f"{folder} holds files without a readable manifest.json: remove the folder.")
+            folder.mkdir(parents=True, exist_ok=True)
+            made = {"stage": stage.name, "after": self.key, "batch_size": stage.batch_size, "settings": stage.settings}
+            write_json(folder / "manifest.json", made)
+            return
+        held = f"{folder} holds rows of the stage {stage.name!r}"
+        remedy = "remove the folder to run it and all later stages again, or choose another output_dir"
+        if manifest["after"] != self.key:
+            raise ValueError(f"{held}, but the stages before it were made anew: {remedy}.")
+        before = {**manifest["settings"], "batch_size": manifest["batch_size"]}
+        check_unchanged(held, before, {**stage.settings, "batch_size": stage.batch_size}, remedy)
+        for unfinished in folder.glob("*.part"):
+            unfinished.unlink()
 
     def is_finished(self, stage: Stage) -> bool:
-        """Whether all rows of a stage are there, if all earlier ones are."""
+        """Whether a stage is finished, given that all earlier ones are."""
         return (self.path / stage.name / "manifest.json").exists() and not self.missing(stage)
 
     def missing(self, stage: Stage) -> list[int]:
-        """The numbers of a stage's batches that have no file yet."""
+        """The numbers of the batches of a stage that have no file yet."""
         there = {int(file.stem) for file in (self.path / stage.name).glob("[0-9]*.parquet")}
         size = stage.batch_size or max(len(self.live), 1)
         return [number for number in range(-(-len(self.live) // size)) if number not in there]
 
     def finish(self, stage: Stage, write: bool = True) -> Counter:
         """
-        Takes a stage whose batches are all there into account: later reads see its columns, and no rows that it rejected.
+        Adds a stage whose batches are complete: later reads see its columns, without the rows that it rejected.
 
         Args:
             stage ([`Stage`]):
                 The stage.
             write (`bool`, *optional*, defaults to `True`):
-                Complete its manifest. One process of several does.
+                Complete its manifest. With several processes, only one does.
 
         Returns:
-            `Counter`: number of rejected rows by reason, as far as a reason goes before its first colon.
+            `Counter`: number of rejected rows by the part of the reason before its first colon.
         """
         folder = self.path / stage.name
         rows, live, parents, reasons = [], [], [], Counter[str]()
@@ -335,8 +326,7 @@ class WorkFolder:
             reasons.update(reason.partition(":")[0] for reason in table["reason"].drop_null().to_pylist())
         empty = np.empty(0, dtype=int)
         self.parents += [np.concatenate(parents)] if parents else []
-        manifest = folder / "manifest.json"
-        known = json.loads(manifest.read_text())
+        known = json.loads((folder / "manifest.json").read_text())
         key = _digest({name: known[name] for name in ("stage", "after", "batch_size", "settings")})
         done = FinishedStage(
             stage.name,
@@ -351,11 +341,11 @@ class WorkFolder:
         if write:
             counts = {"rows": len(done.rows), "kept": len(self.live), "rejected": dict(sorted(reasons.items()))}
             if known != (complete := known | counts):
-                write_json(manifest, complete)
+                write_json(folder / "manifest.json", complete)
         return reasons
 
     def rejected(self) -> Iterator[dict[str, Any]]:
-        """Every rejected row of the finished stages: `stage`, `row`, `reason`, and from the sources `source` and `file`."""
+        """Every rejected row of the finished stages: `stage`, `row`, `reason`, and its image's `source` and `file`."""
         for number, stage in enumerate(self.stages):
             for file in sorted((self.path / stage.name).glob("[0-9]*.parquet")):
                 table = pq.read_table(file, columns=["row", "reason"])
@@ -382,7 +372,7 @@ def run_stage(
     gpus_per_worker: float = 0,
 ) -> Counter:
     """
-    Takes a stage through all batches that have no file yet.
+    Runs a stage on all batches that have no file yet.
 
     Args:
         folder ([`WorkFolder`]):
@@ -392,26 +382,26 @@ def run_stage(
         accelerator ([`~accelerate.Accelerator`]):
             The processes of this launch. Each takes a part of the batches.
         engine (`str`, *optional*, defaults to `"local"`):
-            `"local"`: in these processes, through `datasets`. `"ray"`: on Ray Data, on this machine or the cluster that Ray is
-            connected to; the folder must be reachable from all of it under the same path.
+            `"local"`: in these processes, through `datasets`. `"ray"`: with Ray Data, on this machine or the cluster
+            that Ray is connected to. All its machines must reach the folder under the same path.
         num_workers (`int`, *optional*, defaults to `1`):
-            With Ray: number of workers, each with a model of its own.
+            With Ray: number of workers, each with its own model.
         gpus_per_worker (`float`, *optional*, defaults to `0`):
-            With Ray: number of GPUs of a worker.
+            With Ray: number of GPUs per worker.
 
     Returns:
         `Counter`: number of rejected rows by reason.
 
     Raises:
-        `ValueError`: If the folder holds rows of this stage that were made otherwise.
-        `OSError`: If a batch cannot be written. What was written before is kept.
+        `ValueError`: If the folder holds rows of this stage that were made with other settings.
+        `OSError`: If a batch cannot be written. Earlier batches are kept.
     """
     if accelerator.is_main_process:
         folder.begin(stage)
     accelerator.wait_for_everyone()
     missing = folder.missing(stage)
     accelerator.wait_for_everyone()  # before anything is written that another process has yet to look for
-    # Dealt out by number, as a process must not depend on how far another has come.
+    # By number, because the share of a process must not depend on the progress of others.
     mine = [number for number in missing if number % accelerator.num_processes == accelerator.process_index]
     if mine:
         size = stage.batch_size or max(len(folder.live), 1)
@@ -422,7 +412,7 @@ def run_stage(
             unit="row",
             disable=not accelerator.is_main_process,
         )
-        # A choice among all rows is quicker made than sent.
+        # A stage that takes all rows at once is a single batch, which needs no workers.
         if engine == "ray" and stage.batch_size is not None:
             batches = _on_ray(folder, stage, mine, num_workers, gpus_per_worker)
         else:
@@ -453,7 +443,7 @@ def _on_ray(
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     class Worker:
-        """Holds the stage's model from one batch to the next."""
+        """Keeps the model of the stage from batch to batch."""
 
         def __init__(self, folder: WorkFolder, stage: Stage):
             self.folder, self.stage = folder, stage
@@ -476,7 +466,7 @@ def _on_ray(
     try:
         yield from done.iter_rows()
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error  # what the stage or the disk has said
+        raise error.cause from error  # the error of the stage or of the disk
     except ray.exceptions.RayError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ValueError(f"Ray could not run the stage {stage.name!r}: {lines[-1]}") from error

@@ -1,6 +1,5 @@
-"""Writes a finished dataset as it lies on the Hub: Parquet files, a card, figures."""
+"""Stage `export`: writes the finished dataset in the form of a Hub repository: Parquet files, card, figures."""
 
-import hashlib
 import logging
 import re
 import shutil
@@ -17,27 +16,36 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ...utils.files import write_atomically
+from ...utils.files import write_atomically, write_text
 from ...version import __version__
-from ..schema import CASE_FEATURES, EDIT_FEATURES, SCORE_FEATURES, check_row, with_presence
-from .engine import Batch
+from ..schema import (
+    CASE_FEATURES,
+    EDIT_FEATURES,
+    SCHEMA_VERSION,
+    SCORE_FEATURES,
+    check_row,
+    content_description,
+    with_presence,
+)
+from .engine import Batch, WorkFolder
 
 
 logger = logging.getLogger(__name__)
 
-FILE_BYTES = 500_000_000  # of a Parquet file, about
-GROUP_BYTES = 50_000_000  # of a row group: the Hub's viewer shows none above 100 MB, and reads a group as a whole
+FILE_BYTES = 500_000_000  # approximate size of a Parquet file
+GROUP_BYTES = 50_000_000  # of a row group: the Hub's viewer reads whole groups, and shows none above 100 MB
 GROUP_ROWS = 100
 
-# Licenses that a card may name for the whole dataset; others are named row by row
+# Licenses that the Hub knows. A card names another license in its table only.
 LICENSES = {
     "apache-2.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
-    "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0",
-    "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "mit", "odbl", "odc-by", "openrail", "pddl", "unlicense",
+    "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0",
+    "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "mit",
+    "odbl", "odc-by", "openrail", "pddl", "unlicense",
 }  # fmt: skip
 
 MAKERS = {
-    "writer": "instructions by",
+    "writer": "prompts by",
     "writer_prompt": "instruction template",
     "editor": "edits by",
     "editor_revision": "revision of the editor",
@@ -49,7 +57,7 @@ MAKERS = {
 
 
 class Contents:
-    """What a dataset has in it: gathered row by row while it is written."""
+    """Statistics of a dataset, collected batch by batch while it is written."""
 
     def __init__(self) -> None:
         self.cases: Counter[tuple[str, str]] = Counter()  # by split and task
@@ -75,12 +83,54 @@ class Contents:
     def splits(self) -> dict[str, int]:
         """Number of rows of each split."""
         return {
-            split: sum(count for (name, _), count in self.cases.items() if name == split) for split in self.num_bytes
+            name: sum(count for (split, _), count in self.cases.items() if split == name) for name in self.num_bytes
         }
 
     @property
     def tasks(self) -> list[str]:
         return sorted({task for _, task in self.cases})
+
+
+def export_build(build: WorkFolder, folder: Path) -> None:
+    """
+    Exports a build whose stages are finished: the dataset, and `rejected.parquet` beside it.
+
+    Args:
+        build ([`WorkFolder`]):
+            The work folder.
+        folder (`Path`):
+            Folder for the dataset.
+
+    Raises:
+        `ValueError`: If no case is left for training.
+        `OSError`: If the disk is full.
+    """
+    rejected = list(build.rejected())
+    columns = {name: pa.string() for name in ("stage", "row", "reason", "source", "file")} | {"row": pa.int64()}
+    table = pa.Table.from_pylist(rejected, schema=pa.schema(list(columns.items())))
+    write_atomically(build.path / "rejected.parquet", lambda part: pq.write_table(table, part))
+    counts: dict[str, Counter] = {stage.name: Counter() for stage in build.stages}
+    for row in rejected:
+        counts[row["stage"]][row["reason"].partition(":")[0]] += 1
+
+    splits = build.read(build.live, ["split"])["split"]
+    if "train" not in splits:
+        raise ValueError(
+            f"No case is left for training ({dict(Counter(splits))}): raise filter_threshold, or add images."
+        )
+    names = [name for name in [*CASE_FEATURES, *EDIT_FEATURES, *SCORE_FEATURES] if name != "schema_version"]
+
+    def batches(split: str) -> Iterator[Batch]:
+        rows = build.live[[name == split for name in splits]]
+        for start in range(0, len(rows), 16):
+            batch = build.read(rows[start : start + 16], names)
+            yield {"schema_version": [SCHEMA_VERSION] * len(batch["id"]), **batch}
+
+    export_dataset(
+        {name: batches(name) for name in ("train", "test", "filtered") if name in splits},
+        folder,
+        rejected={stage: dict(sorted(reasons.items())) for stage, reasons in counts.items() if reasons},
+    )
 
 
 def export_dataset(
@@ -91,27 +141,27 @@ def export_dataset(
     rejected: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Contents:
     """
-    Writes a dataset as it lies on the Hub: `data/*.parquet` with the images inside, in row groups that the Hub's viewer can show;
-    `README.md`, the card; `figures/*.png`. The same rows give the same bytes. What was in the folder before is replaced when all is
-    written.
+    Writes a dataset in the form of a Hub repository: `data/*.parquet` with the images inside, in row groups that the
+    Hub's viewer can show; `README.md`, the card; `figures/*.png`. The same rows give the same bytes. An earlier
+    content of the folder is replaced once everything is written.
 
     Args:
         splits (`Mapping[str, Iterable[dict[str, list]]]`):
-            For each split its rows in batches of columns, images encoded as `{"bytes": ..., "path": None}`. Only a row group of them
-            is held in memory.
+            The rows of each split in batches of columns, images encoded as `{"bytes": ..., "path": None}`. Only one
+            row group is held in memory.
         folder (`str` or `Path`):
             The folder.
-        name (`str`, *optional*):
+        name (`str`, *optional*, defaults to `"Hard cases for image editing"`):
             Title of the card.
         rejected (`Mapping[str, Mapping[str, int]]`, *optional*):
-            For the card: by stage, how many rows were rejected for each reason.
+            For the card: the number of rejected rows by stage and reason.
 
     Returns:
-        [`Contents`]: what was written.
+        [`Contents`]: statistics of what was written.
 
     Raises:
-        `ValueError`: If there are no rows, their columns differ, or one does not fit the schema.
-        `OSError`: If the disk is full. What was there before is kept.
+        `ValueError`: If there are no rows, their columns differ, or a row does not fit the schema.
+        `OSError`: If the disk is full. The earlier content is kept.
     """
     folder = Path(folder)
     part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
@@ -134,7 +184,7 @@ def export_dataset(
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
-            raise OSError(error.errno, f"{folder} cannot be written ({error}). Make room, and run again") from error
+            raise OSError(error.errno, f"{folder} cannot be written ({error}). Free space, and run again") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -145,22 +195,23 @@ def export_dataset(
 
 
 def _checked(batches: Iterable[Batch], split: str, features: Features | None) -> Iterator[Batch]:
-    """The batches, as long as they have the same columns, those of `features` if there are some, and can be loaded again."""
+    """Passes batches on. Raises `ValueError` if their columns differ, also from `features`, or a row does not fit."""
     columns = None if features is None else set(features)
     known = {*CASE_FEATURES, *EDIT_FEATURES, *SCORE_FEATURES}
     seen: dict[tuple, int] = {}
     for batch in batches:
         if missing := CASE_FEATURES.keys() - batch.keys():
             raise ValueError(
-                f"The split {split!r} has no columns {sorted(missing)}: the rows of a dataset have all of a case."
+                f"The split {split!r} has no columns {sorted(missing)}: rows must have all columns of a case."
             )
         if unknown := batch.keys() - known:
             raise ValueError(
-                f"The split {split!r} has columns that are none of the schema: {sorted(unknown)}. Leave them out."
+                f"The split {split!r} has columns that are not in the schema: {sorted(unknown)}. Leave them out."
             )
         if columns is not None and batch.keys() != columns:
             raise ValueError(
-                f"The split {split!r} has other columns than the rows before it: {sorted(batch.keys() ^ columns)} are in one alone."
+                f"The split {split!r} has other columns than the rows before it. Only one of them has "
+                f"{sorted(batch.keys() ^ columns)}."
             )
         columns = set(batch)
         for i in range(len(batch["id"])):
@@ -170,7 +221,7 @@ def _checked(batches: Iterable[Batch], split: str, features: Features | None) ->
 
 
 def _write_split(batches: Iterable[Batch], folder: Path, split: str, contents: Contents) -> Features | None:
-    """Writes one split. Files are counted first and named last, as their number is part of their names."""
+    """Writes one split. Files get their names at the end, because these include the number of files."""
     features: Features | None = None
     writer: pq.ParquetWriter | None = None
     files: list[Path] = []
@@ -201,7 +252,7 @@ def _write_split(batches: Iterable[Batch], folder: Path, split: str, contents: C
 
 
 def _groups(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
-    """Rows in groups of at most `GROUP_ROWS`, and of `GROUP_BYTES` unless one row alone has more."""
+    """Groups of at most `GROUP_ROWS` rows and `GROUP_BYTES`, unless a single row is larger."""
     group: Batch = {}
     size = 0
     for batch in batches:
@@ -227,15 +278,11 @@ def _size(value: Any) -> int:
 def _write_card(
     folder: Path, name: str, contents: Contents, features: Features, rejected: Mapping[str, Mapping[str, int]]
 ) -> None:
-    digest = hashlib.sha256()
-    for file in sorted((folder / "data").glob("*.parquet")):
-        with open(file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
     splits = contents.splits
-    licenses = {license for _, license in contents.licenses}
+    licenses, known = contents.licenses.items(), {license for _, license in contents.licenses}
     total = sum(splits.values())
     data = DatasetCardData(
-        license=licenses.pop() if len(licenses) == 1 and licenses <= LICENSES else "other",
+        license=known.pop() if len(known) == 1 and known <= LICENSES else "other",
         language=sorted(contents.languages) or None,
         task_categories=["image-to-image"],
         tags=["hp-edit-trl", "image-editing", "preference"],
@@ -243,9 +290,7 @@ def _write_card(
         configs=[
             {
                 "config_name": "default",
-                # `load_dataset` finds a local folder in its cache by the name of the folder and by what the card says. Without
-                # this it would take other rows, in a folder of the same name, for these.
-                "description": f"content {digest.hexdigest()[:16]}",
+                "description": content_description(folder / "data"),
                 "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
             }
         ],
@@ -270,21 +315,23 @@ def _write_card(
         cases={split: {task: contents.cases[split, task] for task in contents.tasks} for split in splits},
         has_edits="edit" in features,
         has_scores=bool(contents.scores) and (folder / "figures" / "scores.png").exists(),
-        rejected={stage: {_cell(reason): count for reason, count in reasons.items()} for stage, reasons in rejected.items()},
+        rejected={
+            stage: {_cell(reason): count for reason, count in reasons.items()} for stage, reasons in rejected.items()
+        },
         licenses=[
             ((_cell(source), _cell(license)), count)
-            for (source, license), count in sorted(contents.licenses.items(), key=lambda item: (-item[1], str(item[0])))
+            for (source, license), count in sorted(licenses, key=lambda item: (-item[1], str(item[0])))
         ],
         makers=sorted(makers, key=lambda row: (list(MAKERS.values()).index(row[0]), row[1])),
         version=__version__,
-    )  # fmt: skip
-    # A template leaves holes where it had conditions.
+    )
+    # Conditions in the template leave empty lines.
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"\|\n+(?=\|)", "|\n", str(card)))
-    write_atomically(folder / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / "README.md", text)
 
 
 def _cell(value: str | None) -> str | None:
-    """A text that does not end its cell of a table."""
+    """The text for a cell of a Markdown table."""
     return None if value is None else " ".join(value.replace("|", "\\|").split())
 
 
@@ -296,12 +343,12 @@ def _size_category(count: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text in which matplotlib sees no formula."""
+    """The text without the characters that matplotlib reads as a formula."""
     return text.replace("$", r"\$")
 
 
 def draw_tasks_and_categories(contents: Contents, path: Path) -> None:
-    """How many cases of each task and category there are, in all splits together: bars, and the tasks' share of the whole."""
+    """Draws the number of cases of each task and category, over all splits."""
     tasks = Counter[str]()
     for (_, task), count in contents.cases.items():
         tasks[task] += count
@@ -328,7 +375,7 @@ def draw_tasks_and_categories(contents: Contents, path: Path) -> None:
 
 
 def draw_scores(contents: Contents, path: Path) -> None:
-    """Histograms of the scores of each task: before the filter (`train` and `filtered`), and after it (`train`)."""
+    """Draws histograms of the scores of each task: before the filter (`train`, `filtered`) and after it (`train`)."""
     tasks = [task for task in contents.tasks if any(key[1] == task and key[0] != "test" for key in contents.scores)]
     tasks = tasks or contents.tasks
     columns = min(3, len(tasks) + 1)
@@ -366,18 +413,18 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
         folder (`str` or `Path`):
             The folder.
         repo_id (`str`):
-            The repository, e.g. `"me/my-realpref"`. It is made if need be.
+            The repository, e.g. `"me/my-realpref"`. It is created if it does not exist.
         private (`bool`, *optional*, defaults to `True`):
-            Whether it is private, if it is new.
+            Whether to create it as a private repository.
         token (`str`, *optional*):
-            Token with the right to write. Defaults to the one that is logged in.
+            Token with write permission. Defaults to the token of the logged-in user.
 
     Returns:
-        `str`: the address of the commit; its last part can be passed as `revision` to [`load_realpref`].
+        `str`: the URL of the commit; its last part can be passed as `revision` to [`load_realpref`].
 
     Raises:
-        `FileNotFoundError`: If the folder holds no dataset.
-        `ValueError`: If it should be private, and there is a public repository of that name.
+        `FileNotFoundError`: If the folder does not hold a dataset.
+        `ValueError`: If `private` is set, but the repository exists and is public.
     """
     folder = Path(folder)
     if not any((folder / "data").glob("*.parquet")) or not (folder / "README.md").exists():
@@ -386,9 +433,10 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repo_id, repo_type="dataset").private:
         raise ValueError(
-            f"{repo_id} is a public repository already: make it private in its settings, name another one, or pass private=False."
+            f"{repo_id} is a public repository already: make it private in its settings, choose another one, or pass "
+            "private=False."
         )
-    # Files of an earlier version that are no longer there go with the same commit.
+    # The same commit deletes files of an earlier version that no longer exist.
     commit = api.upload_folder(
         folder_path=folder,
         repo_id=repo_id,

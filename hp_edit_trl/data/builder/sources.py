@@ -1,4 +1,4 @@
-"""The stages that read images: where they come from, which of them can be used, and which of them look alike."""
+"""Stage `sources`: reads images from folders and datasets, normalizes them, and rejects those that cannot be used."""
 
 import hashlib
 import io
@@ -6,37 +6,38 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import imagehash
 import numpy as np
 from datasets import Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ...cases import is_text, load_split
-from ...utils.images import read_image
-from .engine import Batch
+from ...utils.config import check_positive
+from ...utils.images import image_digest, png_bytes, read_image
+from .engine import Batch, Stage
 
 
 logger = logging.getLogger(__name__)
 
-# Files with other endings are not looked at. Pillow may not read all of these; then they are rejected, and so not overlooked.
+# Files with other suffixes are ignored. Those that Pillow cannot read are rejected, so that they are counted.
 IMAGE_SUFFIXES = {
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif",
-    ".tiff", ".webp",
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
+    ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 
-# What a file may be, whatever its name says. Pillow knows more, and starts Ghostscript for some of it.
+# Formats that are decoded, whatever the suffix says. Pillow knows more, and starts Ghostscript for some of them.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-# A JPEG with a preview or a gain map behind it, as telephones write them, is an "MPO".
+# Pillow calls a JPEG with an appended preview or gain map, as phones write them, an "MPO".
 JPEGS = ("JPEG", "MPO")
 KEPT_FORMATS = (*JPEGS, "PNG", "WEBP")
 
-# The keys that a source of each kind may have beside `source` and `license`
-OPTIONS: dict[str, tuple[str, ...]] = {
+# The keys that a source of each kind may have besides `source` and `license`
+SOURCE_KEYS: dict[str, tuple[str, ...]] = {
     "folder": (),
     "dataset": ("name", "split", "revision", "image_column", "license_column"),
     "parquet": ("image_column", "license_column"),
@@ -50,28 +51,28 @@ class Sources:
 
     Args:
         specs (`list[dict]`):
-            Where they come from. Each has one of the keys
+            Where they come from. Each entry has one of the keys
 
-            - `folder`: a folder; all image files in it and below, sorted by name, without hidden ones;
-            - `dataset`: a Hub repository, or a local folder that [`~datasets.load_dataset`] or [`~datasets.load_from_disk`] reads,
-              optionally with `name` (its configuration), `split` (defaults to `"train"`) and `revision`;
+            - `folder`: a folder. All image files in it and its subfolders are read, sorted by name; hidden ones are
+            not;
+            - `dataset`: a Hub repository, or a local folder that [`~datasets.load_dataset`] or
+              [`~datasets.load_from_disk`] reads, optionally with `name` (its configuration), `split` (defaults to
+              `"train"`) and `revision`;
             - `parquet`: a path or pattern of Parquet files, or a list of them;
             - `webdataset`: a path, URL or pattern of `.tar` files, or a list of them;
 
-            and optionally `source` (what the column `source` says; defaults to the name of the folder or repository) and
-            `license`. All but folders also take `image_column` (defaults to the only column of images) and `license_column`
-            (each row's license, in place of `license`).
+            and optionally `source` (the value of the column `source`; defaults to the name of the folder or
+            repository) and `license`. All but folders also take `image_column` (defaults to the only column of images)
+            and `license_column` (the license of each row, instead of `license`).
 
     Raises:
-        `ValueError`: If a spec is not usable or has no images.
-        `FileNotFoundError`: If a folder is not there.
+        `ValueError`: If an entry is not valid or has no images.
+        `FileNotFoundError`: If a folder does not exist.
     """
 
     def __init__(self, specs: list[dict[str, Any]]):
         if not isinstance(specs, list) or not specs:
-            raise ValueError(
-                f"sources={specs!r} must be a list with at least one source, e.g. [{{'folder': 'photos'}}]."
-            )
+            raise ValueError(f"sources={specs!r} must be a list of sources, e.g. [{{'folder': 'photos'}}].")
         self._parts: list[_Folder | _Rows] = []
         for number, spec in enumerate(specs):
             name = f"sources[{number}]"
@@ -82,8 +83,7 @@ class Sources:
                 raise ValueError(f"{name} has no images: put some there, or leave the source out.")
             if "license" not in options and "license_column" not in options:
                 logger.warning(
-                    "%s has no license, so the card will call it unknown: state it with `license` or `license_column`.",
-                    name,
+                    "%s has no license, so the card will call it unknown: set `license` or `license_column`.", name
                 )
             self._parts.append(part)
         self._starts = np.cumsum([0, *map(len, self._parts)]).tolist()
@@ -96,20 +96,20 @@ class Sources:
 
     def read(self, start: int, stop: int) -> Batch:
         """
-        Reads some images.
+        Reads a range of images.
 
         Args:
             start (`int`):
-                Number of the first one.
+                Number of the first image.
             stop (`int`):
-                Number of the one after the last.
+                Number after the last image.
 
         Returns:
-            `dict[str, list]`: `content` (the bytes of the file, or `None`), `problem` (why there are none), `source`, `license` and
-            `file` (the path inside the folder, or the number of the row).
+            `dict[str, list]`: `content` (the bytes of the file, or `None`), `problem` (why there are none), `source`,
+            `license` and `file` (the path inside the folder, or the number of the row).
 
         Raises:
-            `OSError`: If a disk fails, as the image may be there the next time.
+            `OSError`: If a disk fails. The image is not rejected, because the next attempt may succeed.
         """
         batch: Batch = {name: [] for name in ImageCheck.inputs}
         for part, first in zip(self._parts, self._starts, strict=False):
@@ -121,16 +121,16 @@ class Sources:
 
 
 def _checked(spec: Any, name: str) -> tuple[str, dict[str, Any]]:
-    """The kind of a source, and its keys that have a value."""
+    """The kind of a source, and those of its keys that have a value."""
     if not isinstance(spec, dict):
-        raise ValueError(f"{name} must be a mapping with one of the keys {list(OPTIONS)}, but is {spec!r}.")
+        raise ValueError(f"{name} must be a mapping with one of the keys {list(SOURCE_KEYS)}, but is {spec!r}.")
     options = {key: value for key, value in spec.items() if value is not None}
-    kinds = [kind for kind in OPTIONS if kind in options]
+    kinds = [kind for kind in SOURCE_KEYS if kind in options]
     if len(kinds) != 1:
         raise ValueError(
-            f"{name} must have exactly one of the keys {list(OPTIONS)}, but has {sorted(map(str, spec))}."
+            f"{name} must have exactly one of the keys {list(SOURCE_KEYS)}, but has {sorted(map(str, spec))}."
         )
-    known = (kinds[0], "source", "license", *OPTIONS[kinds[0]])
+    known = (kinds[0], "source", "license", *SOURCE_KEYS[kinds[0]])
     if unknown := sorted(str(key) for key in options if key not in known):
         raise ValueError(f"{name} has unknown keys {unknown}; a {kinds[0]} may have {list(known)}.")
     for key, value in options.items():
@@ -143,7 +143,7 @@ def _checked(spec: Any, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _read_file(path: str | Path) -> tuple[bytes | None, str | None]:
-    """The bytes of a file, or what is wrong with this one. A failing disk is not a matter of the file, and raises."""
+    """The bytes of a file, or what is wrong with it. Errors of the disk are raised."""
     try:
         return Path(path).read_bytes(), None
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
@@ -161,12 +161,14 @@ class _Folder:
         self.license = options.get("license")
 
         def fail(error: OSError) -> None:
-            raise OSError(error.errno, f"{name} cannot be read wholly: {error}. Give permission, or remove the folder")
+            raise OSError(
+                error.errno, f"{name} cannot be read completely: {error}. Grant permission, or remove the folder"
+            )
 
         sizes: dict[str, int] = {}
         visited = set()
         for folder, subfolders, files in os.walk(self.root, onerror=fail, followlinks=True):
-            if (place := os.path.realpath(folder)) in visited:  # linked to twice, or from inside itself
+            if (place := os.path.realpath(folder)) in visited:  # linked twice, or from inside itself
                 subfolders.clear()
                 continue
             visited.add(place)
@@ -177,13 +179,13 @@ class _Folder:
                     try:
                         found = path.stat()
                     except OSError:
-                        sizes[path.relative_to(self.root).as_posix()] = -1  # a link to nowhere
+                        sizes[path.relative_to(self.root).as_posix()] = -1  # a broken link
                         continue
-                    if stat.S_ISREG(found.st_mode):  # to read a pipe is to wait forever
+                    if stat.S_ISREG(found.st_mode):  # reading a pipe would block
                         sizes[path.relative_to(self.root).as_posix()] = found.st_size
         self.files = sorted(sizes)
         self.sizes = [sizes[file] for file in self.files]
-        # Not their content: a look at millions of files must not take hours.
+        # Names and sizes only: hashing the content of millions of files would take hours.
         listing = repr(list(zip(self.files, self.sizes, strict=True))).encode()
         self.digest = {"files": len(self.files), "digest": hashlib.sha256(listing).hexdigest()[:16]}
 
@@ -196,8 +198,8 @@ class _Folder:
             content, problem = _read_file(self.root / file)
             if content is None and size >= 0 and not os.path.exists(self.root / file):
                 raise FileNotFoundError(
-                    f"{self.root / file} was there when the build started and is gone: is the disk still mounted? Run again to "
-                    "go on."
+                    f"{self.root / file} existed when the build started and is gone: check that the disk is mounted, "
+                    "and run again to resume."
                 )
             contents.append(content)
             problems.append(problem)
@@ -207,7 +209,7 @@ class _Folder:
             "problem": problems,
             "source": [self.source] * count,
             "license": [self.license] * count,
-            # A name that is no UTF-8 cannot be written to a table.
+            # Arrow tables hold only names that are valid UTF-8.
             "file": [os.fsencode(file).decode("utf-8", "backslashreplace") for file in self.files[start:stop]],
         }
 
@@ -223,21 +225,20 @@ class _Rows:
                 dataset = load_split(where, **{name: options[name] for name in names if name in options})
             else:
                 dataset = load_dataset(kind, data_files=where, split="train")
-        except Exception as error:  # datasets raises errors of many kinds, the cause of some of them is in `__cause__`
+        except Exception as error:  # datasets raises many types of errors, some with the cause chained
             cause = f": {error.__cause__}" if error.__cause__ else ""
             raise ValueError(
-                f"{name} cannot be loaded: {type(error).__name__}: {error}{cause}. Check its path or name, and its options."
+                f"{name} cannot be loaded: {type(error).__name__}: {error}{cause}. Check its path or name, and its "
+                "options."
             ) from error
-        # Taken now, as it is that of the data alone
+        # Before columns are selected and cast, which would change the fingerprint
         self.digest = {"rows": len(dataset), "fingerprint": dataset._fingerprint}
 
         images = [column for column, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
         column = options.get("image_column") or (images[0] if len(images) == 1 else None)
         if column is None or column not in dataset.features:
-            raise ValueError(
-                f"{name}: {'there is no column ' + repr(column) if column else f'{len(images)} columns hold images {images}'}. Set "
-                f"image_column to one of its columns {list(dataset.features)}."
-            )
+            problem = f"there is no column {column!r}" if column else f"{len(images)} columns hold images {images}"
+            raise ValueError(f"{name}: {problem}. Set image_column to one of its columns {list(dataset.features)}.")
         feature = dataset.features[column]
         is_struct = isinstance(feature, dict) and {"bytes", "path"} & feature.keys()
         is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
@@ -246,8 +247,8 @@ class _Rows:
         license_column = options.get("license_column")
         if license_column is not None and not is_text(dataset.features.get(license_column)):
             raise ValueError(
-                f"{name} has no column {license_column!r} of text: set license_column to one of {list(dataset.features)}, or state "
-                "the license with `license`."
+                f"{name} has no column {license_column!r} of text: set license_column to one of "
+                f"{list(dataset.features)}, or set `license`."
             )
         dataset = dataset.select_columns([column, *filter(None, [license_column])])
         self.dataset = dataset.cast_column(column, ImageFeature(decode=False))
@@ -284,15 +285,17 @@ class _Rows:
 
 
 class _Rejected(Exception):
-    """An image that can be read and must not be used."""
+    """An image that can be read, but is not suitable."""
 
 
-class ImageCheck:
+class ImageCheck(Stage):
     """
-    Stage `sources`: brings images into one form, upright and in 8-bit sRGB without alpha, and rejects those that cannot be used.
+    Normalizes images to upright 8-bit sRGB without alpha, and rejects those that cannot be used.
 
-    Bytes that need no change are kept as they are, with all metadata. All others are encoded anew without metadata, as PNG; only a
-    JPEG that is scaled down becomes a JPEG again.
+    Images that need no change keep their bytes, with all metadata. Other images are encoded as PNG, without metadata;
+    only a JPEG that is scaled down is stored as JPEG.
+
+    The column `image_id` is a hash of the pixels, and `image_hash` the perceptual hash `imagehash.phash`.
 
     Args:
         min_side (`int`, *optional*, defaults to `256`):
@@ -300,12 +303,13 @@ class ImageCheck:
         max_side (`int`, *optional*, defaults to `16384`):
             Images with a longer side, in pixels, are rejected before they are decoded.
         resolution (`int`, *optional*):
-            Images larger than its square are scaled down to that area. By default all keep their size.
+            Larger images are scaled down to the area of a square with this side, in pixels. By default images keep
+            their size.
         batch_size (`int`, *optional*, defaults to `32`):
-            Number of images at once.
+            Number of images per batch.
 
     Raises:
-        `ValueError`: If an option is not usable.
+        `ValueError`: If an option is not valid.
     """
 
     name = "sources"
@@ -330,10 +334,10 @@ class ImageCheck:
             raise ValueError(f"min_side={min_side} must be at least 1 and at most max_side={max_side}.")
         if resolution is not None and resolution < min_side:
             raise ValueError(
-                f"resolution={resolution} is below min_side={min_side}, so what is scaled down would be rejected: lower min_side."
+                f"resolution={resolution} is below min_side={min_side}, so all images that are scaled down would be "
+                "rejected: lower min_side."
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        check_positive(batch_size=batch_size)
         self.min_side = min_side
         self.max_side = max_side
         self.resolution = resolution
@@ -342,9 +346,6 @@ class ImageCheck:
     @property
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("min_side", "max_side", "resolution")}
-
-    def load(self) -> None:
-        """There is nothing to get ready."""
 
     def __call__(self, batch: Batch) -> Batch:
         done: Batch = {name: [] for name in [*self.features, "reason"]}
@@ -356,37 +357,38 @@ class ImageCheck:
                 if content is None:
                     raise _Rejected(f"unreadable: {problem}")
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # e.g. of odd metadata, or of many pixels, which `max_side` allows
+                    warnings.simplefilter("ignore")  # e.g. about odd metadata, or a size that `max_side` allows
                     stored, picture = self._read(content)
                     row |= {
                         "image": {"bytes": stored, "path": None},
-                        "image_id": _pixel_digest(picture),
-                        "image_hash": f"{perceptual_hash(picture):016x}",
+                        "image_id": image_digest(picture).hex()[:16],
+                        "image_hash": str(imagehash.phash(picture)),
                         "width": picture.width,
                         "height": picture.height,
                     }
             except _Rejected as rejected:
                 row["reason"] = str(rejected)
-            except UnidentifiedImageError:  # its text has an address in memory, which differs from run to run
-                row["reason"] = f"unreadable: {'no image that is known here' if content else 'the file is empty'}"
+            except UnidentifiedImageError:  # its message has a memory address, which differs from run to run
+                row["reason"] = f"unreadable: {'not an image of a known format' if content else 'the file is empty'}"
             except Image.DecompressionBombError as error:
                 row["reason"] = f"too large: {error}"
-            except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+            except Exception as error:  # Pillow's decoders raise many types of errors on broken files
                 row["reason"] = f"unreadable: {type(error).__name__}: {error}"
             for name, value in row.items():
                 done[name].append(value)
         return done
 
     def _read(self, content: bytes) -> tuple[bytes, Image.Image]:
-        """The bytes to keep of an image, and the picture that they hold."""
+        """The bytes to store of an image, and the picture that they encode."""
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         self._check_size(*image.size)
+        # Pillow defines `n_frames` only for formats that can have several.
         frames = 1 if image.format in JPEGS else getattr(image, "n_frames", 1)
         if frames > 1:
             raise _Rejected(f"animated: {frames} frames")
         image.load()
         is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-        # Pillow decodes such colors to 8 bits without a word.
+        # Pillow silently decodes such colors to 8 bits.
         is_deep = image.format == "PNG" and content[24] == 16
         if _is_transparent(image, is_deep):
             raise _Rejected("transparent: not all of its pixels are opaque")
@@ -406,14 +408,11 @@ class ImageCheck:
         if is_scaled:
             picture = picture.resize(size, Image.Resampling.LANCZOS)
         picture.info = {}  # Pillow would write the old profile and comment
+        if not (is_scaled and image.format in JPEGS):
+            return png_bytes(picture), picture
         buffer = io.BytesIO()
-        if is_scaled and image.format in JPEGS:
-            picture.save(buffer, "JPEG", quality=95, subsampling=0)
-            # What a reader will see
-            picture = read_image({"bytes": buffer.getvalue(), "path": None}, "A scaled image")
-        else:
-            picture.save(buffer, "PNG")
-        return buffer.getvalue(), picture
+        picture.save(buffer, "JPEG", quality=95, subsampling=0)
+        return buffer.getvalue(), read_image({"bytes": buffer.getvalue(), "path": None}, "A scaled image")
 
     def _check_size(self, width: int, height: int) -> None:
         if max(width, height) > self.max_side:
@@ -432,7 +431,7 @@ class ImageCheck:
 
 
 def _is_transparent(image: Image.Image, is_deep: bool) -> bool:
-    """Whether any pixel is."""
+    """Whether any pixel is transparent."""
     key = image.info.get("transparency")
     if image.mode.startswith("I"):
         return key is not None and bool((np.asarray(image) == key).any())
@@ -440,19 +439,19 @@ def _is_transparent(image: Image.Image, is_deep: bool) -> bool:
         return False
     if is_deep and isinstance(key, tuple):
         image = image.copy()
-        image.info["transparency"] = tuple(value >> 8 for value in key)  # as its colors have been
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # like its colors
     return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 def _plain_colors(image: Image.Image) -> Image.Image:
-    """The image in 8 bits without alpha, in grey, RGB or CMYK."""
+    """The image in 8 bits without alpha, in grayscale, RGB or CMYK."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise _Rejected(f"unreadable: values from {values.min()} to {values.max()}, which are not of 16 bits")
+            raise _Rejected(f"unreadable: values from {values.min()} to {values.max()}, which do not fit 16 bits")
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":
-        raise _Rejected("unreadable: floating-point values, whose range is not known")
+        raise _Rejected("unreadable: floating-point values of unknown range")
     if image.mode in ("L", "RGB", "CMYK"):
         return image
     return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
@@ -460,131 +459,16 @@ def _plain_colors(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=64)  # thousands of photographs share a few profiles
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from a color profile to sRGB; `None` if it is sRGB, or does not fit such pixels."""
+    """The transform from a color profile to sRGB; `None` if it is sRGB already, or does not apply to such pixels."""
     try:
         transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
     if mode == "RGB":
-        # There are many profiles of sRGB, with as many names. What counts is whether colors change.
+        # There are many sRGB profiles with different names, so the colors are compared.
         levels = np.linspace(0, 255, 9).astype(np.uint8)
         colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
         moved = ImageCms.applyTransform(Image.fromarray(colors), transform)
         if np.abs(np.asarray(moved).astype(int) - colors).max() <= 2:
             return None
     return transform
-
-
-def _pixel_digest(picture: Image.Image) -> str:
-    size = f"{picture.width} x {picture.height}".encode()
-    return hashlib.sha256(size + picture.tobytes()).hexdigest()[:16]
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """
-    A hash of 64 bits that changes little when an image is scaled, compressed or slightly brightened: which of the lowest 8 x 8
-    frequencies (DCT-II) of the image in 32 x 32 grey pixels lie above their median, the mean brightness left out of the median.
-    After C. Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010.
-
-    Args:
-        image (`PIL.Image.Image`):
-            The image.
-
-    Returns:
-        `int`: its first bit, the highest, is the mean brightness; the others follow row by row.
-    """
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
-    frequencies, places = np.arange(8)[:, None], np.arange(32)[None, :]
-    cosines = np.cos(np.pi * frequencies * (2 * places + 1) / 64)
-    # Rounded, as many are exactly zero in plain or symmetric images, and noise would decide their bits.
-    spectrum = np.round(cosines @ grey @ cosines.T, 6).flatten()
-    bits = spectrum > np.median(spectrum[1:])
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def find_near_duplicates(hashes: Sequence[int], max_distance: int) -> list[int | None]:
-    """
-    Finds hashes that are close to an earlier one. Those that are found do not count as earlier ones of others, so that a chain of
-    similar images does not collapse into its first one.
-
-    Two hashes of 64 bits that differ in `max_distance` bits or fewer agree wholly in one of any `max_distance + 1` parts of
-    them. So only those that share a part are compared, and none is missed.
-
-    Args:
-        hashes (`Sequence[int]`):
-            Hashes of 64 bits.
-        max_distance (`int`):
-            The largest number of bits in which two of them differ that are close.
-
-    Returns:
-        `list[int | None]`: for each hash the number of the first kept one that is close to it, or `None` if it is kept itself.
-    """
-    values = np.array([int(value) for value in hashes], dtype=np.uint64)
-    parts = max_distance + 1
-    edges = [64 * part // parts for part in range(parts + 1)]
-    # For each part, the hashes that agree in it have a run of places, which fills up with the kept ones.
-    buckets = []
-    for low, high in zip(edges, edges[1:], strict=False):
-        mask = np.uint64(2 ** (high - low) - 1)
-        _, which, counts = np.unique(values >> np.uint64(low) & mask, return_inverse=True, return_counts=True)
-        starts = np.cumsum(counts) - counts
-        buckets.append((which.tolist(), starts.tolist(), starts.tolist(), np.empty(len(values), dtype=np.int64)))
-    found: list[int | None] = []
-    for i, value in enumerate(values):
-        near = []
-        for which, starts, ends, kept in buckets:
-            candidates = kept[starts[which[i]] : ends[which[i]]]
-            if len(candidates):
-                close = np.flatnonzero(np.bitwise_count(values[candidates] ^ value) <= max_distance)
-                near += [int(candidates[close[0]])] if len(close) else []
-        found.append(min(near, default=None))
-        if not near:
-            for which, _, ends, kept in buckets:
-                kept[ends[which[i]]] = i
-                ends[which[i]] += 1
-    return found
-
-
-class Duplicates:
-    """
-    Stage `duplicates`: rejects images with the pixels of an earlier one, and those that look like an earlier one.
-
-    Args:
-        max_distance (`int`, *optional*, defaults to `4`):
-            Two images look alike if their perceptual hashes differ in at most this number of their 64 bits.
-
-    Raises:
-        `ValueError`: If it is not in 0..64.
-    """
-
-    name = "duplicates"
-    inputs = ("image_id", "image_hash")
-    features = Features({})
-    batch_size = None
-
-    def __init__(self, max_distance: int = 4):
-        if not 0 <= max_distance <= 64:
-            raise ValueError(f"max_distance={max_distance} must be in 0..64.")
-        self.max_distance = max_distance
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"max_distance": self.max_distance}
-
-    def load(self) -> None:
-        """There is nothing to get ready."""
-
-    def __call__(self, batch: Batch) -> Batch:
-        ids = batch["image_id"]
-        reasons: list[str | None] = [f"duplicate: same pixels as {image_id}" for image_id in ids]
-        first: dict[str, int] = {}
-        for row, image_id in enumerate(ids):
-            first.setdefault(image_id, row)
-        rows = list(first.values())
-        hashes = [int(batch["image_hash"][row], 16) for row in rows]
-        for i, near in enumerate(find_near_duplicates(hashes, self.max_distance)):
-            reasons[rows[i]] = None
-            if near is not None:
-                bits = (hashes[i] ^ hashes[near]).bit_count()
-                reasons[rows[i]] = f"near duplicate: {bits} bits from {ids[rows[near]]}"
-        return {"reason": reasons}

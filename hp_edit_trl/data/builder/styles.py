@@ -1,20 +1,24 @@
-"""The styles that the task `style` draws from."""
+"""The languages of prompts, and the styles that the task `style` draws from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+LANGUAGES = {"en": "English", "zh": "Simplified Chinese"}
 
 
 @dataclass(frozen=True)
 class Style:
     """
-    A style that a picture can be turned into.
+    A style that an image can be turned into.
 
     Args:
         name (`str`):
-            Its English name, as it stands in an instruction.
+            Its English name, as prompts use it.
         chinese (`str`):
             Its Chinese name.
         description (`str`):
-            What it looks like, in one English sentence.
+            Its appearance, in one English sentence.
     """
 
     name: str
@@ -24,29 +28,40 @@ class Style:
 
 STYLES = (
     # Painting and print
-    Style("Impressionism", "印象派", "Short, visible dabs of pure color catch the light of a moment, and outlines dissolve."),
-    Style("Post-Impressionism", "后印象派", "Thick, swirling strokes and heightened colors carry mood more than likeness."),
-    Style("Pointillism", "点彩派", "Countless small dots of unmixed color lie side by side and blend only from a distance."),
-    Style("Expressionism", "表现主义", "Distorted shapes, rough strokes and harsh, unnatural colors show strong feeling."),
+    Style("Impressionism", "印象派",
+          "Short, visible dabs of pure color catch the light of a moment, and outlines dissolve."),
+    Style("Post-Impressionism", "后印象派",
+          "Thick, swirling strokes and heightened colors carry mood more than likeness."),
+    Style("Pointillism", "点彩派",
+          "Countless small dots of unmixed color lie side by side and blend only from a distance."),
+    Style("Expressionism", "表现主义",
+          "Distorted shapes, rough strokes and harsh, unnatural colors show strong feeling."),
     Style("Fauvism", "野兽派", "Flat, wild areas of bright color that nature does not have, with simplified drawing."),
-    Style("Cubism", "立体主义", "Things are broken into angular facets and seen from several sides at once, in muted tones."),
-    Style("Surrealism", "超现实主义", "A dreamlike scene painted with precise realism, in eerie light and with odd proportions."),
+    Style("Cubism", "立体主义",
+          "Things are broken into angular facets and seen from several sides at once, in muted tones."),
+    Style("Surrealism", "超现实主义",
+          "A dreamlike scene painted with precise realism, in eerie light and with odd proportions."),
     Style("Baroque", "巴洛克", "Dark grounds, deep contrasts of light and shade, and rich warm colors in oil."),
-    Style("Renaissance", "文艺复兴", "Balanced, finely modelled oil painting with soft transitions and calm earthen colors."),
+    Style("Renaissance", "文艺复兴",
+          "Balanced, finely modelled oil painting with soft transitions and calm earthen colors."),
     Style("Rococo", "洛可可", "Light pastel colors, airy brushwork and playful, curling ornament."),
     Style("Romanticism", "浪漫主义", "Dramatic skies, glowing light and grand, moody nature in oil."),
-    Style("Art Nouveau", "新艺术运动", "Flowing plant-like lines, ornamental borders and flat, muted colors of a poster."),
+    Style("Art Nouveau", "新艺术运动",
+          "Flowing plant-like lines, ornamental borders and flat, muted colors of a poster."),
     Style("Art Deco", "装饰艺术", "Sleek symmetrical geometry, stepped forms and gold or black accents."),
     Style("Bauhaus", "包豪斯", "Plain circles, squares and triangles in primary colors on a clear grid."),
     Style("De Stijl", "风格派", "A grid of black lines with rectangles in red, yellow, blue and white."),
     Style("oil painting", "油画", "Thick, glossy paint with visible brush marks and rich, blended colors on canvas."),
-    Style("watercolor", "水彩画", "Thin transparent washes that run into one another, with white paper shining through."),
+    Style("watercolor", "水彩画",
+          "Thin transparent washes that run into one another, with white paper shining through."),
     Style("gouache", "水粉画", "Matt, opaque layers of paint with flat shapes and soft, chalky colors."),
     Style("ink wash painting", "水墨画", "Black ink in many dilutions, sparse strokes and much empty paper."),
     Style("gongbi", "工笔画", "Fine even outlines filled with delicate, layered color on silk."),
     Style("ukiyo-e", "浮世绘", "Woodblock print with firm dark outlines, flat colors and patterned surfaces."),
-    Style("Dunhuang mural", "敦煌壁画", "Flowing lines and weathered mineral greens, blues and ochres on an old plaster wall."),
-    Style("Byzantine mosaic", "拜占庭镶嵌画", "Small glass and gold tiles with visible joints, and stern frontal figures."),
+    Style("Dunhuang mural", "敦煌壁画",
+          "Flowing lines and weathered mineral greens, blues and ochres on an old plaster wall."),
+    Style("Byzantine mosaic", "拜占庭镶嵌画",
+          "Small glass and gold tiles with visible joints, and stern frontal figures."),
     Style("stained glass", "彩色玻璃", "Bright translucent pieces of glass divided by thick dark lines of lead."),
     Style("woodcut", "木刻版画", "Bold black and white print with the marks of the gouge and strong contrast."),
     Style("copperplate engraving", "铜版画", "Tone made wholly of fine parallel and crossed lines in dark ink."),
@@ -61,14 +76,18 @@ STYLES = (
     # Comics, games and film
     Style("anime", "日本动漫", "Clean outlines, large shaded areas of clear color and big expressive eyes."),
     Style("manga", "黑白漫画", "Black ink lines, dotted grey tones and speed lines on white."),
-    Style("American comic book", "美式漫画", "Heavy ink outlines, strong shadows and saturated colors with printed dots."),
+    Style("American comic book", "美式漫画",
+          "Heavy ink outlines, strong shadows and saturated colors with printed dots."),
     Style("pop art", "波普艺术", "Flat loud colors, thick outlines and rows of print dots, as in an advertisement."),
     Style("pixel art", "像素画", "Large square pixels in a small palette, as in an early video game."),
     Style("low poly", "低多边形", "Surfaces made of few flat triangles, each in one plain shade."),
     Style("voxel art", "体素艺术", "Everything is built of small equal cubes, seen in three dimensions."),
-    Style("3D cartoon", "3D卡通", "Smooth rounded computer-rendered shapes, soft light and exaggerated, friendly features."),
-    Style("flat illustration", "扁平插画", "Simple shapes in a few even colors, with no texture and hardly any shading."),
-    Style("isometric illustration", "等距插画", "Neat shapes drawn from an oblique angle above, with no vanishing point."),
+    Style("3D cartoon", "3D卡通",
+          "Smooth rounded computer-rendered shapes, soft light and exaggerated, friendly features."),
+    Style("flat illustration", "扁平插画",
+          "Simple shapes in a few even colors, with no texture and hardly any shading."),
+    Style("isometric illustration", "等距插画",
+          "Neat shapes drawn from an oblique angle above, with no vanishing point."),
     Style("cyberpunk", "赛博朋克", "Neon pink and cyan light, wet reflections and dense technology in the dark."),
     Style("steampunk", "蒸汽朋克", "Brass, copper, rivets, gears and steam in warm brown tones."),
     Style("vaporwave", "蒸汽波", "Pink, purple and turquoise gradients with grids and nostalgic computer graphics."),
@@ -77,7 +96,8 @@ STYLES = (
     Style("graffiti", "涂鸦艺术", "Sprayed bright colors, thick outlines, drips and overlaps on a wall."),
     # Crafts and materials
     Style("LEGO bricks", "乐高积木", "Everything is assembled from shiny plastic toy bricks with visible studs."),
-    Style("claymation", "黏土动画", "Hand-kneaded modelling clay with fingerprints and rounded edges, lit like a small stage."),
+    Style("claymation", "黏土动画",
+          "Hand-kneaded modelling clay with fingerprints and rounded edges, lit like a small stage."),
     Style("origami", "折纸", "Folded colored paper with sharp creases and flat facets."),
     Style("paper cut", "剪纸", "Flat shapes cut from paper, with crisp edges and openwork patterns."),
     Style("felted wool", "羊毛毡", "Soft fuzzy wool in rounded toy-like shapes, with stray fibres."),
@@ -86,3 +106,11 @@ STYLES = (
     Style("blue and white porcelain", "青花瓷", "Cobalt blue painting under a smooth white glaze."),
     Style("wood carving", "木雕", "Relief cut in wood, with visible grain and tool marks."),
 )  # fmt: skip
+
+
+def styles_by_name(styles: Sequence[Style]) -> dict[str, Style]:
+    """The styles by their English name. Raises `ValueError` if there are none, or two have the same name."""
+    by_name = {style.name: style for style in styles}
+    if len(by_name) < max(len(styles), 1):
+        raise ValueError(f"styles must not be empty and have distinct names, but are {[s.name for s in styles]}.")
+    return by_name

@@ -1,4 +1,4 @@
-"""The stages that edit and score, as functions of batches; the engine is tested elsewhere."""
+"""The stage that makes edits, as a function of batches."""
 
 import io
 
@@ -7,17 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from hp_edit_trl import HPScorerReward
-from hp_edit_trl.data.builder.edits import MakeEdits, ScoreEdits
+from hp_edit_trl.data.builder.edits import MakeEdits
 from hp_edit_trl.editors import Editor
-from hp_edit_trl.judges import Judgement
-from tests.helpers import RuleJudge, photo
-
-
-def encoded(image: Image.Image) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
+from tests.data.builder.toy_build import encoded
+from tests.helpers import photo
 
 
 def decoded(value: dict) -> Image.Image:
@@ -41,9 +34,9 @@ class Seeded(Editor):
 
     identity = {"editor": "seeded", "revision": "1", "strength": 3}
 
-    def __call__(self, images, prompts, ids, seeds):
+    def __call__(self, references, prompts, ids, seeds):
         colors = [np.random.default_rng(seed).integers(0, 255, 3) for seed in seeds]
-        return [Image.new("RGB", image.size, tuple(map(int, c))) for image, c in zip(images, colors, strict=True)]
+        return [Image.new("RGB", case[0].size, tuple(map(int, c))) for case, c in zip(references, colors, strict=True)]
 
 
 def test_a_function_edits_and_the_edit_is_kept_without_loss():
@@ -93,50 +86,7 @@ def test_an_editor_that_fails_with_all_of_them_stops_the_build():
         ValueError, match="failed with every case of a batch, 'case-0' to 'case-2': KeyError: 'weights'"
     ):
         MakeEdits(broken)(batch())
-    with pytest.raises(ValueError, match="returned 0 edits of 1 images"):
+    with pytest.raises(ValueError, match="returned 0 edits of 1 cases"):
         MakeEdits(short)(batch())
     with pytest.raises(torch.OutOfMemoryError):
         MakeEdits(full)(batch())
-
-
-def scored(rule=None, **changes):
-    rows = {**batch(), "edit": [encoded(Image.new("RGB", (64, 48), (shade, 0, 0))) for shade in (0, 102, 255)]}
-    rows |= {"task": ["add", "style", "bokeh"], "requirement": [None, None, "keep sharp: the cup"], **changes}
-    stage = ScoreEdits(HPScorerReward(RuleJudge(rule=rule)))
-    done = stage(rows)
-    assert done.keys() == {*stage.features, "reason"}
-    return stage, done
-
-
-def test_scores_carry_judge_and_prompt():
-    stage, done = scored()
-    assert done["score"] == [0, 2, 5] and done["answer"] == ["0", "2", "5"] and done["reason"] == [None] * 3
-    assert done["scorer_prompt"] == ["hp-edit-trl:add:1", "hp-edit-trl:style:1", "hp-edit-trl:bokeh:1"]
-    assert done["scorer_prompt_sha"] == [
-        stage.scorer.scorer_prompts[task].digest for task in ("add", "style", "bokeh")
-    ]
-    assert done["judge"] == ["judge RuleJudge, name rule, score_mode integer"] * 3
-    assert done["score_mode"] == ["integer"] * 3
-    assert stage.settings["scorer_prompts"]["add"] == ["hp-edit-trl:add:1", stage.scorer.scorer_prompts["add"].digest]
-
-
-def test_the_judge_sees_the_requirement_and_a_missing_score_is_missing():
-    _, done = scored(lambda text, pictures: 4 if "keep sharp: the cup" in text else "rubbish")
-    assert done["score"] == [None, None, 4] and done["answer"] == ["rubbish", "rubbish", "4"]
-    assert done["reason"] == [None] * 3  # kept, with the answer
-
-
-def test_an_unreadable_edit_is_rejected_and_the_others_are_scored():
-    good = encoded(Image.new("RGB", (64, 48), (255, 0, 0)))
-    _, done = scored(edited=[good, {"bytes": b"no picture", "path": None}, good])
-    assert done["score"] == [5, None, 5] and done["reason"][1].startswith("unreadable: The edit of 'case-1' cannot")
-
-
-def test_a_judge_that_does_not_answer_stops_the_build():
-    class Silent(RuleJudge):
-        def __call__(self, conversations):
-            return [Judgement(None, "TimeoutError: 120 s", answered=False) for _ in conversations]
-
-    rows = {**batch(), "edit": batch()["image"], "task": ["add"] * 3, "requirement": [None] * 3}
-    with pytest.raises(ConnectionError, match="no answer to any of 3 edits; the last time: TimeoutError: 120 s"):
-        ScoreEdits(HPScorerReward(Silent()))(rows)

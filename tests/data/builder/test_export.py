@@ -12,10 +12,10 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from hp_edit_trl.data import SCORE_FEATURES, load_realpref
+from hp_edit_trl.data import CASE_FEATURES, SCORE_FEATURES, load_realpref
 from hp_edit_trl.data.builder import export, export_dataset, push_dataset
 from hp_edit_trl.data.builder.export import GROUP_BYTES, GROUP_ROWS
-from tests.data.builder.test_edits import encoded
+from tests.data.builder.toy_build import encoded
 from tests.data.test_schema import FEATURES, make_rows
 
 
@@ -127,7 +127,7 @@ def test_a_license_that_all_rows_share(tmp_path):
 
 
 def test_cases_without_edits_or_scores(tmp_path):
-    bare = ({name: batch[name] for name in batch if name not in ("edit", "editor", "editor_revision", "edit_seed", "score", "answer", "judge", "scorer_prompt", "scorer_prompt_sha", "score_mode")} for batch in batches(9))  # fmt: skip
+    bare = ({name: batch[name] for name in CASE_FEATURES} for batch in batches(9))
     export_dataset({"train": bare}, tmp_path / "set")
     loaded = load_realpref(str(tmp_path / "set"))
     assert "edit" not in loaded.features and len(loaded) == 9
@@ -145,10 +145,10 @@ def test_nothing_to_write_and_nothing_to_push(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mine": [1] * 3}, r"'train' has columns that are none of the schema: \['mine'\]"),
+        ({"mine": [1] * 3}, r"'train' has columns that are not in the schema: \['mine'\]"),
         ({"score": [1.0, 7.0, 1.0]}, "Row 1 of the split 'train', column 'score': 7 is not between 0 and 5"),
         ({"image": [None] * 3}, "Row 0 of the split 'train', column 'image': has no image"),
-        ({"id": ["a", "b", "a"]}, "Row 2 of the split 'train', column 'id': 'a' is that of row 0"),
+        ({"id": ["a", "b", "a"]}, "Row 2 of the split 'train', column 'id': row 0 has 'a'"),
     ],
 )
 def test_what_could_not_be_loaded_again_is_not_written(tmp_path, changes, message):
@@ -189,6 +189,6 @@ def test_what_was_there_survives_a_full_disk(tmp_path, monkeypatch):
         yield from batches(count)
         raise OSError(28, os.strerror(28))
 
-    with pytest.raises(OSError, match="cannot be written .*No space left on device.*Make room, and run again"):
+    with pytest.raises(OSError, match="cannot be written .*No space left on device.*Free space, and run again"):
         export_dataset({"train": full(9)}, tmp_path / "set")
     assert digests(tmp_path / "set") == before and not (tmp_path / "set.part").exists()

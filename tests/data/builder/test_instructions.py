@@ -10,17 +10,16 @@ from PIL import Image
 
 from hp_edit_trl import ServerJudge
 from hp_edit_trl.data.builder.instructions import (
-    LANGUAGES,
     InstructionTemplate,
-    Plan,
     WriteInstructions,
     load_instruction_templates,
-    repeated_prompts,
 )
-from hp_edit_trl.data.builder.styles import STYLES
+from hp_edit_trl.data.builder.plan import Plan
+from hp_edit_trl.data.builder.styles import LANGUAGES, STYLES
 from hp_edit_trl.judges import CachedJudge, Judgement
 from hp_edit_trl.rewards import load_scorer_prompts
 from hp_edit_trl.tasks import TASKS
+from tests.data.builder.toy_build import encoded
 from tests.helpers import photo
 from tests.judges.test_judges import completion, serve  # noqa: F401  (a fixture)
 
@@ -29,20 +28,27 @@ YES = '{"feasible": true, "reason": ""}'
 
 # One good answer for each task and language
 GOOD = {
-    ("add", "en"): {"instruction": "Add a small red kite above the brown dog.", "object": "a small red kite", "place": "above the brown dog"},
-    ("add", "zh"): {"instruction": "在棕色的狗上方添加一只红色的小风筝。", "object": "红色的小风筝", "place": "棕色的狗上方"},
+    ("add", "en"): {"instruction": "Add a small red kite above the brown dog.", "object": "a small red kite",
+        "place": "above the brown dog"},
+    ("add", "zh"): {"instruction": "在棕色的狗上方添加一只红色的小风筝。", "object": "红色的小风筝",
+        "place": "棕色的狗上方"},
     ("remove", "en"): {"instruction": "Remove the blue bucket on the left.", "object": "The blue bucket"},
     ("remove", "zh"): {"instruction": "移除左边的蓝色水桶。", "object": "蓝色水桶"},
-    ("swap", "en"): {"instruction": "Replace the brown dog with an orange cat.", "object": "brown dog", "replacement": "orange cat"},
+    ("swap", "en"): {"instruction": "Replace the brown dog with an orange cat.", "object": "brown dog",
+        "replacement": "orange cat"},
     ("swap", "zh"): {"instruction": "把棕色的狗换成一只橘猫。", "object": "棕色的狗", "replacement": "橘猫"},
-    ("background", "en"): {"instruction": "Keep the dog and change the background to a snowy forest.", "background": "snowy forest"},
+    ("background", "en"): {"instruction": "Keep the dog and change the background to a snowy forest.",
+        "background": "snowy forest"},
     ("background", "zh"): {"instruction": "保留狗，把背景换成白雪覆盖的森林。", "background": "白雪覆盖的森林"},
-    ("color", "en"): {"instruction": "Change the colour of the car to dark green.", "object": "the car", "color": "dark green"},
+    ("color", "en"): {"instruction": "Change the colour of the car to dark green.", "object": "the car",
+        "color": "dark green"},
     ("color", "zh"): {"instruction": "将汽车的颜色改为深绿色。", "object": "汽车", "color": "深绿色"},
     ("bokeh", "en"): {"instruction": "Strongly blur all but the brown dog.", "subject": "the brown dog"},
     ("bokeh", "zh"): {"instruction": "保持棕色的狗清晰，强烈虚化背景。", "subject": "棕色的狗"},
-    ("relight", "en"): {"instruction": "Light the scene from the left with soft, warm light.", "direction": "from the left", "quality": "soft warm light"},
-    ("relight", "zh"): {"instruction": "用3000K的柔和暖光从左侧照亮场景。", "direction": "从左侧", "quality": "柔和暖光"},
+    ("relight", "en"): {"instruction": "Light the scene from the left with soft, warm light.",
+        "direction": "from the left", "quality": "soft warm light"},
+    ("relight", "zh"): {"instruction": "用3000K的柔和暖光从左侧照亮场景。", "direction": "从左侧",
+        "quality": "柔和暖光"},
     ("style", "en"): {"instruction": "Turn the picture into pixel art and keep the dog where it is."},
     ("style", "zh"): {"instruction": "把画面变成像素画，保持狗的位置不变。"},
 }  # fmt: skip
@@ -79,16 +85,10 @@ class Writer:
         return [text if isinstance(text, Judgement) else Judgement(None, text) for text in texts]
 
 
-def encoded(seed=0):
-    buffer = io.BytesIO()
-    photo(48, 32, seed).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 def batch_of(*cases, image=None):
     """Cases of (task, language)."""
     return {
-        "image": [image or encoded(i) for i in range(len(cases))],
+        "image": [image or encoded(photo(48, 32, i)) for i in range(len(cases))],
         "image_id": [f"{i:016x}" for i in range(len(cases))],
         "task": [task for task, _ in cases],
         "category": ["dog"] * len(cases),
@@ -125,7 +125,7 @@ def test_good_answers_of_every_task_and_language():
     assert {cases[i][0]: done["requirement"][i] for i in english} == REQUIREMENTS
     assert done["requirement"][cases.index(("bokeh", "zh"))] == "keep sharp: 棕色的狗"
     assert len(set(done["id"])) == len(cases) and all(len(id_) == 16 and int(id_, 16) >= 0 for id_ in done["id"])
-    assert done["writer"] == ["Writer w, revision r1, max_new_tokens 256"] * len(cases)
+    assert done["writer"] == ["judge Writer, name w, revision r1, score_mode integer, max_new_tokens 256"] * len(cases)
     assert done["writer_prompt"] == [f"hp-edit-trl:instructions/{task}:1" for task, _ in cases]
 
 
@@ -149,7 +149,8 @@ def test_what_the_writer_is_told():
     "answer",
     [
         good(), f"  {good()}\n", f"```json\n{good()}\n```", f"```\n{good()}```", f"Here you are: {good()} Have fun!",
-        f"Sure.\n```json\n{good()}\n```\nAnything else?", f"<think>A {{dog}}? Or {good(subject='the cat')}?</think>\n\n{good()}",
+        f"Sure.\n```json\n{good()}\n```\nAnything else?",
+        f"<think>A {{dog}}? Or {good(subject='the cat')}?</think>\n\n{good()}",
         json.dumps(GOOD["bokeh", "en"] | {"why": [1, {"a": None}]}, indent=4), good(subject="THE Brown dog."),
         good(instruction="  Strongly  blur\u00a0all but\tthe brown dog. "), good(subject="the  brown\ndog"),
         f"{{I think}} the answer is {good()}",
@@ -166,42 +167,64 @@ PROSE = "I am sorry, but as a language model I cannot look at pictures."
 RUBBISH = [
     # nothing, prose, broken JSON
     ("", "no answer: it is empty"), (" \n\t", "no answer: it is empty"), (PROSE, "not an object: I am sorry"),
-    ("4", "not an object: 4"), ("null", "not an object: null"), ("true", "not an object"), ('"a string"', "not an object"),
+    ("4", "not an object: 4"), ("null", "not an object: null"), ("true", "not an object"),
+    ('"a string"', "not an object"),
     (good()[:-20], "not an object"), (good()[:-1], "not an object"), (good().replace('"', "'"), "not an object"),
     (f"[{good()}]", "not an object"), ("[]", "not an object"), ("{}", "field missing: 'instruction' is not there"),
-    (good() + good(), "not an object: several"), (f"{good()}\nor rather\n{good(subject='all')}", "not an object: several"),
+    (good() + good(), "not an object: several"),
+    (f"{good()}\nor rather\n{good(subject='all')}", "not an object: several"),
     (f"<think>{good()}", "not an object: the reasoning is not closed"), ("<think></think>", "not an object"),
     ("{" * 10_000, "not an object"), ('{"a":' * 3_000, "not an object"), ("[" * 15_000, "not an object"),
-    ("x" * 1_000_000, "not an object: 1000000 characters"), ("9" * 10_000, "not an object"), ('{"a":' + "9" * 9_000 + "}", "not an object"),
-    ("\ufffd\ufffd", "not an object"), ("NaN", "not an object"), ("\x00\x01", "not an object"), ("{{{}}}", "field missing"),
+    ("x" * 1_000_000, "not an object: 1000000 characters"), ("9" * 10_000, "not an object"),
+    ('{"a":' + "9" * 9_000 + "}", "not an object"),
+    ("\ufffd\ufffd", "not an object"), ("NaN", "not an object"), ("\x00\x01", "not an object"),
+    ("{{{}}}", "field missing"),
     # an object that is another one
     ('{"Instruction": "Blur all but the dog", "subject": "the dog"}', "field missing: 'instruction' is not there"),
-    ('{"prompt": "Blur all but the dog"}', "field missing: 'instruction'"), (good(subject=None), "field missing: 'subject' is not there"),
-    (good(subject=3), "field missing: 'subject' is int"), (good(instruction=["Blur", "it"]), "field missing: 'instruction' is list"),
-    (good(instruction={"en": "Blur all but the dog"}), "field missing: 'instruction' is dict"), (good(instruction=True), "field missing: 'instruction' is bool"),
-    (good(subject=""), "field missing: 'subject' is ''"), (good(subject="..."), "placeholder"), (good(subject="?!"), "field missing"),
-    (good(subject="None"), "field missing: 'subject' is 'None'"), (good(subject="the subject"), "field missing"), (good(instruction=""), "field missing"),
+    ('{"prompt": "Blur all but the dog"}', "field missing: 'instruction'"),
+    (good(subject=None), "field missing: 'subject' is not there"),
+    (good(subject=3), "field missing: 'subject' is int"),
+    (good(instruction=["Blur", "it"]), "field missing: 'instruction' is list"),
+    (good(instruction={"en": "Blur all but the dog"}), "field missing: 'instruction' is dict"),
+    (good(instruction=True), "field missing: 'instruction' is bool"),
+    (good(subject=""), "field missing: 'subject' is ''"), (good(subject="..."), "placeholder"),
+    (good(subject="?!"), "field missing"),
+    (good(subject="None"), "field missing: 'subject' is 'None'"), (good(subject="the subject"), "field missing"),
+    (good(instruction=""), "field missing"),
     ('{"instruction": {"instruction": ' * 300 + '""' + "}}" * 300, "field missing: 'instruction' is dict"),
     # a text that is none
-    (good(instruction="<instruction>"), "placeholder or markup"), (good(instruction="Blur all but the <object> there"), "placeholder or markup"),
-    (good(instruction="Blur all but [subject] please"), "placeholder"), (good(instruction="Blur all but {subject} please"), "placeholder"),
-    (good(instruction="Blur it all … the brown dog"), "placeholder"), (good(instruction="**Blur** all but the brown dog"), "placeholder or markup"),
-    (good(instruction="Blur all but ____ and the brown dog"), "placeholder"), (good(instruction="Blur.\nKeep the brown dog."), "several lines"),
-    (good(instruction="Blur all.\u2028Keep the brown dog."), "several lines"), (good(instruction="Blur all but the\x07 brown dog"), "unreadable characters: U+0007"),
-    (good(instruction="Blur all but the \x00brown dog"), "unreadable characters: U+0000"), (good(subject="the brown dog\u200b"), "unreadable characters: U+200B"),
-    ('{"instruction": "Blur all but the \\ud83d brown dog", "subject": "the brown dog"}', "unreadable characters: U+D83D"),
+    (good(instruction="<instruction>"), "placeholder or markup"),
+    (good(instruction="Blur all but the <object> there"), "placeholder or markup"),
+    (good(instruction="Blur all but [subject] please"), "placeholder"),
+    (good(instruction="Blur all but {subject} please"), "placeholder"),
+    (good(instruction="Blur it all … the brown dog"), "placeholder"),
+    (good(instruction="**Blur** all but the brown dog"), "placeholder or markup"),
+    (good(instruction="Blur all but ____ and the brown dog"), "placeholder"),
+    (good(instruction="Blur.\nKeep the brown dog."), "several lines"),
+    (good(instruction="Blur all.\u2028Keep the brown dog."), "several lines"),
+    (good(instruction="Blur all but the\x07 brown dog"), "unreadable characters: U+0007"),
+    (good(instruction="Blur all but the \x00brown dog"), "unreadable characters: U+0000"),
+    (good(subject="the brown dog\u200b"), "unreadable characters: U+200B"),
+    ('{"instruction": "Blur all but the \\ud83d brown dog", "subject": "the brown dog"}',
+        "unreadable characters: U+D83D"),
     ('{"instruction": "Blur all but the brown dog", "subject": "\\udc00"}', "unreadable characters: U+DC00"),
     (good(instruction="Blur all but the \ufffdbrown dog"), "unreadable characters: U+FFFD"),
     (good(instruction="\u202eBlur all but the brown dog"), "unreadable characters: U+202E"),
     # length, language, repetition
-    (good(instruction="Blur"), "length: 1 words, at least 3 and at most 60"), (good(instruction="the brown dog " * 1_000), "length: 3000 words"),
-    (good(instruction=" ".join(f"word{i}" for i in range(58)) + " the brown dog"), "length: 61 words"), (good(instruction="x" * 10_000), "length: 1 words"),
-    (good(instruction="保持棕色的狗清晰，虚化 the brown dog 背景"), "language: it should be English"), (good(instruction="Размой фон за собакой"), "language"),
-    (good(instruction="背景を ぼかして ください"), "language"), (good(instruction="12 345 6789"), "language"), (good(instruction="🐕 🐕‍🦺 🐩"), "unreadable"),
-    (good(instruction="blur blur blur the brown dog"), "repetition"), (good(instruction="Blur it, blur it, blur it: the brown dog"), "repetition"),
+    (good(instruction="Blur"), "length: 1 words, at least 3 and at most 60"),
+    (good(instruction="the brown dog " * 1_000), "length: 3000 words"),
+    (good(instruction=" ".join(f"word{i}" for i in range(58)) + " the brown dog"), "length: 61 words"),
+    (good(instruction="x" * 10_000), "length: 1 words"),
+    (good(instruction="保持棕色的狗清晰，虚化 the brown dog 背景"), "language: it should be English"),
+    (good(instruction="Размой фон за собакой"), "language"),
+    (good(instruction="背景を ぼかして ください"), "language"), (good(instruction="12 345 6789"), "language"),
+    (good(instruction="🐕 🐕‍🦺 🐩"), "unreadable"),
+    (good(instruction="blur blur blur the brown dog"), "repetition"),
+    (good(instruction="Blur it, blur it, blur it: the brown dog"), "repetition"),
     (good(instruction="Blur the brown dog and the brown dog and the big tree and the brown dog"), "repetition"),
     # a text that is not what its fields say
-    (good(subject="the brown cat"), "not named: subject 'the brown cat' is not in 'Strongly blur"), (good(subject="brown do"), "not named"),
+    (good(subject="the brown cat"), "not named: subject 'the brown cat' is not in 'Strongly blur"),
+    (good(subject="brown do"), "not named"),
     (good(subject="dog brown"), "not named"), (good(subject="x" * 9_000), "not named: subject 'xxx"),
     (good(instruction="Apart from what is new, speak only of what can be seen in this picture"), "echo"),
 ]  # fmt: skip
@@ -221,17 +244,24 @@ def test_rubbish_is_a_rejected_row_with_its_reason(answer, expected):
 @pytest.mark.parametrize(
     ("task", "language", "changes", "expected"),
     [
-        ("bokeh", "zh", {"instruction": "Keep the brown dog sharp and blur the rest"}, "language: it should be Simplified Chinese"),
+        ("bokeh", "zh", {"instruction": "Keep the brown dog sharp and blur the rest"},
+            "language: it should be Simplified Chinese"),
         ("bokeh", "zh", {"instruction": "茶色の犬だけをはっきりさせてください"}, "language"),
         ("bokeh", "zh", {"instruction": "虚化。"}, "length: 2 characters, at least 4 and at most 100"),
         ("bokeh", "zh", {"instruction": "保持棕色的狗清晰" * 20}, "length: 160 characters"),
-        ("bokeh", "zh", {"instruction": "虚化虚化虚化棕色的狗"}, "repetition"), ("bokeh", "zh", {"subject": "白色的猫"}, "not named"),
-        ("bokeh", "zh", {"subject": "无"}, "field missing"), ("bokeh", "zh", {"subject": "the brown dog"}, "not named"),
+        ("bokeh", "zh", {"instruction": "虚化虚化虚化棕色的狗"}, "repetition"),
+        ("bokeh", "zh", {"subject": "白色的猫"}, "not named"),
+        ("bokeh", "zh", {"subject": "无"}, "field missing"),
+        ("bokeh", "zh", {"subject": "the brown dog"}, "not named"),
         ("swap", "en", {"replacement": "the brown dog"}, "fields alike: object and replacement are 'the brown dog'"),
-        ("swap", "en", {"replacement": "a white cat"}, "not named: replacement 'a white cat'"), ("color", "en", {"color": "green car"}, "not named: color"),
-        ("relight", "en", {"direction": ""}, "field missing: 'direction' is ''"), ("relight", "en", {"quality": None}, "field missing: 'quality'"),
-        ("relight", "en", {"quality": "hard light"}, "not named: quality"), ("add", "en", {"place": "on the moon"}, "not named: place"),
-        ("style", "en", {"instruction": "Turn the picture into an oil painting."}, "style not named: 'pixel art' is not in 'Turn"),
+        ("swap", "en", {"replacement": "a white cat"}, "not named: replacement 'a white cat'"),
+        ("color", "en", {"color": "green car"}, "not named: color"),
+        ("relight", "en", {"direction": ""}, "field missing: 'direction' is ''"),
+        ("relight", "en", {"quality": None}, "field missing: 'quality'"),
+        ("relight", "en", {"quality": "hard light"}, "not named: quality"),
+        ("add", "en", {"place": "on the moon"}, "not named: place"),
+        ("style", "en", {"instruction": "Turn the picture into an oil painting."},
+            "style not named: 'pixel art' is not in 'Turn"),
         ("style", "zh", {"instruction": "把画面变成 pixel art，保持狗的位置不变。"}, "style not named: '像素画'"),
     ],
 )  # fmt: skip
@@ -260,14 +290,19 @@ def test_every_style_can_be_named(style):
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (YES, None), (f"```json\n{YES}\n```", None), (f"<think>Is it {{}}?</think>{YES}", None), ('{"feasible": true}', None),
+        (YES, None), (f"```json\n{YES}\n```", None), (f"<think>Is it {{}}?</think>{YES}", None),
+        ('{"feasible": true}', None),
         ('{"feasible": false, "reason": "There is no\\n dog."}', "infeasible: There is no dog."),
         ('{"feasible": false, "reason": "No\n\tdog."}', "infeasible: No dog."),
-        ('{"feasible": false}', "infeasible: no reason given"), ('{"feasible": false, "reason": 4}', "infeasible: no reason given"),
+        ('{"feasible": false}', "infeasible: no reason given"),
+        ('{"feasible": false, "reason": 4}', "infeasible: no reason given"),
         ('{"feasible": false, "reason": "half \\ud83d"}', "infeasible: half"),
-        ('{"feasible": "yes"}', 'feasibility unknown: {"feasible": "yes"}'), ('{"feasible": 1}', "feasibility unknown"), ("true", "feasibility unknown"),
-        ("Yes, it is.", "feasibility unknown: not an object: Yes, it is."), (YES[:-3], "feasibility unknown"), (f"[{YES}]", "feasibility unknown"),
-        (YES + '{"feasible": false}', "feasibility unknown"), (good(), "feasibility unknown"), ("", "no answer: it is empty"),
+        ('{"feasible": "yes"}', 'feasibility unknown: {"feasible": "yes"}'),
+        ('{"feasible": 1}', "feasibility unknown"), ("true", "feasibility unknown"),
+        ("Yes, it is.", "feasibility unknown: not an object: Yes, it is."), (YES[:-3], "feasibility unknown"),
+        (f"[{YES}]", "feasibility unknown"),
+        (YES + '{"feasible": false}', "feasibility unknown"), (good(), "feasibility unknown"),
+        ("", "no answer: it is empty"),
     ],
 )  # fmt: skip
 def test_feasibility(answer, expected):
@@ -323,10 +358,11 @@ def test_a_batch_without_any_answer_is_an_error_and_no_rows():
     batch = batch_of(*[("bokeh", "en")] * 2)
     last = Judgement(None, "refused \x00", answered=False)
     with pytest.raises(
-        ConnectionError, match=r"writer \(Writer w, .* no answer to 2 questions in a row; the last time: refused"
+        ConnectionError,
+        match=r"writer \(judge Writer, name w, .* no answer to 2 questions in a row; the last error: refused",
     ):
         WriteInstructions(Writer([FAILED, last]))(batch)
-    with pytest.raises(ConnectionError, match="the last time: APITimeoutError"):  # in the second question
+    with pytest.raises(ConnectionError, match="the last error: APITimeoutError"):  # in the second question
         WriteInstructions(Writer([good()] * 2, feasible=FAILED))(batch)
 
 
@@ -365,7 +401,7 @@ def test_a_server(serve):  # noqa: F811
         done["reason"][3].startswith("no answer: BadRequestError") and "this picture is refused" in done["reason"][3]
     )
     assert done["prompt"] == [None if case[0] == "swap" else GOOD[case]["instruction"] for case in cases]
-    assert done["writer"][0].startswith("ServerJudge vlm, revision r7, ")
+    assert done["writer"][0].startswith("judge ServerJudge, name vlm, revision r7, ")
     asked = server.requests[1:]  # after the trial
     assert len(asked) == 5 + 4 and {request["max_tokens"] for request in asked} == {256}
     assert all(request["messages"][1]["content"][1]["type"] == "image_url" for request in asked)
@@ -378,7 +414,16 @@ def test_a_server(serve):  # noqa: F811
         stage.load()
 
 
-TASK_WORD = {"bokeh": "subject", "add": "place", "swap": "replacement", "color": "color", "relight": "direction", "background": "background", "remove": "object", "style": ""}  # fmt: skip
+TASK_WORD = {
+    "bokeh": "subject",
+    "add": "place",
+    "swap": "replacement",
+    "color": "color",
+    "relight": "direction",
+    "background": "background",
+    "remove": "object",
+    "style": "",
+}
 
 
 def test_a_plan_is_written():
@@ -387,14 +432,20 @@ def test_a_plan_is_written():
     plan = Plan(tasks_per_image=2, languages={"en": 1, "zh": 1})(images)
     rows = range(len(plan["task"]))
     batch = {name: plan[name] for name in ("task", "language", "style")}
-    batch |= {"image": [encoded(0)] * len(rows), "image_id": [images["image_id"][i] for i in plan["parent"]], "category": ["dog"] * len(rows)}  # fmt: skip
+    batch |= {
+        "image": [encoded(photo(48, 32))] * len(rows),
+        "image_id": [images["image_id"][i] for i in plan["parent"]],
+        "category": ["dog"] * len(rows),
+    }
     by_name = {style.name: style for style in STYLES}
     answers = []
     for i in rows:
         answer = dict(GOOD[plan["task"][i], plan["language"][i]])
         if plan["task"][i] == "style":
             style = by_name[plan["style"][i]]
-            answer["instruction"] = answer["instruction"].replace("pixel art", style.name).replace("像素画", style.chinese)  # fmt: skip
+            answer["instruction"] = (
+                answer["instruction"].replace("pixel art", style.name).replace("像素画", style.chinese)
+            )
         answers.append(json.dumps(answer))
     done = WriteInstructions(Writer(answers))(batch)
     assert done["reason"] == [None] * len(rows) and len(set(done["id"])) == len(rows)
@@ -408,7 +459,8 @@ def test_settings_change_with_what_decides_and_an_unloaded_stage_can_be_sent_awa
     changed = templates | {"add": InstructionTemplate("add", templates["add"].revision, templates["add"].text + " ")}
     for other in (
         WriteInstructions(Writer([]), changed), WriteInstructions(Writer([]), styles=STYLES[:31]),
-        WriteInstructions(Writer([]), min_length={"en": 4, "zh": 4}), WriteInstructions(Writer([]), check_feasibility=False),
+        WriteInstructions(Writer([]), min_length={"en": 4, "zh": 4}),
+        WriteInstructions(Writer([]), check_feasibility=False),
     ):  # fmt: skip
         assert json.dumps(other.settings) != first
     assert json.dumps(WriteInstructions(Writer([]), batch_size=3).settings) == first
@@ -416,14 +468,16 @@ def test_settings_change_with_what_decides_and_an_unloaded_stage_can_be_sent_awa
 
 def test_writers_and_options_that_are_not_usable(tmp_path):
     url = "http://127.0.0.1:9/v1"
-    with pytest.raises(ValueError, match=r"writer \(ServerJudge m, .*\) would be cut off .* use max_new_tokens=256"):
+    with pytest.raises(
+        ValueError, match=r"writer \(judge ServerJudge, name m, .*\) would be cut off: use max_new_tokens=256"
+    ):
         WriteInstructions(ServerJudge("m", url))
     with pytest.raises(ValueError, match="would be cut off"):
         WriteInstructions(CachedJudge(ServerJudge("m", url), tmp_path / "cache"))
     for options in ({"score_mode": "expected"}, {"num_answers": 3}):
         with pytest.raises(ValueError, match="use score_mode='integer' and num_answers=1"):
             WriteInstructions(ServerJudge("m", url, max_new_tokens=256, **options))
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0 must be an integer of at least 1"):
         WriteInstructions(Writer([]), batch_size=0)
     for lengths in (
         {"min_length": {"en": 3}},
@@ -446,7 +500,7 @@ def test_writers_and_options_that_are_not_usable(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             WriteInstructions(writer)(batch | {column: [value]})
-    with pytest.raises(ValueError, match="style 'mine' is not among the styles: give the same to Plan"):
+    with pytest.raises(ValueError, match="style 'mine' is not among the styles: pass the same ones to Plan"):
         WriteInstructions(writer)(batch_of(("style", "en")) | {"style": ["mine"]})
     assert writer.calls == []
 
@@ -485,7 +539,11 @@ def test_a_folder_of_templates(tmp_path, folder):
     assert templates == {
         "crop": InstructionTemplate("crop", name, "In {language}, crop {this}.", ("part",), "keep {part}")
     }
-    stage = WriteInstructions(writer := Writer(['{"instruction": "Crop to the left half.", "part": "left half"}']), templates, check_feasibility=False)  # fmt: skip
+    stage = WriteInstructions(
+        writer := Writer(['{"instruction": "Crop to the left half.", "part": "left half"}']),
+        templates,
+        check_feasibility=False,
+    )
     assert stage(batch_of(("crop", "en")))["requirement"] == ["keep left half"]
     assert writer.calls[0][0][0]["content"][0]["text"] == "In English, crop {this}."
     with pytest.raises(ValueError, match="revision='main' pins a Hub repository"):
@@ -495,15 +553,20 @@ def test_a_folder_of_templates(tmp_path, folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no header", "does not begin with a header that names `task` and `revision`"), ("---\n- a\n---\n{language}", "does not begin with a header"),
+        ("no header", "does not begin with a header that names `task` and `revision`"),
+        ("---\n- a\n---\n{language}", "does not begin with a header"),
         ("---\ntask: [\n---\n{language}", "header of the prompt .*x.md is no YAML"),
-        ("---\ntask: x\nrevision: a b\n---\n{language}", "has the revision 'a b'"), ("---\ntask: x\nrevision: 1\n---\nnothing", r"x.md has no \{language\}"),
+        ("---\ntask: x\nrevision: a b\n---\n{language}", "has the revision 'a b'"),
+        ("---\ntask: x\nrevision: 1\n---\nnothing", r"x.md has no \{language\}"),
         ("---\ntask: feasibility\nrevision: 1\n---\n{language}", r"x.md has no \{prompt\}"),
         ("---\ntask: x\nrevision: 1\nfields: part\n---\n{language}", "x.md has the fields 'part': give a list"),
-        ("---\ntask: x\nrevision: 1\nfields: [a b]\n---\n{language}", "give a list of plain names"), ("---\ntask: x\nrevision: 1\nfields: [1]\n---\n{language}", "give a list"),
+        ("---\ntask: x\nrevision: 1\nfields: [a b]\n---\n{language}", "give a list of plain names"),
+        ("---\ntask: x\nrevision: 1\nfields: [1]\n---\n{language}", "give a list"),
         ("---\ntask: x\nrevision: 1\nfields: [instruction]\n---\n{language}", "names the field 'instruction'"),
-        ("---\ntask: x\nrevision: 1\nrequirement: {a: 1}\n---\n{language}", "has the requirement .*: put it in quotes"),
-        ("---\ntask: x\nrevision: 1\nfields: [a]\nrequirement: 'keep {b}'\n---\n{language}", r"x.md speaks of \['b'\]; its fields are \['a'\]"),
+        ("---\ntask: x\nrevision: 1\nrequirement: {a: 1}\n---\n{language}",
+            "has the requirement .*: put it in quotes"),
+        ("---\ntask: x\nrevision: 1\nfields: [a]\nrequirement: 'keep {b}'\n---\n{language}",
+            r"x.md uses \['b'\]; its fields are \['a'\]"),
         (None, "no instruction templates"),
     ],
 )  # fmt: skip
@@ -524,16 +587,3 @@ def test_two_templates_for_a_task(tmp_path):
 def test_the_templates_are_where_the_wheel_takes_them_from():
     folder = Path(__file__).parents[3] / "prompts" / "instructions"
     assert {path.stem for path in folder.glob("*.md")} == {*TASKS, "feasibility"}
-
-
-def test_repeated_prompts():
-    rows = [
-        ("add", "Add a dog."), ("add", "add  a DOG"), ("remove", "Add a dog"), ("add", "Add a cat"), ("add", "Ａdd a dog!"),
-        ("add", "添加一只狗。"), ("add", "添加 一只狗"), ("add", "添加一只狗！"),
-    ]  # fmt: skip
-    reasons = repeated_prompts([task for task, _ in rows], [prompt for _, prompt in rows], 2)
-    assert [reason is not None for reason in reasons] == [False, False, False, False, True, False, False, True]
-    assert {reason.partition(":")[0] for reason in reasons if reason} == {"repeated prompt"}
-    assert repeated_prompts([], [], 1) == []
-    ones = repeated_prompts(["add"] * 5, ["x", "y", "x", "x", "y"], 1)
-    assert [reason is not None for reason in ones] == [False, False, True, True, True]

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from hp_edit_trl.data.builder.instructions import Plan, _shares
+from hp_edit_trl.data.builder.plan import Plan, _shares
 from hp_edit_trl.data.builder.styles import STYLES, Style
 from hp_edit_trl.tasks import TASKS
 
@@ -78,7 +78,7 @@ def test_num_cases_is_met_exactly():
         assert len({case[:3] for case in planned}) == wanted  # no image has a task twice
         dogs = sum(case[1] == "dog" for case in planned)
         assert abs(dogs - wanted * 30 / 42) <= 2
-    with pytest.raises(ValueError, match="num_cases=85 .* 42 images with tasks_per_image=2 make 84"):
+    with pytest.raises(ValueError, match="num_cases=85 .* 42 images with tasks_per_image=2 give only 84"):
         Plan(num_cases=85, tasks_per_image=2)(batch)
 
 
@@ -106,7 +106,9 @@ def test_languages_and_styles():
     used = Counter(case[4] for case in planned if case[2] == "style")
     assert set(used) == {style.name for style in STYLES} and max(used.values()) - min(used.values()) <= 1
     few = (Style("one", "一", "x"), Style("two", "二", "y"))
-    planned = cases(Plan(task_weights={"style": 1}, languages={"en": 1, "zh": 1}, styles=few), images({"dog": 40, "cat": 40}))  # fmt: skip
+    planned = cases(
+        Plan(task_weights={"style": 1}, languages={"en": 1, "zh": 1}, styles=few), images({"dog": 40, "cat": 40})
+    )
     assert Counter(case[3:] for case in planned) == {(a, b): 20 for a in ("en", "zh") for b in ("one", "two")}
     by_category = Counter((case[1], case[4]) for case in planned)
     assert set(by_category.values()) == {20}
@@ -147,13 +149,14 @@ def test_zero_weights_and_missing_categories():
         ({"task_weights": {"add": float("nan")}}, "weight of 'add' is nan"),
         ({"task_weights": {"add": float("inf")}}, "weight of 'add' is inf"),
         ({"task_weights": {"add": "many"}}, "weight of 'add' is 'many'"),
-        ({"task_weights": {"add": 0}}, "leaves nothing"),
-        ({"languages": {}}, "leaves nothing"),
-        ({"num_cases": 0}, "num_cases=0 must be at least 1"),
+        ({"task_weights": {"add": 0}}, "selects nothing"),
+        ({"languages": {}}, "selects nothing"),
+        ({"num_cases": 0}, "num_cases=0 must be an integer of at least 1"),
         ({"tasks_per_image": 0}, "tasks_per_image=0 must be at least 1, and at most 8"),
-        ({"tasks_per_image": 2, "task_weights": {"add": 1, "swap": 0}}, r"at most 1, the number of tasks with a weight: \['add'\]"),
-        ({"styles": ()}, "styles must be there"),
-        ({"styles": (STYLES[0], STYLES[0])}, "each under a name of its own"),
+        ({"tasks_per_image": 2, "task_weights": {"add": 1, "swap": 0}},
+            r"at most 1, the number of tasks with a weight: \['add'\]"),
+        ({"styles": ()}, "styles must not be empty"),
+        ({"styles": (STYLES[0], STYLES[0])}, "have distinct names"),
     ],
 )  # fmt: skip
 def test_options_that_are_not_usable(options, message):
@@ -162,7 +165,7 @@ def test_options_that_are_not_usable(options, message):
 
 
 def test_an_image_that_is_there_twice():
-    with pytest.raises(ValueError, match="The image 'a' is there more than once: .* run the stage 'duplicates' first"):
+    with pytest.raises(ValueError, match="The image 'a' occurs more than once, .* run the stage 'duplicates' first"):
         Plan()({"image_id": ["a", "b", "a"], "category": ["dog"] * 3})
 
 

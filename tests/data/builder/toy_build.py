@@ -1,4 +1,7 @@
-"""A build of three stages without any model, to be run as a script and killed: `python -m tests.data.builder.toy_build FOLDER [ENGINE] [PAUSE]`."""
+"""
+A build of three stages without any model, to be run as a script and killed:
+`python -m tests.data.builder.toy_build FOLDER [ENGINE] [PAUSE]`.
+"""
 
 import sys
 import time
@@ -6,8 +9,15 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from datasets import Features, Image, Value
+from PIL import Image as PILImage
 
 from hp_edit_trl.data.builder.engine import Batch, WorkFolder, run_stage
+from hp_edit_trl.utils.images import png_bytes
+
+
+def encoded(image: PILImage.Image) -> dict:
+    """An image as datasets encode it."""
+    return {"bytes": png_bytes(image), "path": None}
 
 
 class Numbers:

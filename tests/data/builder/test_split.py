@@ -1,4 +1,4 @@
-"""Which cases become the benchmark, and which are hard enough."""
+"""Which cases become the benchmark, and which prompts occur too often."""
 
 import random
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from hp_edit_trl import tasks
-from hp_edit_trl.data.builder.splits import Filter, Split
+from hp_edit_trl.data.builder.split import Split, repeated_prompts
 
 
 BENCHMARK_COUNTS = {task.name: task.realpref_bench for task in tasks.TASKS.values()}
@@ -93,46 +93,21 @@ def test_a_benchmark_larger_than_what_there_is():
         Split({"add": 81})(rows())
     with pytest.raises(ValueError, match="asks for 232 cases|asks for 191 cases"):
         Split()(rows())
-    with pytest.raises(ValueError, match="benchmark_counts=.* must be whole numbers"):
+    with pytest.raises(ValueError, match="benchmark_counts=.* must be integers"):
         Split({"add": -1})
     with pytest.raises(ValueError, match="max_distance=65"):
         Split({}, max_distance=65)
 
 
-def graded(scores, split=None, task=None):
-    count = len(scores)
-    return {
-        "id": [str(i) for i in range(count)],
-        "task": task or ["add"] * count,
-        "split": split or ["train"] * count,
-        "score": scores,
-    }
-
-
-def test_scores_of_five_are_not_trained_on_and_missing_ones_neither():
-    done = Filter()(graded([5.0, 4.99, None, 0.0, 5.0, None], ["train"] * 4 + ["test"] * 2))
-    assert done["split"] == ["filtered", "train", "train", "train", "test", "test"]
-    assert done["reason"] == [None, None, "no score", None, None, None]
-    assert Filter(threshold=4)(graded([5, 4, 3]))["split"] == ["filtered", "filtered", "train"]
-
-
-def test_the_hardest_share_of_each_task():
-    scores = [5.0, 1.0, 2.0, 3.0, 4.0, 4.0, None, 3.0]
-    done = Filter("hardest", 0.5)(graded(scores, task=["add"] * 4 + ["swap"] * 4))
-    assert done["split"][:4] == ["filtered", "train", "train", "filtered"]
-    # Three of swap have a score; half of them, rounded up, are two: 3 and, of equal scores, the first by id.
-    assert done["split"][4:] == ["train", "filtered", "train", "train"] and done["reason"][6] == "no score"
-
-
-@pytest.mark.parametrize(
-    ("rule", "threshold", "message"),
-    [
-        ("above", 5, "filter_rule='above'"),
-        ("below", 5.5, "at most 5"),
-        ("hardest", 2, "at most 1"),
-        ("below", 0, "above 0"),
-    ],
-)
-def test_rules_that_are_not_there(rule, threshold, message):
-    with pytest.raises(ValueError, match=message):
-        Filter(rule, threshold)
+def test_repeated_prompts():
+    rows = [
+        ("add", "Add a dog."), ("add", "add  a DOG"), ("remove", "Add a dog"), ("add", "Add a cat"),
+        ("add", "Ａdd a dog!"),
+        ("add", "添加一只狗。"), ("add", "添加 一只狗"), ("add", "添加一只狗！"),
+    ]  # fmt: skip
+    reasons = repeated_prompts([task for task, _ in rows], [prompt for _, prompt in rows], 2)
+    assert [reason is not None for reason in reasons] == [False, False, False, False, True, False, False, True]
+    assert {reason.partition(":")[0] for reason in reasons if reason} == {"repeated prompt"}
+    assert repeated_prompts([], [], 1) == []
+    ones = repeated_prompts(["add"] * 5, ["x", "y", "x", "x", "y"], 1)
+    assert [reason is not None for reason in ones] == [False, False, True, True, True]

@@ -1,10 +1,7 @@
-"""CLIP's category against the cosine worked out by hand, and the choice of images against filling up one by one."""
+"""CLIP's category against the cosine computed by hand."""
 
-import io
 import json
 import pickle
-import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,10 +10,12 @@ from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Value
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
-from hp_edit_trl.data.builder.categories import COCO_CATEGORIES, TEMPLATES, Balance, ClipCategories
+from hp_edit_trl.data.builder.balance import Balance
+from hp_edit_trl.data.builder.category import COCO_CATEGORIES, TEMPLATES, ClipCategories
 from hp_edit_trl.data.builder.engine import WorkFolder, run_stage
 from hp_edit_trl.data.builder.sources import ImageCheck, Sources
 from hp_edit_trl.miniature.tiny import tiny_clip, tiny_judge
+from tests.data.builder.toy_build import encoded
 from tests.helpers import photo
 
 
@@ -27,12 +26,6 @@ PHOTOS = [photo(*SIZES[i % 5], seed=i) for i in range(12)]
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> str:
     return tiny_clip(str(tmp_path_factory.mktemp("clip")))
-
-
-def encoded(image) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
 
 
 BATCH = {"image": [encoded(image) for image in PHOTOS]}
@@ -145,10 +138,10 @@ def test_settings_are_what_decides_the_result(clip, tmp_path):
     ("options", "message"),
     [
         ({"categories": ()}, "categories=.* at least one"),
-        ({"categories": ("cat", "cat")}, "must be different"),
+        ({"categories": ("cat", "cat")}, "must be distinct"),
         ({"templates": ("a photo",)}, "templates=.* must each have one {}"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"min_score": 20}, "min_score=20 must be a cosine"),
+        ({"min_score": 20}, "min_score=20 must be a cosine similarity"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
@@ -187,97 +180,3 @@ def test_as_the_engine_and_datasets_call_it(clip, tmp_path):
     mapped = dataset.map(ClipCategories(clip), batched=True, batch_size=4)
     assert mapped["category"][:] == done["category"]
     assert mapped.features["category"] == Value("string")
-
-
-# The choice
-
-
-def images(counts: dict[str, int], seed: int = 0) -> dict[str, list]:
-    draw = random.Random(seed)
-    rows = [(category, draw.choice([0.1, 0.2, 0.3])) for category, count in counts.items() for _ in range(count)]
-    draw.shuffle(rows)
-    return {
-        "image_id": [f"{draw.getrandbits(64):016x}" for _ in rows],
-        "category": [category for category, _ in rows],
-        "category_score": [score for _, score in rows],
-    }
-
-
-def kept(batch: dict[str, list], **options) -> list[int]:
-    done = Balance(**options)(batch)
-    assert done.keys() == {"reason"} and len(done["reason"]) == len(batch["image_id"])
-    assert all(reason is None or reason.startswith("over quota: ") for reason in done["reason"])
-    return [row for row, reason in enumerate(done["reason"]) if reason is None]
-
-
-def filled_one_by_one(counts: dict[str, int], total: int | None, quota: int | None) -> list[int]:
-    """One image at a time into a category that has the fewest and has more: how many each has, sorted."""
-    room = {name: min(count, quota or count) for name, count in counts.items()}
-    have = dict.fromkeys(counts, 0)
-    while sum(have.values()) < min(sum(room.values()), total or sum(room.values())):
-        name = min((name for name in counts if have[name] < room[name]), key=lambda name: have[name])
-        have[name] += 1
-    return sorted(have.values())
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_choice_against_filling_up_one_by_one(seed):
-    draw = random.Random(seed)
-    counts = {f"c{i}": draw.choice([1, 2, 5, 20, 60]) for i in range(draw.randrange(1, 9))}
-    total = draw.choice([None, 1, 7, sum(counts.values()) // 2 + 1, sum(counts.values()) + 5])
-    quota = draw.choice([None, 1, 4, 30])
-    batch = images(counts, seed)
-    rows = kept(batch, total=total, quota=quota, seed=seed)
-    chosen = Counter(batch["category"][row] for row in rows)
-    assert sorted(chosen[name] for name in counts) == filled_one_by_one(counts, total, quota)
-    assert all(chosen[name] <= min(count, quota or count) for name, count in counts.items())
-    # Of each category those with the highest score, of equal ones the first by id
-    for name in counts:
-        members = [row for row, category in enumerate(batch["category"]) if category == name]
-        members.sort(key=lambda row: batch["image_id"][row])
-        members.sort(key=lambda row: batch["category_score"][row], reverse=True)
-        assert {row for row in rows if batch["category"][row] == name} == set(members[: chosen[name]])
-
-
-def test_closed_forms():
-    counts = {"cat": 100, "dog": 100, "cup": 3, "car": 100}
-    batch = images(counts)
-    for total, expected in (
-        (63, [3, 20, 20, 20]),
-        (8, [2, 2, 2, 2]),
-        (303, [3, 100, 100, 100]),
-        (64, [3, 20, 20, 21]),
-    ):
-        chosen = Counter(batch["category"][row] for row in kept(batch, total=total))
-        assert sorted(chosen.values()) == expected
-    assert len(kept(batch)) == 303 and len(kept(batch, total=1000)) == 303
-    assert len(kept(batch, quota=10)) == 33 and len(kept(batch, quota=10, total=1000)) == 33
-    assert Balance(5)({"image_id": [], "category": [], "category_score": []}) == {"reason": []}
-    reasons = Balance(quota=2)(images({"cup": 3}))["reason"]
-    assert sorted(filter(None, reasons)) == ["over quota: number 3 of 3 of cup, 2 are kept"]
-
-
-def test_the_order_of_rows_does_not_matter():
-    batch = images({"cat": 30, "dog": 50, "cup": 4, "car": 50, "bus": 50})
-    order = list(range(len(batch["image_id"])))
-    random.Random(1).shuffle(order)
-    shuffled = {name: [values[i] for i in order] for name, values in batch.items()}
-    for options in ({"total": 70}, {"total": 71, "quota": 20}, {"quota": 3}):
-        ids = {batch["image_id"][row] for row in kept(batch, **options)}
-        assert ids == {shuffled["image_id"][row] for row in kept(shuffled, **options)}
-
-
-def test_who_gets_one_more_is_drawn():
-    batch = images({"cat": 30, "dog": 31, "cup": 32})
-    favoured = Counter()
-    for seed in range(60):
-        counts = Counter(batch["category"][row] for row in kept(batch, total=10, seed=seed))
-        assert sorted(counts.values()) == [3, 3, 4]
-        favoured[counts.most_common(1)[0][0]] += 1
-    assert min(favoured[name] for name in ("cat", "dog", "cup")) > 8
-
-
-@pytest.mark.parametrize("option", ["total", "quota"])
-def test_a_choice_of_nothing(option):
-    with pytest.raises(ValueError, match=f"{option}=0 must be at least 1"):
-        Balance(**{option: 0})
