@@ -4,6 +4,9 @@ import argparse
 from typing import Any
 
 
+LORA = "safetensors file, folder or Hub repository"
+
+
 def export_lora(args: argparse.Namespace) -> None:
     from ..lora_formats import read_lora, write_lora
 
@@ -31,20 +34,29 @@ def merge(args: argparse.Namespace) -> None:
 
 def register(commands: Any) -> None:
     """Adds the commands of this family to a parser's subcommands."""
-    command = commands.add_parser("export-lora", help="write a LoRA in another tool's format")
-    command.add_argument("lora", help="safetensors file, folder or Hub repository")
-    command.add_argument("--output_dir", required=True, help="file or folder")
+    command = commands.add_parser("export-lora", help="write a LoRA in the format of another tool")
+    command.add_argument("lora", help=LORA)
+    command.add_argument(
+        "--output_dir",
+        required=True,
+        help="folder for the LoRA; unless the format is peft, also the name of a file that ends in .safetensors",
+    )
     command.add_argument("--format", required=True, help="diffusers, peft, comfyui or kohya")
     command.set_defaults(run=export_lora)
 
-    command = commands.add_parser("check-lora", help="say what a LoRA touches, and whether it fits a model")
-    command.add_argument("lora", help="safetensors file, folder or Hub repository")
+    command = commands.add_parser("check-lora", help="print what a LoRA adapts, and whether it fits a model")
+    command.add_argument("lora", help=LORA)
     command.add_argument("--base", help="Hub id or folder of the pipeline; only its configuration is read")
     command.set_defaults(run=check_lora)
 
-    command = commands.add_parser("merge-lora", help="add a LoRA to the weights of a pipeline")
+    command = commands.add_parser("merge-lora", help="add a LoRA to the weights of a pipeline and save the pipeline")
     command.add_argument("base", help="Hub id or folder of the pipeline")
-    command.add_argument("lora", help="safetensors file, folder or Hub repository")
+    command.add_argument("lora", help=LORA)
     command.add_argument("--output_dir", required=True, help="folder for the merged pipeline")
-    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    command.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="type of the merged weights",
+    )
     command.set_defaults(run=merge)

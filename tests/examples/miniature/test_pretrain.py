@@ -79,7 +79,7 @@ def test_all_stages(tmp_path, monkeypatch):
     pretrain.export(tmp_path)
     loaded = QwenImageEditPlusPipeline.from_pretrained(str(tmp_path / "pipeline"), dtype=torch.float32)
     case = draw_case("add", "test", 0, 0)
-    latents = QwenImageEditPlusPolicy(loaded).encode([to_image(case.source)], case.prompt, None, SIZE)
+    latents = QwenImageEditPlusPolicy(loaded).encode([to_image(case.reference)], case.prompt, None, SIZE)
     # The statistics that it was saved with make the latents that it sees near unit variance.
     assert latents.tensors["image_latents"].shape == (16, 64)
     assert 0.2 < latents.tensors["image_latents"].std() < 3
