@@ -161,10 +161,15 @@ def new_transformer() -> QwenImageTransformer2DModel:
     )
 
 
+@functools.cache
+def tokenizer_prompts() -> list[str]:
+    return [case.prompt for case in itertools.islice(stream("train", seed=9), 2000)]
+
+
 def new_pipeline(vae: AutoencoderKLQwenImage) -> QwenImageEditPlusPipeline:
     """An untrained pipeline with a given VAE. Its text encoder stays random, and still tells words apart."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer([case.prompt for case in itertools.islice(stream("train", seed=9), 2000)])
+    tokenizer = tiny_tokenizer(tokenizer_prompts())
     return assemble(new_transformer(), vae, tiny_text_encoder(tokenizer, hidden_size=64), tokenizer, pixels=28 * 28)
 
 
@@ -242,7 +247,7 @@ def load_vae(folder: Path) -> AutoencoderKLQwenImage:
     vae = new_vae()
     vae.load_state_dict(torch.load(folder / "vae.pt")["vae"])
     with torch.no_grad():
-        cases = itertools.islice(stream("train", seed=1), 1000)
+        cases = itertools.islice(stream("train", seed=1), min(VAE_CASES, 1000))
         latents = vae.encode(pictures([case.target for case in cases])).latent_dist.mode()
     vae.register_to_config(
         latents_mean=[round(x, 4) for x in latents.mean((0, 2, 3, 4)).tolist()],

@@ -85,7 +85,8 @@ def test_scores_fall_with_every_kind_of_failure(cases):
         assert all(b >= a - 0.15 for a, b in zip(scores, scores[1:], strict=False)), (case.prompt, scores)
         assert scores[0] == 0 and scores[-1] == 5 and 0 < scores[4] < 5
         noise = rng.normal(size=case.target.shape)
-        damaged = [scorer.score(to_image(case.target + level * noise), reference, target) for level in (0, 0.1, 0.2, 0.4)]
+        spoilt = [to_image(case.target + level * noise) for level in (0, 0.1, 0.2, 0.4)]
+        damaged = [scorer.score(image, reference, target) for image in spoilt]
         assert all(b <= a + 1e-9 for a, b in zip(damaged, damaged[1:], strict=False)) and damaged[-1] < 2.5
 
 

@@ -83,7 +83,10 @@ def test_pairs_are_mined_and_trained_on(folder, tmp_path, serve, capsys):  # noq
 def test_a_dataset_that_does_not_fit(folder, tmp_path):
     make_cases(2).remove_columns("prompt").save_to_disk(tmp_path / "no-prompt")
     words = [*options(folder, tmp_path / "no-prompt"), *TRAINING, "--output_dir", str(tmp_path / "x")]
-    for command, judge in (("grpo", ["--judge_base_url", "http://127.0.0.1:9/v1"]), ("dpo", [])):
+    for command, judge in (
+        ("grpo", ["--judge_base_url", "http://127.0.0.1:9/v1", "--num_generations", "4"]),
+        ("dpo", []),
+    ):
         with pytest.raises(SystemExit, match="hp-edit: .* has no column 'prompt'"):
             main([command, *words, *judge])
 

@@ -141,9 +141,11 @@ def test_the_judge_of_the_options():
     args = EditScriptArguments(
         judge="m", judge_base_url="http://127.0.0.1:9/v1", scorer_task="base", reward_alpha=1.0, **options
     )
+    with pytest.raises(ValueError, match="max_concurrency=0 must be at least 1"):
+        load_scorer(EditScriptArguments(judge_base_url="http://127.0.0.1:9/v1", judge_max_concurrency=0))
     scorer = load_scorer(args)
     assert isinstance(scorer.judge, ServerJudge) and scorer.judge.identity["score_mode"] == "expected"
-    assert scorer.judge.identity["revision"] == "v1" and (scorer.judge.timeout, scorer.judge.max_concurrency) == (5, 2)
+    assert scorer.judge.identity["revision"] == "v1" and scorer.judge.max_concurrency == 2
     assert (scorer.task, scorer.alpha, scorer.beta) == ("base", 1.0, 5.0)
 
 
