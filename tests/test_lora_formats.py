@@ -90,7 +90,7 @@ def test_both_files_of_a_trainer_are_the_same_lora(saved):
     assert_equal(read_lora(folder), peft)
 
 
-# diffusers reads the formats of other tools with its own code. It multiplies the weights by alpha / rank, here exactly 2.
+# diffusers reads the formats of other tools with its own code. It multiplies weights by alpha / rank, here 2.
 @pytest.mark.parametrize(
     ("family", "file_format"),
     [

@@ -14,10 +14,10 @@ from hp_edit_trl.miniature import (
     flawed_edits,
     known_pearson,
     load_dataset,
+    raters,
     simulate_ratings,
     true_scores,
 )
-from hp_edit_trl.miniature import raters
 from hp_edit_trl.miniature.raters import IDEAS, KEPT
 
 
