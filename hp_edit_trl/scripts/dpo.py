@@ -21,7 +21,7 @@ def main(script_args: ScriptArguments, training_args: DPOEditConfig, model_args:
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]
     }
     evaluates = training_args.eval_strategy != "no"
     trainer = DPOEditTrainer(

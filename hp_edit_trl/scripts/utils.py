@@ -224,7 +224,8 @@ class ScriptParser(TrlParser):
         self.add_argument("--config", help="YAML file with options; options on the command line take precedence.")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
 
     def parse(self, words: list[str]) -> tuple[dict[str, Any], argparse.Namespace | None]:
         """
