@@ -17,7 +17,7 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def env(args: argparse.Namespace) -> None:
+def _env(args: argparse.Namespace) -> None:
     import torch
 
     from ..version import __version__
@@ -40,4 +40,4 @@ def env(args: argparse.Namespace) -> None:
 def register(commands: Any) -> None:
     """Adds the command of this family to a parser's subcommands."""
     command = commands.add_parser("env", help="print versions, devices and installed extras, for bug reports")
-    command.set_defaults(run=env)
+    command.set_defaults(run=_env)

@@ -5,7 +5,7 @@ import importlib
 from typing import Any
 
 
-def train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> None:
     from accelerate.commands.launch import launch_command
 
     from ..scripts import ScriptParser
@@ -27,4 +27,4 @@ def register(commands: Any) -> None:
         ("mine-pairs", "mine preference pairs for DPO: sample edits, score them, pair the best with the worst"),
     ):
         # Their options are those of dataclasses, which take torch to import: `ScriptParser` parses them.
-        commands.add_parser(name, help=what, add_help=False).set_defaults(run=train, script=name, words=[])
+        commands.add_parser(name, help=what, add_help=False).set_defaults(run=_train, script=name, words=[])

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from ..data import mine_preference_pairs
 from ..lora_formats import lora_file
 from ..utils.distributed import patient_accelerator
+from ..utils.dtypes import parse_dtype
 from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer
 
 
@@ -119,7 +119,7 @@ def main(args: MiningArguments) -> None:
     scorer = load_scorer(args)
     scorer.load()  # fails before anything is sampled
     pipeline = DiffusionPipeline.from_pretrained(
-        args.model_name_or_path, revision=args.model_revision, dtype=getattr(torch, args.dtype)
+        args.model_name_or_path, revision=args.model_revision, dtype=parse_dtype(args.dtype)
     )
     if args.lora is not None:
         file = lora_file(args.lora)
