@@ -1,4 +1,4 @@
-"""LoRA files between tools: read, written, checked and merged."""
+"""LoRA files of several tools: reading, writing, checking and merging them."""
 
 import contextlib
 import json
@@ -20,13 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .utils.files import write_atomically, write_json
+
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("diffusers", "peft", "comfyui", "kohya")
 
-# What sd-scripts and musubi-tuner call the modules of FLUX transformers, which they know in their original layout. Modules
-# with the same name are one module there, stacked in this order.
+# Names of sd-scripts and musubi-tuner for the modules of FLUX transformers, which they have in the original layout.
+# The modules in a list are one module there, stacked in this order.
 FLUX_BLOCKS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
 FLUX_ATTENTION = {
     "img_attn_qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
@@ -60,7 +62,7 @@ KLEIN_NAMES = {
     },
     "single_blocks": {"linear1": ["attn.to_qkv_mlp_proj"], "linear2": ["attn.to_out"]},
 }
-# Qwen-Image keeps its names, with underscores for dots. These are what they can end in.
+# The modules of Qwen-Image keep their names, with underscores for dots. These are the possible endings.
 QWEN_SUFFIXES = [
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
     "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1",
@@ -68,7 +70,7 @@ QWEN_SUFFIXES = [
 ]  # fmt: skip
 
 
-# The first part of the name of a linear layer, in any of the transformers
+# First part of the names of linear layers, in all transformers
 TRANSFORMER_PARTS = {
     "transformer_blocks", "single_transformer_blocks", "img_in", "txt_in", "x_embedder", "context_embedder",
     "time_text_embed", "time_guidance_embed", "norm_out", "proj_out", "double_stream_modulation_img",
@@ -83,21 +85,21 @@ class Lora:
 
     Args:
         down (`dict[str, torch.Tensor]`):
-            The weight of shape `(rank, in_features)` of each adapted module, by the module's name in diffusers.
+            The weight of shape `(rank, in_features)` of each adapted module, by the name of the module in diffusers.
         up (`dict[str, torch.Tensor]`):
-            The weight of shape `(out_features, rank)` of each.
+            The weight of shape `(out_features, rank)` of each adapted module.
         alpha (`dict[str, float]`):
-            The alpha of each: what it adds is `alpha / rank * up @ down`.
-        source (`str`):
-            The format it was read from.
+            The alpha of each adapted module. The LoRA adds `alpha / rank * up @ down` to the module's weight.
+        file_format (`str`):
+            The format that it was read from, one of `FORMATS`.
         base_model (`str`, *optional*):
-            Hub id or folder of the model that it was trained on, if the file says so.
+            Hub id or folder of the model that it was trained on, if the file names it.
     """
 
     down: dict[str, torch.Tensor]
     up: dict[str, torch.Tensor]
     alpha: dict[str, float]
-    source: str
+    file_format: str
     base_model: str | None = None
     names: list[str] = field(init=False)
 
@@ -105,25 +107,29 @@ class Lora:
         self.names = sorted(self.down)
 
     def scale(self, name: str) -> float:
+        """The factor `alpha / rank` of a module."""
         return self.alpha[name] / len(self.down[name])
 
 
 def lora_file(source: str | Path) -> Path:
     """
-    The file of a LoRA, downloaded if need be.
+    Finds the file of a LoRA, and downloads it if necessary.
 
     Args:
         source (`str` or `Path`):
             A safetensors file, a folder, or a Hub repository.
 
+    Returns:
+        `Path`: the file.
+
     Raises:
-        `ValueError`: If there is none, or several.
+        `ValueError`: If there is no file, or there are several.
     """
     path = Path(source)
     if not path.exists():
         try:
             patterns = ["*.safetensors", "adapter_config.json"]
-            # Subfolders are the parts of a whole pipeline, or checkpoints.
+            # Subfolders hold the components of a pipeline, or checkpoints.
             path = Path(snapshot_download(str(source), allow_patterns=patterns, ignore_patterns=["*/*"]))
         except Exception as error:
             raise ValueError(f"{source} is neither a file, a folder, nor a Hub repository: {error}") from error
@@ -131,7 +137,7 @@ def lora_file(source: str | Path) -> Path:
         known = [path / name for name in (LORA_WEIGHT_NAME_SAFE, SAFETENSORS_WEIGHTS_NAME)]
         files = [file for file in known if file.exists()] or sorted(path.glob("*.safetensors"))
         if len(files) == 0:
-            raise ValueError(f"{source} has no safetensors file, so no LoRA.")
+            raise ValueError(f"{source} has no safetensors file, so it holds no LoRA.")
         if len(files) > 1 and files[0] not in known:
             names = ", ".join(file.name for file in files)
             raise ValueError(f"{source} has several safetensors files ({names}): name one of them.")
@@ -145,10 +151,13 @@ def read_lora(source: str | Path) -> Lora:
 
     Args:
         source (`str` or `Path`):
-            A safetensors file, a folder (as `trainer.save_model()` writes it, or PEFT), or a Hub repository.
+            A safetensors file, a folder (written by `trainer.save_model()` or PEFT), or a Hub repository.
+
+    Returns:
+        [`Lora`]: the LoRA.
 
     Raises:
-        `ValueError`: If there is no LoRA, it cannot be read, or it is of a kind that is not known here.
+        `ValueError`: If there is no LoRA, it cannot be read, or its kind is not supported.
     """
     path = lora_file(source)
     try:
@@ -163,7 +172,7 @@ def read_lora(source: str | Path) -> Lora:
     if all(name.startswith("lora_unet_") for name in state):
         return _from_kohya(state, path)
     if any(re.match(r"(diffusion_model\.)?(double|single)_blocks\.", name) for name in state):
-        # FLUX in its original layout, as ai-toolkit and others write it: sd-scripts' names with dots.
+        # FLUX in its original layout, as written by ai-toolkit and others: the names of sd-scripts with dots
         return _from_kohya({_kohya_key(name): weight for name, weight in state.items()}, path)
     config: dict[str, Any] = {}
     if all(name.startswith("base_model.model.") for name in state):
@@ -171,7 +180,7 @@ def read_lora(source: str | Path) -> Lora:
         file = path.with_name("adapter_config.json")
         if not file.exists():
             raise ValueError(
-                f"{path} is a PEFT adapter without adapter_config.json beside it: its alpha is not known."
+                f"{path} is a PEFT adapter without adapter_config.json, so its alpha is unknown: put the file there."
             )
         config = json.loads(file.read_text())
     elif all(name.startswith(("transformer.", "diffusion_model.")) for name in state):
@@ -185,7 +194,7 @@ def read_lora(source: str | Path) -> Lora:
         }
     else:
         raise ValueError(
-            f"{path} is no LoRA of a transformer in a known format ({', '.join(FORMATS)}): it has weights such as "
+            f"{path} is not a LoRA of a transformer in a known format ({', '.join(FORMATS)}): it has weights such as "
             f"{sorted(state)[0]!r}."
         )
     if config.get("use_dora") or any("magnitude" in name for name in state):
@@ -194,7 +203,7 @@ def read_lora(source: str | Path) -> Lora:
     state = {name.removeprefix(prefix): weight for name, weight in state.items()}
     foreign = [name for name in state if name.partition(".")[0] not in TRANSFORMER_PARTS]
     if foreign:
-        raise ValueError(f"{path}: {foreign[0]!r} is not a module of a transformer that is known here.")
+        raise ValueError(f"{path}: {foreign[0]!r} is not a module of a supported transformer.")
     down, up, alpha = {}, {}, {}
     for name, weight in state.items():
         module, _, part = name.rpartition(".lora_")
@@ -203,7 +212,7 @@ def read_lora(source: str | Path) -> Lora:
         elif part == "B.weight":
             up[module] = weight
         elif not name.endswith(".alpha"):
-            raise ValueError(f"{path}: {name!r} is no weight of a LoRA.")
+            raise ValueError(f"{path}: {name!r} is not a weight of a LoRA.")
     for module, weight in down.items():
         if f"{module}.alpha" in state:
             alpha[module] = float(state[f"{module}.alpha"])
@@ -213,7 +222,7 @@ def read_lora(source: str | Path) -> Lora:
 
 
 def _alpha_of(module: str, rank: int, config: dict[str, Any]) -> float:
-    """Alpha of a module by PEFT's configuration; without one it is the rank, as all tools take it."""
+    """Alpha of a module in PEFT's configuration. Without one it is the rank, which is the convention of all tools."""
     alpha = config.get("lora_alpha", rank)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -235,7 +244,10 @@ def _checked(lora: Lora, path: Path) -> Lora:
 
 
 def _family(lora: Lora) -> str | None:
-    """`"qwen"`, `"kontext"` or `"klein"`: by the modules, and where those are in several, by the base model. None if unknown."""
+    """
+    The family of transformers that a LoRA is for: `"qwen"`, `"kontext"`, `"klein"`, or None if it is unknown. The
+    modules decide; if several families have them, the base model does.
+    """
     names = " ".join(lora.names)
     if re.search(r"\.(img|txt)_(mlp|mod)\.", names):
         return "qwen"
@@ -246,19 +258,19 @@ def _family(lora: Lora) -> str | None:
     if lora.base_model is None:
         return None
     kind = lora.base_model
-    with contextlib.suppress(Exception):  # a folder or repository says more than its name
+    with contextlib.suppress(Exception):  # the configuration is more reliable than the name
         kind = DiffusionPipeline.load_config(lora.base_model)["_class_name"]
     kind = kind.lower().replace(".", "").replace("-", "")
     return "qwen" if "qwen" in kind else "klein" if "flux2" in kind else "kontext" if "flux" in kind else None
 
 
 def _kohya_names(lora: Lora) -> dict[str, list[str]]:
-    """For each module name of sd-scripts the diffusers modules that it consists of."""
+    """The module names of sd-scripts, each with the diffusers modules that it consists of."""
     family = _family(lora)
     if family is None:
         raise ValueError(
-            "The LoRA adapts attention alone, which many transformers have, and does not say what it was trained on, so its "
-            "names in sd-scripts are not known: use another format."
+            "The LoRA only adapts attention, which many transformers have, and does not say what it was trained on. "
+            "Its names in sd-scripts are therefore unknown: use another format."
         )
     if family == "qwen":
         return {f"lora_unet_{name.replace('.', '_')}": [name] for name in lora.names}
@@ -281,14 +293,17 @@ def _to_kohya(lora: Lora) -> dict[str, torch.Tensor]:
         missing = [name for name in parts if name not in lora.down]
         if missing:
             raise ValueError(
-                f"sd-scripts keeps {', '.join(parts)} in one module, but the LoRA does not adapt {missing[0]!r}: use another "
-                "format, or adapt all of them."
+                f"sd-scripts keeps {', '.join(parts)} in one module, but the LoRA does not adapt {missing[0]!r}: use "
+                "another format, or adapt all of them."
             )
         scales = {lora.scale(name) for name in parts}
         ranks = {len(lora.down[name]) for name in parts}
         if len(scales) > 1 or len(ranks) > 1:
-            raise ValueError(f"sd-scripts keeps {', '.join(parts)} in one module, but their rank or alpha differ.")
-        # Stacked modules: the ranks one after the other, each for the outputs of its own part.
+            raise ValueError(
+                f"sd-scripts keeps {', '.join(parts)} in one module, but their ranks or alphas differ: use another "
+                "format."
+            )
+        # Stacked modules: the ranks one after the other, each with the outputs of its own part
         state[f"{target}.lora_down.weight"] = torch.cat([lora.down[name] for name in parts])
         state[f"{target}.lora_up.weight"] = torch.block_diag(*[lora.up[name] for name in parts])
         state[f"{target}.alpha"] = torch.tensor(float(sum(lora.alpha[name] for name in parts)))
@@ -296,7 +311,7 @@ def _to_kohya(lora: Lora) -> dict[str, torch.Tensor]:
 
 
 def _kohya_key(name: str) -> str:
-    """`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight` as sd-scripts would call it."""
+    """The name in sd-scripts of e.g. `diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`."""
     module, _, part = name.removeprefix("diffusion_model.").rpartition(".lora_")
     if not module:
         module, _, part = name.removeprefix("diffusion_model.").rpartition(".")
@@ -305,7 +320,7 @@ def _kohya_key(name: str) -> str:
 
 
 def _is_klein(state: dict[str, torch.Tensor]) -> bool:
-    """Whether the modules have the widths of FLUX.2-klein, whose MLPs are gated, and not those of FLUX.1."""
+    """Whether the modules have the widths of FLUX.2-klein, whose MLPs are gated, or those of FLUX.1."""
     widths = {"linear1": (9, 1), "linear2": (1, 4), "mlp_0": (6, 1), "mlp_2": (1, 3)}
     for name, down in state.items():
         for suffix, (outputs, inputs) in widths.items():
@@ -324,7 +339,7 @@ def _from_kohya(state: dict[str, torch.Tensor], path: Path) -> Lora:
         target, _, part = name.partition(".")
         if part != "lora_down.weight":
             if part not in ("lora_up.weight", "alpha"):
-                raise ValueError(f"{path}: {name!r} is no weight of a LoRA.")
+                raise ValueError(f"{path}: {name!r} is not a weight of a LoRA.")
             if f"{target}.lora_down.weight" not in state:
                 raise ValueError(f"{path}: {target!r} has no lora_down.")
             continue
@@ -334,7 +349,7 @@ def _from_kohya(state: dict[str, torch.Tensor], path: Path) -> Lora:
         whole_alpha = float(state.get(f"{target}.alpha", torch.tensor(float(len(weight)))))
         match = re.fullmatch(r"lora_unet_(double_blocks|single_blocks|transformer_blocks)_(\d+)_(\w+)", target)
         if match is None:
-            raise ValueError(f"{path}: {target!r} is not a module of a transformer that is known here.")
+            raise ValueError(f"{path}: {target!r} is not a module of a supported transformer.")
         kind, number, suffix = match.groups()
         if kind == "transformer_blocks":
             if suffix not in qwen_suffixes:
@@ -344,7 +359,7 @@ def _from_kohya(state: dict[str, torch.Tensor], path: Path) -> Lora:
             if suffix not in table[kind]:
                 raise ValueError(f"{path}: {target!r} is not a module of FLUX.")
             parts = [f"{diffusers_blocks[kind]}.{number}.{part}" for part in table[kind][suffix]]
-        # Queries, keys and values are as wide as the input; an MLP beside them takes the rest.
+        # Queries, keys and values are as wide as the input; an MLP in the same module takes the rest.
         sizes = [len(whole_up)] if len(parts) == 1 else [len(whole_up) // 3] * 3
         if len(parts) == 4:
             sizes = [weight.shape[1]] * 3 + [len(whole_up) - 3 * weight.shape[1]]
@@ -357,28 +372,30 @@ def _from_kohya(state: dict[str, torch.Tensor], path: Path) -> Lora:
         stacked = len(parts) > 1 and len(weight) % len(parts) == 0
         if stacked and torch.equal(torch.block_diag(*diagonal), whole_up):
             downs, ups, share = weight.split(rank), diagonal, whole_alpha / len(parts)
-        else:  # one LoRA over all parts: each of them takes its whole down weight
+        else:  # one LoRA over all parts: each part gets the whole down weight
             downs, ups, share = (weight,) * len(parts), blocks, whole_alpha
         for part, part_down, part_up in zip(parts, downs, ups, strict=True):
             down[part], up[part], alpha[part] = part_down.contiguous(), part_up.contiguous(), share
     return _checked(Lora(down, up, alpha, "kohya"), path)
 
 
-def write_lora(lora: Lora, out: str | Path, file_format: str) -> Path:
+def write_lora(lora: Lora, output_dir: str | Path, file_format: str) -> Path:
     """
     Writes a LoRA.
 
     Args:
         lora ([`Lora`]):
             The LoRA.
-        out (`str` or `Path`):
-            For `"peft"` a folder; else a safetensors file, or a folder for one of the usual name.
+        output_dir (`str` or `Path`):
+            Folder for the LoRA, whose file gets the name that diffusers or PEFT look for. Unless the format is
+            `"peft"`, a path that ends in `.safetensors` is the name of the file itself.
         file_format (`str`):
             - `"diffusers"`: `transformer.<module>.lora_A.weight`, and alpha in the file's metadata.
             - `"peft"`: `base_model.model.<module>.lora_A.weight`, and `adapter_config.json`.
-            - `"comfyui"`: `diffusion_model.<module>.lora_A.weight` for Qwen-Image, whose modules ComfyUI names as diffusers
-              does, `transformer.<module>.lora_A.weight` for FLUX, and a tensor `.alpha` for each module, because ComfyUI
-              does not read the metadata.
+            - `"comfyui"`: `diffusion_model.<module>.lora_A.weight` for Qwen-Image, whose modules ComfyUI names as
+            diffusers
+              does, and `transformer.<module>.lora_A.weight` for FLUX; and a tensor `.alpha` for each module, because
+              ComfyUI does not read the metadata.
             - `"kohya"`: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`, as sd-scripts and
               musubi-tuner name the modules; FLUX's queries, keys and values are stacked.
 
@@ -390,9 +407,9 @@ def write_lora(lora: Lora, out: str | Path, file_format: str) -> Path:
     """
     if file_format not in FORMATS:
         raise ValueError(f"format={file_format!r} is not known: use one of {', '.join(FORMATS)}.")
-    out = Path(out)
-    if file_format == "peft" and out.suffix == ".safetensors":
-        raise ValueError(f"PEFT's format is a folder, but {out} is the name of a file.")
+    output_dir = Path(output_dir)
+    if file_format == "peft" and output_dir.suffix == ".safetensors":
+        raise ValueError(f"PEFT's format is a folder, but {output_dir} is the name of a file: name a folder.")
     if file_format == "kohya":
         state = _to_kohya(lora)
     else:
@@ -409,19 +426,19 @@ def write_lora(lora: Lora, out: str | Path, file_format: str) -> Path:
         config = {f"transformer.{name}": value for name, value in _peft_config(lora).items()}
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(config, indent=2, sort_keys=True)
     if file_format == "peft":
-        file = out / SAFETENSORS_WEIGHTS_NAME
+        file = output_dir / SAFETENSORS_WEIGHTS_NAME
     else:
-        file = out if out.suffix == ".safetensors" else out / LORA_WEIGHT_NAME_SAFE
+        file = output_dir if output_dir.suffix == ".safetensors" else output_dir / LORA_WEIGHT_NAME_SAFE
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, file, metadata)
+    write_atomically(file, lambda part: save_file(state, part, metadata))
     if file_format == "peft":
         config = {"peft_type": "LORA", **_peft_config(lora)}
-        (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        write_json(output_dir / "adapter_config.json", config)
     return file
 
 
 def _peft_config(lora: Lora) -> dict[str, Any]:
-    """Rank and alpha as `LoraConfig` has them: the most frequent ones, and patterns for the rest."""
+    """Rank and alpha in the form of `LoraConfig`: the most frequent values, and patterns for the others."""
     ranks = {name: len(weight) for name, weight in lora.down.items()}
     ((rank, _),) = Counter(ranks.values()).most_common(1)
     ((alpha, _),) = Counter(lora.alpha.values()).most_common(1)
@@ -439,7 +456,16 @@ def _peft_config(lora: Lora) -> dict[str, Any]:
 
 
 def base_transformer(base: str) -> nn.Module:
-    """The transformer of a pipeline without its weights: names and shapes only. `base` is a Hub id or a folder."""
+    """
+    Makes the transformer of a pipeline without its weights, from its configuration alone.
+
+    Args:
+        base (`str`):
+            Hub id or folder of the pipeline.
+
+    Raises:
+        `ValueError`: If it is not a diffusers pipeline with a transformer.
+    """
     try:
         index = DiffusionPipeline.load_config(base)
         transformer = getattr(diffusers, index["transformer"][1])
@@ -451,7 +477,7 @@ def base_transformer(base: str) -> nn.Module:
 
 
 def misfits(lora: Lora, transformer: nn.Module) -> list[str]:
-    """What of a LoRA does not fit a transformer: one line for each module that is missing or of another shape."""
+    """Compares a LoRA with a transformer: returns a line for each module that is missing or has a different shape."""
     modules = dict(transformer.named_modules())
     lines = []
     for name in lora.names:
@@ -467,7 +493,7 @@ def misfits(lora: Lora, transformer: nn.Module) -> list[str]:
 
 
 def describe_lora(lora: Lora) -> str:
-    """Format, rank, alpha and type of a LoRA, and the modules that it touches, numbers of blocks put together."""
+    """Describes a LoRA: its format, rank, alpha and type, and the modules that it adapts, summed over all blocks."""
     kinds: dict[str, list[str]] = {}
     for name in lora.names:
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(name)
@@ -475,8 +501,8 @@ def describe_lora(lora: Lora) -> str:
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in lora.down.values()})
     untrained = [name for name in lora.names if not lora.up[name].any()]
     lines = [
-        f"format      {lora.source}",
-        f"base model  {lora.base_model or 'not said'}",
+        f"format      {lora.file_format}",
+        f"base model  {lora.base_model or 'not stated'}",
         f"rank        {', '.join(map(str, ranks))}",
         f"alpha       {', '.join(f'{alpha:g}' for alpha in sorted(set(lora.alpha.values())))}",
         f"dtype       {', '.join(dtypes)}",
@@ -488,26 +514,26 @@ def describe_lora(lora: Lora) -> str:
     return "\n".join(lines)
 
 
-def merge_lora(base: str, lora: Lora, out: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def merge_lora(base: str, lora: Lora, output_dir: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """
-    Adds a LoRA to the weights of a pipeline and saves the whole.
+    Adds a LoRA to the weights of a pipeline and saves the pipeline.
 
     Args:
         base (`str`):
             Hub id or folder of the pipeline.
         lora ([`Lora`]):
             The LoRA.
-        out (`str` or `Path`):
+        output_dir (`str` or `Path`):
             Folder for the merged pipeline.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
-            Type of the whole merged pipeline. The sum itself is computed in float32, but what is small beside a weight is
-            lost when the sum is rounded to bfloat16.
+            Type of all weights of the merged pipeline. The sum is computed in float32, but changes that are small
+            compared with a weight are lost when the sum is rounded to bfloat16.
 
     Raises:
-        `ValueError`: If the LoRA does not fit the pipeline's transformer, or `out` is `base`.
+        `ValueError`: If the LoRA does not fit the pipeline's transformer, or `output_dir` is `base`.
     """
-    if Path(out).exists() and Path(base).exists() and Path(out).samefile(base):
-        raise ValueError(f"{out} is the folder of the base model itself: name another.")
+    if Path(output_dir).exists() and Path(base).exists() and Path(output_dir).samefile(base):
+        raise ValueError(f"{output_dir} is the folder of the base model itself: name another folder.")
     check_fit(lora, base_transformer(base), base)
     pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype)
     modules = dict(pipeline.transformer.named_modules())
@@ -516,18 +542,18 @@ def merge_lora(base: str, lora: Lora, out: str | Path, dtype: torch.dtype = torc
             weight = modules[name].weight
             change = lora.scale(name) * lora.up[name].float() @ lora.down[name].float()
             weight.copy_(weight.float() + change)
-    pipeline.save_pretrained(out)
+    pipeline.save_pretrained(output_dir)
 
 
 def check_fit(lora: Lora, transformer: nn.Module, base: str) -> None:
-    """Raises `ValueError` if a LoRA does not fit a transformer, and warns if it says that its base model is another."""
+    """Raises `ValueError` if a LoRA does not fit a transformer, and warns if the LoRA names a different base model."""
     lines = misfits(lora, transformer)
     if lines:
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
         raise ValueError(
             f"The LoRA was not trained on {base}: {'; '.join(lines[:3])}{more}."
-            + (f" It says that its base model is {lora.base_model}." if lora.base_model else "")
+            + (f" It names {lora.base_model} as its base model." if lora.base_model else "")
         )
     if lora.base_model is not None and lora.base_model.rstrip("/") != base.rstrip("/"):
-        # Models of one family have the same shapes.
+        # Models of one family have the same shapes
         logger.warning(f"The LoRA fits {base} by its shapes, but says that it was trained on {lora.base_model}.")

@@ -1,12 +1,13 @@
 """
-Table S5 of HP-Edit in miniature: the pretrained policy, DPO, Flow-GRPO, and Flow-GRPO in full. Where the paper's Flow-GRPO learns from
-HP-Scorer on all cases, this one learns from the base scorer, so that the last two differ by all that the method adds.
+Table S5 of HP-Edit in miniature: the pretrained policy, DPO, Flow-GRPO, and Flow-GRPO in full. The paper's Flow-GRPO
+learns from HP-Scorer on all cases. Here it learns from the base scorer, so that the last two differ by everything that
+the method adds.
 
     python examples/miniature/compare_dpo_grpo.py
 
-Each has several seeds and the same budget of data: the first 600 training cases, and 3,000 edits of them, which DPO mines its
-pairs from and Flow-GRPO samples while it learns. Results go to docs/results/. It can be stopped at any time and goes on with
-the runs that are missing.
+Each has several seeds and the same amount of data: the first 600 training cases and 3,000 edits of them. DPO mines its
+pairs from these edits, and Flow-GRPO samples them during training. Results go to docs/results/. The script can be
+stopped at any time, and resumes with the missing runs.
 
 With a real model: examples/configs/bench/table_s5.yaml.
 """

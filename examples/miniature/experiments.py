@@ -1,10 +1,9 @@
-"""Comparisons in miniature: several recipes, several seeds each, and results that the script itself writes down."""
+"""Experiments in miniature: compare several recipes, each with several seeds, and write the results to files."""
 
 import argparse
 import contextlib
 import csv
 import hashlib
-import json
 import multiprocessing
 import os
 import platform
@@ -29,7 +28,7 @@ from transformers import TrainerCallback
 
 import hp_edit_trl
 from hp_edit_trl.data import mine_preference_pairs
-from hp_edit_trl.miniature.comparison import edit_dataset, report, score_edits
+from hp_edit_trl.miniature.comparison import edit_dataset, evaluate_before_after, score_edits
 from hp_edit_trl.miniature.policy import WEIGHTS, load_pipeline
 from hp_edit_trl.miniature.scorers import CoarseScorer, RuleScorer
 from hp_edit_trl.miniature.world import load_dataset
@@ -38,6 +37,7 @@ from hp_edit_trl.trainer.dpo_edit_config import DPOEditConfig
 from hp_edit_trl.trainer.dpo_edit_trainer import DPOEditTrainer
 from hp_edit_trl.trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from hp_edit_trl.trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+from hp_edit_trl.utils.files import read_json, write_json, write_text
 from hp_edit_trl.utils.statistics import paired_difference
 
 
@@ -48,16 +48,16 @@ class Arm:
 
     Args:
         name (`str`):
-            Its name in tables and figures.
+            Name in tables and figures.
         options (`dict[str, Any]`, *optional*):
-            What it changes in the experiment's config: arguments of [`FlowGRPOEditConfig`] or, with DPO, of
+            Options that differ from the experiment's config: arguments of [`FlowGRPOEditConfig`] or, with DPO, of
             [`DPOEditConfig`]; or `lora_r`, `lora_alpha`.
         task_aware (`bool`, *optional*, defaults to `True`):
-            Whether [`RuleScorer`] or [`CoarseScorer`] is the reward.
+            Whether the reward is [`RuleScorer`] or [`CoarseScorer`].
         filtered (`bool`, *optional*, defaults to `False`):
-            Whether training leaves out the cases that the pretrained policy's edit scores 5 (rounded) on already.
+            Whether to train only on hard cases, those whose edit by the pretrained policy scores below 4.5.
         method (`str`, *optional*, defaults to `"grpo"`):
-            `"grpo"`; `"dpo"`, on pairs that are mined from the same cases; or `"none"`, which evaluates the pretrained policy.
+            `"grpo"`; `"dpo"`, on pairs mined from the same cases; or `"none"`, which evaluates the pretrained policy.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Arm:
     method: str = "grpo"
 
 
-# What DPO takes of a config that is written for Flow-GRPO. The rest it is given by its arm.
+# Options of a Flow-GRPO config that DPO has too. Its arm sets the others.
 SHARED_OPTIONS = (
     "use_cpu", "bf16", "gradient_checkpointing", "report_to", "resolution", "num_inference_steps", "true_cfg_scale",
     "rollout_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "max_steps",
@@ -77,7 +77,7 @@ SHARED_OPTIONS = (
 def make_trainer(
     config: Path, options: dict[str, Any], output_dir: Path, seed: int, reward: Any, train: Dataset
 ) -> FlowGRPOEditTrainer | DPOEditTrainer:
-    """A trainer of the miniature, from a YAML file and what is to be changed in it. Without a reward it is DPO's."""
+    """Makes a trainer of the miniature from a YAML file and options that override it: DPO's if there is no reward."""
     values = yaml.safe_load(config.read_text())
     lora = {name: options.get(name, values.pop(name)) for name in ("lora_r", "lora_alpha")}
     peft_config = LoraConfig(r=lora["lora_r"], lora_alpha=lora["lora_alpha"])
@@ -91,7 +91,7 @@ def make_trainer(
 
 
 def fingerprint(*parts: Any) -> str:
-    """A hash of the given and of everything that a run depends on: the package's code and the miniature's weights."""
+    """A hash of `parts` and of what every run depends on: the package's code and the miniature's weights."""
     digest = hashlib.sha256(repr(parts).encode())
     package = Path(hp_edit_trl.__file__).parent
     for path in sorted([*package.rglob("*.py"), *WEIGHTS.rglob("*.safetensors")]):
@@ -101,26 +101,25 @@ def fingerprint(*parts: Any) -> str:
 
 def hard_cases(config: Path, num_cases: int, folder: Path) -> tuple[list[int], float]:
     """
-    Which of the first training cases the pretrained policy does not edit well enough for a 5 (rounded), and the CPU seconds
-    that it took to find out.
+    Finds the first training cases whose edit by the pretrained policy scores below 4.5. Returns their indices, and the
+    CPU seconds that this took.
     """
     file = folder / f"base_scores_{fingerprint(config.read_bytes(), num_cases)}.json"
-    if not file.exists():
+    kept = read_json(file)
+    if kept is None:
         train = load_dataset("train", num_cases)
         trainer = make_trainer(config, {"save_strategy": "no"}, folder / "base", 0, RuleScorer(), train)
         began = time.process_time()
         scores = score_edits(edit_dataset(trainer.sample_edits, train), train)
         kept = {"scores": scores, "cpu_seconds": time.process_time() - began}
-        file.with_suffix(".part").write_text(json.dumps(kept))
-        file.with_suffix(".part").replace(file)
-    kept = json.loads(file.read_text())
+        write_json(file, kept)
     return [i for i, score in enumerate(kept["scores"]) if score < 4.5], kept["cpu_seconds"]
 
 
 class Progress(TrainerCallback):
     """
-    Score on validation cases against the work done until then: transformer passes in thousands of images (a backward pass is
-    not counted), and CPU seconds of this process, without this evaluation.
+    Records the validation score against the work done so far: transformer passes in thousands of images (backward
+    passes are not counted), and CPU seconds of this process, without those of the evaluation.
 
     Args:
         trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
@@ -132,7 +131,7 @@ class Progress(TrainerCallback):
         passes_per_update (`float`):
             Transformer passes of an update, in images.
         passes (`float`, *optional*, defaults to `0.0`):
-            Those done before training.
+            Transformer passes before training.
         seconds (`float`, *optional*, defaults to `0.0`):
             CPU seconds used before training.
     """
@@ -164,7 +163,7 @@ class Progress(TrainerCallback):
         )
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.seconds += time.process_time() - self.started  # DPO has encoded its pairs
+        self.seconds += time.process_time() - self.started  # in which DPO has encoded its pairs
         self.evaluate(0)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -179,18 +178,17 @@ class Progress(TrainerCallback):
 def run_arm(
     arm: Arm, seed: int, config: Path, num_cases: int, folder: Path, num_test_cases: int = 400
 ) -> dict[str, Any]:
-    """Trains one arm with one seed, and scores it on the test cases. A finished run of just this is not done again."""
+    """Trains one arm with one seed and scores it on the test cases, unless the same run has finished already."""
     output_dir = folder / f"{arm.name.replace(' ', '_').replace('/', '-')}-{seed}"
     file = output_dir / "result.json"
     key = fingerprint(arm, seed, num_cases, num_test_cases, config.read_bytes())
-    if file.exists():
-        result = json.loads(file.read_text())
-        if result["key"] == key:
-            return result
+    result = read_json(file)
+    if result is not None and result["key"] == key:
+        return result
     torch.set_num_threads(1)
     where = environment()
     train, validation = load_dataset("train", num_cases), load_dataset("validation", 100)
-    # Of seed 1: the first test cases of seed 0 are those that the recipe was looked for with.
+    # Seed 1, because the recipes were chosen with the first test cases of seed 0
     test = load_dataset("test", num_test_cases, 1)
     shared = yaml.safe_load(config.read_text())
     passes = seconds = 0.0  # before training
@@ -201,16 +199,17 @@ def run_arm(
     options = {"save_strategy": "no", "disable_tqdm": True, **arm.options}
     began, started = time.time(), time.process_time()
     if arm.method == "dpo":
-        shutil.rmtree(output_dir / "mining", ignore_errors=True)  # what a stopped run has mined was not counted
+        shutil.rmtree(output_dir / "mining", ignore_errors=True)  # the work of a stopped run was not counted
         pairs = mine_preference_pairs(
-            load_pipeline(), scorer, train, output_dir / "mining", score_name=scorer.log_name, min_gap=0.5, resolution=32,
-            num_inference_steps=shared["num_inference_steps"], true_cfg_scale=1.0, batch_size=100, cases_per_round=20, seed=seed,
+            load_pipeline(), scorer, train, output_dir / "mining", score_name=scorer.log_name, min_gap=0.5,
+            resolution=32, num_inference_steps=shared["num_inference_steps"], true_cfg_scale=1.0, batch_size=100,
+            cases_per_round=20, seed=seed,
         )  # fmt: skip
         passes += 5.0 * len(train) * shared["num_inference_steps"]
         seconds += time.process_time() - started
         options["latents_cache_dir"] = str(output_dir / "mining" / "latents")
         trainer = make_trainer(config, options, output_dir, seed, None, pairs)
-        # Chosen and rejected, of policy and reference
+        # Chosen and rejected edit, by policy and reference model
         passes_per_update = 4.0 * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     else:
         trainer = make_trainer(config, options, output_dir, seed, scorer, train)
@@ -226,7 +225,7 @@ def run_arm(
         trainer.add_callback(progress)
         trainer.train()
     wall_seconds = time.time() - began
-    before, after = report(trainer, test)
+    before, after = evaluate_before_after(trainer, test)
     difference, error = paired_difference(before, after)
     clipped = [log["clip_ratio/region_mean"] for log in trainer.state.log_history if "clip_ratio/region_mean" in log]
     result = {
@@ -250,46 +249,45 @@ def run_arm(
         "scores": after,
         "environment": where,
     }
-    file.with_suffix(".part").write_text(json.dumps(result))
-    file.with_suffix(".part").replace(file)
+    write_json(file, result)
     return result
 
 
 def run_experiment(
-    name: str, arms: Sequence[Arm], seeds: Sequence[int], config: Path, results: Path, num_cases: int = 1500,
-    processes: int = 2, folder: Path = Path("outputs/experiments"), num_test_cases: int = 400,
+    name: str, arms: Sequence[Arm], seeds: Sequence[int], config: Path, output_dir: Path, num_cases: int = 1500,
+    processes: int = 2, runs_dir: Path = Path("outputs/experiments"), num_test_cases: int = 400,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """
-    Runs every arm with every seed, one core each, and writes the results as `name.json`, `name.csv`, `name_curves.csv`,
-    `name.md` and `name.png`. It can be stopped at any time: finished runs are kept in `folder/name` and are not done again,
-    unless the code, the weights or the recipe have changed.
+    Runs every arm with every seed, one core each, and writes the results as `name.json`, `name.csv`,
+    `name_curves.csv`, `name.md` and `name.png`. It can be stopped at any time: finished runs are kept in
+    `runs_dir/name`, and are only repeated if the code, the weights or the recipe have changed.
 
     Args:
         name (`str`):
-            The experiment's name.
+            Name of the experiment.
         arms (`Sequence[Arm]`):
             The recipes. All are compared with the first.
         seeds (`Sequence[int]`):
-            The seeds; each arm runs with each.
+            The seeds. Each arm runs with each seed.
         config (`Path`):
-            YAML file with the recipe that the arms have in common.
-        results (`Path`):
+            YAML file with the options that the arms share.
+        output_dir (`Path`):
             Folder for the results.
         num_cases (`int`, *optional*, defaults to `1500`):
             Number of training cases, before filtering.
         processes (`int`, *optional*, defaults to `2`):
             Number of runs at a time.
-        folder (`Path`, *optional*, defaults to `outputs/experiments`):
-            Folder for the runs themselves.
+        runs_dir (`Path`, *optional*, defaults to `outputs/experiments`):
+            Folder for the runs.
         num_test_cases (`int`, *optional*, defaults to `400`):
             Number of test cases.
 
     Returns:
-        `list[dict]`: one per run.
+        `list[dict]`: the result of each run.
     """
-    folder = folder / name
+    folder = runs_dir / name
     folder.mkdir(parents=True, exist_ok=True)
-    results.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     if any(arm.filtered for arm in arms):
         hard_cases(config, num_cases, folder)  # once, before the runs that read it
     runs = []
@@ -302,9 +300,9 @@ def run_experiment(
     order = [arm.name for arm in arms]
     runs.sort(key=lambda run: (order.index(run["arm"]), run["seed"]))
     columns = [column for column in runs[0] if column not in ("key", "curve", "scores", "environment")]
-    write_csv(results / f"{name}.csv", columns, runs)
+    write_csv(output_dir / f"{name}.csv", columns, runs)
     points = [{"arm": run["arm"], "seed": run["seed"], **point} for run in runs for point in run["curve"]]
-    write_csv(results / f"{name}_curves.csv", list(points[0]), points)
+    write_csv(output_dir / f"{name}_curves.csv", list(points[0]), points)
     summary = summarize(runs)
     record = {
         "command": shown_command(),
@@ -312,9 +310,9 @@ def run_experiment(
         "summary": summary,
         "runs": runs,
     }
-    (results / f"{name}.json").write_text(json.dumps(record, indent=1))
-    (results / f"{name}.md").write_text(summary_page(name, summary, runs))
-    draw_figure(runs, summary, results / f"{name}.png")
+    write_json(output_dir / f"{name}.json", record)
+    write_text(output_dir / f"{name}.md", summary_page(name, summary, runs))
+    draw_figure(runs, summary, output_dir / f"{name}.png")
     print(summary_table(summary))
     return runs
 
@@ -327,27 +325,27 @@ def write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> Non
 
 
 def command(name: str, arms: Sequence[Arm], config: Path, description: str, num_cases: int = 1500) -> None:
-    """Runs an experiment from the command line: its options are seeds, processes, config and the folder of results."""
+    """Runs an experiment from the command line, which sets config, seeds, processes and the folder for the results."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=config, help="the recipe that the arms have in common")
+    parser.add_argument("--config", type=Path, default=config, help="YAML file with the options that the arms share")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder for the results")
+    parser.add_argument("--processes", type=int, default=2, help="number of runs at a time, one core each")
+    parser.add_argument("--output_dir", type=Path, default=Path("docs/results"), help="folder for the results")
     args = parser.parse_args()
-    run_experiment(name, arms, args.seeds, args.config, args.results, num_cases, args.processes)
+    run_experiment(name, arms, args.seeds, args.config, args.output_dir, num_cases, args.processes)
 
 
 def at_budget(run: dict[str, Any], budget: str, limit: float) -> float:
-    """Validation score of a run when it had used `limit` of its `budget`, between two evaluations linearly."""
+    """Validation score of a run when it had used `limit` of a budget, interpolated between evaluations."""
     curve = run["curve"]
     return float(np.interp(limit, [point[budget] for point in curve], [point["score"] for point in curve]))
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    For each arm: means over its seeds with their standard error; the difference from the first arm, paired by case and
-    averaged over seeds, with its standard error over the cases; validation scores when all arms had used as many
-    transformer passes, and as many CPU seconds, as the most frugal one in the end.
+    Summarizes each arm: means over its seeds with their standard error; the difference from the first arm, paired by
+    case and averaged over seeds, with its standard error over the cases; and validation scores at equal budgets, when
+    all arms had used as many transformer passes, or CPU seconds, as the cheapest arm used in total.
     """
     trained = [run for run in runs if len(run["curve"]) > 1]
     limits = {
@@ -376,7 +374,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary_table(summary: list[dict[str, Any]]) -> str:
-    """Markdown table of a summary."""
+    """Makes the Markdown table of a summary."""
     columns = ["arm", "seeds", "before", "after", "gain", "against the first", "share of 5", *TASKS]
     columns += ["at equal passes", "at equal CPU seconds", "clipped", "CPU minutes"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -395,16 +393,17 @@ def summary_table(summary: list[dict[str, Any]]) -> str:
 
 
 def summary_page(name: str, summary: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
-    """The table with what its figures mean, and what made them."""
+    """Makes the page of an experiment: the table, the meaning of its columns, and the command and machine."""
     commits, machines = ({run[key] for run in runs} for key in ("commit", "machine"))
     note = " (**runs of several commits**)" if len(commits) > 1 else ""
     return f"""# {name}
 
 {summary_table(summary)}
-Scores are RuleScorer's (0 to 5) on {len(runs[0]["scores"])} test cases. *gain* is against the pretrained policy from the same
-noise. ± of *after*, *gain* and the tasks: standard error over the seeds. *against the first*: difference from the first arm, paired by
-case, ± its standard error over the cases. *at equal passes*, *at equal CPU seconds*: validation scores when each arm had used
-as much as the most frugal one in the end. *clipped*: share of trained steps that were clipped.
+Scores are those of RuleScorer (0 to 5) on {len(runs[0]["scores"])} test cases. *gain*: difference from the pretrained
+policy with the same noise. ± of *after*, *gain* and the tasks: standard error over the seeds. *against the first*:
+difference from the first arm, paired by case, ± its standard error over the cases. *at equal passes*, *at equal CPU
+seconds*: validation scores when each arm had used as much as the cheapest arm used in total. *clipped*: share of
+trained steps that were clipped.
 
 ![Validation scores over passes and CPU seconds; test scores of each run]({name}.png)
 
@@ -413,7 +412,7 @@ Made by `{shown_command()}` at commit {", ".join(sorted(commits))}{note} on {"; 
 
 
 def draw_figure(runs: list[dict[str, Any]], summary: list[dict[str, Any]], path: Path) -> None:
-    """Validation scores over transformer passes and CPU seconds, mean and range over the seeds, and all test scores."""
+    """Draws validation scores over transformer passes and CPU seconds (mean and range over seeds), and test scores."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 5), dpi=100, layout="constrained")
@@ -447,7 +446,7 @@ def shown_command() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a result has to name so that it can be repeated: commit, versions, machine."""
+    """What a result has to name to be reproducible: commit, versions, machine."""
     commit, root = "unknown", Path(__file__).parents[2]
     if (root / ".git").exists():
         with contextlib.suppress(OSError):

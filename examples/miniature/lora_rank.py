@@ -3,8 +3,8 @@ Table S1 of HP-Edit in miniature: the rank of the LoRA.
 
     python examples/miniature/lora_rank.py
 
-Three ranks, each with several seeds; alpha is twice the rank. Results go to docs/results/. It can be stopped at any time
-and goes on with the runs that are missing.
+Three ranks, each with several seeds; alpha is twice the rank. Results go to docs/results/. The script can be stopped
+at any time, and resumes with the missing runs.
 """
 
 from pathlib import Path

@@ -1,22 +1,23 @@
 """
-Makes weights of the miniature's policy: `python examples/miniature/pretrain.py`.
+Pretrains the miniature's policy: `python examples/miniature/pretrain.py`.
 
-Five stages, each of which can be stopped at any time; the same command goes on where they were:
+There are five stages. Each can be stopped at any time, and the same command resumes where it stopped:
 
-1. `vae`: encoder and decoder learn the world's pictures together;
-2. `decoder`: the encoder is frozen and the decoder goes on, which does not change the latents;
-3. `transformer`: it learns the world's edits by flow matching. A share of the targets is deliberately sloppy, which leaves
-   reinforcement learning something to improve;
-4. `polish`: a second, gentler course of the same, with fewer sloppy targets;
-5. `export`: all is saved as a pipeline.
+1. `vae`: encoder and decoder learn the world's pictures together; 2. `decoder`: the decoder is trained further with a
+frozen encoder, which does not change the latents; 3. `transformer`: the transformer learns the world's edits by flow
+matching. A share of the targets is deliberately sloppy,
+   which leaves reinforcement learning something to improve;
+4. `polish`: a second course of the same with a lower learning rate and fewer sloppy targets;
+5. `export`: the pipeline is saved.
 
-The second and the third can run at the same time (`--stages decoder --threads 1` and `--stages transformer --threads 1`).
+The second and the third can run at the same time (`--stages decoder --threads 1` and `--stages transformer --threads
+1`).
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
-import json
 import multiprocessing
 import shutil
 import time
@@ -36,19 +37,20 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
+from hp_edit_trl.editors import PolicyEditor
 from hp_edit_trl.miniature.scorers import RuleScorer
 from hp_edit_trl.miniature.tiny import assemble, tiny_text_encoder, tiny_tokenizer
 from hp_edit_trl.miniature.world import SIZE, Case, blur, draw_case, stream, to_image
 from hp_edit_trl.policies import EditConditions
 from hp_edit_trl.policies.qwen_image_edit import QwenImageEditPlusPolicy
-from hp_edit_trl.policies.rollout import decode, rollout
 from hp_edit_trl.tasks import TASKS
+from hp_edit_trl.utils.files import append_jsonl, write_atomically, write_json
 from hp_edit_trl.utils.seeding import seeded_generator
 
 
 VAE_BATCH = 32
 TRANSFORMER_BATCH = 64
-# Of both courses of the transformer: highest learning rate, share of sloppy targets, decay of the averaged weights
+# The transformer's courses: highest learning rate, share of sloppy targets, decay of the averaged weights
 COURSES = {"transformer": (2e-3, 0.15, 0.999), "polish": (7e-4, 0.10, 0.998)}
 STAGES = ["vae", "decoder", "transformer", "polish", "export"]
 NUM_INFERENCE_STEPS = 5
@@ -61,7 +63,7 @@ VAE_CASES = 8_000  # cases whose pictures the VAE is trained on
 @contextmanager
 def fast_convolutions() -> Iterator[None]:
     """
-    Within it the VAE's causal convolutions take videos of one frame only, and leave out the frames of zeros that stand
+    A context in which the VAE's causal convolutions take videos of one frame only, and leave out the frames of zeros
     before it: the same result in a third of the time.
     """
     convolution = autoencoder_kl_qwenimage.QwenImageCausalConv3d
@@ -90,7 +92,7 @@ def fit(
     every: int,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """AdamW with a one-cycle learning rate. The state is saved now and then, and it goes on with what is saved."""
+    """Trains with AdamW and a one-cycle learning rate. Saves its state every SAVE_EVERY steps, and resumes from it."""
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
     schedule = OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     stateful: dict[str, Any] = {**modules, "optimizer": optimizer, "schedule": schedule}
@@ -101,8 +103,8 @@ def fit(
         start, seconds = state["step"], state["seconds"]
         if state["schedule"]["total_steps"] != steps:
             raise ValueError(
-                f"{file} is of a training of {state['schedule']['total_steps']} steps, but {steps} are asked for: its learning "
-                "rate has another course. Ask for as many, or choose another output_dir."
+                f"{file} belongs to a training of {state['schedule']['total_steps']} steps, but {steps} were "
+                "requested, which changes the learning rate: request as many, or choose another output_dir."
             )
         for key, thing in stateful.items():
             thing.load_state_dict(state[key])
@@ -127,16 +129,14 @@ def fit(
             }
             if (step + 1) % every == 0 or step + 1 == steps:
                 row |= evaluate()
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
+            append_jsonl(folder / "log.jsonl", [row])
             state = {key: thing.state_dict() for key, thing in stateful.items()} | {"step": step + 1, "seconds": now}
-            torch.save(state, file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)
+            write_atomically(file, functools.partial(torch.save, state))
             losses = []
 
 
 def new_vae() -> AutoencoderKLQwenImage:
-    """The miniature's VAE: a picture of 32 by 32 pixels becomes 8 by 8 latents of 16 channels, as many as Qwen's have."""
+    """The miniature's VAE: a picture of 32 by 32 pixels becomes 8 by 8 latents of 16 channels, as many as Qwen's."""
     return AutoencoderKLQwenImage(
         base_dim=16,
         z_dim=16,
@@ -161,33 +161,38 @@ def new_transformer() -> QwenImageTransformer2DModel:
     )
 
 
+@functools.cache
+def tokenizer_prompts() -> list[str]:
+    return [case.prompt for case in itertools.islice(stream("train", seed=9), 2000)]
+
+
 def new_pipeline(vae: AutoencoderKLQwenImage) -> QwenImageEditPlusPipeline:
-    """The untrained pipeline around a VAE. Its text encoder stays as it is: random, and still different for each word."""
+    """An untrained pipeline with a given VAE. Its text encoder stays random, and still tells words apart."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer([case.prompt for case in itertools.islice(stream("train", seed=9), 2000)])
+    tokenizer = tiny_tokenizer(tokenizer_prompts())
     return assemble(new_transformer(), vae, tiny_text_encoder(tokenizer, hidden_size=64), tokenizer, pixels=28 * 28)
 
 
 def pictures(arrays: list[np.ndarray]) -> torch.Tensor:
-    """Float arrays in [0, 1] as a tensor of shape `(num_pictures, 3, 1, height, width)` in [-1, 1]."""
+    """Converts float arrays in [0, 1] to a tensor of shape `(num_pictures, 3, 1, height, width)` in [-1, 1]."""
     return torch.from_numpy(np.stack(arrays).astype(np.float32)).permute(0, 3, 1, 2)[:, :, None] * 2 - 1
 
 
 def sloppy(case: Case, rng: np.random.Generator) -> np.ndarray:
-    """A target that a careless editor might have left: half done, spoiling the rest, or something else than asked."""
+    """What a careless editor might make of a case: half done, with the rest spoiled, or not done at all."""
     kind = rng.integers(4)
     if kind == 0:  # a ghost, a half-way recolor, a pale style
         share = rng.uniform(0.3, 0.7)
-        return share * case.source + (1 - share) * case.target
+        return share * case.reference + (1 - share) * case.target
     if kind == 1:  # a tint over the whole picture
         return np.clip(case.target * rng.uniform(0.7, 1.3, size=3), 0, 1)
     if kind == 2:  # details lost
         return blur(case.target, sigma=1.0)
-    return case.source
+    return case.reference
 
 
 def mean_by_task(tasks: list[str], scores: list[float]) -> dict[str, float]:
-    """Mean score of each task, and over all cases as `score`; the median, and the share of those that round to 5."""
+    """Mean score over all cases (`score`) and per task, the median, and the share of scores that round to 5."""
     by_task = {task: [s for t, s in zip(tasks, scores, strict=True) if t == task] for task in TASKS}
     means = {"score": float(np.mean(scores))} | {task: float(np.mean(values)) for task, values in by_task.items()}
     means |= {"median": float(np.median(scores)), "share_of_5": float(np.mean(np.array(scores) >= 4.5))}
@@ -196,14 +201,14 @@ def mean_by_task(tasks: list[str], scores: list[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def reconstruction_scores(vae: AutoencoderKLQwenImage) -> dict[str, float]:
-    """What RuleScorer gives the target picture itself after it went through the VAE: the best score that there is."""
+    """Scores of the targets themselves after encoding and decoding: the best that a policy could reach."""
     cases = list(itertools.islice(stream("validation"), EVALUATION_CASES))
     wanted = pictures([case.target for case in cases])
     decoded = vae.decode(vae.encode(wanted).latent_dist.mode()).sample
     arrays = ((decoded[:, :, 0].clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
     scorer = RuleScorer()
     scores = [
-        scorer.score(to_image(array), to_image(case.source), to_image(case.target))
+        scorer.score(to_image(array), to_image(case.reference), to_image(case.target))
         for case, array in zip(cases, arrays, strict=True)
     ]
     error = (decoded - wanted).abs().mean().item()
@@ -214,12 +219,12 @@ def train_vae(folder: Path, steps: int, compiled: bool) -> None:
     torch.manual_seed(0)
     vae = new_vae()
     pool = pictures(
-        [p for case in itertools.islice(stream("train", seed=1), VAE_CASES) for p in (case.source, case.target)]
+        [p for case in itertools.islice(stream("train", seed=1), VAE_CASES) for p in (case.reference, case.target)]
     )
 
     def reconstruct(batch: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         latents = vae.quant_conv(vae.encoder(batch))[:, : vae.config.z_dim]
-        # A little noise, because a policy's latents are never quite those that the encoder would have given.
+        # A policy's latents differ slightly from the encoder's, so the decoder is trained with a little noise.
         noisy = latents + 0.03 * latents.detach().std() * noise
         decoded = vae.decoder(vae.post_quant_conv(noisy))
         return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-4 * latents.square().mean()
@@ -238,11 +243,11 @@ def train_vae(folder: Path, steps: int, compiled: bool) -> None:
 
 
 def load_vae(folder: Path) -> AutoencoderKLQwenImage:
-    """The VAE of the first stage, with the decoder of the second if that has begun, and the latents' mean and std."""
+    """The VAE of the first stage with the statistics of its latents, and the decoder of the second if there is one."""
     vae = new_vae()
     vae.load_state_dict(torch.load(folder / "vae.pt")["vae"])
     with torch.no_grad():
-        cases = itertools.islice(stream("train", seed=1), 1000)
+        cases = itertools.islice(stream("train", seed=1), min(VAE_CASES, 1000))
         latents = vae.encode(pictures([case.target for case in cases])).latent_dist.mode()
     vae.register_to_config(
         latents_mean=[round(x, 4) for x in latents.mean((0, 2, 3, 4)).tolist()],
@@ -258,7 +263,7 @@ def load_vae(folder: Path) -> AutoencoderKLQwenImage:
 def train_decoder(folder: Path, steps: int, compiled: bool) -> None:
     vae = load_vae(folder)
     pool = pictures(
-        [p for case in itertools.islice(stream("train", seed=1), VAE_CASES) for p in (case.source, case.target)]
+        [p for case in itertools.islice(stream("train", seed=1), VAE_CASES) for p in (case.reference, case.target)]
     )
     with torch.no_grad():
         latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in pool.split(500)])
@@ -286,7 +291,7 @@ def train_decoder(folder: Path, steps: int, compiled: bool) -> None:
 @torch.no_grad()
 @fast_convolutions()
 def encode_shard(folder: Path, shard: int, size: int, encoder: str) -> Path:
-    """Cases of one part of the pool as the transformer takes them: text, latents of source, target and sloppy target."""
+    """Encodes one part of the training cases: prompts, and latents of references, targets and sloppy targets."""
     file = folder / "pool" / f"{encoder}-{size}-{shard:03d}.pt"
     if file.exists():
         return file
@@ -294,19 +299,17 @@ def encode_shard(folder: Path, shard: int, size: int, encoder: str) -> Path:
     indices = range(shard * size, (shard + 1) * size)
     cases = [draw_case(list(TASKS)[i % len(TASKS)], "train", 2, i) for i in indices]
     rng = np.random.default_rng(shard)
-    sources = [to_image(case.source) for case in cases]
+    references = [to_image(case.reference) for case in cases]
     targets = [to_image(case.target) for case in cases]
     careless = [to_image(sloppy(case, rng)) for case in cases]
-    torch.save(
-        {
-            "prompt_embeds": encode_texts(policy, [case.prompt for case in cases], sources),
-            "image_latents": encode_pictures(policy, sources),
-            "targets": encode_pictures(policy, targets),
-            "sloppy": encode_pictures(policy, careless),
-        },
-        file.with_suffix(".part"),
-    )
-    return file.with_suffix(".part").rename(file)
+    tensors = {
+        "prompt_embeds": encode_texts(policy, [case.prompt for case in cases], references),
+        "image_latents": encode_pictures(policy, references),
+        "targets": encode_pictures(policy, targets),
+        "sloppy": encode_pictures(policy, careless),
+    }
+    write_atomically(file, functools.partial(torch.save, tensors))
+    return file
 
 
 def encode_pictures(policy: QwenImageEditPlusPolicy, images: list[Image.Image]) -> torch.Tensor:
@@ -318,7 +321,7 @@ def encode_pictures(policy: QwenImageEditPlusPolicy, images: list[Image.Image]) 
 
 
 def encode_texts(policy: QwenImageEditPlusPolicy, prompts: list[str], images: list[Image.Image]) -> list[torch.Tensor]:
-    """Embeddings of prompts with one image each, as `policy.encode` makes them one at a time, ten times faster."""
+    """Embeds prompts with one image each: the embeddings of `policy.encode`, ten times faster."""
     pipeline = policy.pipeline
     template, skipped = pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
     embeddings = []
@@ -338,39 +341,37 @@ def encode_texts(policy: QwenImageEditPlusPolicy, prompts: list[str], images: li
 
 @torch.no_grad()
 def policy_scores(policy: QwenImageEditPlusPolicy, model: nn.Module) -> dict[str, float]:
-    """RuleScorer's means over validation cases, edited along the ODE from fixed noise."""
+    """Mean scores of the policy's edits of validation cases, sampled along the ODE from fixed noise."""
     cases = list(itertools.islice(stream("validation"), EVALUATION_CASES))
-    conditions = [policy.encode([to_image(case.source)], case.prompt, None, SIZE) for case in cases]
-    generators = [seeded_generator("evaluation", i) for i in range(len(cases))]
-    paths = rollout(
-        policy,
-        model,
-        conditions,
-        generators,
-        num_inference_steps=NUM_INFERENCE_STEPS,
-        true_cfg_scale=1.0,
-        batch_size=100,
+    references = [to_image(case.reference) for case in cases]
+    editor = PolicyEditor(
+        policy, "pretraining", SIZE, NUM_INFERENCE_STEPS, true_cfg_scale=1.0, batch_size=100, model=model
     )
-    images = decode(policy, [path.final for path in paths], conditions, 100)
+    edits = editor(
+        [[reference] for reference in references],
+        [case.prompt for case in cases],
+        [str(i) for i in range(len(cases))],
+        [seeded_generator("evaluation", i).initial_seed() for i in range(len(cases))],
+    )
     scorer = RuleScorer()
     scores = [
-        scorer.score(image, to_image(case.source), to_image(case.target))
-        for image, case in zip(images, cases, strict=True)
+        scorer.score(edit, reference, to_image(case.target))
+        for edit, reference, case in zip(edits, references, cases, strict=True)
     ]
     return mean_by_task([case.task for case in cases], scores)
 
 
 def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, compiled: bool, processes: int) -> None:
-    """One of the transformer's `COURSES`; the second begins with the averaged weights of the first."""
+    """Trains the transformer in one of its `COURSES`; the second starts from the averaged weights of the first."""
     learning_rate, sloppy_share, decay = COURSES[stage]
     (folder / "pool").mkdir(exist_ok=True)
     size = min(num_cases, SHARD)
     if size < 1 or num_cases % size:
-        raise ValueError(f"{num_cases} cases are not a multiple of {SHARD}, nor fewer.")
+        raise ValueError(f"--cases {num_cases}: {num_cases} cases are not a multiple of {SHARD}, nor fewer.")
     numbers = range(num_cases // size)
     vae = torch.load(folder / "vae.pt")["vae"]
     encoder = hashlib.sha256(b"".join(vae[name].numpy().tobytes() for name in sorted(vae) if "decoder" not in name))
-    key = encoder.hexdigest()[:8]  # latents of another encoder are not taken for its own
+    key = encoder.hexdigest()[:8]  # latents of different encoders are not mixed
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         shards = executor.map(
@@ -378,7 +379,7 @@ def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, comp
         )
         parts = [torch.load(file) for file in tqdm(shards, "pool", total=len(numbers))]
     embeds = [embed for part in parts for embed in part["prompt_embeds"]]
-    sources, targets, careless = (
+    references, targets, careless = (
         torch.cat([p[name] for p in parts]) for name in ("image_latents", "targets", "sloppy")
     )
     policy = QwenImageEditPlusPolicy(new_pipeline(load_vae(folder)))
@@ -392,10 +393,10 @@ def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, comp
     num_tokens, num_channels = targets.shape[1:]
 
     def conditions(row: int) -> EditConditions:
-        tensors = {"prompt_embeds": embeds[row], "image_latents": sources[row]}
+        tensors = {"prompt_embeds": embeds[row], "image_latents": references[row]}
         return EditConditions(SIZE, SIZE, num_tokens, num_channels, ((SIZE, SIZE),), tensors)
 
-    shift = policy.sigmas(1000, conditions(0))  # evaluation's noise levels, finely
+    shift = policy.sigmas(1000, conditions(0))  # the noise levels of sampling, in fine steps
 
     def loss_of_step(step: int) -> torch.Tensor:
         generator = seeded_generator("transformer", step)
@@ -423,32 +424,34 @@ def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, comp
 
 
 def finished(folder: Path, stage: str) -> dict[str, Any]:
-    """The saved state of a stage, which has to be at its end."""
+    """The saved state of a stage. Raises `ValueError` if the stage has not finished."""
     state = torch.load(folder / f"{stage}.pt")
     if state["step"] < state["schedule"]["total_steps"]:
-        raise ValueError(f"The stage {stage!r} is at step {state['step']} of {state['schedule']['total_steps']}.")
+        raise ValueError(
+            f"The stage {stage!r} is at step {state['step']} of {state['schedule']['total_steps']}: finish it first."
+        )
     return state
 
 
 def export(folder: Path) -> None:
-    """Saves the trained pipeline to `folder/pipeline`, its large parts in half precision, with its log and its scores."""
+    """Saves the pipeline to `folder/pipeline`, transformer and VAE in half precision, with its log and its scores."""
     states = {stage: finished(folder, stage) for stage in STAGES if stage != "export"}
     vae = load_vae(folder)
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, autoencoder_kl_qwenimage.QwenImageCausalConv3d):
-                module.weight[:, :, :-1] = 0  # pictures have one frame: these were never trained
+                module.weight[:, :, :-1] = 0  # never trained, because pictures have one frame
     pipeline = new_pipeline(vae)
     pipeline.transformer.load_state_dict(states["polish"]["average"])
     for module in (vae, pipeline.transformer):
         module.half()
     pipeline.save_pretrained(folder / "pipeline")
     shutil.copy(folder / "log.jsonl", folder / "pipeline" / "pretraining.jsonl")
-    # Scores of what was saved, as it will be loaded
+    # Scores of the saved weights, loaded as `load_pipeline` does
     loaded = QwenImageEditPlusPipeline.from_pretrained(str(folder / "pipeline"), dtype=torch.float32)
     policy = QwenImageEditPlusPolicy(loaded)
     scores = {"vae": reconstruction_scores(loaded.vae), "policy": policy_scores(policy, loaded.transformer)}
-    (folder / "pipeline" / "scores.json").write_text(json.dumps(scores, indent=1))
+    write_json(folder / "pipeline" / "scores.json", scores)
 
 
 if __name__ == "__main__":

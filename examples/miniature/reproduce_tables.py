@@ -1,13 +1,15 @@
 """
-The experiments of HP-Edit in miniature, on two CPU cores: nothing here is a figure of the paper, and none of the paper's is a result.
+The experiments of HP-Edit in miniature, on two CPU cores. Their numbers are not comparable with those of the paper.
 
-    python examples/miniature/reproduce_tables.py                     # all of them, several hours
-    python examples/miniature/reproduce_tables.py table_1 table_3     # some ten minutes
+    python examples/miniature/reproduce_tables.py                     # all tables, several hours
+    python examples/miniature/reproduce_tables.py table_1 table_3     # about ten minutes
 
-Results go to docs/results/. It can be stopped at any time and goes on where it was. Table 1 compares the policy before and after
-training, with few steps, and two editors that bound the scale; table 3 is GEdit-Bench's protocol on the same editors, in English alone.
-The judge knows each instruction's target; its two scores of an edit alone are one number twice. Tables S3 and S4 are left out: the miniature has no subjects to put into other scenes, and no
-pretrained CLIP or DINO that would see anything in it.
+Results go to docs/results/. The script can be stopped at any time, and resumes where it stopped.
+
+Table 1 compares the policy before and after training, the policy with few steps, and two editors that bound the scale.
+Table 3 applies the protocol of GEdit-Bench to the same editors, in English only. The judge knows the target of each
+prompt; when it sees an edit alone, its two scores are the same number. Tables S3 and S4 are left out: the miniature
+has no subjects to put into other scenes, and pretrained CLIP or DINO models see nothing in it.
 """
 
 import argparse
@@ -34,9 +36,9 @@ SCRIPTS = {
 
 
 def trained(folder: Path, task_aware: bool) -> Path:
-    """The folder of a LoRA: on all cases with the base scorer, or on the hard ones with the task-aware scorer."""
+    """Trains a LoRA on all cases with the base scorer, or on hard cases with the task-aware one."""
     name = "grpo_in_full" if task_aware else "grpo_base_scorer"
-    lora = folder / f"{name}_{fingerprint(CONFIG.read_bytes())}"  # other code or another recipe trains anew
+    lora = folder / f"{name}_{fingerprint(CONFIG.read_bytes())}"  # trained again if the code or the recipe has changed
     if not lora.exists():
         folder.mkdir(parents=True, exist_ok=True)
         train = load_dataset("train", 1500)
@@ -58,7 +60,8 @@ def policy(name: str, steps: int = 5, lora: Path | None = None) -> PolicyEditor:
     return PolicyEditor(policy_class(pipeline)(pipeline), name, 32, steps, true_cfg_scale=1.0, batch_size=32)
 
 
-def compare_editors(names: list[str], folder: Path, results: Path, num_cases: int) -> None:
+def compare_editors(names: list[str], folder: Path, output_dir: Path, num_cases: int) -> None:
+    """Runs all editors on the benchmarks of tables 1 and 3, and writes the tables."""
     cases = load_dataset("test", num_cases, 1)
     targets = dict(zip(cases["id"], cases["target"], strict=True))
     editors: list[Editor] = [
@@ -79,37 +82,41 @@ def compare_editors(names: list[str], folder: Path, results: Path, num_cases: in
         "table_3": GEditBench(TargetJudge(cases, parse_pair), gedit),
     }
     for name in names:
-        # A run goes on where it was unless it is another: of other cases, or of an editor that was trained anew.
+        # A run resumes unless its cases or its editors have changed.
         key = fingerprint(CONFIG.read_bytes(), num_cases)
         place = folder / f"{name}_{key}"
         runs = [
             run_benchmark(benchmarks[name], editor, place / editor.identity["editor"], batch_size=100)
             for editor in editors
         ]
-        print(write_bench_report(runs, place / "report", baseline="pretrained"))  # with a page of all edits
-        write_bench_report(runs, results / name, baseline="pretrained", gallery=False)
-        with (results / name / "table.md").open("a", encoding="utf-8") as page:
+        print(write_bench_report(runs, place / "report", baseline="pretrained"))  # with a gallery of all edits
+        write_bench_report(runs, output_dir / name, baseline="pretrained", gallery=False)
+        with (output_dir / name / "table.md").open("a", encoding="utf-8") as page:
             page.write(
-                f"\nMade by `python examples/miniature/reproduce_tables.py {name} --num-cases {num_cases}`, in miniature: nothing here is a "
-                "figure of the paper. Each LoRA is of one training, with seed 0: the intervals are over cases, not over trainings.\n"
+                f"\nMade by `python examples/miniature/reproduce_tables.py {name} --num_cases {num_cases}`, in "
+                "miniature: the numbers are not comparable with those of the paper. Each LoRA comes from one training "
+                "with seed 0: the intervals are over cases, not over trainings.\n"
             )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", help="table_1, table_2, table_3, table_s1, table_s5; by default all")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder for the results")
+    parser.add_argument("--output_dir", type=Path, default=Path("docs/results"), help="folder for the results")
     parser.add_argument(
-        "--folder", type=Path, default=Path("outputs/reproduction"), help="folder for runs and LoRAs of tables 1 and 3"
+        "--runs_dir",
+        type=Path,
+        default=Path("outputs/reproduction"),
+        help="folder for runs and LoRAs of tables 1 and 3",
     )
-    parser.add_argument("--num-cases", type=int, default=400, help="test cases of tables 1 and 3")
+    parser.add_argument("--num_cases", type=int, default=400, help="number of test cases of tables 1 and 3")
     args = parser.parse_args()
     torch.set_num_threads(1)
     tables = args.tables or ["table_1", "table_3", *SCRIPTS]
     if unknown := sorted(set(tables) - {"table_1", "table_3", *SCRIPTS}):
         parser.error(f"{', '.join(unknown)}: choose from table_1, table_3, {', '.join(SCRIPTS)}")
     if compared := [name for name in ("table_1", "table_3") if name in tables]:
-        compare_editors(compared, args.folder, args.results, args.num_cases)
+        compare_editors(compared, args.runs_dir, args.output_dir, args.num_cases)
     for name in tables:
         if name in SCRIPTS:
-            subprocess.run([sys.executable, str(SCRIPTS[name]), "--results", str(args.results)], check=True)
+            subprocess.run([sys.executable, str(SCRIPTS[name]), "--output_dir", str(args.output_dir)], check=True)

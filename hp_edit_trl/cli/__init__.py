@@ -1,14 +1,46 @@
 """
-The command `hp-edit`. Each family of commands is a file; what a command needs is imported when it runs, so that help and errors
-come at once.
+The command `hp-edit`. Each family of commands has its own file, and a command imports what it needs when it runs: help
+and errors about options need neither torch nor the models.
 """
 
 import argparse
 import logging
 import sys
+from typing import Any, NoReturn
 
 from ..version import __version__
-from . import bench, calibration, data, lora
+from . import bench, calibration, data, env, lora, train
+
+
+FAMILIES = {
+    "Train": train,
+    "Calibrate a judge": calibration,
+    "Build datasets": data,
+    "Run benchmarks": bench,
+    "Convert LoRAs": lora,
+    "Environment": env,
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+
+
+class Commands:
+    """The subcommands of a parser; `help` lists them by family, which argparse itself cannot."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self.parsers = parser.add_subparsers(
+            prog=parser.prog, required=True, metavar="command", help=argparse.SUPPRESS
+        )
+        self.help = ""
+
+    def add_parser(self, name: str, help: str, **options: Any) -> argparse.ArgumentParser:
+        self.help += f"  {name:<16}{help}\n"
+        return self.parsers.add_parser(name, description=f"{help[0].upper()}{help[1:]}.", **options)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,23 +51,33 @@ def main(argv: list[str] | None = None) -> None:
         argv (`list[str]`, *optional*):
             The arguments. Defaults to those of the process. Options may be written with dashes or underscores.
     """
-    parser = argparse.ArgumentParser("hp-edit", description="Post-train image-editing models with human preferences.")
+    parser = OneLineParser(
+        "hp-edit",
+        usage="hp-edit [-h] [--version] COMMAND ...",
+        description="Post-train image-editing models with human preferences.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"hp-edit-trl {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for family in (calibration, data, bench, lora):
+    commands = Commands(parser)
+    for title, family in FAMILIES.items():
+        commands.help += f"\n{title}:\n"
         family.register(commands)
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args([_with_underscores(word) for word in argv])
+    parser.epilog = f"{commands.help}\nhp-edit COMMAND --help lists the options of a command."
+    args, words = parser.parse_known_args(map(_with_underscores, sys.argv[1:] if argv is None else argv))
+    if "words" in args:
+        args.words = words  # for a parser of the command's own
+    elif words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError) as error:  # what users can mend is said in a line, without a stack trace
+    except (ValueError, OSError, ImportError) as error:  # users can fix these: one line, without a stack trace
         sys.exit(f"hp-edit: {error}")
     except KeyboardInterrupt:
         sys.exit("hp-edit: stopped. Run the same command again to resume.")
 
 
 def _with_underscores(word: str) -> str:
-    """An option with underscores in place of dashes; its value stays as it is."""
+    """Replaces the dashes in an option's name by underscores. Its value stays as it is."""
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word

@@ -10,37 +10,60 @@ if TYPE_CHECKING:
 
 
 def add_dataset_options(command: argparse.ArgumentParser) -> None:
-    """The options that name a dataset of edits."""
-    command.add_argument("dataset", help="edits: folder or Hub repository with id, image, edit, prompt, task, editor")
-    command.add_argument("--split", default="train")
+    """Adds the options that name a dataset of edits."""
+    command.add_argument(
+        "dataset", help="folder or Hub repository of edits, with the columns id, image, edit, prompt, task, editor"
+    )
+    command.add_argument("--split", default="train", help="split of the dataset")
     command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
 
 
 def add_scorer_options(command: argparse.ArgumentParser) -> None:
-    """The options that name a judge and its prompts."""
-    command.add_argument("--judge", default="Qwen/Qwen3-VL-32B-Instruct", help="Hub id, folder, or a server's model")
+    """Adds the options that name a judge and its scorer prompts."""
     command.add_argument(
-        "--judge_revision", help="of its repository; with a server, whatever tells models of one name apart"
+        "--judge",
+        default="Qwen/Qwen3-VL-32B-Instruct",
+        help="Hub id or folder of the judge, or its name on the server",
     )
     command.add_argument(
-        "--judge_base_url", help="OpenAI-compatible server, e.g. http://localhost:8000/v1; else in this process"
+        "--judge_revision",
+        help="branch, tag or commit of the judge; with a server, a label that tells models of one name apart",
     )
-    command.add_argument("--score_mode", choices=("integer", "expected"), default="integer")
-    command.add_argument("--num_answers", type=int, help="answers whose scores are averaged")
-    command.add_argument("--max_new_tokens", type=int, help="of an answer; raise it for judges that reason aloud")
-    command.add_argument("--batch_size", type=int, default=8, help="of a judge in this process")
-    command.add_argument("--max_concurrency", type=int, default=16, help="requests at once to a server")
-    command.add_argument("--timeout", type=float, default=120.0, help="seconds for one request to a server")
-    command.add_argument("--max_retries", type=int, default=4, help="further attempts with a server")
     command.add_argument(
-        "--scorer_prompts", help="folder or Hub repository of scorer prompts; by default this package's"
+        "--judge_base_url",
+        help="OpenAI-compatible server of the judge, e.g. http://localhost:8000/v1; by default it runs here",
     )
-    command.add_argument("--scorer_prompts_revision")
-    command.add_argument("--cache", default="~/.cache/hp-edit-trl/judgements.sqlite", help="'none' keeps none")
+    command.add_argument(
+        "--score_mode",
+        choices=("integer", "expected"),
+        default="integer",
+        help="the score that the judge answers, or the expectation over the probabilities of the digits",
+    )
+    command.add_argument("--num_answers", type=int, help="number of answers whose scores are averaged")
+    command.add_argument("--max_new_tokens", type=int, help="longest answer; raise it for judges that reason aloud")
+    command.add_argument("--batch_size", type=int, default=8, help="cases judged together by a judge in this process")
+    command.add_argument(
+        "--max_concurrency", type=int, default=16, help="largest number of concurrent requests to a server"
+    )
+    command.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds after which a request to a server is given up"
+    )
+    command.add_argument("--max_retries", type=int, default=4, help="number of further attempts with a server")
+    command.add_argument(
+        "--scorer_prompts", help="folder or Hub repository of scorer prompts; by default those of this package"
+    )
+    command.add_argument(
+        "--scorer_prompts_revision", help="branch, tag or commit of the Hub repository of scorer prompts"
+    )
+    command.add_argument(
+        "--cache",
+        default="~/.cache/hp-edit-trl/judgements.sqlite",
+        help="SQLite file that keeps the judge's answers; 'none' for no cache",
+    )
 
 
 def judge_of(args: argparse.Namespace, **options: Any) -> "Judge":
-    """The judge that the options name; `options` are defaults for those that are not set."""
+    """Builds the judge that the options name; `options` are defaults for those that are not set."""
     from ..judges import load_judge
 
     names = ("score_mode", "num_answers", "batch_size", "max_concurrency", "timeout", "max_retries", "max_new_tokens")
@@ -50,7 +73,7 @@ def judge_of(args: argparse.Namespace, **options: Any) -> "Judge":
 
 
 def scorer_of(args: argparse.Namespace, task: str | None = None) -> "HPScorerReward":
-    """The scorer that the options name."""
+    """Builds the scorer that the options name."""
     from ..rewards import HPScorerReward
 
     return HPScorerReward(

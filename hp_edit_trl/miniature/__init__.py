@@ -1,7 +1,7 @@
-"""Floor 4: a small world, a small policy and a scorer that knows the answers. Nothing else in the library knows them."""
+"""A small world, a small policy that edits it, and scorers that know the answers."""
 
 from .building import MINIATURE_STYLES, SceneJudge, SimulatedWriter, save_pictures
-from .comparison import before_after_sheet, comparison_table, edit_dataset, report, score_edits
+from .comparison import before_after_sheet, comparison_table, edit_dataset, evaluate_before_after, score_edits
 from .policy import load_pipeline
 from .raters import (
     SimulatedJudge,
@@ -28,11 +28,11 @@ __all__ = [
     "before_after_sheet",
     "comparison_table",
     "edit_dataset",
+    "evaluate_before_after",
     "flawed_edits",
     "known_pearson",
     "load_dataset",
     "load_pipeline",
-    "report",
     "save_pictures",
     "score_edits",
     "simulate_ratings",

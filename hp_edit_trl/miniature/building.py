@@ -1,6 +1,7 @@
 """
-Stand-ins for building a dataset: pictures to build from, a writer of instructions that knows the small world, and a judge that knows
-what each instruction asks for. For the photographs beside them the writer has a few sentences, and the judge a plain rule.
+Stand-ins for building a dataset: pictures to build from, a writer of prompts for scenes of the small world, and a
+judge that knows what each prompt asks for. For photographs the writer has a few sentences, and the judge a simple
+rule.
 """
 
 import json
@@ -17,12 +18,12 @@ from ..data.builder.styles import Style
 from ..judges import Judgement
 from ..tasks import TASKS
 from .photographs import load_photographs
-from .raters import _rng
+from .raters import seeded_rng
 from .scorers import RuleScorer
-from .world import COLORS, LIGHTS, PLACES, SHAPES, STYLES, TONES, Scene, _instruct, draw, draw_case, stylized, to_image
+from .world import COLORS, LIGHTS, PLACES, SHAPES, STYLES, TONES, Scene, draw, draw_case, instruct, stylized, to_image
 
 
-# What an instruction of the small world names, in the words that it uses
+# Patterns for what a prompt of the small world names
 _THING = rf"(?:{'|'.join(COLORS)}) (?:{'|'.join(SHAPES)})"
 _WORDS = {
     "place": "|".join(PLACES),
@@ -33,33 +34,74 @@ _WORDS = {
 }
 
 
-# Instructions for the photographs, in the form in which the writer answers
+# Answers of the writer for the photographs
 PHOTOGRAPHS: dict[tuple[str, str], dict[str, str]] = {
-    ("astronaut", "add"): {"instruction": "Put a small silver star badge on the collar of the suit", "object": "small silver star badge", "place": "on the collar of the suit"},
+    ("astronaut", "add"): {
+        "instruction": "Put a small silver star badge on the collar of the suit",
+        "object": "small silver star badge", "place": "on the collar of the suit",
+    },
     ("astronaut", "remove"): {"instruction": "Remove the flag behind the woman", "object": "the flag"},
-    ("astronaut", "swap"): {"instruction": "Replace the white helmet with a red beach ball", "object": "white helmet", "replacement": "red beach ball"},
-    ("astronaut", "background"): {"instruction": "Replace the background with a desert at sunset", "background": "a desert at sunset"},
-    ("astronaut", "color"): {"instruction": "Change the color of the space suit to deep red", "object": "space suit", "color": "deep red"},
-    ("astronaut", "bokeh"): {"instruction": "Keep the woman in the space suit sharp and blur all behind her", "subject": "the woman in the space suit"},
-    ("astronaut", "relight"): {"instruction": "Relight the portrait with warm evening sun from the left", "direction": "from the left", "quality": "warm"},
-    ("chelsea", "add"): {"instruction": "Put a small orange bow tie below the chin of the cat", "object": "small orange bow tie", "place": "below the chin of the cat"},
-    ("chelsea", "color"): {"instruction": "Make the eyes of the cat bright blue", "object": "eyes of the cat", "color": "bright blue"},
-    ("chelsea", "background"): {"instruction": "Replace the background with a green meadow", "background": "a green meadow"},
-    ("chelsea", "bokeh"): {"instruction": "Keep the face of the cat sharp and blur the rest", "subject": "the face of the cat"},
-    ("chelsea", "relight"): {"instruction": "Light the cat with soft daylight from the right", "direction": "from the right", "quality": "soft"},
-    ("coffee", "add"): {"instruction": "Lay a small brown biscuit on the saucer", "object": "small brown biscuit", "place": "on the saucer"},
+    ("astronaut", "swap"): {
+        "instruction": "Replace the white helmet with a red beach ball", "object": "white helmet",
+        "replacement": "red beach ball",
+    },
+    ("astronaut", "background"): {
+        "instruction": "Replace the background with a desert at sunset", "background": "a desert at sunset",
+    },
+    ("astronaut", "color"): {
+        "instruction": "Change the color of the space suit to deep red", "object": "space suit", "color": "deep red",
+    },
+    ("astronaut", "bokeh"): {
+        "instruction": "Keep the woman in the space suit sharp and blur all behind her",
+        "subject": "the woman in the space suit",
+    },
+    ("astronaut", "relight"): {
+        "instruction": "Relight the portrait with warm evening sun from the left", "direction": "from the left",
+        "quality": "warm",
+    },
+    ("chelsea", "add"): {
+        "instruction": "Put a small orange bow tie below the chin of the cat", "object": "small orange bow tie",
+        "place": "below the chin of the cat",
+    },
+    ("chelsea", "color"): {
+        "instruction": "Make the eyes of the cat bright blue", "object": "eyes of the cat", "color": "bright blue",
+    },
+    ("chelsea", "background"): {
+        "instruction": "Replace the background with a green meadow", "background": "a green meadow",
+    },
+    ("chelsea", "bokeh"): {
+        "instruction": "Keep the face of the cat sharp and blur the rest", "subject": "the face of the cat",
+    },
+    ("chelsea", "relight"): {
+        "instruction": "Light the cat with soft daylight from the right", "direction": "from the right",
+        "quality": "soft",
+    },
+    ("coffee", "add"): {
+        "instruction": "Lay a small brown biscuit on the saucer", "object": "small brown biscuit",
+        "place": "on the saucer",
+    },
     ("coffee", "remove"): {"instruction": "Remove the spoon from the saucer", "object": "the spoon"},
-    ("coffee", "swap"): {"instruction": "Replace the cup with a red clay bowl", "object": "the cup", "replacement": "red clay bowl"},
+    ("coffee", "swap"): {
+        "instruction": "Replace the cup with a red clay bowl", "object": "the cup", "replacement": "red clay bowl",
+    },
     ("coffee", "color"): {"instruction": "Make the saucer dark green", "object": "the saucer", "color": "dark green"},
     ("coffee", "bokeh"): {"instruction": "Keep the cup sharp and blur the table", "subject": "the cup"},
-    ("coffee", "relight"): {"instruction": "Light the table with warm candlelight from the right", "direction": "from the right", "quality": "warm"},
+    ("coffee", "relight"): {
+        "instruction": "Light the table with warm candlelight from the right", "direction": "from the right",
+        "quality": "warm",
+    },
     ("rocket", "remove"): {"instruction": "Remove the tall towers beside the rocket", "object": "tall towers"},
-    ("rocket", "background"): {"instruction": "Put an orange evening sky behind the rocket", "background": "an orange evening sky"},
+    ("rocket", "background"): {
+        "instruction": "Put an orange evening sky behind the rocket", "background": "an orange evening sky",
+    },
     ("rocket", "color"): {"instruction": "Make the rocket bright red", "object": "the rocket", "color": "bright red"},
-    ("rocket", "relight"): {"instruction": "Light the scene with cool moonlight from the left", "direction": "from the left", "quality": "cool"},
+    ("rocket", "relight"): {
+        "instruction": "Light the scene with cool moonlight from the left", "direction": "from the left",
+        "quality": "cool",
+    },
 }  # fmt: skip
 
-# The six styles that the small policy has learned
+# The six styles that the miniature's policy has learned
 MINIATURE_STYLES = (
     Style("black and white", "黑白", "Greys alone, as on an old film."),
     Style("sepia", "棕褐色", "Brown tones, as of a faded print."),
@@ -72,18 +114,19 @@ MINIATURE_STYLES = (
 
 def save_pictures(folder: str | Path, num_scenes: int, seed: int = 0) -> None:
     """
-    Writes pictures to build a dataset from: scenes of the small world, four photographs, and some that no dataset should have.
+    Writes pictures to build a dataset from: scenes of the small world, four photographs, and some pictures that
+    filters must reject.
 
     Args:
         folder (`str` or `Path`):
-            Gets the folders `scenes` and `photographs`.
+            Folder in which the folders `scenes` and `photographs` are made.
         num_scenes (`int`):
             Number of scenes.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the scenes.
 
     Raises:
-        `ImportError`: If scikit-image, which has the photographs, is not installed.
+        `ImportError`: If scikit-image, which contains the photographs, is not installed.
     """
     scenes, photographs = Path(folder) / "scenes", Path(folder) / "photographs"
     for path in (scenes, photographs):
@@ -106,14 +149,14 @@ def _scenes(count: int, seed: int) -> list[Scene]:
 
 class SimulatedWriter:
     """
-    A stand-in for the vision-language model that writes instructions. It answers in the form that the templates ask for, with
-    instructions that the small policy understands.
+    A stand-in for the vision-language model that writes prompts. It answers in the form that the templates ask for,
+    with prompts that the miniature's policy understands.
 
     Args:
         num_scenes (`int`):
             Number of scenes that [`save_pictures`] wrote.
         seed (`int`, *optional*, defaults to `0`):
-            Its seed.
+            Seed that [`save_pictures`] was given.
     """
 
     def __init__(self, num_scenes: int, seed: int = 0):
@@ -137,13 +180,13 @@ class SimulatedWriter:
         return [Judgement(None, json.dumps(self._answer(conversation))) for conversation in conversations]
 
     def target(self, image: Image.Image, task: str, style: str | None = None) -> tuple[str, Image.Image] | None:
-        """What it writes for a scene and a task, and the picture that this asks for; `None` if it does not know the scene."""
+        """The prompt for a scene and a task, and the picture that it asks for; `None` if the scene is unknown."""
         scene = self.scenes.get(image.tobytes())
         if scene is None:
             return None
         if style is not None:
             return f"Turn the picture into {style} style", to_image(stylized(draw(scene), style))
-        prompt, _, picture = _instruct(_rng(self.seed, "instruction", repr(scene), task), scene, task)
+        prompt, _, picture = instruct(seeded_rng(self.seed, "instruction", repr(scene), task), scene, task)
         return prompt, to_image(picture)
 
     def _answer(self, conversation: list[dict[str, Any]]) -> dict[str, Any]:
@@ -180,12 +223,12 @@ def _thumbnail(image: Image.Image) -> np.ndarray:
 
 class SceneJudge:
     """
-    A stand-in for the judge. Scenes are scored by [`RuleScorer`], as their target is known. Of a photograph it can only say how much
-    of it was kept.
+    A stand-in for the judge. Edits of scenes are scored by [`RuleScorer`], because their target is known. The score of
+    an edited photograph only says how much of the photograph was kept.
 
     Args:
         writer ([`SimulatedWriter`]):
-            Knows what was asked for.
+            The writer of the prompts, which knows the target of each scene.
     """
 
     def __init__(self, writer: SimulatedWriter):
@@ -202,15 +245,16 @@ class SceneJudge:
         return [self._judge(system["content"][0]["text"], user["content"]) for system, user in conversations]
 
     def _judge(self, text: str, content: list[dict[str, Any]]) -> Judgement:
-        source, edit = (part["image"] for part in content if part["type"] == "image")
+        reference, edit = (part["image"] for part in content if part["type"] == "image")
         instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
         prompt = instruction[1] if instruction else ""
         tasks = [(task, None) for task in TASKS if task != "style"] + [("style", style) for style in STYLES]
-        known = [written for task in tasks if (written := self.writer.target(source, *task)) and written[0] == prompt]
+        targets = [self.writer.target(reference, *task) for task in tasks]
+        known = [target for target in targets if target is not None and target[0] == prompt]
         if known:
-            score = RuleScorer().score(edit, source, known[0][1])
+            score = RuleScorer().score(edit, reference, known[0][1])
         else:
             size = (32, 32)
-            before, after = (np.asarray(picture.resize(size), dtype=float) / 255 for picture in (source, edit))
+            before, after = (np.asarray(picture.resize(size), dtype=float) / 255 for picture in (reference, edit))
             score = 5 * max(0.0, 1 - 4 * float(np.abs(after - before).mean()))
         return Judgement(float(math.floor(score + 0.5)), str(math.floor(score + 0.5)))

@@ -1,4 +1,4 @@
-"""Edits and scores of many cases, before and after training."""
+"""Edits and scores of held-out cases, before and after training."""
 
 import csv
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..tasks import TASKS
-from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+from ..trainer.base_edit_trainer import BaseEditTrainer
+from ..utils.files import write_atomically
 from ..utils.images import comparison_sheet
 from ..utils.statistics import paired_difference
 from .scorers import RuleScorer
@@ -23,15 +24,18 @@ def edit_dataset(
     batch_size: int = 100,
 ) -> list[Image.Image]:
     """
-    A policy's edits of a dataset of [`load_dataset`].
+    Edits every case of a dataset of [`load_dataset`].
 
     Args:
         sample_edits (`Callable`):
-            The policy: takes pairs of a row and its images, and returns the edits, as `trainer.sample_edits` does.
+            Edits cases: takes pairs of a row and its images, and returns the edits, as `trainer.sample_edits` does.
         dataset (`~datasets.Dataset`):
             The cases.
         batch_size (`int`, *optional*, defaults to `100`):
             Number of cases per call.
+
+    Returns:
+        `list[PIL.Image.Image]`: one edit per case.
     """
     edits: list[Image.Image] = []
     for start in tqdm(range(0, len(dataset), batch_size), "Editing", leave=False):
@@ -41,14 +45,15 @@ def edit_dataset(
 
 
 def score_edits(edits: list[Image.Image], dataset: Dataset) -> list[float]:
-    """Scores of [`RuleScorer`], 0 to 5, one for each edit of a dataset of [`load_dataset`]."""
+    """Scores each edit of a dataset of [`load_dataset`] with [`RuleScorer`], from 0 to 5."""
     scorer = RuleScorer()
     return [scorer.score(edit, row["image"], row["target"]) for edit, row in zip(edits, dataset, strict=True)]
 
 
 def comparison_table(tasks: list[str], before: list[float], after: list[float]) -> str:
     """
-    Markdown table of mean scores before and after, per task and overall, with paired differences and standard errors.
+    Makes a Markdown table of mean scores before and after training, per task and overall, with paired differences and
+    their standard errors.
 
     Args:
         tasks (`list[str]`):
@@ -56,7 +61,7 @@ def comparison_table(tasks: list[str], before: list[float], after: list[float]) 
         before (`list[float]`):
             The score of each case before training.
         after (`list[float]`):
-            The score of each case after it.
+            The score of each case after training.
     """
     lines = ["| task | cases | before | after | difference |", "|---|---|---|---|---|"]
     for name in [*[task for task in TASKS if task in tasks], "all"]:
@@ -73,7 +78,7 @@ def before_after_sheet(
     dataset: Dataset, before: list[Image.Image], after: list[Image.Image], below: float = 3.0
 ) -> Image.Image:
     """
-    The first case of each task whose edit scored low before training: source, both edits, and what was asked for.
+    Shows the first case of each task whose edit scored low before training: reference, both edits, and target.
 
     Args:
         dataset (`~datasets.Dataset`):
@@ -81,9 +86,9 @@ def before_after_sheet(
         before (`list[PIL.Image.Image]`):
             Their edits before training.
         after (`list[PIL.Image.Image]`):
-            Their edits after it.
+            Their edits after training.
         below (`float`, *optional*, defaults to `3.0`):
-            The score before training has to be below this.
+            Only cases that scored below this before training are shown.
     """
     scores = list(zip(score_edits(before, dataset), score_edits(after, dataset), strict=True))
     rows = []
@@ -93,16 +98,16 @@ def before_after_sheet(
             row, (old, new) = dataset[index], scores[index]
             text = f"{row['prompt']}  ({old:.1f} -> {new:.1f})"
             rows.append((text, [row["image"], before[index], after[index], row["target"]]))
-    return comparison_sheet(rows, ["source", f"before (below {below:g})", "after", "asked for"], height=128)
+    return comparison_sheet(rows, ["reference", f"before (below {below:g})", "after", "asked for"], height=128)
 
 
-def report(trainer: FlowGRPOEditTrainer, dataset: Dataset) -> tuple[list[float], list[float]]:
+def evaluate_before_after(trainer: BaseEditTrainer, dataset: Dataset) -> tuple[list[float], list[float]]:
     """
-    Edits a dataset with and without the trained adapter, along the ODE and from the same noise; prints the scores per
-    task and writes `scores.csv` and `hard_cases.png` to the trainer's output folder.
+    Edits a dataset with and without the trained adapter, along the ODE and from the same noise. Prints the scores per
+    task, and writes `scores.csv` and `hard_cases.png` to the trainer's `output_dir`.
 
     Args:
-        trainer ([`FlowGRPOEditTrainer`]):
+        trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
             The trainer, after training.
         dataset (`~datasets.Dataset`):
             Held-out cases of [`load_dataset`].
@@ -115,9 +120,12 @@ def report(trainer: FlowGRPOEditTrainer, dataset: Dataset) -> tuple[list[float],
     scores = score_edits(before, dataset), score_edits(after, dataset)
     print(comparison_table(dataset["task"], *scores))
     folder = Path(trainer.args.output_dir)
-    with (folder / "scores.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "task", "before", "after"])
-        writer.writerows(zip(dataset["id"], dataset["task"], *scores, strict=True))
+    rows = [("id", "task", "before", "after"), *zip(dataset["id"], dataset["task"], *scores, strict=True)]
+
+    def write(part: Path) -> None:
+        with part.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+    write_atomically(folder / "scores.csv", write)
     before_after_sheet(dataset, before, after).save(folder / "hard_cases.png")
     return scores

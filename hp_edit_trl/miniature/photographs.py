@@ -1,10 +1,10 @@
-"""Real photographs with instructions, from what scikit-image brings along."""
+"""Real photographs with prompts; the photographs are those of scikit-image."""
 
 from datasets import Dataset
 from PIL import Image
 
 
-# Public domain or CC0, see scikit-image's data/README.txt.
+# All are in the public domain or CC0, see scikit-image's data/README.txt.
 CASES = [
     ("astronaut", "relight", "person", "Relight the portrait with warm evening sun from the left"),
     ("astronaut", "background", "person", "Replace the background with a desert at sunset"),
@@ -23,7 +23,7 @@ CASES = [
 
 def load_photographs() -> Dataset:
     """
-    Twelve cases of all eight tasks on four photographs of different aspect ratios.
+    Loads twelve cases of all eight tasks on four photographs with different aspect ratios.
 
     Returns:
         [`~datasets.Dataset`] with `id`, `image`, `prompt`, `task`, `category` and `source`.
@@ -34,7 +34,9 @@ def load_photographs() -> Dataset:
     try:
         from skimage import data
     except ImportError as error:
-        raise ImportError("The photographs come with scikit-image: pip install scikit-image") from error
+        raise ImportError(
+            "The photographs are part of scikit-image, which is not installed: pip install scikit-image"
+        ) from error
     images = {name: Image.fromarray(getattr(data, name)()) for name, *_ in CASES}
     return Dataset.from_list(
         [

@@ -11,10 +11,11 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def load_pipeline() -> QwenImageEditPlusPipeline:
     """
-    Loads the pretrained miniature: stock classes, a transformer of 2.5 million parameters, weights from the package.
+    Loads the pretrained policy of the miniature, whose weights are part of the package. Its classes are those of
+    diffusers and transformers; its transformer has 2.5 million parameters.
 
     It edits scenes of [`load_dataset`] at `resolution=32`, without guidance (`true_cfg_scale=1.0`), in about 5 steps.
-    `pretrain.py` made it.
+    `examples/miniature/pretrain.py` trained it.
 
     Returns:
         [`~diffusers.QwenImageEditPlusPipeline`], in float32, on the CPU.

@@ -1,6 +1,6 @@
 """
-People and a judge for the small world, both simulated: edits of known quality, raters of known noise, and a judge that looks at
-what its prompt asks for. What agreement between them must come out is known in closed form.
+Simulated raters and judges for the small world: edits of known quality, raters with known noise, and a judge that
+looks at what its scorer prompt asks for. Their agreement is known in closed form.
 """
 
 import json
@@ -23,66 +23,67 @@ from .world import to_image
 
 RUBRIC = "miniature:rubric:1"
 KEPT = "Is everything that the instruction does not speak of the same in Image B as in Image A? It should be."
-# What the stand-in for a proposer has to say. Only one of them makes the judge look at something new.
+# Questions of the simulated proposer. Only KEPT makes the judge look at something new.
 IDEAS = ("Are the colors of Image B cheerful? They should be.", KEPT, "Would Image B look well on a wall? It should.")
 
 
-def _rng(*key: int | str) -> np.random.Generator:
+def seeded_rng(*key: int | str) -> np.random.Generator:
+    """A NumPy generator for one purpose, see [`~hp_edit_trl.utils.seeding.seeded_generator`]."""
     return np.random.default_rng(seeded_generator(*key).initial_seed())
 
 
 def flawed_edits(dataset: Dataset, editors: dict[str, float], seed: int = 0) -> Dataset:
     """
-    Edits that go part of the way to the target and spoil something else.
+    Makes edits that go part of the way to the target and spoil something else.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Cases of [`load_dataset`].
         editors (`dict[str, float]`):
-            Name of each simulated editor, and how careless it is, 0 to 1: the probability that an edit stops on the way, and that it
-            tints what it should leave alone.
+            Name of each simulated editor, and its carelessness from 0 to 1: the probability that an edit stops on the
+            way, and the probability that it tints what it should leave alone.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the flaws.
 
     Returns:
-        [`~datasets.Dataset`]: the columns of the cases, and `edit` and `editor`.
+        [`~datasets.Dataset`]: the cases with the columns `edit` and `editor`.
     """
     rows = []
     for row in dataset:
-        source, target = (np.asarray(row[name], dtype=float) / 255 for name in ("image", "target"))
-        elsewhere = (np.abs(target - source).max(-1) <= 0.06)[..., None]
+        reference, target = (np.asarray(row[name], dtype=float) / 255 for name in ("image", "target"))
+        elsewhere = (np.abs(target - reference).max(-1) <= 0.06)[..., None]
         for editor, carelessness in editors.items():
-            rng = _rng(seed, "flaws", row["id"], editor)
+            rng = seeded_rng(seed, "flaws", row["id"], editor)
             stops, tints = rng.uniform(size=2) < carelessness
             way = rng.uniform(0.3, 0.9) if stops else 1.0
             tint = rng.uniform(-0.25, 0.25, size=3) if tints else np.zeros(3)
-            edit = source + way * (target - source) + tint * elsewhere
+            edit = reference + way * (target - reference) + tint * elsewhere
             rows.append({**row, "edit": to_image(edit), "editor": editor})
     return Dataset.from_list(rows).cast_column("edit", ImageFeature())
 
 
 def true_scores(edits: Dataset) -> list[float]:
-    """What [`RuleScorer`] says of each edit."""
+    """The score that [`RuleScorer`] gives each edit."""
     scorer = RuleScorer()
     return [scorer.score(row["edit"], row["image"], row["target"]) for row in edits]
 
 
 def simulate_ratings(edits: Dataset, noise: dict[str, float], seed: int = 0) -> list[Rating]:
     """
-    Ratings by people who see the true score, with a normal error, and round it to 0..5.
+    Simulates raters who see the true score with a normal error, and round it to 0..5.
 
     Args:
         edits ([`~datasets.Dataset`]):
             Edits of [`flawed_edits`].
         noise (`dict[str, float]`):
-            Name of each rater, and the standard deviation of the error.
+            Name of each rater, and the standard deviation of the rater's error.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the errors.
     """
     ratings = []
     for row, truth in zip(edits, true_scores(edits), strict=True):
         for name, sigma in noise.items():
-            error = _rng(seed, "rating", name, row["id"], row["editor"]).normal(0, sigma)
+            error = seeded_rng(seed, "rating", name, row["id"], row["editor"]).normal(0, sigma)
             score = int(np.clip(math.floor(truth + error + 0.5), 0, 5))
             ratings.append(Rating(name, row["id"], row["editor"], score, RUBRIC, "2026-01-01T00:00:00+00:00"))
     return ratings
@@ -92,16 +93,16 @@ def known_pearson(truths: Sequence[float], scores: Sequence[float], noise: Seque
     r"""
     Pearson's correlation between a scorer and the mean of simulated raters, in closed form.
 
-    A rater of noise \\( \sigma \\) gives \\( k \\) with the probability that a normal variable of mean \\( t \\) falls into
-    \\( [k - .5, k + .5) \\), where all below 0 and above 5 belongs to the ends. With the mean \\( e_i \\) and the variance
-    \\( v_i \\) of the raters' mean on edit \\( i \\),
+    A rater with noise \\( \sigma \\) rates \\( k \\) with the probability that a normal variable of mean \\( t \\)
+    falls into \\( [k - .5, k + .5) \\); values below 0 count as 0, and those above 5 as 5. With the mean \\( e_i \\)
+    and the variance \\( v_i \\) of the raters' mean on edit \\( i \\),
     \\( \rho = \operatorname{cov}(s, e) / \sqrt{\operatorname{var}(s) (\operatorname{var}(e) + \bar v)} \\).
 
     Args:
         truths (`Sequence[float]`):
             The true score of each edit.
         scores (`Sequence[float]`):
-            The scorer's.
+            The scorer's score of each edit.
         noise (`Sequence[float]`):
             The standard deviation of each rater's error.
     """
@@ -124,7 +125,8 @@ def known_pearson(truths: Sequence[float], scores: Sequence[float], noise: Seque
 
 class SimulatedJudge:
     """
-    A judge of the small world. It always sees how far an edit went; whether the rest was kept it sees only if its prompt asks.
+    A judge of the small world. It always sees how far an edit went. It sees whether the rest was kept only if its
+    scorer prompt asks for that.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -145,27 +147,28 @@ class SimulatedJudge:
         return [self._judge(system["content"][0]["text"], user["content"]) for system, user in conversations]
 
     def _judge(self, text: str, content: list[dict[str, Any]]) -> Judgement:
-        source, edit = (part["image"] for part in content if part["type"] == "image")
+        reference, edit = (part["image"] for part in content if part["type"] == "image")
         instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
-        target: Image.Image | None = self.targets.get((source.tobytes(), instruction[1] if instruction else ""))
+        target: Image.Image | None = self.targets.get((reference.tobytes(), instruction[1] if instruction else ""))
         if target is None:
             return Judgement(None, "I do not know this picture.")
-        reached, kept = RuleScorer().parts(edit, source, target)
+        reached, kept = RuleScorer().parts(edit, reference, target)
         score = math.floor(5 * reached * (kept if KEPT in text else 1.0) + 0.5)
         return Judgement(float(score), str(score))
 
 
 class TargetJudge:
     """
-    A judge of the small world that knows what every instruction asks for. To HP-Scorer's prompts it answers with [`RuleScorer`]'s score as
-    a whole number; to those of GEdit-Bench with two from 0 to 10: how far the target was reached and how much of the rest was kept or,
-    of an edit alone, how near it is to any picture of its cases.
+    A judge of the small world that knows what every prompt asks for. To a scorer prompt of HP-Scorer it answers with
+    the score of [`RuleScorer`] as a whole number. To a scorer prompt of GEdit-Bench it answers with two numbers from 0
+    to 10: how far the target was reached and how much of the rest was kept; or, for an edit alone, twice how close it
+    is to any picture of its cases.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The cases whose targets it knows.
         parse (`Callable[[str], float | None]`, *optional*, defaults to [`parse_score`]):
-            What takes the score out of its answers: [`parse_score`] or [`parse_pair`].
+            Reads the score from its answers: [`parse_score`] or [`parse_pair`].
     """
 
     def __init__(self, dataset: Dataset, parse: Callable[[str], float | None] = parse_score):
@@ -186,22 +189,22 @@ class TargetJudge:
         return [Judgement(self.parse(answer), answer) for answer in answers]
 
     def _answer(self, text: str, content: list[dict[str, Any]]) -> str:
-        *sources, edit = (part["image"] for part in content if part["type"] == "image")
-        if not sources:
+        *references, edit = (part["image"] for part in content if part["type"] == "image")
+        if not references:
             away = np.abs(self.pictures - np.asarray(edit, np.float32) / 255).mean((1, 2, 3)).min()
             return json.dumps([round(10 * max(0.0, 1 - float(away) / 0.1))] * 2)
         instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
-        target = self.targets.get((sources[0].tobytes(), instruction[1] if instruction else ""))
+        target = self.targets.get((references[0].tobytes(), instruction[1] if instruction else ""))
         if target is None:
             return "I do not know this picture."
-        reached, kept = RuleScorer().parts(edit, sources[0], target)
+        reached, kept = RuleScorer().parts(edit, references[0], target)
         if self.parse is parse_score:
             return str(math.floor(5 * reached * kept + 0.5))
         return json.dumps([round(10 * reached), round(10 * kept)])
 
 
 class SimulatedProposer:
-    """A stand-in for a model that proposes questions: it has a few ideas, and tells the first that was not tried yet."""
+    """A stand-in for a model that proposes questions: it proposes the first of a few ideas that was not tried yet."""
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         text = conversations[0][0]["content"][0]["text"]

@@ -1,6 +1,6 @@
 """
-Scores of edits in the small world, from what the instruction asked. A task-aware scorer stands for HP-Scorer, a coarse and
-noisy one for the paper's base scorer. Both are plain reward functions.
+Scorers of edits in the small world, where the target of every prompt is known. A task-aware scorer stands for
+HP-Scorer, and a coarse and noisy one for the paper's base scorer. Both are reward functions.
 """
 
 import hashlib
@@ -22,14 +22,15 @@ def _ramp(value, low: float, high: float):
 
 class RuleScorer:
     r"""
-    Task-aware score of an edit: was the target reached, is the rest preserved.
+    Task-aware scorer: was the target reached, and was the rest preserved?
 
-    \\( s = 5 \, a \, p \\). With the pixels that the instruction changes, \\( a \\) is how far they went from the source to
-    the target (each counts from 30 % of the way, and fully at 80 %); with all others, \\( p \\) is how many were kept (each
-    counts fully up to a deviation of 0.06, and not at all from 0.18). The untouched source scores 0, the target 5.
+    \\( s = 5 \, a \, p \\). \\( a \\) is how far the pixels that the prompt changes went from the reference to the
+    target (each counts from 30 % of the way, and fully at 80 %). \\( p \\) is the share of all other pixels that were
+    kept (each counts fully up to a deviation of 0.06, and not at all from 0.18). The untouched reference scores 0, the
+    target 5.
 
-    It is a plain reward function, called with `completions` and the dataset's columns `image` and `target`; the reward is
-    \\( 1 / (1 + e^{-\alpha s + \beta}) \\), as with [`HPScorerReward`].
+    It is a reward function, called with `completions` and the columns `image` and `target` of the dataset. The reward
+    is \\( 1 / (1 + e^{-\alpha s + \beta}) \\), as in [`HPScorerReward`].
 
     Args:
         alpha (`float`, *optional*, defaults to `2.0`):
@@ -44,9 +45,9 @@ class RuleScorer:
         self.alpha = alpha
         self.beta = beta
 
-    def parts(self, edit: Image.Image, source: Image.Image, target: Image.Image) -> tuple[float, float]:
-        """How far the target was reached, and how well the rest was preserved: \\( a \\) and \\( p \\), in [0, 1]."""
-        after, before, wanted = (_array(image, target.size) for image in (edit, source, target))
+    def parts(self, edit: Image.Image, reference: Image.Image, target: Image.Image) -> tuple[float, float]:
+        """How far the target was reached, and how much of the rest was preserved: a and p, in [0, 1]."""
+        after, before, wanted = (_array(image, target.size) for image in (edit, reference, target))
         way = np.abs(wanted - before).max(-1)
         missing = np.abs(after - wanted).max(-1)
         changed = way > 0.06
@@ -54,9 +55,9 @@ class RuleScorer:
         kept = (1 - _ramp(missing[~changed], 0.06, 0.18)).mean() if (~changed).any() else 1.0
         return float(_ramp(reached, 0.1, 0.95)), float(_ramp(kept, 0.5, 0.97))
 
-    def score(self, edit: Image.Image, source: Image.Image, target: Image.Image) -> float:
-        """Score in [0, 5] of one edit."""
-        reached, kept = self.parts(edit, source, target)
+    def score(self, edit: Image.Image, reference: Image.Image, target: Image.Image) -> float:
+        """Scores one edit, from 0 to 5."""
+        reached, kept = self.parts(edit, reference, target)
         return 5 * reached * kept
 
     def __call__(
@@ -78,11 +79,11 @@ class RuleScorer:
 
 class CoarseScorer(RuleScorer):
     """
-    Coarse, generous, noisy score of an edit, as a stand-in for a scorer with one prompt for all tasks.
+    Coarse, generous and noisy scorer, a stand-in for a scorer with one scorer prompt for all tasks.
 
-    It compares averages over blocks of 8 by 8 pixels with those of the target, so small objects and details count for
-    little and an untouched source scores well, and adds noise. The noise belongs to the very picture: the same edit always
-    gets the same score.
+    It compares averages over blocks of 8 by 8 pixels with those of the target. Small objects and details therefore
+    count for little, and an untouched reference scores well. The noise that it adds depends on the picture alone: the
+    same edit always gets the same score.
 
     Args:
         noise (`float`, *optional*, defaults to `0.5`):
@@ -102,8 +103,8 @@ class CoarseScorer(RuleScorer):
         self.noise = noise
         self.seed = seed
 
-    def score(self, edit: Image.Image, source: Image.Image, target: Image.Image) -> float:
-        """Score in [0, 5] of one edit."""
+    def score(self, edit: Image.Image, reference: Image.Image, target: Image.Image) -> float:
+        """Scores one edit, from 0 to 5."""
         after, wanted = (_array(image, target.size) for image in (edit, target))
         rows, columns = after.shape[0] // 8, after.shape[1] // 8
         blocks = [a[: rows * 8, : columns * 8].reshape(rows, 8, columns, 8, 3).mean((1, 3)) for a in (after, wanted)]

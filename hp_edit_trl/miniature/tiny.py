@@ -1,4 +1,4 @@
-"""Tiny, randomly initialized models of the real classes: for tests, benchmarks and a demo without downloads."""
+"""Tiny, randomly initialized models of the real classes, for tests, benchmarks and examples without downloads."""
 
 import string
 
@@ -48,7 +48,7 @@ SPECIAL_TOKENS = [
     "<|video_pad|>",
 ]  # fmt: skip
 
-# Content is either a string or a list of text and image parts; that is all that a judge sends.
+# Content is either a string or a list of text and image parts; judges send nothing else.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
@@ -60,11 +60,12 @@ CHAT_TEMPLATE = """\
 
 def tiny_tokenizer(texts: list[str] | None = None) -> Qwen2TokenizerFast:
     """
-    A byte-level tokenizer with Qwen's special tokens, trained so that the pipeline's template has its 64 tokens.
+    Makes a byte-level tokenizer with Qwen's special tokens. It is trained on the pipeline's template, so that the
+    template has 64 tokens as with the real tokenizer.
 
     Args:
         texts (`list[str]`, *optional*):
-            Texts whose words become tokens too.
+            Further texts to train on.
     """
     template = QwenImageEditPlusPipeline(*[None] * 6).prompt_template_encode
     lines = [template.replace("<|im_start|>", "").replace("<|im_end|>", ""), "Picture 1: Picture 2:", *(texts or [])]
@@ -81,11 +82,11 @@ def tiny_tokenizer(texts: list[str] | None = None) -> Qwen2TokenizerFast:
 
 def tiny_text_encoder(tokenizer: Qwen2TokenizerFast, hidden_size: int = 16) -> Qwen2_5_VLForConditionalGeneration:
     """
-    A random Qwen2.5-VL.
+    Makes a random Qwen2.5-VL.
 
     Args:
         tokenizer (`Qwen2TokenizerFast`):
-            What [`tiny_tokenizer`] returned.
+            A tokenizer of [`tiny_tokenizer`].
         hidden_size (`int`, *optional*, defaults to `16`):
             Size of the embeddings, a multiple of 16.
     """
@@ -134,7 +135,7 @@ def assemble(
     pixels: int = 56 * 56,
 ) -> QwenImageEditPlusPipeline:
     """
-    A pipeline of the given models.
+    Makes a pipeline from the given models.
 
     Args:
         transformer (`QwenImageTransformer2DModel`):
@@ -146,8 +147,8 @@ def assemble(
         tokenizer (`Qwen2TokenizerFast`):
             Its tokenizer.
         pixels (`int`, *optional*, defaults to `3136`):
-            Number of pixels of an image as the text encoder sees it. Few, so that it is a handful of tokens and not two
-            hundred: each 28 x 28 pixels are one.
+            Number of pixels of an image as the text encoder sees it. Each 28 x 28 pixels are one token; the real
+            processor makes about two hundred.
     """
     processor = Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(min_pixels=pixels, max_pixels=pixels),
@@ -180,7 +181,7 @@ def tiny_pipeline(
     seed: int = 0,
 ) -> QwenImageEditPlusPipeline:
     """
-    A random `QwenImageEditPlusPipeline` of 2 MB. Its VAE divides each side by 8, as the real one.
+    Makes a random `QwenImageEditPlusPipeline` of 2 MB. Its VAE divides each side by 8, like the real one.
 
     Args:
         num_layers (`int`, *optional*, defaults to `2`):
@@ -192,7 +193,7 @@ def tiny_pipeline(
         vae_base_dim (`int`, *optional*, defaults to `8`):
             Base width of the VAE.
         zero_cond_t (`bool`, *optional*, defaults to `False`):
-            Modulate references as at sigma 0, as Qwen-Image-Edit-2511 does.
+            Whether to modulate references as at sigma 0, as Qwen-Image-Edit-2511 does.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights.
     """
@@ -221,20 +222,20 @@ def tiny_pipeline(
         )
         text_encoder = tiny_text_encoder(tokenizer)
     with torch.no_grad():
-        # A random VAE decodes to near grey; with more contrast there is more to see.
+        # A random VAE decodes everything to almost the same grey: more contrast makes differences visible.
         vae.decoder.conv_out.weight.mul_(4)
     return assemble(transformer, vae, text_encoder, tokenizer)
 
 
 def tiny_qwen_image_edit_pipeline(seed: int = 0) -> QwenImageEditPipeline:
-    """A random `QwenImageEditPipeline`, of the parts of [`tiny_pipeline`]."""
+    """Makes a random `QwenImageEditPipeline` from the components of [`tiny_pipeline`]."""
     pipeline = QwenImageEditPipeline(**tiny_pipeline(seed=seed).components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def _character_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose tokens are single characters."""
+    """Makes a CLIP tokenizer whose tokens are single characters."""
     characters = sorted(set(string.printable) - set(string.whitespace))
     words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
@@ -242,7 +243,7 @@ def _character_tokenizer() -> CLIPTokenizer:
 
 def tiny_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKontextPipeline:
     """
-    A random `FluxKontextPipeline` of 1 MB. Its VAE divides each side by 8, as the real one.
+    Makes a random `FluxKontextPipeline` of 1 MB. Its VAE divides each side by 8, like the real one.
 
     Args:
         guidance_embeds (`bool`, *optional*, defaults to `True`):
@@ -311,11 +312,11 @@ def tiny_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKo
 
 def tiny_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
     """
-    A random `Flux2KleinPipeline` of 2 MB. Its VAE divides each side by 8, as the real one.
+    Makes a random `Flux2KleinPipeline` of 2 MB. Its VAE divides each side by 8, like the real one.
 
     Args:
         is_distilled (`bool`, *optional*, defaults to `False`):
-            Whether it is one of the models for four steps, without a second pass.
+            Whether it is step-distilled (four steps) and has no unconditional pass.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights.
     """
@@ -335,7 +336,7 @@ def tiny_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux2Klein
             guidance_embeds=False,
         )
         vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 16, 16), latent_channels=4, norm_num_groups=4)
-        # As if it had been trained: latents are normalized by what its batch norm remembers.
+        # Latents are normalized with the statistics of the batch norm: make them those of a trained model.
         vae.bn.running_mean.normal_(0, 0.2)
         vae.bn.running_var.uniform_(0.5, 1.5)
         text_encoder = Qwen3ForCausalLM(
@@ -369,7 +370,7 @@ def tiny_judge(folder: str, seed: int = 0) -> str:
 
     Args:
         folder (`str`):
-            Where to save it.
+            Folder to save it in.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights.
 
@@ -422,11 +423,11 @@ def tiny_judge(folder: str, seed: int = 0) -> str:
 
 def tiny_clip(folder: str, seed: int = 0) -> str:
     """
-    Saves a random CLIP of 0.2 MB that loads with `CLIPModel` and `CLIPProcessor`. It sees images in 32 x 32 pixels.
+    Saves a random CLIP of 0.2 MB that loads with `CLIPModel` and `CLIPProcessor`. It sees images of 32 x 32 pixels.
 
     Args:
         folder (`str`):
-            Where to save it.
+            Folder to save it in.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights.
 

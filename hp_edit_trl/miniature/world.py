@@ -1,9 +1,9 @@
 """
 A small world in which every edit has a right answer: scenes of colored shapes on plain and patterned backgrounds, with
-instructions for the eight tasks of HP-Edit.
+prompts for the eight tasks of HP-Edit.
 
-A case is drawn from a seed alone, together with the picture that its instruction asks for. That makes it possible to say
-how good an edit is without a judge (see `scorers.py`), and to supervise a small policy.
+A case is drawn from a seed alone, together with its target, the picture that its prompt asks for. Targets make it
+possible to score an edit without a judge (see `scorers.py`) and to pretrain a small policy.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from PIL import Image
 from ..tasks import TASKS
 
 
-SIZE = 32  # pixels; pictures are drawn four times as large and averaged, which makes edges soft
+SIZE = 32  # pixels; pictures are drawn at four times the size and averaged, which makes edges soft
 SUPERSAMPLING = 4
 
 COLORS = {
@@ -55,7 +55,7 @@ SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, where it is (in units of the picture), and how large (half its extent)."""
+    """One object: its kind, its position (in units of the picture) and its radius (half its extent)."""
 
     shape: str
     color: str
@@ -79,20 +79,20 @@ class Scene:
 
     @property
     def split(self) -> str:
-        """The split that this scene belongs to, by a hash of what is in it: no scene can be in two."""
+        """The split of this scene, which a hash of its content decides: no scene is in two splits."""
         digit = int(hashlib.sha256(repr(self).encode()).hexdigest(), 16) % 10
         return next(split for split, digits in SPLITS.items() if digit in digits)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An instruction for a scene, with the picture before and the picture that it asks for (float arrays in [0, 1])."""
+    """A prompt for a scene, with the picture before and the target (float arrays in [0, 1])."""
 
     scene: Scene
     task: str
     prompt: str
     category: str
-    source: np.ndarray
+    reference: np.ndarray
     target: np.ndarray
 
 
@@ -106,7 +106,7 @@ def _averaged(picture: np.ndarray) -> np.ndarray:
 
 
 def coverage(thing: Thing) -> np.ndarray:
-    """How much of each pixel the object covers, of shape `(SIZE, SIZE, 1)`."""
+    """The share of each pixel that the object covers, of shape `(SIZE, SIZE, 1)`."""
     columns, rows = _grid()
     dx, dy = (columns - thing.x) / thing.radius, (rows - thing.y) / thing.radius
     inside = {
@@ -131,7 +131,7 @@ def draw_background(pattern: str, color: str) -> np.ndarray:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The picture of a scene: float array of shape `(SIZE, SIZE, 3)` in [0, 1]."""
+    """Draws a scene: a float array of shape `(SIZE, SIZE, 3)` in [0, 1]."""
     picture = draw_background(scene.pattern, scene.background)
     for thing in scene.things:
         cover = coverage(thing)
@@ -152,7 +152,7 @@ def blur(picture: np.ndarray, sigma: float = 2.0) -> np.ndarray:
 
 
 def relit(picture: np.ndarray, side: str, tone: str) -> np.ndarray:
-    """The picture with light of one tone from one side: bright there, dark on the other."""
+    """The picture with light of one tone from one side: bright on that side, dark on the other."""
     axis = (np.arange(SIZE) + 0.5) / SIZE * 2 - 1
     columns, rows = np.meshgrid(axis, axis)
     dx, dy = LIGHTS[side]
@@ -191,7 +191,7 @@ def _thing(rng: np.random.Generator, place: str, taken: set[str]) -> Thing:
 
 
 def _scene(rng: np.random.Generator, task: str) -> Scene:
-    # Something has to be left to add to, to remove from, and to blur.
+    # One place stays free for something to add, and blurring needs a pattern.
     count = rng.integers(1, 4)
     patterns = PATTERNS[1:] if task == "bokeh" else PATTERNS
     things: list[Thing] = []
@@ -200,8 +200,8 @@ def _scene(rng: np.random.Generator, task: str) -> Scene:
     return Scene(tuple(things), _choice(rng, patterns), _choice(rng, BACKGROUNDS))
 
 
-def _instruct(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str, np.ndarray]:
-    """Instruction, category and target picture of one task on a scene."""
+def instruct(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str, np.ndarray]:
+    """Draws a prompt of one task for a scene. Returns the prompt, its category and the target picture."""
     things = scene.things
     index = int(rng.integers(len(things)))
     thing = things[index]
@@ -262,7 +262,7 @@ def _instruct(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, s
 
 def draw_case(task: str, split: str, seed: int, index: int) -> Case:
     """
-    One case, from its address alone.
+    Draws one case, which depends on the arguments alone.
 
     Args:
         task (`str`):
@@ -272,10 +272,10 @@ def draw_case(task: str, split: str, seed: int, index: int) -> Case:
         seed (`int`):
             Seed of the stream.
         index (`int`):
-            Place in the stream.
+            Position in the stream.
 
     Returns:
-        [`Case`], whose target differs visibly from its source.
+        [`Case`]: a case whose target differs visibly from its reference.
     """
     key = hashlib.sha256(repr((task, split, seed, index)).encode()).digest()
     rng = np.random.default_rng(np.frombuffer(key, dtype=np.uint32))
@@ -283,16 +283,16 @@ def draw_case(task: str, split: str, seed: int, index: int) -> Case:
         scene = _scene(rng, task)
         if scene.split != split:
             continue
-        source = draw(scene)
-        prompt, category, target = _instruct(rng, scene, task)
-        changed = np.abs(target - source).max(-1) > 0.1
+        reference = draw(scene)
+        prompt, category, target = instruct(rng, scene, task)
+        changed = np.abs(target - reference).max(-1) > 0.1
         if changed.mean() >= 0.02:
-            return Case(scene, task, prompt, category, source, target)
+            return Case(scene, task, prompt, category, reference, target)
 
 
 def stream(split: str, seed: int = 0, tasks: tuple[str, ...] = tuple(TASKS)) -> Iterator[Case]:
     """
-    An endless stream of cases, the tasks in turn.
+    Yields cases without end, the tasks in turn.
 
     Args:
         split (`str`):
@@ -314,17 +314,17 @@ def stream(split: str, seed: int = 0, tasks: tuple[str, ...] = tuple(TASKS)) -> 
 
 
 def to_image(picture: np.ndarray) -> Image.Image:
-    """A float array in [0, 1] as a PIL image."""
+    """Converts a float array in [0, 1] to a PIL image."""
     return Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
 
 
 def load_dataset(split: str, num_cases: int = 400, seed: int = 0, tasks: tuple[str, ...] = tuple(TASKS)) -> Dataset:
     """
-    The first cases of a stream as a dataset.
+    Makes a dataset of the first cases of a stream.
 
     Args:
         split (`str`):
-            `"train"`, `"validation"` or `"test"`. No scene is in two splits, whatever the seed.
+            `"train"`, `"validation"` or `"test"`. No scene is in two splits, also with different seeds.
         num_cases (`int`, *optional*, defaults to `400`):
             Number of cases.
         seed (`int`, *optional*, defaults to `0`):
@@ -334,7 +334,7 @@ def load_dataset(split: str, num_cases: int = 400, seed: int = 0, tasks: tuple[s
 
     Returns:
         [`~datasets.Dataset`] with `id`, `image`, `prompt`, `task`, `category` (the kind of object), `requirement`,
-        `source`, and `target` (the picture that the instruction asks for, which the scorers read).
+        `source`, and `target` (the picture that the prompt asks for, which the scorers read).
 
     Raises:
         `ValueError`: If the split or a task is not known.
@@ -344,7 +344,7 @@ def load_dataset(split: str, num_cases: int = 400, seed: int = 0, tasks: tuple[s
         rows.append(
             {
                 "id": f"miniature-{split}-{seed}-{index}",
-                "image": to_image(case.source),
+                "image": to_image(case.reference),
                 "prompt": case.prompt,
                 "task": case.task,
                 "category": case.category,

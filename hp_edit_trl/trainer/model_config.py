@@ -6,24 +6,24 @@ from trl import ModelConfig
 @dataclass
 class EditModelConfig(ModelConfig):
     """
-    [`~trl.ModelConfig`] with the defaults of image editors, for scripts: `get_peft_config(model_args)` then gives the
-    LoRA of the paper, with the modules left to the policy.
+    [`~trl.ModelConfig`] with defaults for image editors. With it `get_peft_config(model_args)` returns the LoRA of the
+    paper; the policy chooses its modules.
 
     Parameters:
         dtype (`str`, *optional*):
-            Type in which the pipeline's weights are loaded: `"bfloat16"`, `"float16"` or `"float32"`. Defaults to
-            `"bfloat16"` if the trainer's `bf16` is set, and to `"float32"` otherwise. [`~trl.ModelConfig`] always
-            loads float32, which takes 82 GB for the transformer of Qwen-Image-Edit alone.
+            Type in which the weights are loaded: `"bfloat16"`, `"float16"` or `"float32"`. Defaults to `"bfloat16"` if
+            the trainer's `bf16` is set, and to `"float32"` otherwise. In float32, the default of [`~trl.ModelConfig`],
+            the transformer of Qwen-Image-Edit alone takes 82 GB.
         use_peft (`bool`, *optional*, defaults to `True`):
-            Whether to take the LoRA from these arguments. Only LoRA training is supported.
+            Must be `True`: only LoRA training is supported.
         lora_r (`int`, *optional*, defaults to `32`):
-            LoRA rank (the paper's).
+            LoRA rank. The default is the paper's.
         lora_alpha (`int`, *optional*, defaults to `64`):
             LoRA alpha.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
-            LoRA dropout. The trainers support only 0.
+            LoRA dropout, which must be 0.
         lora_task_type (`str`, *optional*):
-            PEFT's task type. Image editors do not have one.
+            PEFT's task type, which image editors do not have.
 
     Raises:
         `ValueError`: If an option of language models is set that image editors do not have.
@@ -32,16 +32,16 @@ class EditModelConfig(ModelConfig):
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Type in which the weights are loaded. Defaults to bfloat16 if `bf16` is set, else float32.",
+            "help": "Type in which the weights are loaded. Defaults to bfloat16 if `bf16` is set, else to float32.",
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
-    use_peft: bool = field(default=True, metadata={"help": "Whether to take the LoRA from these arguments."})
+    use_peft: bool = field(default=True, metadata={"help": "Must be true: only LoRA training is supported."})
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout. The trainers support only 0."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout, which must be 0."})
     lora_task_type: str | None = field(
-        default=None, metadata={"help": "PEFT's task type. Image editors do not have one."}
+        default=None, metadata={"help": "PEFT's task type, which image editors do not have."}
     )
 
     def __post_init__(self):
@@ -50,4 +50,4 @@ class EditModelConfig(ModelConfig):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported for image editors.")
         if not self.use_peft:
-            raise ValueError("use_peft=False is not supported: the trainers train a LoRA.")
+            raise ValueError("use_peft=False is not supported: only LoRA training is.")

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.test_train_qwen_edit import EXAMPLES
+from hp_edit_trl import miniature
+from hp_edit_trl.miniature.policy import WEIGHTS
 from tests.fake_hub import fake_hub
+from tests.judges.test_judges import serve  # noqa: F401
+from tests.scripts.test_scripts import any_score
 
 
-CHECK = """
+SCRIPT = """
+import sys
+from hp_edit_trl.cli import main
+main(["mine-pairs", *sys.argv[1:]])
 from datasets import load_dataset
 pairs, samples = (load_dataset("someone/pairs", name, split="train") for name in ("pairs", "samples"))
 assert len(samples) == 24 * 3 and {"prompt", "image", "chosen", "rejected", "score_chosen"} <= set(pairs.column_names)
@@ -31,29 +37,22 @@ assert pipeline.transformer.peft_config
 
 
 @pytest.mark.slow
-def test_pairs_and_lora_go_to_the_hub_and_come_back(tmp_path):
+def test_pairs_and_lora_go_to_the_hub_and_come_back(tmp_path, serve):  # noqa: F811
+    miniature.load_dataset("train", 24).save_to_disk(tmp_path / "cases")
+    options = [
+        "--model_name_or_path", str(WEIGHTS), "--dataset_name", str(tmp_path / "cases"), "--dtype", "float32",
+        "--judge", "m", "--judge_base_url", serve(any_score).url, "--num_generations", "3", "--min_chosen_score", "1",
+        "--resolution", "32", "--num_inference_steps", "5", "--true_cfg_scale", "1.0", "--rollout_batch_size", "36",
+        "--push_to_hub", "someone/pairs",
+    ]  # fmt: skip
     with fake_hub() as hub:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        options = {
-            "cwd": tmp_path,
-            "env": {**outside, **hub.env, "OMP_NUM_THREADS": "2"},
-            "capture_output": True,
-            "text": True,
-        }
-        script = [
-            sys.executable,
-            str(EXAMPLES / "mine_preference_pairs.py"),
-            "--num_cases",
-            "24",
-            "--num_generations",
-            "3",
-        ]
-        done = subprocess.run([*script, "--push_to", "someone/pairs"], **options)
+        environment = {**outside, **hub.env, "OMP_NUM_THREADS": "2"}
+        command = [sys.executable, "-c", SCRIPT, *options]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         files = hub.files("someone/pairs", "dataset")
         assert {Path(name).suffix for name in files if name != "README.md"} == {".parquet", ".jsonl"}
-        done = subprocess.run([sys.executable, "-c", CHECK], **options)
-        assert done.returncode == 0, done.stderr[-4000:]
         files = hub.files("someone/edit-dpo")
         assert {"pytorch_lora_weights.safetensors", "README.md", "before_after.png", "reward_curve.png"} <= set(files)
         assert not [name for name in files if "latents" in name]  # the encoded pairs stay at home

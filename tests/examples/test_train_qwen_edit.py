@@ -1,22 +1,39 @@
-"""The example as a user runs it: as a script in its own process."""
+"""The example as a user runs it: once as a script in its own process, then in this one, which saves the imports."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import train_qwen_edit_dpo
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
+from trl import TrlParser
+
+from hp_edit_trl import DPOEditConfig, EditModelConfig, FlowGRPOEditConfig
+from hp_edit_trl.scripts import EditScriptArguments, dpo, grpo
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(*arguments, cwd, script="train_qwen_edit.py"):
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / script), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def run_here(*arguments, cwd, script="train_qwen_edit.py"):
+    """Runs an example in this process and returns what it prints."""
+    with contextlib.chdir(cwd), mock.patch("sys.argv", [script, *arguments]), mock.patch.dict(os.environ):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    return printed.getvalue()
 
 
 @pytest.mark.slow
@@ -31,25 +48,27 @@ def test_embedded_default(tmp_path):
     for name in ("reward_curve.png", "before_after.png"):
         assert min(Image.open(output / name).size) > 100
     assert "| all | 400 |" in done.stdout and (output / "scores.csv").exists() and (output / "hard_cases.png").exists()
-    # It goes on where it was.
-    again = run("--max_steps", "4", "--resume_from_checkpoint", str(output / "checkpoint-3"), cwd=tmp_path)
-    assert again.returncode == 0, again.stderr[-4000:]
+    # It resumes where it stopped. Its scores have been seen.
+    resume = ("--max_steps", "4", "--resume_from_checkpoint", str(output / "checkpoint-3"))
+    with mock.patch("hp_edit_trl.miniature.evaluate_before_after") as evaluate:
+        run_here(*resume, "--eval_on_start", "false", "--eval_strategy", "no", cwd=tmp_path)
+    assert evaluate.call_args.args[0].state.global_step == 4
 
 
 @pytest.mark.parametrize("form", ["--model_name_or_path=somewhere", "--model_name_or_path somewhere"])
 def test_a_model_of_ones_own_is_not_trained_with_the_embedded_config(tmp_path, form):
-    done = run(*form.split(), "--output_dir", "x", "--use_cpu", "true", cwd=tmp_path)
-    assert done.returncode == 1 and "--dataset_name is needed" in done.stderr
+    with pytest.raises(SystemExit, match="--dataset_name is needed"):
+        run_here(*form.split(), "--output_dir", "x", "--use_cpu", "true", "--bf16", "false", cwd=tmp_path)
 
 
 def test_a_dataset_without_a_model(tmp_path):
-    done = run("--dataset_name", "someone/cases", cwd=tmp_path)
-    assert done.returncode == 1 and "--dataset_name without --model_name_or_path" in done.stderr
+    with pytest.raises(SystemExit, match="--dataset_name without --model_name_or_path"):
+        run_here("--dataset_name", "someone/cases", cwd=tmp_path)
 
 
 def test_options_of_language_models(tmp_path):
-    done = run("--load_in_4bit", "true", cwd=tmp_path)
-    assert "load_in_4bit is not supported for image editors" in done.stderr
+    with pytest.raises(ValueError, match="load_in_4bit is not supported for image editors"):
+        run_here("--load_in_4bit", "true", cwd=tmp_path)
 
 
 def test_short_and_documented():
@@ -61,24 +80,33 @@ def test_short_and_documented():
 CONFIGS = [path for path in sorted((EXAMPLES / "configs").glob("*.yaml")) if path.name != "build_realpref.yaml"]
 
 
+OF_EXAMPLES = {
+    "embedded.yaml": (EditScriptArguments, FlowGRPOEditConfig, EditModelConfig),
+    "embedded_dpo.yaml": (train_qwen_edit_dpo.MiniatureArguments, DPOEditConfig),
+    "embedded_kontext.yaml": (FlowGRPOEditConfig,),
+}
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
-def test_every_config_parses(config, monkeypatch):
-    # All options exist and fit together; the launch line is in the header.
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from train_kontext import KontextScriptArguments
-        from train_qwen_edit import EditModelConfig, EditScriptArguments, FlowGRPOEditConfig, TrlParser
-        from train_qwen_edit_dpo import DPOEditConfig, DPOScriptArguments
-    finally:
-        sys.path.pop(0)
-    script = KontextScriptArguments if "kontext" in config.name else EditScriptArguments
-    types = (DPOScriptArguments, DPOEditConfig) if "dpo" in config.name else (script, FlowGRPOEditConfig)
-    parser = TrlParser((*types, EditModelConfig))
+def test_every_config_parses(config):
+    # All options exist and fit together; the command is in the header.
+    embedded = config.name in OF_EXAMPLES
+    command = "dpo" if "dpo" in config.name else "grpo"
+    types = OF_EXAMPLES.get(config.name, dpo.ARGUMENTS if command == "dpo" else grpo.ARGUMENTS)
     arguments = ["--config", str(config), "--use_cpu", "true", "--optim", "adamw_torch"]
-    script_args, args, model_args = parser.parse_args_and_config(arguments)
-    if "dpo" not in config.name:
+    parsed = dict(zip(types, TrlParser(types).parse_args_and_config(arguments), strict=True))
+    args = parsed[DPOEditConfig if command == "dpo" else FlowGRPOEditConfig]
+    if command == "grpo":
         assert args.generation_batch_size % args.num_generations == 0
     # The weights' type follows `bf16`: in float32 the real models do not fit on the cards that the headers name.
-    assert model_args.dtype is None and args.bf16 == (model_args.model_name_or_path is not None)
-    if model_args.model_name_or_path:
-        assert config.read_text().startswith("#") and "accelerate launch" in config.read_text().split("\n\n")[0]
+    assert args.bf16 is not embedded
+    if EditModelConfig in parsed:
+        assert parsed[EditModelConfig].dtype is None
+        assert (parsed[EditModelConfig].model_name_or_path is None) is embedded
+    if not embedded:
+        head = config.read_text().split("\n\n")[0]
+        assert (
+            head.startswith("#")
+            and f"hp-edit {command}" in head
+            and f"--config examples/configs/{config.name}" in head
+        )

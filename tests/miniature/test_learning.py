@@ -15,29 +15,42 @@ CONFIG = Path(__file__).parents[2] / "examples" / "miniature" / "experiment.yaml
 GROUP = 12
 
 
-def train_and_compare(reward, folder):
+def trainer_of(reward, folder):
     options = {"max_steps": 100, "save_strategy": "no"}
-    trainer = make_trainer(CONFIG, options, folder, 0, reward, load_dataset("train", 400))
+    return make_trainer(CONFIG, options, folder, 0, reward, load_dataset("train", 400))
+
+
+@pytest.fixture(scope="module")
+def test_cases():
+    return load_dataset("test", 800)
+
+
+@pytest.fixture(scope="module")
+def before(test_cases, tmp_path_factory):
+    """Scores before training, the same for both."""
+    trainer = trainer_of(RuleScorer(), tmp_path_factory.mktemp("before"))
+    return score_edits(edit_dataset(partial(trainer.sample_edits, adapter=False), test_cases), test_cases)
+
+
+def train_and_compare(reward, folder, test_cases, before):
+    trainer = trainer_of(reward, folder)
     assert trainer.num_generations == GROUP
     trainer.train()
-    test = load_dataset("test", 800)
-    before = score_edits(edit_dataset(partial(trainer.sample_edits, adapter=False), test), test)
-    after = score_edits(edit_dataset(trainer.sample_edits, test), test)
-    return paired_difference(before, after)
+    return paired_difference(before, score_edits(edit_dataset(trainer.sample_edits, test_cases), test_cases))
 
 
 @pytest.mark.slow
-def test_a_short_run_improves_the_policy(tmp_path):
-    difference, error = train_and_compare(RuleScorer(), tmp_path)
+def test_a_short_run_improves_the_policy(tmp_path, test_cases, before):
+    difference, error = train_and_compare(RuleScorer(), tmp_path, test_cases, before)
     assert difference > 5 * error
 
 
 @pytest.mark.slow
-def test_shuffled_rewards_do_not(tmp_path):
+def test_shuffled_rewards_do_not(tmp_path, test_cases, before):
     scorer, rng = RuleScorer(), np.random.default_rng(0)
 
     def shuffled(**columns):
         return rng.permuted(np.array(scorer(**columns)).reshape(-1, GROUP), axis=1).flatten().tolist()
 
-    difference, error = train_and_compare(shuffled, tmp_path)
+    difference, error = train_and_compare(shuffled, tmp_path, test_cases, before)
     assert difference < 2 * error

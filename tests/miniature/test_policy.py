@@ -6,10 +6,10 @@ import torch
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as pipeline_module
 
+from hp_edit_trl.editors import PolicyEditor
 from hp_edit_trl.miniature import RuleScorer, edit_dataset, load_dataset, load_pipeline, score_edits
 from hp_edit_trl.miniature.policy import WEIGHTS
 from hp_edit_trl.policies import policy_class
-from hp_edit_trl.policies.rollout import decode, rollout
 from hp_edit_trl.utils.seeding import seeded_generator
 
 
@@ -19,16 +19,15 @@ def pipeline():
 
 
 def sampler(pipeline):
-    """The policy as `edit_dataset` wants it, without a trainer."""
+    """The policy in the form that `edit_dataset` takes, without a trainer."""
     policy = policy_class(pipeline)(pipeline)
+    editor = PolicyEditor(policy, "policy", 32, num_inference_steps=5, true_cfg_scale=1.0, batch_size=50)
 
+    @torch.no_grad()
     def sample_edits(cases):
-        conditions = [policy.encode(images, row["prompt"], None, 32) for row, images in cases]
-        generators = [seeded_generator("test", row["id"]) for row, _ in cases]
-        paths = rollout(
-            policy, pipeline.transformer, conditions, generators, num_inference_steps=5, true_cfg_scale=1.0, batch_size=50
-        )  # fmt: skip
-        return decode(policy, [path.final for path in paths], conditions, 50)
+        ids = [row["id"] for row, _ in cases]
+        seeds = [seeded_generator("test", case_id).initial_seed() for case_id in ids]
+        return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
 
     return sample_edits
 

@@ -47,9 +47,9 @@ def test_no_scene_is_in_two_splits():
 def test_every_instruction_can_be_followed_and_the_untouched_source_does_not_follow_it(cases):
     scorer = RuleScorer()
     for case in cases:
-        source, target = to_image(case.source), to_image(case.target)
-        assert scorer.score(target, source, target) == 5.0, case.prompt
-        assert scorer.score(source, source, target) == 0.0, case.prompt
+        reference, target = to_image(case.reference), to_image(case.target)
+        assert scorer.score(target, reference, target) == 5.0, case.prompt
+        assert scorer.score(reference, reference, target) == 0.0, case.prompt
 
 
 def test_instructions_name_one_object_and_are_many(cases):
@@ -66,7 +66,7 @@ def test_instructions_name_one_object_and_are_many(cases):
 
 def test_edits_change_what_they_name_and_nothing_else(cases):
     for case in cases:
-        changed = np.abs(case.target - case.source).max(-1) > 1e-9
+        changed = np.abs(case.target - case.reference).max(-1) > 1e-9
         share = changed.mean()
         if case.task in ("add", "remove", "swap", "color"):
             assert 0.02 <= share < 0.25, case.prompt
@@ -75,17 +75,18 @@ def test_edits_change_what_they_name_and_nothing_else(cases):
 
 
 def test_scores_fall_with_every_kind_of_failure(cases):
-    # Monotone on the way from source to target, and with damage to what should have been kept.
+    # Monotone on the way from reference to target, and with damage to what should have been kept.
     scorer = RuleScorer()
     rng = np.random.default_rng(0)
     for case in cases[:80]:
-        source, target = to_image(case.source), to_image(case.target)
-        way = [to_image(case.source + (case.target - case.source) * t) for t in np.linspace(0, 1, 9)]
-        scores = [scorer.score(image, source, target) for image in way]
+        reference, target = to_image(case.reference), to_image(case.target)
+        way = [to_image(case.reference + (case.target - case.reference) * t) for t in np.linspace(0, 1, 9)]
+        scores = [scorer.score(image, reference, target) for image in way]
         assert all(b >= a - 0.15 for a, b in zip(scores, scores[1:], strict=False)), (case.prompt, scores)
         assert scores[0] == 0 and scores[-1] == 5 and 0 < scores[4] < 5
         noise = rng.normal(size=case.target.shape)
-        damaged = [scorer.score(to_image(case.target + level * noise), source, target) for level in (0, 0.1, 0.2, 0.4)]
+        spoilt = [to_image(case.target + level * noise) for level in (0, 0.1, 0.2, 0.4)]
+        damaged = [scorer.score(image, reference, target) for image in spoilt]
         assert all(b <= a + 1e-9 for a, b in zip(damaged, damaged[1:], strict=False)) and damaged[-1] < 2.5
 
 
@@ -94,11 +95,11 @@ def test_the_coarse_scorer_is_generous_and_noisy(cases):
     local = [case for case in cases if case.task in ("add", "remove", "color")]
     untouched, done = [], []
     for case in local:
-        source, target = to_image(case.source), to_image(case.target)
-        untouched.append(coarse.score(source, source, target))
-        done.append(coarse.score(target, source, target))
-        assert coarse.score(source, source, target) == untouched[-1]  # the noise belongs to the picture
-        assert quiet.score(target, source, target) == 5.0
+        reference, target = to_image(case.reference), to_image(case.target)
+        untouched.append(coarse.score(reference, reference, target))
+        done.append(coarse.score(target, reference, target))
+        assert coarse.score(reference, reference, target) == untouched[-1]  # the noise belongs to the picture
+        assert quiet.score(target, reference, target) == 5.0
     assert np.mean(untouched) > 4 and np.mean(done) - np.mean(untouched) < 0.6
     assert np.std(done) > 0.2
 
@@ -117,7 +118,7 @@ def test_scorers_are_reward_functions():
 
 
 def test_styles_and_lights_can_be_told_apart(cases):
-    picture = cases[0].source
+    picture = cases[0].reference
     variants = [stylized(picture, style) for style in STYLES]
     variants += [
         relit(picture, side, tone) for side in ("left", "right", "top", "bottom") for tone in ("warm", "cool")

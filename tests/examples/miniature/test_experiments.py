@@ -16,7 +16,8 @@ CONFIG = Path(__file__).parents[3] / "examples" / "miniature" / "experiment.yaml
 def config(tmp_path):
     values = yaml.safe_load(CONFIG.read_text()) | {
         "num_generations": 4, "per_device_train_batch_size": 4, "steps_per_generation": 1, "max_steps": 1,
-        "eval_steps": 1, "logging_steps": 1, "num_inference_steps": 3, "sde_window_size": 1, "sde_window_range": [0, 1],
+        "eval_steps": 1, "logging_steps": 1, "num_inference_steps": 3, "sde_window_size": 1,
+        "sde_window_range": [0, 1],
     }  # fmt: skip
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -24,14 +25,14 @@ def config(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_experiment_writes_its_results_and_goes_on_where_it_was(config, tmp_path):
+def test_an_experiment_writes_its_results_and_resumes(config, tmp_path):
     arms = [
         Arm("plain"),
         Arm("filtered, coarse", {"lora_r": 4, "lora_alpha": 8}, task_aware=False, filtered=True),
         Arm("pairs", {"beta": 500.0}, method="dpo"),
         Arm("base", method="none"),
     ]
-    where = {"results": tmp_path / "results", "folder": tmp_path / "runs", "num_cases": 16, "num_test_cases": 24}
+    where = {"output_dir": tmp_path / "results", "runs_dir": tmp_path / "runs", "num_cases": 16, "num_test_cases": 24}
     runs = run_experiment("trial", arms, [3], config, **where)
     assert [(run["arm"], run["seed"]) for run in runs] == [(arm.name, 3) for arm in arms]
     assert runs[0]["train_cases"] == 16 and 0 < runs[1]["train_cases"] < 16
@@ -53,6 +54,7 @@ def test_an_experiment_writes_its_results_and_goes_on_where_it_was(config, tmp_p
 
     # What is there is not done again, unless what it was made with has changed.
     done = {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("result.json")}
+    where["processes"] = 1  # one start instead of two
     run_experiment("trial", arms, [3], config, **where)
     assert {path: path.stat().st_mtime for path in done} == done
     other = [arms[0], Arm(arms[1].name, {"lora_r": 8, "lora_alpha": 8}, task_aware=False, filtered=True), *arms[2:]]
@@ -71,8 +73,10 @@ def test_a_summary_pairs_arms_and_compares_equal_budgets():
         return {"arm": arm, "seed": seed, "scores": scores, "curve": curve, **values}
 
     runs = [
-        run("a", 0, 0.1, [1.0, 2.0, 3.0], 2.0), run("a", 1, 0.3, [3.0, 2.0, 3.0], 2.0), run("b", 0, 0.2, [3.0, 4.0, 4.0], 1.0),
-    ]  # fmt: skip
+        run("a", 0, 0.1, [1.0, 2.0, 3.0], 2.0),
+        run("a", 1, 0.3, [3.0, 2.0, 3.0], 2.0),
+        run("b", 0, 0.2, [3.0, 4.0, 4.0], 1.0),
+    ]
     a, b = summarize(runs)
     assert (a["seeds"], a["score"], a["difference_se"], a["against_first"]) == (2, 4.2, 0.1, 0.0)
     assert b["seeds"] == 1 and "score_se" not in b
@@ -93,7 +97,8 @@ def count_passes(trainer):
 
 
 def test_passes_of_grpo_are_counted(config, tmp_path):
-    # One generation batch of 8 edits, trained on twice in microbatches of 4: 8 * 3 passes to sample, 2 * 8 * 1 to train.
+    # One generation batch of 8 edits, trained on twice in microbatches of 4: 8 * 3 passes to sample, 2 * 8 * 1 to
+    # train.
     options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "save_strategy": "no"}
     data = experiments.load_dataset("train", 8)
     trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, experiments.RuleScorer(), data)

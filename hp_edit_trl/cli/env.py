@@ -1,0 +1,43 @@
+"""The command `env`."""
+
+import argparse
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+PACKAGES = ("transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
+EXTRAS = {"server": "openai", "annotate": "gradio", "ray": "ray"}
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _env(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..version import __version__
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if not devices and torch.accelerator.is_available():
+        devices = [str(torch.accelerator.current_accelerator())]
+    lines = {
+        "hp-edit-trl": __version__,
+        "Python": platform.python_version(),
+        "Platform": platform.platform(),
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
+        "Devices": ", ".join(devices) or "CPU only",
+        **{package: _installed(package) for package in PACKAGES},
+        **{f"Extra `{extra}`": f"{package} {_installed(package)}" for extra, package in EXTRAS.items()},
+    }
+    print("\n".join(f"- {name}: {value}" for name, value in lines.items()))
+
+
+def register(commands: Any) -> None:
+    """Adds the command of this family to a parser's subcommands."""
+    command = commands.add_parser("env", help="print versions, devices and installed extras, for bug reports")
+    command.set_defaults(run=_env)

@@ -1,0 +1,40 @@
+"""
+Post-trains an image editor with Flow-GRPO and an HP-Scorer reward.
+
+    hp-edit grpo --config recipe.yaml --dataset_name someone/RealPref-50K --num_processes 8
+"""
+
+import sys
+
+from trl import get_peft_config
+
+from ..trainer.flow_grpo_edit_config import FlowGRPOEditConfig
+from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+from ..trainer.model_config import EditModelConfig
+from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer, run_training
+
+
+ARGUMENTS = (EditScriptArguments, FlowGRPOEditConfig, EditModelConfig)
+
+
+def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, model_args: EditModelConfig) -> None:
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]
+    }
+    evaluates = training_args.eval_strategy != "no"
+    trainer = FlowGRPOEditTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=load_scorer(script_args),
+        args=training_args,
+        train_dataset=load_cases(script_args, script_args.dataset_train_split),
+        eval_dataset=load_cases(script_args, script_args.dataset_test_split) if evaluates else None,
+        peft_config=get_peft_config(model_args),
+    )
+    run_training(trainer)
+
+
+if __name__ == "__main__":
+    parser = ScriptParser("grpo", ARGUMENTS)
+    main(*parser.parse_dict(parser.parse(sys.argv[1:])[0]))

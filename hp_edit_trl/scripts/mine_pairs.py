@@ -1,0 +1,162 @@
+"""
+Mines preference pairs for DPO: samples several edits of each case, scores them, and pairs the best with the worst.
+
+    hp-edit mine-pairs --model_name_or_path Qwen/Qwen-Image-Edit-2509 --dataset_name someone/RealPref-50K \
+        --judge_base_url http://localhost:8000/v1 --num_processes 8 --push_to_hub someone/edit-preferences
+
+It can be stopped at any time; the same command resumes where it stopped.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
+
+from ..data import mine_preference_pairs
+from ..lora_formats import lora_file
+from ..utils.distributed import patient_accelerator
+from ..utils.dtypes import parse_dtype
+from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer
+
+
+@dataclass
+class MiningArguments(EditScriptArguments):
+    """
+    Options of `hp-edit mine-pairs`, besides those of dataset and judge.
+
+    Args:
+        model_name_or_path (`str`):
+            Hub id or folder of the image editor.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            Branch, tag or commit of its repository.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Type in which the weights are loaded.
+        lora (`str`, *optional*):
+            Hub id, folder or file of a LoRA to edit with.
+        output_dir (`str`, *optional*, defaults to `"outputs/preference-pairs"`):
+            Folder for the edits, their scores and the dataset of pairs.
+        push_to_hub (`str`, *optional*):
+            Hub repository that the dataset of pairs is pushed to.
+        num_generations (`int`, *optional*, defaults to `5`):
+            Number of edits per case.
+        min_gap (`float`, *optional*, defaults to `1.0`):
+            Smallest difference of the scores of a pair.
+        min_chosen_score (`float`, *optional*, defaults to `3.0`):
+            Lowest score of a chosen edit.
+        resolution (`int`, *optional*, defaults to `512`):
+            Side in pixels of the square whose area every edit has.
+        num_inference_steps (`int`, *optional*):
+            Number of denoising steps. Defaults to the pipeline's.
+        true_cfg_scale (`float`, *optional*):
+            Scale of classifier-free guidance. Defaults to the pipeline's.
+        guidance_scale (`float`, *optional*):
+            Guidance that the transformer takes as an input. Defaults to the pipeline's.
+        rollout_batch_size (`int`, *optional*, defaults to `4`):
+            Largest number of edits that are denoised together.
+        cases_per_round (`int`, *optional*, defaults to `8`):
+            Number of cases whose edits are scored together.
+        on_bad_image (`str`, *optional*, defaults to `"skip"`):
+            What to do with a case whose image cannot be decoded: `"skip"` or `"error"`.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Whether to keep the text encoder and the VAE in CPU memory while they are not used.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the edits' noise.
+    """
+
+    # Pairs are made from scores, so there is no reward to shape.
+    reward_alpha: float = field(default=2.0, init=False)
+    reward_beta: float = field(default=5.0, init=False)
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of the image editor."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of its repository."})
+    dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "Type in which the weights are loaded."}
+    )
+    lora: str | None = field(default=None, metadata={"help": "Hub id, folder or file of a LoRA to edit with."})
+    output_dir: str = field(
+        default="outputs/preference-pairs",
+        metadata={"help": "Folder for the edits, their scores and the dataset of pairs."},
+    )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Hub repository that the dataset of pairs is pushed to."}
+    )
+    num_generations: int = field(default=5, metadata={"help": "Number of edits per case."})
+    min_gap: float = field(default=1.0, metadata={"help": "Smallest difference of the scores of a pair."})
+    min_chosen_score: float = field(default=3.0, metadata={"help": "Lowest score of a chosen edit."})
+    resolution: int = field(default=512, metadata={"help": "Side in pixels of the square whose area every edit has."})
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Number of denoising steps. Defaults to the pipeline's."}
+    )
+    true_cfg_scale: float | None = field(
+        default=None, metadata={"help": "Scale of classifier-free guidance. Defaults to the pipeline's."}
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Guidance that the transformer takes as an input. Defaults to the pipeline's."},
+    )
+    rollout_batch_size: int = field(
+        default=4, metadata={"help": "Largest number of edits that are denoised together."}
+    )
+    cases_per_round: int = field(default=8, metadata={"help": "Number of cases whose edits are scored together."})
+    on_bad_image: Literal["error", "skip"] = field(
+        default="skip", metadata={"help": "What to do with a case whose image cannot be decoded."}
+    )
+    offload_encoders: bool = field(
+        default=False,
+        metadata={"help": "Whether to keep the text encoder and the VAE in CPU memory while they are not used."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the edits' noise."})
+
+
+ARGUMENTS = (MiningArguments,)
+
+
+def main(args: MiningArguments) -> None:
+    dataset = load_cases(args, args.dataset_train_split)
+    scorer = load_scorer(args)
+    scorer.load()  # fails before anything is sampled
+    pipeline = DiffusionPipeline.from_pretrained(
+        args.model_name_or_path, revision=args.model_revision, dtype=parse_dtype(args.dtype)
+    )
+    if args.lora is not None:
+        file = lora_file(args.lora)
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    pairs = mine_preference_pairs(
+        pipeline,
+        scorer,
+        dataset,
+        args.output_dir,
+        num_generations=args.num_generations,
+        min_gap=args.min_gap,
+        min_chosen_score=args.min_chosen_score,
+        resolution=args.resolution,
+        num_inference_steps=args.num_inference_steps,
+        true_cfg_scale=args.true_cfg_scale,
+        guidance_scale=args.guidance_scale,
+        batch_size=args.rollout_batch_size,
+        cases_per_round=args.cases_per_round,
+        on_bad_image=args.on_bad_image,
+        offload_encoders=args.offload_encoders,
+        seed=args.seed,
+    )
+    folder = Path(args.output_dir) / "dataset"
+    accelerator = patient_accelerator()
+    accelerator.print(f"{len(pairs)} pairs of {len(dataset)} cases are in {folder}, with all edits and a card.")
+    if args.push_to_hub is not None and accelerator.is_main_process:
+        api = HfApi()
+        api.create_repo(args.push_to_hub, repo_type="dataset", exist_ok=True)
+        api.upload_folder(
+            repo_id=args.push_to_hub,
+            folder_path=folder,
+            repo_type="dataset",
+            delete_patterns=["pairs/*.parquet", "samples/*.parquet"],  # of an earlier upload
+        )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    parser = ScriptParser("mine-pairs", ARGUMENTS)
+    main(*parser.parse_dict(parser.parse(sys.argv[1:])[0]))
