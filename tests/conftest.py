@@ -8,8 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-# No test may reach the network, nor wait for retries of a Hub that is not there. A test that needs a Hub starts its own on
-# loopback in a subprocess.
+# No test may reach the network, nor wait for retries of a Hub that is not there. A test that needs a Hub starts its
+# own on loopback in a subprocess.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -24,7 +24,7 @@ from ..utils.images import UnreadableImageError
 from ..utils.revisions import dataset_revision
 from ..utils.seeding import seeded_generator
 from .lora import save_lora
-from .model_card import save_pictures, write_model_card
+from .model_card import save_before_after, write_model_card
 
 
 logger = get_logger(__name__)
@@ -217,7 +217,7 @@ class BaseEditTrainer(_BaseTrainer):
         try:
             cases = [self._read_case(dataset, index) for index in range(min(num_cases, len(dataset)))]
             before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
-            save_pictures(Path(self.args.output_dir), cases, before, after)
+            save_before_after(Path(self.args.output_dir), cases, before, after)
         except Exception as error:  # a trained model must not be lost because of a picture
             logger.warning(f"No sample edits for the model card: {type(error).__name__}: {error}")
         self.model.train(was_training)

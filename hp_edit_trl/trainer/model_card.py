@@ -64,7 +64,7 @@ def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str,
     return drawn
 
 
-def save_pictures(
+def save_before_after(
     folder: Path,
     cases: list[tuple[dict[str, Any], list[Image.Image]]],
     before: list[Image.Image],
@@ -117,7 +117,7 @@ def write_model_card(
 ) -> None:
     """
     Writes `README.md`, and `reward_curve.png` if there is one to draw. The card shows `before_after.png` and `images`
-    if they are in the folder, see [`save_pictures`].
+    if they are in the folder, see [`save_before_after`].
 
     Args:
         folder (`Path`):

@@ -1,7 +1,7 @@
 """
-Makes the frozen set anew: `python -m tests.regression.freeze --train` trains the LoRA and keeps cases, edits and scores;
-without `--train` it keeps LoRA and cases, and edits and scores them again. Do so only when what a policy produces was meant to
-change, and say why in the changelog.
+Makes the frozen set anew: `python -m tests.regression.freeze --train` trains the LoRA and keeps cases, edits and
+scores; without `--train` it keeps LoRA and cases, and edits and scores them again. Do so only when what a policy
+produces was meant to change, and say why in the changelog.
 """
 
 import argparse
@@ -30,7 +30,9 @@ def load_cases() -> Dataset:
 
 
 def bench(cases: Dataset, folder: str | Path, lora: bool = True, scale: float = 1.0, **options) -> Run:
-    """A run of RealPref-Bench on the frozen cases. Its judge says 0: the scores that count are those of `exact_scores`."""
+    """
+    A run of RealPref-Bench on the frozen cases. Its judge says 0: the scores that count are those of `exact_scores`.
+    """
     pipeline = load_pipeline()
     if lora:
         pipeline.load_lora_weights(str(HERE / "lora"), weight_name="pytorch_lora_weights.safetensors")

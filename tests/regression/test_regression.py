@@ -1,8 +1,9 @@
 """
 What the frozen LoRA makes of the frozen cases is what it was. If it is not, and was meant to change: `freeze.py`.
 
-Machines differ in the last digits of floating-point numbers, so that a few pixels may be a level off: by some 0.00001 on average with
-other batch sizes, threads or instruction sets. Changes of what is computed move more than that (the second test).
+Machines differ in the last digits of floating-point numbers, so that a few pixels may be a level off: by some 0.00001
+on average with other batch sizes, threads or instruction sets. Changes of what is computed move more than that (the
+second test).
 """
 
 import json
