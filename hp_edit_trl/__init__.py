@@ -1,4 +1,4 @@
-"""Post-train image-editing models with human preferences, in TRL's manner."""
+"""Post-train image-editing models with human preferences, with TRL's API."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -16,7 +16,11 @@ _MODULES = {
     "HPScorerReward": "rewards",
     "ServerJudge": "judges",
     "TransformersJudge": "judges",
+    "load_judge": "judges",
+    "load_realpref": "data",
     "load_scorer_prompts": "rewards",
+    "mine_preference_pairs": "data",
+    "run_benchmark": "bench",
 }
 
 __all__ = [
@@ -28,11 +32,17 @@ __all__ = [
     "HPScorerReward",
     "ServerJudge",
     "TransformersJudge",
+    "load_judge",
+    "load_realpref",
     "load_scorer_prompts",
+    "mine_preference_pairs",
+    "run_benchmark",
 ]
 
 if TYPE_CHECKING:
-    from .judges import ServerJudge, TransformersJudge
+    from .bench import run_benchmark
+    from .data import load_realpref, mine_preference_pairs
+    from .judges import ServerJudge, TransformersJudge, load_judge
     from .rewards import HPScorerReward, load_scorer_prompts
     from .trainer.dpo_edit_config import DPOEditConfig
     from .trainer.dpo_edit_trainer import DPOEditTrainer
