@@ -24,7 +24,7 @@ def is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def check_columns(dataset: Dataset, name: str) -> None:
+def check_cases(dataset: Dataset, name: str) -> None:
     """
     Checks that a dataset is a dataset of cases. No image is read.
 
@@ -39,12 +39,12 @@ def check_columns(dataset: Dataset, name: str) -> None:
         or has the wrong type, a prompt is missing, or an id is missing
             or not unique.
     """
-    _check_cases(dataset, name)
+    _check_columns(dataset, name)
     if "id" in dataset.features:
         _check_unique(dataset, name, ["id"])
 
 
-def _check_cases(dataset: Dataset, name: str) -> None:
+def _check_columns(dataset: Dataset, name: str) -> None:
     if isinstance(dataset, dict):
         raise TypeError(f"{name} is a dictionary of splits {list(dataset)}: choose one, e.g. {name}['train'].")
     if not isinstance(dataset, Dataset):
@@ -103,10 +103,10 @@ def check_edits(dataset: Dataset, name: str) -> None:
 
     Raises:
         `TypeError`: If it is not a map-style [`~datasets.Dataset`].
-        `ValueError`: If it is not a dataset of cases, see [`check_columns`], has no images in `edit`, or its `id` is
+        `ValueError`: If it is not a dataset of cases, see [`check_cases`], has no images in `edit`, or its `id` is
             missing or not unique for each `editor`.
     """
-    _check_cases(dataset, name)
+    _check_columns(dataset, name)
     feature = dataset.features.get("edit")
     if feature is None or not (is_text(feature) or isinstance(feature, Image | dict)):
         raise ValueError(
@@ -188,9 +188,9 @@ def check_pairs(dataset: Dataset, name: str) -> None:
 
     Raises:
         `TypeError`: If it is not a map-style [`~datasets.Dataset`]. `ValueError`: If it is not a dataset of cases, see
-        [`check_columns`], or has no images in `chosen` and `rejected`.
+        [`check_cases`], or has no images in `chosen` and `rejected`.
     """
-    check_columns(dataset, name)
+    check_cases(dataset, name)
     for column in ("chosen", "rejected"):
         feature = dataset.features.get(column)
         if feature is None:

@@ -2,7 +2,7 @@ import pytest
 from datasets import DatasetDict
 from datasets import Image as ImageFeature
 
-from hp_edit_trl.cases import check_columns, check_edits, edit_keys, load_edits
+from hp_edit_trl.cases import check_cases, check_edits, edit_keys, load_edits
 from hp_edit_trl.utils.images import read_image
 from tests.helpers import make_cases, make_edits
 
@@ -35,7 +35,7 @@ def test_what_edits_need():
     with pytest.raises(
         ValueError, match="Row 1 of dataset has the id 'case-0' of row 0. Ids must be there and unique, or"
     ):
-        check_columns(edits, "dataset")
+        check_cases(edits, "dataset")
     with pytest.raises(ValueError, match="Row 6 of dataset has the id 'case-0' and editor 'one' of row 0"):
         check_edits(edits.select([*range(6), 0]), "dataset")
     with pytest.raises(ValueError, match="Row 0 of dataset has no id"):

@@ -28,7 +28,7 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..cases import case_images, check_columns
+from ..cases import case_images, check_cases
 from ..editors import Editor, as_editor, edit_cases, edit_seed
 from ..ratings import Rating
 from ..utils.distributed import in_step, patient_accelerator
@@ -156,7 +156,7 @@ def run_benchmark(
 
 def _check_cases(cases: Dataset, benchmark: Benchmark) -> None:
     """Raises a `ValueError` if the cases of a benchmark lack a column or a value, or two of them have one id."""
-    check_columns(cases, benchmark.title)
+    check_cases(cases, benchmark.title)
     check_has_columns(cases, benchmark.title, ["id", *benchmark.columns])
     if taken := (ROW_COLUMNS | set(benchmark.columns)) & benchmark.metrics.keys():
         raise ValueError(

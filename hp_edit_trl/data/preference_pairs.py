@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 from trl.trainer.utils import get_callable_name
 
-from ..cases import case_images, check_columns, check_references, without_decoding
+from ..cases import case_images, check_cases, check_references, without_decoding
 from ..editors import PolicyEditor
 from ..policies import policy_class
 from ..rewards import HPScorerReward
@@ -188,7 +188,7 @@ def sample_and_score(
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image={on_bad_image!r} is not known: use one of ['error', 'skip'].")
     check_positive(batch_size=batch_size, cases_per_round=cases_per_round, resolution=resolution)
-    check_columns(dataset, "dataset")
+    check_cases(dataset, "dataset")
     policy_type = policy_class(pipeline)
     check_references(dataset, "dataset", policy_type.max_references)
     editor = PolicyEditor(
@@ -372,7 +372,7 @@ def build_preference_dataset(
     Raises:
         `ValueError`: If no case gives a pair.
     """
-    check_columns(dataset, "dataset")
+    check_cases(dataset, "dataset")
     _check_columns_are_free(dataset)
     output_dir = Path(output_dir)
     settings = read_json(output_dir / "mining.json")

@@ -32,7 +32,7 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from ..cases import check_columns, check_references, without_decoding
+from ..cases import check_cases, check_references, without_decoding
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..policies import EditConditions, Trajectory, bucketed, decode, policy_class, rollout
 from ..rewards import HPScorerReward
@@ -186,7 +186,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         elif eval_dataset is not None:
             datasets["eval_dataset"] = eval_dataset
         for name, dataset in datasets.items():
-            check_columns(dataset, name)
+            check_cases(dataset, name)
             for func in self.reward_funcs:
                 if isinstance(func, HPScorerReward) and func.task is None:
                     func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
@@ -319,7 +319,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`.")
-        check_columns(dataset, "eval_dataset")
+        check_cases(dataset, "eval_dataset")
         self._current_eval_dataset = without_decoding(dataset)
         return self._get_dataloader(
             dataset=range(len(dataset)), description="Evaluation", batch_size=self.args.eval_batch_size

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hp_edit_trl import FlowGRPOEditTrainer, HPScorerReward
 from hp_edit_trl.calibration import score_dataset
-from hp_edit_trl.cases import check_columns, check_edits
+from hp_edit_trl.cases import check_cases, check_edits
 from hp_edit_trl.data import (
     CASE_FEATURES,
     EDIT_FEATURES,
@@ -71,7 +71,7 @@ def test_what_fits_comes_back_as_it_is_and_can_be_used(tmp_path):
     # Nothing was copied: a cast would have made a file `cache-….arrow`.
     assert not any("cache-" in Path(file["filename"]).name for file in dataset.cache_files)
     assert np.array_equal(np.asarray(dataset[3]["image"]), np.asarray(photo(64, 48, 3)))
-    check_columns(dataset, "cases")
+    check_cases(dataset, "cases")
     check_edits(dataset, "edits")
     scorer = HPScorerReward(RuleJudge())
     assert score_dataset(scorer, dataset, tmp_path / "scores.jsonl").judgements[0].score is not None

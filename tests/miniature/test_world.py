@@ -3,7 +3,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from hp_edit_trl.cases import check_columns
+from hp_edit_trl.cases import check_cases
 from hp_edit_trl.miniature import CoarseScorer, RuleScorer, load_dataset
 from hp_edit_trl.miniature.world import SPLITS, STYLES, draw, draw_case, relit, stream, stylized, to_image
 from hp_edit_trl.tasks import TASKS
@@ -16,7 +16,7 @@ def cases():
 
 def test_a_dataset_of_cases_in_the_projects_schema():
     dataset = load_dataset("test", 24)
-    check_columns(dataset, "dataset")
+    check_cases(dataset, "dataset")
     assert len(dataset) == 24 and set(dataset["task"]) == set(TASKS)
     assert {"id", "image", "prompt", "task", "category", "requirement", "source", "target"} == set(
         dataset.column_names
