@@ -82,8 +82,7 @@ class GEditBench(Benchmark):
 
     Raises:
         `ValueError`: If the judge reads other scores from its answers, the scorer prompt `consistency` has no place
-        for
-            the prompt, or the dataset lacks a column or a language.
+            for the prompt, or the dataset lacks a column or a language.
     """
 
     name = "gedit"

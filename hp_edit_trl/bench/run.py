@@ -100,8 +100,8 @@ def run_benchmark(
 
     Raises:
         `ValueError`: If the benchmark's data lack a column, the folder holds another run, the ratings are of other
-        edits, or
-            the editor failed with its first eight cases. A failure in one process of a launch fails all of them.
+            edits, or the editor failed with its first eight cases. A failure in one process of a launch fails all of
+            them.
         `ConnectionError`: If the judge gave no answer eight times in a row. Everything finished before is kept.
     """
     for option, value in (("batch_size", batch_size), ("chunk_size", chunk_size)):

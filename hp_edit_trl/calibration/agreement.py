@@ -67,8 +67,7 @@ def agreement(
 
     Raises:
         `ValueError`: If the lengths differ, a value is outside 0 to 5, a cluster is in several groups, or an option is
-        not
-            valid.
+            not valid.
     """
     _check_statistics(statistics)
     people, scorer = _checked(human, "human"), _checked(scores, "scores", may_miss=True)

@@ -60,9 +60,8 @@ def compare_with_people(
 
     Raises:
         `ValueError`: If there are no ratings, no edit has both a rating and a score, the ratings were made with
-        several
-            rubrics, the scores with several judges, score modes or revisions of a task's prompt, or a case has several
-            tasks.
+            several rubrics, the scores with several judges, score modes or revisions of a task's prompt, or a case has
+            several tasks.
     """
     known = None
     if dataset is not None:

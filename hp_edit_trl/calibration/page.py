@@ -193,8 +193,7 @@ def build_app(
 
     Raises:
         `ValueError`: If `dataset` is not a dataset of edits, none of them can be shown, the folder holds ratings made
-        with
-            another rubric, or the options contradict each other.
+            with another rubric, or the options contradict each other.
     """
     rubric = rubric or load_rubric()
     campaign = _Campaign(dataset, output_dir, rubric, annotators, overlap, seed)

@@ -108,8 +108,7 @@ def score_dataset(
 
     Raises:
         `ValueError`: If the dataset is not a dataset of edits, a task has no scorer prompt, or the folder holds scores
-        of
-            another judge or other scorer prompts.
+            of another judge or other scorer prompts.
         `ConnectionError`: If the judge gave no answer to eight edits in a row. Earlier scores are kept.
     """
     if chunk_size < 1:

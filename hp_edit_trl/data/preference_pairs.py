@@ -98,8 +98,7 @@ def mine_preference_pairs(
 
     Raises:
         `ValueError`: If an option or the dataset is not valid, `output_dir` holds edits or scores that were made with
-        other
-            settings, or no case gives a pair.
+            other settings, or no case gives a pair.
     """
     _check_columns_are_free(dataset)
     sample_and_score(
@@ -180,8 +179,7 @@ def sample_and_score(
 
     Raises:
         `ValueError`: If an option or the dataset is not valid, the reward function does not log `score_name`, or
-        `output_dir`
-            holds edits or scores that were made with other settings.
+            `output_dir` holds edits or scores that were made with other settings.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations={num_generations} must be at least 2: a pair has two edits.")

@@ -95,8 +95,7 @@ def load_realpref(
     Raises:
         `FileNotFoundError`: If the folder, repository or revision does not exist, or is private.
         `ValueError`: If the split does not exist, or a row, a column or the version does not fit the schema; it names
-        row
-            and column.
+            row and column.
     """
     dataset = _load(repo_or_folder, split, revision, streaming, token)
     if isinstance(dataset, Dataset):

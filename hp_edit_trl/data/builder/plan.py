@@ -45,8 +45,7 @@ class Plan(Stage):
 
     Raises:
         `ValueError`: If a task or language is unknown, a weight is not valid, or there are fewer tasks than an image
-        should
-            get.
+            should get.
     """
 
     name = "plan"
