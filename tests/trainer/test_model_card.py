@@ -47,7 +47,7 @@ def hub() -> Iterator[FakeHub]:
 
 def in_process(hub: FakeHub, function: Callable, *args: Any, **env: str) -> Any:
     """Calls a function of this file in a new process that knows the local Hub. What it returns comes back as JSON."""
-    code = f"import json, tests.trainer.test_hub as t; print(json.dumps(t.{function.__name__}(*{args!r})))"
+    code = f"import json, tests.trainer.test_model_card as t; print(json.dumps(t.{function.__name__}(*{args!r})))"
     outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -163,7 +163,7 @@ def edit_by_ids(folder: str) -> list[Any]:
     editor = PipelineEditor(BASE, None, TRAINED, 64, "float32", num_inference_steps=2, negative_prompt=" ")
     try:
         with mock.patch.object(pipeline_module, "VAE_IMAGE_SIZE", 64 * 64):
-            (image,) = editor([photo(64, 64)], ["Make it red"], ["case"], [0])
+            (image,) = editor([[photo(64, 64)]], ["Make it red"], ["case"], [0])
     except ValueError as error:
         return ["error", str(error)]
     return [

@@ -55,4 +55,4 @@ def test_changed_settings_are_listed():
             "out holds edits", before, {"seed": 1, "size": [64, 64], "new": "x"}, "choose another output_dir"
         )
     message = str(caught.value)
-    assert "(seed: 0 -> 1; gone: 1 -> None; new: None -> 'x'): choose another." in message
+    assert "(seed: 0 -> 1; gone: 1 -> None; new: None -> 'x'): choose another output_dir." in message
