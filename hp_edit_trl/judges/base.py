@@ -50,6 +50,8 @@ class Judgement:
     unparsed: int = 0
 
     def __post_init__(self):
+        if self.score is not None and not math.isfinite(self.score):
+            object.__setattr__(self, "score", None)
         # Half a character, which servers cut off at times, cannot be written to any file.
         object.__setattr__(self, "answer", self.answer.encode("utf-8", "replace").decode())
 
@@ -161,7 +163,7 @@ def fit_image(image: Image.Image, max_pixels: int) -> Image.Image:
 def expected_score(weights: list[float], min_digit_mass: float) -> Judgement:
     """Expectation over the probabilities of the digits 0 to 5 as the next token."""
     mass = sum(weights)
-    if mass == 0 or mass < min_digit_mass:
+    if not mass > 0 or mass < min_digit_mass:  # nor NaN
         return Judgement(None, f"the digits 0 to 5 together have a probability of only {mass:.3g}")
     score = sum(digit * weight for digit, weight in enumerate(weights)) / mass
     return Judgement(score, f"expected {score:.3f}, digits have a probability of {mass:.3g}")

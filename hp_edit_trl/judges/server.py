@@ -213,6 +213,8 @@ class ServerJudge:
             likeliest = first.logprobs.content[0].top_logprobs if first.logprobs and first.logprobs.content else None
             if not likeliest:
                 raise _NoProbabilitiesError("the server returned no top_logprobs, which score_mode='expected' needs")
+            if not all(t.logprob <= 1e-3 for t in likeliest):  # nor NaN; rounding may leave 0 a little behind
+                raise ValueError(f"the server's logprobs are above 0 or not a number: {str(likeliest)[:200]}")
             weights = [sum(math.exp(t.logprob) for t in likeliest if t.token.strip() == digit) for digit in DIGITS]
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"the server's logprobs cannot be read: {str(first.logprobs)[:200]}") from error

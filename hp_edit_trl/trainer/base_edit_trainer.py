@@ -1,6 +1,7 @@
 """What both trainers share, apart from the algorithms: loading, reading cases, sampling edits, saving, sharing."""
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -87,6 +88,13 @@ class BaseEditTrainer(_BaseTrainer):
     sample_num_inference_steps: int
     _bad_cases: set[tuple[int, str]]
 
+    # State of the present update, see `_drop_bad_update`, and counts of skipped ones
+    _update_is_finite = True
+    _update_learns = False
+    _update_cases: tuple[Any, ...] = ()
+    _skipped_updates = 0
+    _skipped_in_a_row = 0
+
     def _send_telemetry(self):
         # TRL's telemetry would count this trainer as a TRL trainer.
         pass
@@ -159,8 +167,76 @@ class BaseEditTrainer(_BaseTrainer):
         with contextlib.nullcontext() if adapter else use_adapter(self.model, None):
             return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
 
+    def _drop_bad_update(self, loss: torch.Tensor, case_ids: list[Any], learns: bool = True) -> None:
+        """
+        Called after the backward pass of every microbatch. Before the optimizer would move, drops the gradients of an
+        update that has a loss or a gradient that is not finite on any process, or nothing to learn from on all of
+        them: an optimizer leaves parameters without a gradient as they are, momentum included.
+
+        Args:
+            loss (`torch.Tensor`):
+                Loss of the microbatch, a scalar.
+            case_ids (`list`):
+                Its cases, for the warning.
+            learns (`bool`, *optional*, defaults to `True`):
+                Whether the microbatch has a sample that can be learned from.
+
+        Raises:
+            `RuntimeError`: If more than `max_skipped_updates` updates in a row were not finite.
+        """
+        self._update_is_finite &= bool(loss.isfinite().all())
+        self._update_learns |= learns
+        self._update_cases += tuple(case_ids)
+        if not self.accelerator.sync_gradients:
+            return
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        # With float16 the gradient scaler has its own way with infinite gradients.
+        if self.accelerator.scaler is None and parameters:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            self._update_is_finite &= bool(norm.isfinite())
+        flags = torch.tensor([not self._update_is_finite, self._update_learns], device=self.accelerator.device)
+        broken, learns = self.accelerator.reduce(flags.float()).bool().tolist()
+        if (broken or not learns) and self.accelerator.scaler is None:
+            for parameter in parameters:
+                parameter.grad = None
+        if broken:
+            self._skipped_updates += 1
+            self._skipped_in_a_row += 1
+            cases = ", ".join(dict.fromkeys(map(str, self._update_cases)))
+            logger.warning(
+                f"Update {self.state.global_step + 1} was skipped: its loss or gradient is not finite. Its cases on this "
+                f"process: {cases}.",
+                main_process_only=False,
+            )
+            if self._skipped_in_a_row > self.args.max_skipped_updates:
+                raise RuntimeError(
+                    f"{self._skipped_in_a_row} updates in a row were not finite; the last one had the cases {cases}. Lower "
+                    f"learning_rate={self.args.learning_rate}, look at these cases, and resume from the last checkpoint "
+                    f"in {self.args.output_dir}, which is not affected."
+                )
+        elif learns:
+            self._skipped_in_a_row = 0
+        self._update_is_finite, self._update_learns, self._update_cases = True, False, ()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = self.args.metric_for_best_model
+        if name is not None:
+            name = name if name.startswith("eval_") else f"eval_{name}"
+            if not math.isfinite(metrics.get(name, math.nan)):
+                logger.warning(
+                    f"Step {self.state.global_step} is not a candidate for the best model: its evaluation has no {name}."
+                )
+                return False
+        return super()._determine_best_metric(metrics, trial)
+
     # Every folder that is saved can be resumed from (PEFT's files) and loaded with `pipeline.load_lora_weights`.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise ValueError(
+                    f"{name} has values that are not finite at step {self.state.global_step}: the LoRA is not saved. "
+                    f"Resume from an earlier checkpoint in {self.args.output_dir} with a lower learning_rate."
+                )
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir

@@ -69,6 +69,10 @@ class DPOEditConfig(_BaseConfig):
         logit_std (`float`, *optional*, defaults to `1.0`):
             Standard deviation of the logit-normal distribution.
 
+        max_skipped_updates (`int`, *optional*, defaults to `3`):
+            Number of updates in a row that may be skipped because a loss or a gradient is not finite. One more stops
+            the run. Skipped updates leave weights and optimizer as they are and are counted in `skipped_updates`.
+
         > Parameters that control the sample edits of the model card
 
         num_inference_steps (`int`, *optional*):
@@ -96,6 +100,7 @@ class DPOEditConfig(_BaseConfig):
     > - `logging_steps`: Defaults to `1` instead of `500`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
+    > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
@@ -113,6 +118,10 @@ class DPOEditConfig(_BaseConfig):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Passed to DistributedDataParallel. All trained parameters are used here."}
+    )
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace losses that are not finite in the log. They should be seen."}
     )
 
     # Parameters that control the model
@@ -161,6 +170,11 @@ class DPOEditConfig(_BaseConfig):
     logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal distribution."})
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal distribution."})
 
+    max_skipped_updates: int = field(
+        default=3,
+        metadata={"help": "Number of updates in a row that may be skipped because they are not finite."},
+    )
+
     # Parameters that control the sample edits of the model card
     num_inference_steps: int | None = field(
         default=None, metadata={"help": "Number of denoising steps. Defaults to the policy's."}
@@ -200,6 +214,8 @@ class DPOEditConfig(_BaseConfig):
         for name in ("resolution", "rollout_batch_size", "num_inference_steps", "true_cfg_scale"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.max_skipped_updates < 0:
+            raise ValueError(f"max_skipped_updates={self.max_skipped_updates} must not be negative.")
         for name in ("beta", "logit_std"):
             if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")

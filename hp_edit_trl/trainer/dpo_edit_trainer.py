@@ -350,11 +350,17 @@ class DPOEditTrainer(BaseEditTrainer):
             batch_size=self.args.eval_batch_size,
         )
 
+    def training_step(self, model: nn.Module, inputs: list[str], num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._drop_bad_update(loss, self._microbatch_ids)
+        return loss
+
     def compute_loss(
         self, model: nn.Module, inputs: list[str], return_outputs: bool = False, num_items_in_batch=None
     ) -> torch.Tensor:
         pairs = [self._load_pair(file) for file in inputs]
         generators = [seeded_generator(self.args.seed, "train", self.epoch, pair.id) for pair in pairs]
+        self._microbatch_ids = [pair.id for pair in pairs]
         losses, metrics = self._losses(model, pairs, generators)
         for name, values in metrics.items():
             sums = torch.stack([values.sum(), values.new_tensor(len(values))])
@@ -469,5 +475,7 @@ class DPOEditTrainer(BaseEditTrainer):
             for name in gathered[0]:
                 total, number = (sum(part) for part in zip(*(sums[name] for sums in gathered), strict=True))
                 logs[name] = total / number
+            if self._skipped_updates:
+                logs["skipped_updates"] = self._skipped_updates
             self._sums.clear()
         super().log(logs, start_time)

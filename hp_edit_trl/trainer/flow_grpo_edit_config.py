@@ -103,6 +103,13 @@ class FlowGRPOEditConfig(_BaseConfig):
             `"batch"`, or not at all (`"none"`).
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function. Defaults to 1.0 for each.
+        on_bad_reward (`str`, *optional*, defaults to `"error"`):
+            What to do with a reward that is infinite or NaN: `"error"` stops with the name of the function and the
+            case, `"missing"` treats it as `None`.
+
+        max_skipped_updates (`int`, *optional*, defaults to `3`):
+            Number of updates in a row that may be skipped because a loss or a gradient is not finite. One more stops
+            the run. Skipped updates leave weights and optimizer as they are and are counted in `skipped_updates`.
 
         > Parameters that control the logging
 
@@ -123,6 +130,7 @@ class FlowGRPOEditConfig(_BaseConfig):
     > - `logging_steps`: Defaults to `1` instead of `500`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
+    > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
@@ -141,6 +149,10 @@ class FlowGRPOEditConfig(_BaseConfig):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Passed to DistributedDataParallel. All trained parameters are used here."}
+    )
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace losses that are not finite in the log. They should be seen."}
     )
 
     # Parameters that control the model
@@ -244,6 +256,15 @@ class FlowGRPOEditConfig(_BaseConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function. Defaults to 1.0 for each."}
     )
+    on_bad_reward: str = field(
+        default="error",
+        metadata={"help": "What to do with a reward that is infinite or NaN.", "choices": ["error", "missing"]},
+    )
+
+    max_skipped_updates: int = field(
+        default=3,
+        metadata={"help": "Number of updates in a row that may be skipped because they are not finite."},
+    )
 
     # Parameters that control the logging
     log_completions: bool = field(default=False, metadata={"help": "Show a table of sample edits at every log."})
@@ -257,6 +278,7 @@ class FlowGRPOEditConfig(_BaseConfig):
             ("sde_window_mode", ["fixed", "random", "sliding"]),
             ("scale_rewards", ["group", "batch", "none"]),
             ("on_bad_image", ["error", "skip"]),
+            ("on_bad_reward", ["error", "missing"]),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
@@ -312,6 +334,13 @@ class FlowGRPOEditConfig(_BaseConfig):
                 f"{self.per_device_train_batch_size} * {self.world_size} processes * steps_per_generation="
                 f"{self.steps_per_generation}) must be divisible by num_generations={self.num_generations}: it holds "
                 "whole groups."
+            )
+        if self.max_skipped_updates < 0:
+            raise ValueError(f"max_skipped_updates={self.max_skipped_updates} must not be negative.")
+        if self.load_best_model_at_end and self.metric_for_best_model in ("loss", "eval_loss"):
+            raise ValueError(
+                "load_best_model_at_end=True needs metric_for_best_model: an evaluation has no loss. Use e.g. 'reward', "
+                "with greater_is_better=True."
             )
         if self.auto_find_batch_size:
             raise ValueError(

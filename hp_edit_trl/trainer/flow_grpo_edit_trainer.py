@@ -36,6 +36,7 @@ from ..cases import check_cases, check_references, without_decoding
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..policies import EditConditions, Trajectory, bucketed, decode, policy_class, rollout
 from ..rewards import HPScorerReward
+from ..rewards.checks import check_rewards
 from ..utils.images import UnreadableImageError
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
@@ -405,6 +406,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._metrics["reward"].append(torch.nanmean(rewards).item())
         self._metrics["reward_std"].append(nanstd(rewards).item())
         self._metrics["frac_reward_zero_std"].append(zero_std.float().mean().item())
+        self._metrics["frac_reward_missing"].append(rewards.isnan().float().mean().item())
         for i, name in enumerate(self.reward_func_names):
             self._metrics[f"rewards/{name}/mean"].append(torch.nanmean(all_rewards_per_func[:, i]).item())
             self._metrics[f"rewards/{name}/std"].append(nanstd(all_rewards_per_func[:, i]).item())
@@ -467,14 +469,11 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 outputs[i] = func(**kwargs)
         outputs |= {i: future.result() for i, future in waiting.items()}
 
-        rewards_per_func = torch.empty(len(rows), len(self.reward_funcs), device=self.accelerator.device)
-        for i, name in enumerate(self.reward_func_names):
-            if len(outputs[i]) != len(rows):
-                raise ValueError(
-                    f"The reward function {name!r} returned {len(outputs[i])} rewards for {len(rows)} completions."
-                )
-            values = [math.nan if reward is None else float(reward) for reward in outputs[i]]
-            rewards_per_func[:, i] = torch.tensor(values, device=self.accelerator.device)
+        columns = [
+            check_rewards(outputs[i], name, [row["id"] for row in rows], self.args.on_bad_reward)
+            for i, name in enumerate(self.reward_func_names)
+        ]
+        rewards_per_func = torch.tensor(columns, device=self.accelerator.device).T.contiguous()
         for column, values in self._pending_extra.items():
             if len(values) != len(rows):
                 raise ValueError(f"log_extra({column!r}, ...) got {len(values)} values for {len(rows)} completions.")
@@ -502,6 +501,24 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             for name, values in collected.items()
         }
 
+    def _total_rewards(self, rewards_per_func: torch.Tensor, group_size: int) -> torch.Tensor:
+        """
+        Weighted sums of the rewards, of shape `(num_samples,)`. A function without a single reward in a group does not
+        apply there. A sample that lacks the reward of a function that applies has no total, NaN: its sum would not be
+        comparable with the others'. The same holds for a sample to which no function applies.
+
+        Args:
+            rewards_per_func (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`):
+                Rewards, whole groups one after the other, NaN where missing.
+            group_size (`int`):
+                Number of samples of a group.
+        """
+        missing = rewards_per_func.isnan().view(-1, group_size, rewards_per_func.shape[1])
+        applies = ~missing.all(1, keepdim=True)
+        incomplete = ((missing & applies).any(2) | ~applies.any(2)).flatten()
+        totals = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
+        return totals.masked_fill(incomplete, math.nan)
+
     def _compute_advantages(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Group-relative advantages (equation 3 of the paper).
@@ -512,12 +529,11 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(num_samples,)`: the weighted sum of the
-            rewards (NaN if none applies), the advantages, and whether the sample's group has no spread or the sample
-            no reward, so that nothing can be learned from it.
+            rewards (NaN if one is missing, see [`_total_rewards`]), the advantages, and whether the sample's group has
+            no spread or the sample no reward, so that nothing can be learned from it.
         """
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
-        unscored = rewards_per_func.isnan().all(1)
-        rewards[unscored] = math.nan
+        rewards = self._total_rewards(rewards_per_func, self.num_generations)
+        unscored = rewards.isnan()
         groups = rewards.view(-1, self.num_generations)
         centered = (groups - groups.nanmean(1, keepdim=True)).flatten()
         group_std = torch.nan_to_num(nanstd(groups, dim=1)).repeat_interleave(self.num_generations)
@@ -538,6 +554,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         model.train()
         with self._timed("train"):
             loss = self._accumulate_gradients(model, samples)
+            learns = any(s.advantage != 0 or (self.args.beta != 0.0 and s.kl_weight != 0) for s in samples)
+            self._drop_bad_update(loss, [sample.case_id for sample in samples], learns)
         self._step += 1
         return loss
 
@@ -621,7 +639,6 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         dataset, was_training = self._current_eval_dataset, self.model.training
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
-        weights = self.reward_weights.tolist()
         results: list[dict[str, Any]] = []
         for indices in dataloader:
             # One entry per index, also where an image is broken: a case is never judged in the place of another.
@@ -639,20 +656,26 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 images = self.sample_edits(list(cases.values()))
                 rewards_per_func = self._calculate_rewards([row for row, _ in cases.values()], images)
                 for i, (place, (row, _)) in enumerate(cases.items()):
-                    rewards = rewards_per_func[i].tolist()
-                    terms = [w * r for w, r in zip(weights, rewards, strict=True) if not math.isnan(r)]
-                    local[place]["reward"] = sum(terms) if terms else None
-                    local[place] |= {
-                        f"rewards/{name}/mean": r for name, r in zip(self.reward_func_names, rewards, strict=True)
-                    }
-                    if row.get("task") is not None:
-                        local[place][f"reward/{row['task']}"] = local[place]["reward"]
+                    local[place] |= {"task": row.get("task"), "rewards": rewards_per_func[i].tolist()}
                     local[place] |= {name: values[i] for name, values in self._pending_extra.items()}
             self._pending_extra.clear()
             # The last batch may be filled up with repeated cases to keep the processes level; they are dropped here.
             results += self.accelerator.gather_for_metrics(local, use_gather_object=True)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(was_training)
+
+        # As in training, a function without a single reward in a task does not apply there, and a case that lacks the
+        # reward of one that applies has none.
+        for task in {result["task"] for result in results if "rewards" in result}:
+            members = [result for result in results if "rewards" in result and result["task"] == task]
+            totals = self._total_rewards(
+                torch.tensor([member["rewards"] for member in members]), len(members)
+            ).tolist()
+            for member, total in zip(members, totals, strict=True):
+                member |= {"reward": total, "frac_reward_missing": float(math.isnan(total))}
+                member |= {} if task is None else {f"reward/{task}": total}
+                for name, reward in zip(self.reward_func_names, member["rewards"], strict=True):
+                    member[f"rewards/{name}/mean"] = reward
 
         # Metrics that reward functions logged per batch; metrics per case, which do not depend on batches, replace
         # them
@@ -684,6 +707,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                     logs[name] = sum(known) / len(known)
             if bad_cases:
                 logs["bad_images"] = len(bad_cases)
+            if self._skipped_updates:
+                logs["skipped_updates"] = self._skipped_updates
             if stats:
                 low, high = means.pop("clip_low"), means.pop("clip_high")
                 logs |= {"clip_ratio/low_mean": low, "clip_ratio/low_min": min(stats["clip_low"][2])}

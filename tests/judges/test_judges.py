@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from hp_edit_trl import HPScorerReward, ServerJudge, TransformersJudge
-from hp_edit_trl.judges import CachedJudge, parse_score
+from hp_edit_trl.judges import CachedJudge, Judgement, parse_score
+from hp_edit_trl.judges.base import expected_score
 from hp_edit_trl.miniature.tiny import CHAT_TEMPLATE, tiny_judge, tiny_text_encoder, tiny_tokenizer
 from tests.helpers import photo
 
@@ -429,6 +430,20 @@ def test_logprobs_of_an_unexpected_shape_are_missing_scores(serve, logprobs):
     server = serve(lambda body, n: (200, completion("4", logprobs)))
     (judgement,) = ServerJudge("m", server.url, "expected")([conversation()])
     assert judgement.score is None and not judgement.answered
+
+
+@pytest.mark.parametrize("logprob", [0.5, 1e300, float("nan"), float("inf")])
+def test_logprobs_that_are_not_of_a_probability_are_missing_scores(serve, logprob):
+    content = [{"token": "4", "logprob": 0.0, "bytes": None,
+                "top_logprobs": [{"token": "4", "logprob": logprob, "bytes": None}]}]  # fmt: skip
+    server = serve(lambda body, n: (200, completion("4", {"content": content})))
+    (judgement,) = ServerJudge("m", server.url, "expected")([conversation()])
+    assert judgement.score is None and not judgement.answered and "above 0 or not a number" in judgement.answer
+
+
+def test_a_score_that_is_not_finite_is_missing():
+    assert Judgement(float("nan"), "x").score is None and Judgement(float("inf"), "x").score is None
+    assert expected_score([float("nan")] * 6, 0.5).score is None
 
 
 def test_server_retries_bounds_concurrency_and_gives_up_on_single_cases(serve):

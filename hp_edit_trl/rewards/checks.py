@@ -1,0 +1,64 @@
+"""The contract of reward functions: what they return is checked before it is used."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+SIGNATURE = "def reward(prompts, completions, **columns) -> list[float | None]  # one per completion"
+
+
+def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_reward: str = "error") -> list[float]:
+    """
+    Checks what a reward function returned.
+
+    Args:
+        returned (`Any`):
+            A list, a tuple, or a one-dimensional array or tensor, with a number or `None` for each completion.
+        name (`str`):
+            Name of the function, for errors.
+        case_ids (`Sequence`):
+            Id of the case of each completion, for errors.
+        on_bad_reward (`str`, *optional*, defaults to `"error"`):
+            What to do with a reward that is infinite or NaN: `"error"` raises, `"missing"` treats it as `None`.
+
+    Returns:
+        `list[float]`: the rewards, NaN where there is none.
+
+    Raises:
+        `TypeError`: If it is not a sequence of numbers and `None`.
+        `ValueError`: If it has the wrong length, or a reward is infinite or NaN.
+    """
+    if isinstance(returned, torch.Tensor):
+        returned = returned.detach().cpu().float().numpy()
+    if isinstance(returned, np.ndarray):
+        returned = returned.tolist()
+    if not isinstance(returned, list | tuple):
+        raise TypeError(
+            f"The reward function {name!r} returned a {type(returned).__name__}, but must return a list: {SIGNATURE}."
+        )
+    if len(returned) != len(case_ids):
+        raise ValueError(
+            f"The reward function {name!r} returned {len(returned)} rewards for {len(case_ids)} completions: {SIGNATURE}."
+        )
+    rewards = []
+    for case_id, value in zip(case_ids, returned, strict=True):
+        if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+            value = value.item()
+        if value is not None and not isinstance(value, int | float | np.number):
+            raise TypeError(
+                f"The reward function {name!r} returned {value!r} for case {case_id!r}, but must return a number or "
+                f"None: {SIGNATURE}."
+            )
+        if value is not None and not math.isfinite(value):
+            if on_bad_reward == "error":
+                raise ValueError(
+                    f"The reward function {name!r} returned {value} for case {case_id!r}: return a finite number, or None "
+                    "where there is no reward, or set on_bad_reward='missing'."
+                )
+            value = None
+        rewards.append(math.nan if value is None else float(value))
+    return rewards

@@ -1,0 +1,66 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hp_edit_trl.rewards.checks import check_rewards
+
+
+IDS = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [0, 0.5, None],
+        (0, 0.5, None),
+        [np.float32(0), torch.tensor(0.5), None],
+        [False, np.array(0.5), None],
+    ],
+)
+def test_sequences_of_numbers_and_none(returned):
+    first, second, third = check_rewards(returned, "f", IDS)
+    assert (first, second) == (0.0, 0.5) and math.isnan(third)
+
+
+def test_arrays_and_tensors():
+    assert check_rewards(np.array([1.0, 2.0, 3.0]), "f", IDS) == [1, 2, 3]
+    assert check_rewards(torch.tensor([1, 2, 3], dtype=torch.bfloat16, requires_grad=False), "f", IDS) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        {"a": 1, "b": 2, "c": 3},
+        0.5,
+        None,
+        (x for x in (1, 2, 3)),
+        "123",
+        {1, 2, 3},
+        [[1], [2], [3]],
+        ["1", "2", "3"],
+        np.ones((3, 2)),
+        torch.ones(3, 1),
+        torch.tensor(1.0),
+        [1, 2, {"score": 3}],
+        [1, 2, 1j],
+    ],
+    ids=repr,
+)
+def test_what_is_not_a_list_of_rewards(returned):
+    with pytest.raises(TypeError, match=r"'f' returned .*def reward\(prompts, completions, \*\*columns\)"):
+        check_rewards(returned, "f", IDS)
+
+
+def test_lengths():
+    with pytest.raises(ValueError, match="'f' returned 2 rewards for 3 completions"):
+        check_rewards([1, 2], "f", IDS)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, np.float32("inf"), torch.tensor(math.nan)])
+def test_rewards_that_are_not_finite(value):
+    with pytest.raises(ValueError, match="'f' returned .* for case 'b'.*on_bad_reward='missing'"):
+        check_rewards([1, value, 3], "f", IDS)
+    first, second, third = check_rewards([1, value, 3], "f", IDS, "missing")
+    assert (first, third) == (1, 3) and math.isnan(second)
