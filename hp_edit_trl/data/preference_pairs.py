@@ -31,6 +31,7 @@ from ..cases import case_images, check_cases, check_references, without_decoding
 from ..editors import PolicyEditor
 from ..policies import policy_class
 from ..rewards import HPScorerReward
+from ..rewards.checks import check_rewards
 from ..utils.config import check_positive
 from ..utils.distributed import patient_accelerator
 from ..utils.files import (
@@ -313,12 +314,13 @@ def _score(
             f"The reward function {get_callable_name(reward_func)!r} does not log {score_name!r}; it logs "
             f"{sorted(extra)}. Choose one of these with score_name=, or use its rewards with score_name=None."
         )
-    scores = rewards if score_name is None else extra[score_name]
-    if len(scores) != len(samples):
-        raise ValueError(f"The reward function returned {len(scores)} scores for {len(samples)} edits.")
+    returned = rewards if score_name is None else extra[score_name]
+    ids = [row["id"] for row in rows]
     lines = []
-    for (row, file), score in zip(samples, scores, strict=True):
-        value = None if score is None or math.isnan(score) else float(score)
+    for (row, file), score in zip(
+        samples, check_rewards(returned, get_callable_name(reward_func), ids, on_bad_reward="missing"), strict=True
+    ):
+        value = None if math.isnan(score) else score
         if value is None:
             logger.warning("No score for sample %s of case %s.", file.stem, row["id"])
         lines.append({"id": str(row["id"]), "case": file.parent.name, "sample": int(file.stem), "score": value})

@@ -42,7 +42,8 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
         )
     if len(returned) != len(case_ids):
         raise ValueError(
-            f"The reward function {name!r} returned {len(returned)} rewards for {len(case_ids)} completions: {SIGNATURE}."
+            f"The reward function {name!r} returned {len(returned)} rewards for {len(case_ids)} completions: "
+            f"{SIGNATURE}."
         )
     rewards = []
     for case_id, value in zip(case_ids, returned, strict=True):
@@ -56,8 +57,8 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
         if value is not None and not math.isfinite(value):
             if on_bad_reward == "error":
                 raise ValueError(
-                    f"The reward function {name!r} returned {value} for case {case_id!r}: return a finite number, or None "
-                    "where there is no reward, or set on_bad_reward='missing'."
+                    f"The reward function {name!r} returned {value} for case {case_id!r}: return a finite number, or "
+                    "None where there is no reward, or set on_bad_reward='missing'."
                 )
             value = None
         rewards.append(math.nan if value is None else float(value))

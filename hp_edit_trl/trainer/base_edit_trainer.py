@@ -204,15 +204,15 @@ class BaseEditTrainer(_BaseTrainer):
             self._skipped_in_a_row += 1
             cases = ", ".join(dict.fromkeys(map(str, self._update_cases)))
             logger.warning(
-                f"Update {self.state.global_step + 1} was skipped: its loss or gradient is not finite. Its cases on this "
-                f"process: {cases}.",
+                f"Update {self.state.global_step + 1} was skipped: its loss or gradient is not finite. Its cases on "
+                f"this process: {cases}.",
                 main_process_only=False,
             )
             if self._skipped_in_a_row > self.args.max_skipped_updates:
                 raise RuntimeError(
-                    f"{self._skipped_in_a_row} updates in a row were not finite; the last one had the cases {cases}. Lower "
-                    f"learning_rate={self.args.learning_rate}, look at these cases, and resume from the last checkpoint "
-                    f"in {self.args.output_dir}, which is not affected."
+                    f"{self._skipped_in_a_row} updates in a row were not finite; the last one had the cases {cases}. "
+                    f"Lower learning_rate={self.args.learning_rate}, look at these cases, and resume from the last "
+                    f"checkpoint in {self.args.output_dir}, which is not affected."
                 )
         elif learns:
             self._skipped_in_a_row = 0
@@ -224,7 +224,8 @@ class BaseEditTrainer(_BaseTrainer):
             name = name if name.startswith("eval_") else f"eval_{name}"
             if not math.isfinite(metrics.get(name, math.nan)):
                 logger.warning(
-                    f"Step {self.state.global_step} is not a candidate for the best model: its evaluation has no {name}."
+                    f"Step {self.state.global_step} is not a candidate for the best model: its evaluation has no "
+                    f"{name}."
                 )
                 return False
         return super()._determine_best_metric(metrics, trial)

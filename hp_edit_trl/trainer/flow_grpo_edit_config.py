@@ -339,8 +339,8 @@ class FlowGRPOEditConfig(_BaseConfig):
             raise ValueError(f"max_skipped_updates={self.max_skipped_updates} must not be negative.")
         if self.load_best_model_at_end and self.metric_for_best_model in ("loss", "eval_loss"):
             raise ValueError(
-                "load_best_model_at_end=True needs metric_for_best_model: an evaluation has no loss. Use e.g. 'reward', "
-                "with greater_is_better=True."
+                "load_best_model_at_end=True needs metric_for_best_model: an evaluation has no loss. Use e.g. "
+                "'reward', with greater_is_better=True."
             )
         if self.auto_find_batch_size:
             raise ValueError(

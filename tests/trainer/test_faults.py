@@ -191,7 +191,8 @@ def test_an_evaluation_without_scores_is_not_the_best(make_trainer, caplog):
         return [None] * len(completions) if trainer_state.global_step == 2 else redness(completions)
 
     trainer = make_trainer(
-        sometimes, make_cases(2), max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        sometimes, make_cases(2), max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1,
         load_best_model_at_end=True, metric_for_best_model="reward", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
