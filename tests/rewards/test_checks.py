@@ -46,7 +46,7 @@ def test_arrays_and_tensors():
         [1, 2, {"score": 3}],
         [1, 2, 1j],
     ],
-    ids=repr,
+    ids=lambda returned: type(returned).__name__,
 )
 def test_what_is_not_a_list_of_rewards(returned):
     with pytest.raises(TypeError, match=r"'f' returned .*def reward\(prompts, completions, \*\*columns\)"):
