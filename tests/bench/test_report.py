@@ -246,12 +246,19 @@ def test_the_page_in_a_browser(runs, written, browser):  # noqa: F811
     assert page.locator("article").first.locator("img").count() == 4
     assert page.locator("article").first.locator(".prompt").text_content() == f"{NASTY} 0"
     assert page.locator("article b", has_text="bold").count() == 0
-    page.click("#more")
+
+    def more():
+        # A browser of a busy machine may answer before it has drawn.
+        before = page.locator("article").count()
+        page.click("#more")
+        page.wait_for_function("before => document.querySelectorAll('article').length > before", arg=before)
+
+    more()
     assert page.locator("article").count() == 120
 
     def shown():
         while page.locator("#more").is_visible():
-            page.click("#more")
+            more()
         return page.evaluate("[...document.querySelectorAll('article')].map(one => one.dataset.id)")
 
     def expected(key, sign, task=None):

@@ -168,10 +168,10 @@ def build_code(pictures: Path, out: Path, **options) -> str:
 @pytest.mark.slow
 def test_ray_builds_the_same(pictures, whole, tmp_path):
     pytest.importorskip("ray")
-    # Each stage on Ray starts a process of its own: those before the prompts are taken over.
+    # Each stage on Ray starts a process of its own: those before the edits are taken over.
     out = tmp_path / "build"
     shutil.copytree(whole.parent, out)
-    for name in ("instructions", "split", "edits", "scores", "filter", "dataset"):
+    for name in ("edits", "scores", "filter", "dataset"):
         shutil.rmtree(out / name)
     run(build_code(pictures, out, engine="ray"))
     assert digests(out) == digests(whole.parent)
