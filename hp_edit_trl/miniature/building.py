@@ -18,7 +18,7 @@ from ..data.builder.styles import Style
 from ..judges import Judgement
 from ..tasks import TASKS
 from .photographs import load_photographs
-from .raters import seeded_rng
+from .raters import read_conversation, seeded_rng
 from .scorers import RuleScorer
 from .world import COLORS, LIGHTS, PLACES, SHAPES, STYLES, TONES, Scene, draw, draw_case, instruct, stylized, to_image
 
@@ -242,15 +242,13 @@ class SceneJudge:
         pass
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
-        return [self._judge(system["content"][0]["text"], user["content"]) for system, user in conversations]
+        return [self._judge(*read_conversation(conversation)) for conversation in conversations]
 
-    def _judge(self, text: str, content: list[dict[str, Any]]) -> Judgement:
-        reference, edit = (part["image"] for part in content if part["type"] == "image")
-        instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
-        prompt = instruction[1] if instruction else ""
+    def _judge(self, text: str, instruction: str, images: list[Image.Image]) -> Judgement:
+        reference, edit = images
         tasks = [(task, None) for task in TASKS if task != "style"] + [("style", style) for style in STYLES]
         targets = [self.writer.target(reference, *task) for task in tasks]
-        known = [target for target in targets if target is not None and target[0] == prompt]
+        known = [target for target in targets if target is not None and target[0] == instruction]
         if known:
             score = RuleScorer().score(edit, reference, known[0][1])
         else:

@@ -123,6 +123,15 @@ def known_pearson(truths: Sequence[float], scores: Sequence[float], noise: Seque
     return float(covariance[0, 1] / math.sqrt(covariance[0, 0] * (covariance[1, 1] + np.mean(variances))))
 
 
+def read_conversation(conversation: list[dict[str, Any]]) -> tuple[str, str, list[Image.Image]]:
+    """Returns what a judge is given: the text of the scorer prompt, the instruction in it, and the images in order."""
+    system, user = conversation
+    text = system["content"][0]["text"]
+    instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
+    images = [part["image"] for part in user["content"] if part["type"] == "image"]
+    return text, instruction[1] if instruction else "", images
+
+
 class SimulatedJudge:
     """
     A judge of the small world. It always sees how far an edit went. It sees whether the rest was kept only if its
@@ -144,12 +153,11 @@ class SimulatedJudge:
         pass
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
-        return [self._judge(system["content"][0]["text"], user["content"]) for system, user in conversations]
+        return [self._judge(*read_conversation(conversation)) for conversation in conversations]
 
-    def _judge(self, text: str, content: list[dict[str, Any]]) -> Judgement:
-        reference, edit = (part["image"] for part in content if part["type"] == "image")
-        instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
-        target: Image.Image | None = self.targets.get((reference.tobytes(), instruction[1] if instruction else ""))
+    def _judge(self, text: str, instruction: str, images: list[Image.Image]) -> Judgement:
+        reference, edit = images
+        target: Image.Image | None = self.targets.get((reference.tobytes(), instruction))
         if target is None:
             return Judgement(None, "I do not know this picture.")
         reached, kept = RuleScorer().parts(edit, reference, target)
@@ -185,16 +193,15 @@ class TargetJudge:
         pass
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
-        answers = [self._answer(system["content"][0]["text"], user["content"]) for system, user in conversations]
+        answers = [self._answer(*read_conversation(conversation)[1:]) for conversation in conversations]
         return [Judgement(self.parse(answer), answer) for answer in answers]
 
-    def _answer(self, text: str, content: list[dict[str, Any]]) -> str:
-        *references, edit = (part["image"] for part in content if part["type"] == "image")
+    def _answer(self, instruction: str, images: list[Image.Image]) -> str:
+        *references, edit = images
         if not references:
             away = np.abs(self.pictures - np.asarray(edit, np.float32) / 255).mean((1, 2, 3)).min()
             return json.dumps([round(10 * max(0.0, 1 - float(away) / 0.1))] * 2)
-        instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
-        target = self.targets.get((references[0].tobytes(), instruction[1] if instruction else ""))
+        target = self.targets.get((references[0].tobytes(), instruction))
         if target is None:
             return "I do not know this picture."
         reached, kept = RuleScorer().parts(edit, references[0], target)
