@@ -89,7 +89,7 @@ class BaseEditTrainer(_BaseTrainer):
     _bad_cases: set[tuple[int, str]]
 
     # State of the present update, see `_drop_bad_update`, and counts of skipped ones
-    _update_is_finite = True
+    _update_is_finite: torch.Tensor | bool = True
     _update_learns = False
     _update_cases: tuple[Any, ...] = ()
     _skipped_updates = 0
@@ -184,7 +184,9 @@ class BaseEditTrainer(_BaseTrainer):
         Raises:
             `RuntimeError`: If more than `max_skipped_updates` updates in a row were not finite.
         """
-        self._update_is_finite &= bool(loss.isfinite().all())
+        # A tensor until the update: nothing waits for the device before
+        finite = loss.isfinite().all() & self._update_is_finite
+        self._update_is_finite = finite
         self._update_learns |= learns
         self._update_cases += tuple(case_ids)
         if not self.accelerator.sync_gradients:
@@ -193,8 +195,8 @@ class BaseEditTrainer(_BaseTrainer):
         # With float16 the gradient scaler has its own way with infinite gradients.
         if self.accelerator.scaler is None and parameters:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            self._update_is_finite &= bool(norm.isfinite())
-        flags = torch.tensor([not self._update_is_finite, self._update_learns], device=self.accelerator.device)
+            finite = finite & norm.isfinite().to(finite.device)
+        flags = torch.stack([~finite, torch.full_like(finite, self._update_learns)])
         broken, learns = self.accelerator.reduce(flags.float()).bool().tolist()
         if (broken or not learns) and self.accelerator.scaler is None:
             for parameter in parameters:
