@@ -29,7 +29,7 @@ EDITORS = {"careful": 0.25, "careless": 0.7}  # how often an edit stops half-way
 NOISE = {"anna": 0.3, "ben": 0.6, "carla": 1.0}  # standard deviation of what a rater adds to the true score
 
 
-def main(output_dir: Path, cases_per_task: int, rounds: int) -> None:
+def main(output_dir: Path, cases_per_task: int, rounds: int, num_resamples: int) -> None:
     cases = miniature.load_dataset("train", 8 * cases_per_task)
     edits = miniature.flawed_edits(cases, EDITORS)
     truths = miniature.true_scores(edits)
@@ -39,7 +39,7 @@ def main(output_dir: Path, cases_per_task: int, rounds: int) -> None:
     def measure(scorer: HPScorerReward, name: str) -> None:
         score_dataset(scorer, edits, output_dir / f"scores-{name}")
         lines = read_scores(output_dir / f"scores-{name}")
-        result = compare_with_people(ratings, lines, edits)
+        result = compare_with_people(ratings, lines, edits, num_resamples=num_resamples)
         write_agreement(result, output_dir / f"agreement-{name}", edits)
         scores = {(line["id"], line["editor"]): line["score"] for line in lines}
         expected = miniature.known_pearson(
@@ -73,5 +73,5 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/calibrate-scorer"))
     parser.add_argument("--cases_per_task", type=int, default=60, help="each edited by two editors")
     parser.add_argument("--rounds", type=int, default=2, help="of proposals for each task")
-    args = parser.parse_args()
-    main(args.output_dir, args.cases_per_task, args.rounds)
+    parser.add_argument("--num_resamples", type=int, default=1000, help="of the bootstrap")
+    main(**vars(parser.parse_args()))
