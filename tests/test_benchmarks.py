@@ -1,11 +1,10 @@
 """The benchmarks run; what they measure is asserted nowhere."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import Script
 
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +21,6 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_benchmark(command, cells):
-    command = [sys.executable, str(ROOT / "benchmarks" / command[0]), *command[1:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = Script(ROOT / "benchmarks" / command[0], *command[1:]).wait()
     assert done.returncode == 0, done.stderr[-4000:]
     assert cells in done.stdout

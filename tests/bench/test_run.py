@@ -15,7 +15,8 @@ from hp_edit_trl.editors import Editor, FolderEditor
 from hp_edit_trl.judges import Judgement
 from hp_edit_trl.ratings import Rating
 from tests.fake_hub import fake_hub
-from tests.helpers import END, RuleJudge, make_cases, photo
+from tests.helpers import RuleJudge, make_cases, photo
+from tests.processes import Script
 
 
 ROOT = Path(__file__).parents[2]
@@ -323,12 +324,10 @@ def test_two_processes_share_the_cases_and_end_with_the_same_results(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nfrom tests.bench.test_run import Painter, bench\nfrom hp_edit_trl.bench import run_benchmark\n"
-        "run_benchmark(bench(), Painter(), sys.argv[1], batch_size=2)\n" + END
+        "run_benchmark(bench(), Painter(), sys.argv[1], batch_size=2)\n"
     )
     alone = run_benchmark(bench(), Painter(), tmp_path / "alone")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, str(tmp_path / "both")], env=environment, capture_output=True, text=True)
+    done = Script(script, tmp_path / "both", environment={"ACCELERATE_USE_CPU": "true"}, processes=2).wait()
     assert done.returncode == 0, done.stderr[-3000:]
     both = read_run(tmp_path / "both")
     assert both.cases == alone.cases and both.results == alone.results
@@ -353,13 +352,9 @@ def test_what_fails_in_one_process_fails_in_both_and_the_next_run_is_made(tmp_pa
         "for name, editor in (('bad', Painful()), ('good', Painter())):\n"
         "    try:\n        run_benchmark(bench(make_cases(20)), editor, f'{sys.argv[1]}/{name}', batch_size=2)\n"
         "    except ValueError as error:\n"
-        "        open(sys.argv[1] + '/told-' + os.environ['RANK'], 'a').write(f'{name} {error}')\n" + END
+        "        open(sys.argv[1] + '/told-' + os.environ['RANK'], 'a').write(f'{name} {error}')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
+    done = Script(script, tmp_path, environment={"ACCELERATE_USE_CPU": "true"}, processes=2).wait()
     assert done.returncode == 0, done.stderr[-3000:]
     told = [(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)]
     assert told[0].startswith("bad Process 1 failed: ValueError: The editor failed with all")

@@ -1,9 +1,6 @@
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
+import time
 
 import pytest
 from datasets import Dataset
@@ -14,6 +11,7 @@ from hp_edit_trl import HPScorerReward
 from hp_edit_trl.calibration import read_scores, score_dataset
 from hp_edit_trl.judges import CachedJudge, Judgement
 from tests.helpers import RuleJudge, make_edits
+from tests.processes import Script
 
 
 def squeezed(table):
@@ -223,18 +221,15 @@ def slow(text, pictures):
 edits = load_edits({str(tmp_path / "edits")!r})
 score_dataset(HPScorerReward(RuleJudge(rule=slow)), edits, {str(tmp_path / "scores")!r}, 4)
 """
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    (tmp_path / "script.py").write_text(code)
     judged = 0
     for kill_at in (7, 15, None):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True)
-        while kill_at is None or judged < kill_at:
-            if not process.stdout.readline():
-                break
-            judged += 1
+        run = Script(tmp_path / "script.py")
+        while kill_at is not None and judged + run.printed("stdout").count("judged") < kill_at:
+            time.sleep(0.01)
         if kill_at is not None:
-            process.send_signal(signal.SIGKILL)
-            judged += process.stdout.read().count("judged")
-        process.wait(60)
+            run.kill()
+        judged += run.wait().stdout.count("judged")
     lines = read_scores(tmp_path / "scores")
     assert len(lines) == 40 and all(line["score"] == 3 for line in lines)
     assert 40 <= judged <= 40 + 2 * 4

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from hp_edit_trl import HPScorerReward
 from hp_edit_trl.data import build_preference_dataset, mine_preference_pairs, preference_pairs, sample_and_score
 from hp_edit_trl.miniature import CoarseScorer, RuleScorer, load_pipeline
 from hp_edit_trl.miniature import load_dataset as load_world
-from tests.helpers import END
+from tests.processes import Script
 
 
 ROOT = Path(__file__).parents[2]
@@ -303,23 +300,21 @@ def test_a_broken_image_stops_or_is_left_out(pipeline, cases, tmp_path):
 @pytest.mark.slow
 def test_processes_that_are_shot(mined, tmp_path):
     # Twice, wherever it happens to be, and not only where Python can clean up
-    script = (
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(
         "from tests.data.test_preference_pairs import *\n"
-        f"mine(load_pipeline(), load_world('train', 6), {str(tmp_path)!r}, Slow())"
+        f"mine(load_pipeline(), load_world('train', 6), {str(out)!r}, Slow())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for edits in (2, 9):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL
-        )
+        run = Script(script)
         until = time.time() + 120
-        while len(list(tmp_path.rglob("*.png"))) < edits and process.poll() is None and time.time() < until:
+        while len(list(out.rglob("*.png"))) < edits and time.time() < until:
             time.sleep(0.02)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)
+        run.kill()
+        assert run.wait().returncode == -signal.SIGKILL
+    done = Script(script).wait()
     assert done.returncode == 0, done.stderr
-    pairs = load_dataset(str(tmp_path / "dataset"), split="train")
+    pairs = load_dataset(str(out / "dataset"), split="train")
     assert contents(pairs) == contents(mined[0])
 
 
@@ -339,11 +334,9 @@ def test_two_processes_mine_the_same(mined, pipeline, cases, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from tests.data.test_preference_pairs import *\n"
-        f"mine(load_pipeline(), load_world('train', 6), {str(tmp_path / 'out')!r})\n" + END
+        f"mine(load_pipeline(), load_world('train', 6), {str(tmp_path / 'out')!r})\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = Script(script, environment={"ACCELERATE_USE_CPU": "true"}, processes=2).wait()
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").glob("scores-*")) == ["scores-0.jsonl", "scores-1.jsonl"]
     lines = [line for path in (tmp_path / "out").glob("scores-*") for line in path.read_text().splitlines()]

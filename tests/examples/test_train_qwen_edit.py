@@ -4,8 +4,6 @@ import contextlib
 import io
 import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -17,15 +15,14 @@ from trl import TrlParser
 
 from hp_edit_trl import DPOEditConfig, EditModelConfig, FlowGRPOEditConfig
 from hp_edit_trl.scripts import EditScriptArguments, dpo, grpo
+from tests.processes import Script
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(*arguments, cwd, script="train_qwen_edit.py"):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    return Script(EXAMPLES / script, *arguments, cwd=cwd).wait(600)
 
 
 def run_here(*arguments, cwd, script="train_qwen_edit.py"):

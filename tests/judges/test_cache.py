@@ -101,7 +101,7 @@ def _fill(path, start):
 
 
 def test_processes_share_a_file(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     workers = [context.Process(target=_fill, args=(tmp_path / "cache", start)) for start in (0, 10)]
     for worker in workers:
         worker.start()

@@ -1,17 +1,10 @@
 """Two gloo ranks against one process, with the same global batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.helpers import END
+from tests.processes import Script
 
-
-ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import sys, torch
@@ -53,13 +46,11 @@ torch.save({
 
 def run(tmp_path, name, processes, per_device, accumulation, *arguments):
     script, output = tmp_path / "script.py", tmp_path / name
-    script.write_text(SCRIPT + END)
+    script.write_text(SCRIPT)
     output.mkdir()
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
-    command += [str(output), str(per_device), str(accumulation), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    arguments = (output, per_device, accumulation, *arguments)
+    done = Script(script, *arguments, environment=environment, processes=processes).wait()
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(output / f"result_{rank}.pt", weights_only=False) for rank in range(processes)]
 

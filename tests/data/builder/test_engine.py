@@ -5,8 +5,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,20 +15,12 @@ from accelerate import Accelerator
 
 from hp_edit_trl.data.builder.engine import WorkFolder, run_stage
 from tests.data.builder.toy_build import Numbers, Pictures, Slow, Twice, build
-
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import ROOT, Script
 
 
 def contents(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def start(*args) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.data.builder.toy_build", *map(str, args)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +75,13 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, whole):
     folder, signals = tmp_path / "build", (signal.SIGKILL, signal.SIGINT)
     done = 0
     for number, kill in enumerate(signals):
-        process = start(folder, "local", 0.1)
+        run = Script(ROOT / "tests/data/builder/toy_build.py", folder, "local", 0.1)
         while done < 5 * (number + 1):
             time.sleep(0.02)
-            assert process.poll() is None, process.communicate()[1]
+            assert run.ranks[0].is_alive(), run.printed("stderr")
             done = len(list((folder / "slow").glob("*.parquet")))
-        process.send_signal(kill)
-        process.communicate()
+        run.kill(kill)
+        run.wait()
     (folder / "slow" / "00000025.parquet.77.part").write_bytes(b"half a file")
     build(folder)
     assert contents(folder) == whole[1]

@@ -22,8 +22,9 @@ from hp_edit_trl.miniature.tiny import tiny_clip, tiny_judge
 from hp_edit_trl.tasks import TASKS
 from hp_edit_trl.utils.config import read_config
 from tests.data.builder.test_export import digests
-from tests.helpers import END, photo
+from tests.helpers import photo
 from tests.judges.test_judges import completion, serve  # noqa: F401
+from tests.processes import Script
 
 
 TASK_WEIGHTS = {task.name: task.realpref_50k for task in TASKS.values()}
@@ -151,15 +152,6 @@ def test_stopped_and_run_again_it_ends_with_the_same_bytes(pictures, whole, tmp_
     assert digests(tmp_path / "build") == digests(whole.parent)
 
 
-def run(code: str, *launcher: str) -> None:
-    """Runs code in a process of its own, or in several."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, *([] if launcher else ["-c"]), code], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def build_code(pictures: Path, out: Path, **options) -> str:
     start = "from pathlib import Path\nfrom tests.data.builder.test_run import build\n"
     return start + f"build(Path({str(pictures)!r}), {str(out)!r}, **{options!r})\n"
@@ -173,15 +165,19 @@ def test_ray_builds_the_same(pictures, whole, tmp_path):
     shutil.copytree(whole.parent, out)
     for name in ("edits", "scores", "filter", "dataset"):
         shutil.rmtree(out / name)
-    run(build_code(pictures, out, engine="ray"))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", build_code(pictures, out, engine="ray")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
     assert digests(out) == digests(whole.parent)
 
 
 @pytest.mark.slow
 def test_two_processes_build_the_same(pictures, whole, tmp_path):
     script, out = tmp_path / "ranks.py", tmp_path / "build"
-    script.write_text(build_code(pictures, out) + END)
-    run(str(script), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    script.write_text(build_code(pictures, out))
+    done = Script(script, environment={"ACCELERATE_USE_CPU": "true"}, processes=2).wait()
+    assert done.returncode == 0, done.stderr[-4000:]
     assert digests(out) == digests(whole.parent)
 
 
