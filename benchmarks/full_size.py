@@ -162,7 +162,7 @@ def main() -> None:
     )
     print("| px | CFG | rollout batch | s / image (10 steps) | GiB | MFU | s / trained step, batch 1 | GiB | MFU |")
     print("|---" * 9 + "|")
-    resolutions, text_tokens = ([64, 128], 40) if options.tiny else ([512, 1024], 220)
+    resolutions, text_tokens = ([64], 40) if options.tiny else ([512, 1024], 220)
     for resolution in resolutions:
         for cfg in (1.0, 4.0):
             for batch in (1, 4):

@@ -291,8 +291,10 @@ def run_experiment(
     if any(arm.filtered for arm in arms):
         hard_cases(config, num_cases, folder)  # once, before the runs that read it
     runs = []
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    with ProcessPoolExecutor(processes, mp_context=spawn) as executor:
+    # A plain fork would inherit torch's threads, and a new interpreter would import everything again.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hp_edit_trl.trainer.flow_grpo_edit_trainer", "hp_edit_trl.miniature"])
+    with ProcessPoolExecutor(processes, mp_context=context) as executor:
         rest = config, num_cases, folder, num_test_cases
         jobs = [executor.submit(run_arm, arm, seed, *rest) for seed in seeds for arm in arms]
         for job in tqdm(as_completed(jobs), name, total=len(jobs)):
