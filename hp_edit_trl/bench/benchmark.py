@@ -80,6 +80,8 @@ class Benchmark(ABC):
             Split of the dataset.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository. It becomes the commit when the dataset is read.
+        image_root (`str`, *optional*):
+            Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
     """
 
     name: ClassVar[str]
@@ -92,12 +94,18 @@ class Benchmark(ABC):
     scorer_prompts: dict[str, ScorerPrompt] = {}
 
     def __init__(
-        self, judge: Judge, dataset: str | Path | Dataset, split: str | None = None, revision: str | None = None
+        self,
+        judge: Judge,
+        dataset: str | Path | Dataset,
+        split: str | None = None,
+        revision: str | None = None,
+        image_root: str | None = None,
     ):
         self.judge = judge
         self.source = dataset
         self.split = split
         self.revision = revision
+        self.image_root = image_root
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -107,7 +115,7 @@ class Benchmark(ABC):
         """
         raw = self.source
         if not isinstance(raw, Dataset):
-            raw = load_split(str(raw), self.split or "train", revision=self.revision)
+            raw = load_split(str(raw), self.split or "train", self.image_root, revision=self.revision)
         self.revision = dataset_revision(raw)[1] or self.revision
         return without_decoding(self.to_cases(raw))
 

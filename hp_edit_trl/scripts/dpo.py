@@ -6,18 +6,18 @@ Post-trains an image editor with Diffusion-DPO on preference pairs, e.g. those o
 
 import sys
 
-from trl import ScriptArguments, get_peft_config
+from trl import get_peft_config
 
 from ..trainer.dpo_edit_config import DPOEditConfig
 from ..trainer.dpo_edit_trainer import DPOEditTrainer
 from ..trainer.model_config import EditModelConfig
-from .utils import ScriptParser, load_cases, run_training
+from .utils import DatasetArguments, ScriptParser, load_cases, run_training
 
 
-ARGUMENTS = (ScriptArguments, DPOEditConfig, EditModelConfig)
+ARGUMENTS = (DatasetArguments, DPOEditConfig, EditModelConfig)
 
 
-def main(script_args: ScriptArguments, training_args: DPOEditConfig, model_args: EditModelConfig) -> None:
+def main(script_args: DatasetArguments, training_args: DPOEditConfig, model_args: EditModelConfig) -> None:
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
