@@ -14,6 +14,7 @@ from ..cases import load_split, without_decoding
 from ..judges import Judge, Judgement, describe_judge
 from ..judges.base import Parser
 from ..rewards.prompts import ScorerPrompt
+from ..utils.image_paths import check_image_paths
 from ..utils.revisions import dataset_revision
 
 
@@ -117,7 +118,11 @@ class Benchmark(ABC):
         if not isinstance(raw, Dataset):
             raw = load_split(str(raw), self.split or "train", self.image_root, revision=self.revision)
         self.revision = dataset_revision(raw)[1] or self.revision
-        return without_decoding(self.to_cases(raw))
+        cases = self.to_cases(raw)
+        if not isinstance(self.source, Dataset):  # again, because columns may have become images
+            folders = [str(self.source)] if Path(self.source).is_dir() else []
+            check_image_paths(cases, str(self.source), folders, self.image_root)
+        return without_decoding(cases)
 
     def to_cases(self, raw: Dataset) -> Dataset:
         """Turns the dataset as it is published into cases. By default it already has their columns."""
