@@ -32,8 +32,8 @@ def main() -> None:
     try:
         done = subprocess.run([*command, "--timeout", "5"], capture_output=True, text=True, timeout=180)
         dependencies = json.loads(done.stdout)["dependencies"]
-    except (subprocess.TimeoutExpired, ValueError, KeyError):
-        print("No package was audited: the database of vulnerabilities cannot be reached.")
+    except (subprocess.TimeoutExpired, ValueError, KeyError):  # no network, or a database that does not answer
+        print("No package was audited: pip-audit, or its database of vulnerabilities, cannot be reached.")
         return
     lines, can_be_mended = report(dependencies)
     print("\n".join(lines))

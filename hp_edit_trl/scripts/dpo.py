@@ -27,8 +27,8 @@ def main(script_args: DatasetArguments, training_args: DPOEditConfig, model_args
     trainer = DPOEditTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_cases(script_args, script_args.dataset_train_split),
-        eval_dataset=load_cases(script_args, script_args.dataset_test_split) if evaluates else None,
+        train_dataset=load_cases(script_args, script_args.dataset_train_split, script_args.image_root),
+        eval_dataset=load_cases(script_args, script_args.dataset_test_split, script_args.image_root) if evaluates else None,
         peft_config=get_peft_config(model_args),
     )
     run_training(trainer)

@@ -119,7 +119,7 @@ ARGUMENTS = (MiningArguments,)
 
 
 def main(args: MiningArguments) -> None:
-    dataset = load_cases(args, args.dataset_train_split)
+    dataset = load_cases(args, args.dataset_train_split, args.image_root)
     scorer = load_scorer(args)
     scorer.load()  # fails before anything is sampled
     accelerator = patient_accelerator()

@@ -25,7 +25,7 @@ from ..trainer.base_edit_trainer import BaseEditTrainer
 @dataclass
 class DatasetArguments(ScriptArguments):
     """
-    [`~trl.ScriptArguments`] of a dataset of images, which [`load_cases`] loads.
+    [`~trl.ScriptArguments`] of a dataset of images. [`load_cases`] loads it.
 
     Args:
         image_root (`str`, *optional*):
@@ -132,29 +132,28 @@ class EditScriptArguments(DatasetArguments):
     reward_beta: float = field(default=5.0, metadata={"help": "Shift of the reward's sigmoid."})
 
 
-def load_cases(script_args: DatasetArguments, split: str) -> Dataset:
+def load_cases(script_args: ScriptArguments, split: str, image_root: str | None = None) -> Dataset:
     """
     Loads one split of the dataset that a script's options name. If it has a column `schema_version`, every row is
     checked against the schema of RealPref first, see [`load_realpref`].
 
     Args:
-        script_args ([`DatasetArguments`]):
-            The options: `dataset_name` (Hub id or local folder), `dataset_config`, `dataset_streaming` and
-            `image_root` are read.
+        script_args ([`~trl.ScriptArguments`]):
+            The options: `dataset_name` (Hub id or local folder), `dataset_config` and `dataset_streaming` are read.
         split (`str`):
             Which split.
+        image_root (`str`, *optional*):
+            Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
 
     Raises:
         `FileNotFoundError`: If there is no such dataset.
         `ValueError`: If there is no such split, or a row does not fit the schema or names an image outside.
     """
     name, config = script_args.dataset_name, script_args.dataset_config
-    dataset = load_split(
-        name, split, script_args.image_root, name=config, streaming=script_args.dataset_streaming
-    )
+    dataset = load_split(name, split, image_root, name=config, streaming=script_args.dataset_streaming)
     # `load_realpref` takes no configuration: datasets with several are not the cases of RealPref.
     if config is None and isinstance(dataset, Dataset) and "schema_version" in dataset.column_names:
-        return load_realpref(name, split, image_root=script_args.image_root)
+        return load_realpref(name, split, image_root=image_root)
     return dataset
 
 
