@@ -3,8 +3,8 @@ Looks up the installed packages in the database of known vulnerabilities, with p
 
     python .ci/audit.py
 
-It fails if a package has a vulnerability that a newer version mends. Others are printed. Without a network it says that
-nothing was audited, and does not fail.
+It fails if a package has a vulnerability that a newer version mends. Others are printed. Without a network it says
+that nothing was audited, and does not fail.
 """
 
 import json

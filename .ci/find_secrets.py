@@ -31,7 +31,6 @@ KINDS = {
 }
 
 
-
 def find_secrets(folder: Path) -> list[str]:
     """The places of secrets in a repository, without the secrets themselves."""
     listing = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -52,7 +51,7 @@ def secrets_in(text: str) -> list[tuple[int, str]]:
         for match in re.finditer(pattern, text):
             start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.start())
             before = text[match.start() - 1 : match.start()]
-            if before.isalnum() and kind not in ("assigned secret", "password in an address"):
+            if before.isascii() and before.isalnum() and kind not in ("assigned secret", "password in an address"):
                 continue  # the middle of a word, as in task-…
             if "not a secret" in text[start : None if end < 0 else end]:
                 continue

@@ -162,9 +162,7 @@ def _load_split(path: str, split: str, **options: Any) -> Any:
     return dataset.to_iterable_dataset() if options.get("streaming") else dataset
 
 
-def load_edits(
-    path: str, split: str = "train", revision: str | None = None, image_root: str | None = None
-) -> Dataset:
+def load_edits(path: str, split: str = "train", revision: str | None = None, image_root: str | None = None) -> Dataset:
     """
     Loads a dataset of edits. Its images stay encoded.
 

@@ -44,8 +44,7 @@ def write_gallery(runs: Sequence[Run], output_dir: str | Path) -> Path:
             ("", []),
         )
         references = [
-            _thumbnail(folder, file, output_dir, f"{number}-reference-{place}")
-            for place, file in enumerate(files)
+            _thumbnail(folder, file, output_dir, f"{number}-reference-{place}") for place, file in enumerate(files)
         ]
         edits = []
         for place, (run, row) in enumerate(zip(runs, rows, strict=True)):

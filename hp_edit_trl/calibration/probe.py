@@ -138,7 +138,7 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
             conversations.append(scorer.conversation(prompt, other, references, row.get("task"), requirement))
         scores[f"injection: {name}"] = [judgement.score for judgement in scorer.judge(conversations)]
 
-    shown = PROBES | {f"injection: {name}": f"in the {where}: {text!r}" for name, (where, text) in INJECTIONS.items()}
+    texts = PROBES | {f"injection: {name}": f"in the {where}: {text!r}" for name, (where, text) in INJECTIONS.items()}
     table = []
     for name, values in scores.items():
         known = [value for value in values if value is not None]
@@ -147,7 +147,7 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
         table.append(
             {
                 "probe": name,
-                "shown": shown[name],
+                "shown": texts[name],
                 "scores": len(known),
                 "failed": len(values) - len(known),
                 "mean": float(np.mean(known)) if known else None,

@@ -23,12 +23,15 @@ def main(script_args: DatasetArguments, training_args: DPOEditConfig, model_args
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]
     }
-    evaluates = training_args.eval_strategy != "no"
+    train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_cases(script_args, script_args.dataset_test_split, script_args.image_root)
     trainer = DPOEditTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_cases(script_args, script_args.dataset_train_split, script_args.image_root),
-        eval_dataset=load_cases(script_args, script_args.dataset_test_split, script_args.image_root) if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
     )
     run_training(trainer)

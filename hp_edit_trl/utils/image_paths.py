@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Image, IterableDataset, LargeList, List
+from datasets import Image, IterableDataset, LargeList, List
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .files import is_below

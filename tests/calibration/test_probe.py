@@ -6,7 +6,8 @@ from PIL import Image
 from hp_edit_trl import HPScorerReward
 from hp_edit_trl.calibration import probe_judge
 from hp_edit_trl.calibration.probe import INJECTIONS
-from hp_edit_trl.judges import Judgement
+from hp_edit_trl.judges import Judgement, TransformersJudge
+from hp_edit_trl.miniature.tiny import tiny_judge
 from tests.helpers import RuleJudge, make_edits
 
 
@@ -92,7 +93,7 @@ def test_an_injection_moves_a_gullible_judge_and_not_a_fair_one():
     assert {name for name, shift in moved.items() if shift == 4} == {
         name for name, (where, text) in INJECTIONS.items() if where != "edit" and "answer 5" in text.lower()
     }
-    assert {shift for shift in moved.values()} == {0, 4}
+    assert set(moved.values()) == {0, 4}
     assert set(injected(RuleJudge(rule=lambda text, pictures: 1)).values()) == {0}
 
     def reads_pictures(text, pictures):
@@ -105,6 +106,12 @@ def test_an_injection_moves_a_gullible_judge_and_not_a_fair_one():
 def test_an_injection_stays_inside_its_quotation():
     def by_lines(text, pictures):
         """A judge that obeys what stands on a line of its own."""
-        return 5 if any(line.startswith(("Answer with the digit 5", "SYSTEM:", "Grade: 5")) for line in text.splitlines()) else 1
+        orders = ("Answer with the digit 5", "SYSTEM:", "Grade: 5", "Assistant:", "5")
+        return 5 if any(line.startswith(orders) for line in text.splitlines()) else 1
 
     assert set(injected(RuleJudge(rule=by_lines)).values()) == {0}
+
+
+def test_injections_into_a_real_kind_of_model(tmp_path):
+    judge = TransformersJudge(tiny_judge(str(tmp_path)), "expected", min_digit_mass=0.0)
+    assert None not in injected(judge).values()

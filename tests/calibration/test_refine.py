@@ -219,6 +219,22 @@ def test_questions_go_to_the_end_of_the_list():
     )
 
 
+@pytest.mark.parametrize("task", ["../../evil", "/evil", "..", ".", "a/b"])
+def test_a_task_is_no_path_to_another_folder(tmp_path, task):
+    dataset, ratings = world()
+    dataset = dataset.map(lambda row: {"task": task})
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "a.md").write_text(f"---\ntask: '{task}'\nrevision: 1\n---\n{{prompt}}")
+    scorer = HPScorerReward(RuleJudge(rule=look), scorer_prompts=str(tmp_path / "prompts"))
+    folder = tmp_path / "deep" / "er" / "out"
+    work = PromptRefiner(task, scorer, dataset, ratings, folder)
+    work.compare(replace(work.current, revision=f"x:{task}:2", text="{prompt} " + ARTIFACTS))
+    assert load_scorer_prompts(str(folder))[task].name == "2"
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts", "deep"}
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["er"]
+
+
 def test_a_new_task_begins_with_the_base_prompt(tmp_path):
     dataset, ratings = world()
     dataset = dataset.map(lambda row: {"task": "crop"})

@@ -80,6 +80,8 @@ def test_a_folder(tmp_path):
         ("no header", "does not begin with a header"),
         ("---\ntask: x\n---\n{prompt}", "does not begin with a header"),
         ("---\ntask: x\nrevision: 1\n---\nno place", "has no {prompt}"),
+        ("---\ntask: [a]\nrevision: 1\n---\n{prompt}", "has the task .*: write a text"),
+        ("---\ntask: 5\nrevision: 1\n---\n{prompt}", "has the task 5: write a text"),
         (None, "No scorer prompts"),
     ],
 )

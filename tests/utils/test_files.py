@@ -60,7 +60,9 @@ def test_changed_settings_are_listed():
     assert "(seed: 0 -> 1; gone: 1 -> None; new: None -> 'x'): choose another output_dir." in message
 
 
-@pytest.mark.parametrize("name", ["../x", "..", ".", "/etc/x", "a/../../b", ".hidden", "a\\..\\b", "a\0b", "~", "", "%2E", "é/ü"])
+@pytest.mark.parametrize(
+    "name", ["../x", "..", ".", "/etc/x", "a/../../b", ".hidden", "a\\..\\b", "a\0b", "~", "", "%2E", "é/ü"]
+)
 def test_a_name_stays_in_its_folder(tmp_path, name):
     file = tmp_path / f"{file_name(name)}.png"
     assert file.parent == tmp_path and file.resolve().parent == tmp_path.resolve() and "\0" not in str(file)

@@ -41,7 +41,8 @@ def attacks(private, folder):
     """What may be written in place of the picture."""
     (folder / "link").symlink_to(private.parent)
     return [
-        str(private), f"{folder}/../home/passport.png", f"{folder}/link/passport.png", f"{folder}/./../home/passport.png",
+        str(private), f"{folder}/../home/passport.png", f"{folder}/link/passport.png",
+        f"{folder}/./../home/passport.png",
         f"file://{private}", f"FILE://{private}", "http://127.0.0.1:9/a.png", "https://127.0.0.1:9/a.png",
         "hf://datasets/someone/else/a.png", "s3://bucket/a.png", f"zip://a.png::{private}",
         "zip://a.png::http://127.0.0.1:9/a.zip", "//127.0.0.1/share/a.png", "/etc/passwd", "/proc/self/environ",
@@ -64,7 +65,9 @@ def test_only_files_of_the_dataset_are_named(tmp_path, private):
                 check_image_paths(dataset, "a/b", [str(folder)], None)
     # Bytes are what is read; the path beside them is only a name.
     content = private.read_bytes()
-    dataset = Dataset.from_dict({"image": [{"bytes": content, "path": str(private)}, None]}).cast_column("image", Image())
+    dataset = Dataset.from_dict({"image": [{"bytes": content, "path": str(private)}, None]}).cast_column(
+        "image", Image()
+    )
     assert check_image_paths(dataset, "a/b", [], None) is dataset
 
 
@@ -93,7 +96,13 @@ def test_more_is_asked_for(tmp_path, private):
     dataset = Dataset.from_dict({"image": ["https://example.org/photos/a.png"]})
     for root in ("https://example.org", "https://example.org/", "https://example.org/photos"):
         assert check_image_paths(dataset, "a/b", [], root) is dataset
-    for root in ("https://example.or", "https://example.org/photo", "http://example.org", "/", "https://example.org.uk"):
+    for root in (
+        "https://example.or",
+        "https://example.org/photo",
+        "http://example.org",
+        "/",
+        "https://example.org.uk",
+    ):
         with pytest.raises(ValueError, match=REFUSED):
             check_image_paths(dataset, "a/b", [], root)
     for address in ("https://example.org.evil.net/a.png", "https://example.org@evil.net/a.png",
