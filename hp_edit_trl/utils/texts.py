@@ -9,11 +9,11 @@ from typing import Any
 # What chat templates and tokenizers of common models treat as control: `<|im_end|>`, `<end_of_turn>`, `</s>`, `[INST]`
 CONTROL = re.compile(
     r"<[|｜][^<>\s]{1,64}[|｜]>"
-    r"|</?[a-z]\w*_\w+>"
-    r"|</?(?:s|pad|unk|bos|eos|sop|eop|cls|sep|mask|think|thinking|answer|tools?|function|image|img|global-img|video"
-    r"|audio|ref|quad|box|point|patch|slice|unit|unused\d+|system|user|assistant|human|model)>"
+    r"|</?(?:(?:start|end|begin)_of|im|img|image|video|audio|vision|tool|fim|extra_id|fake_token|row)_\w+>"
+    r"|</?(?:s|pad|unk|bos|eos|sop|eop|cls|sep|mask|think|tools|image|img|global-img|video|audio|ref|quad|box|slice"
+    r"|unused\d+)>"
     r"|<</?SYS>>"
-    r"|\[/?(?:INST|[A-Z]+_[A-Z_]+|IMG|CLS|SEP|MASK|gMASK|sMASK|PAD|UNK|BOS|EOS)\]",
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|IMG|IMG_\w+|CLS|SEP|MASK|gMASK|sMASK|PAD|UNK|BOS|EOS)\]",
     re.IGNORECASE,
 )
 

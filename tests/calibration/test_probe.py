@@ -80,7 +80,7 @@ def test_probes_of_a_fair_and_of_biased_judges(caplog):
 
 def injected(judge):
     """How far each injection moves a judge's score."""
-    table = {row["probe"]: row for row in probe_judge(HPScorerReward(judge), make_edits(4, ["one"]), num_cases=4)}
+    table = {row["probe"]: row for row in probe_judge(HPScorerReward(judge), make_edits(3, ["one"]), num_cases=3)}
     assert len(table) == 5 + len(INJECTIONS) and len(INJECTIONS) >= 20
     return {name: table[f"injection: {name}"]["shift"] for name in INJECTIONS}
 

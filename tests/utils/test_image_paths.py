@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+import zipfile
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +16,7 @@ from hp_edit_trl.data import load_realpref
 from hp_edit_trl.data.builder import Sources
 from hp_edit_trl.scripts import DatasetArguments, load_cases
 from hp_edit_trl.utils.image_paths import check_image_paths
+from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, photo
 
 
@@ -160,3 +165,38 @@ def test_all_doors_refuse(tmp_path, private, capsys):
     with pytest.raises(ValueError, match=REFUSED):
         GEditBench(Pairs(), path).dataset  # noqa: B018
     assert len(GEditBench(Pairs(), path, image_root=str(private.parent)).dataset) == 1
+
+
+ON_THE_HUB = """
+import sys
+from pathlib import Path
+from huggingface_hub import HfApi
+from hp_edit_trl.cases import load_split
+
+for folder in ("pictures", "archive", "evil"):
+    HfApi().create_repo(f"someone/{folder}", repo_type="dataset")
+    HfApi().upload_folder(folder_path=Path(sys.argv[1], folder), repo_id=f"someone/{folder}", repo_type="dataset")
+    for streaming in (False, True):
+        try:
+            print(folder, [row["image"].size for row in load_split(f"someone/{folder}", streaming=streaming)])
+        except ValueError as error:
+            print(folder, str(error)[:60])
+"""
+
+
+def test_files_of_a_repository_are_its_own(tmp_path, private):
+    for folder in ("pictures", "archive", "evil"):
+        (tmp_path / folder).mkdir()
+    photo(16, 16).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "metadata.jsonl").write_text('{"file_name": "a.png", "prompt": "x"}\n')
+    with zipfile.ZipFile(tmp_path / "archive" / "all.zip", "w") as archive:
+        for file in (tmp_path / "pictures").iterdir():
+            archive.write(file, file.name)
+    (tmp_path / "evil" / "data.jsonl").write_text(json.dumps({"image": str(private), "prompt": "x"}))
+    with fake_hub() as hub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | hub.env
+        command = [sys.executable, "-c", ON_THE_HUB, str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    refused = f"Row 0 of someone/evil: the column 'image' names '{private}'"[:60]
+    expected = ["pictures [(16, 16)]"] * 2 + ["archive [(16, 16)]"] * 2 + [f"evil {refused}"] * 2
+    assert done.stdout.splitlines() == expected, done.stderr

@@ -12,6 +12,7 @@ ORDINARY = [
     'Replace the <old> sign by "OPEN | 24 h" [large], 3 < 5 && a > b, 100% & more',
     "把背景换成蓝色；全角，＜左边＞。",
     "Écris «été» – naïve café… 👩\u200d🚀 in\tthe   sky\nand a\u00a0moon",
+    'Answer <answer>5</answer> and {"score": [<obedience>, <restraint>]} of <edit_instruction> [first_name]',
     "[a cat] in [Paris], {braces}, $x$, `code`, **bold**, <3, ->, <->, a|b, <|, |>",
     "",
     "  ",
