@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that run tests beside each other
 JOBS ?= 2
 
-.PHONY: demo test test-slow quick check format wheel clean
+.PHONY: demo test test-slow quick check audit format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_qwen_edit.py
@@ -23,6 +23,12 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/find_secrets.py
+	$(BIN)/python .ci/audit.py
+
+# Known vulnerabilities of the installed packages; without a network it says so and does not fail
+audit: $(VENV)/.installed
+	$(BIN)/python .ci/audit.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -43,9 +43,10 @@ def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, mo
             "dtype": model_args.dtype,
             **(training_args.model_init_kwargs or {}),
         }
-        train_dataset, eval_dataset = load_cases(script_args, script_args.dataset_train_split), None
+        train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
+        eval_dataset = None
         if training_args.eval_strategy != "no":
-            eval_dataset = load_cases(script_args, script_args.dataset_test_split)
+            eval_dataset = load_cases(script_args, script_args.dataset_test_split, script_args.image_root)
     trainer = FlowGRPOEditTrainer(
         model=model,
         reward_funcs=reward_funcs,

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
+from .utils.image_paths import check_image_paths
 from .utils.images import UnreadableImageError, read_image
 
 
@@ -120,7 +121,7 @@ def check_edits(dataset: Dataset, name: str) -> None:
     _check_unique(dataset, name, ["id"] + ["editor"] * ("editor" in dataset.features))
 
 
-def load_split(path: str, split: str = "train", **options: Any) -> Any:
+def load_split(path: str, split: str = "train", image_root: str | None = None, **options: Any) -> Any:
     """
     Loads one split of a dataset from a folder or the Hub.
 
@@ -130,6 +131,10 @@ def load_split(path: str, split: str = "train", **options: Any) -> Any:
             [`~datasets.load_dataset`] reads, or a Hub repository.
         split (`str`, *optional*, defaults to `"train"`):
             Name of the split.
+        image_root (`str`, *optional*):
+            Images that are named by their path must be files of the dataset itself: of the folder, or of the Hub
+            repository. With this they may also lie below another folder, or have an address that begins with it, e.g.
+            `"https://example.org/photos/"`.
         **options:
             Options of [`~datasets.load_dataset`].
 
@@ -138,8 +143,13 @@ def load_split(path: str, split: str = "train", **options: Any) -> Any:
 
     Raises:
         `FileNotFoundError`: If there is no dataset at `path`.
-        `ValueError`: If it has no such split.
+        `ValueError`: If it has no such split, or names an image that is neither its own nor below `image_root`.
     """
+    folders = [path] if Path(path).is_dir() else []
+    return check_image_paths(_load_split(path, split, **options), path, folders, image_root)
+
+
+def _load_split(path: str, split: str, **options: Any) -> Any:
     if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
         return load_dataset(path, split=split, **options)
     dataset = load_from_disk(path)
@@ -152,7 +162,7 @@ def load_split(path: str, split: str = "train", **options: Any) -> Any:
     return dataset.to_iterable_dataset() if options.get("streaming") else dataset
 
 
-def load_edits(path: str, split: str = "train", revision: str | None = None) -> Dataset:
+def load_edits(path: str, split: str = "train", revision: str | None = None, image_root: str | None = None) -> Dataset:
     """
     Loads a dataset of edits. Its images stay encoded.
 
@@ -163,15 +173,17 @@ def load_edits(path: str, split: str = "train", revision: str | None = None) -> 
             Name of the split.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
+        image_root (`str`, *optional*):
+            Where images may lie outside the dataset, see [`load_split`].
 
     Returns:
         [`~datasets.Dataset`]: with `id`, `image` or `images`, `edit`, `prompt` and all other columns.
 
     Raises:
         `FileNotFoundError`: If there is no dataset at `path`.
-        `ValueError`: If it has no such split, or is not a dataset of edits, see [`check_edits`].
+        `ValueError`: If it has no such split, is not a dataset of edits, see [`check_edits`], or names images outside.
     """
-    dataset = load_split(path, split, revision=revision)
+    dataset = load_split(path, split, image_root, revision=revision)
     check_edits(dataset, path)
     return without_decoding(dataset)
 

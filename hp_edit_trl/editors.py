@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from urllib.parse import quote
 
 import torch
 from accelerate import PartialState
@@ -27,10 +26,12 @@ from .lora_formats import lora_file
 from .policies import EditPolicy, bucketed, decode, rollout
 from .policies.edit_policy import fitted_size
 from .utils.dtypes import parse_dtype
+from .utils.files import file_name
 from .utils.images import read_image
 from .utils.imports import import_object
 from .utils.revisions import folder_revision, weights_digest
 from .utils.seeding import seeded_generator
+from .utils.texts import without_control_tokens
 
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,10 @@ class PipelineEditor:
         self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
         edits: list[Image.Image | None] = []
+        parts = self.pipeline.components.items()
+        tokenizers = [part for name, part in parts if name.startswith("tokenizer") and part is not None]
         for images, prompt, seed in zip(references, prompts, seeds, strict=True):
+            prompt = without_control_tokens(prompt, *tokenizers)
             size = {}
             if self.resolution is not None:
                 size = dict(zip(("height", "width"), fitted_size(images[-1], self.resolution, 16), strict=True))
@@ -279,7 +283,7 @@ class PolicyEditor:
 class FolderEditor:
     """
     A folder of finished edits: files named by the id of their case, e.g. `0f3a….png`. Characters that file names do
-    not allow are percent-encoded as in URLs, e.g. `a%2Fb.png` for `a/b`.
+    not allow are percent-encoded as in URLs, e.g. `a%2Fb.png` for `a/b`. Files may be links to others.
 
     Args:
         folder (`str` or `Path`):
@@ -316,7 +320,8 @@ class FolderEditor:
     ) -> list[Image.Image | None]:
         edits: list[Image.Image | None] = []
         for case_id in ids:
-            stems = (case_id, quote(case_id, safe=""))
+            # An id may be the name itself, unless that would be the path of a file elsewhere.
+            stems = [case_id] * (case_id == os.path.basename(case_id)) + [file_name(case_id)]
             paths = [self.folder / f"{stem}{suffix}" for stem in stems for suffix in self.SUFFIXES]
             files = [path for path in paths if path.is_file()]
             if not files:

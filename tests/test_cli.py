@@ -15,6 +15,7 @@ from PIL import Image
 from hp_edit_trl import cli, load_scorer_prompts
 from hp_edit_trl.bench import read_run
 from hp_edit_trl.calibration import read_scores
+from hp_edit_trl.calibration.probe import INJECTIONS
 from hp_edit_trl.cli import main
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.ratings import append_rating
@@ -73,7 +74,7 @@ def test_probe(server, tmp_path, capsys):
     make_edits(4).save_to_disk(tmp_path / "edits")
     main(["probe-judge", str(tmp_path / "edits"), *options(server, tmp_path)])
     rows = squeezed(capsys.readouterr().out).strip().splitlines()
-    assert len(rows) == 7 and rows[0].startswith("| probe | what is shown |")
+    assert len(rows) == 7 + len(INJECTIONS) and rows[0].startswith("| probe | what is shown |")
     assert rows[2].startswith("| as given | the edit as it is | 4 | 0 |")
 
 
@@ -90,16 +91,16 @@ def test_refine_with_a_candidate_and_with_proposals(server, tmp_path, capsys):
         str(tmp_path),
         *options(server, tmp_path),
     ]
-    revision("2", ARTIFACTS).save(tmp_path / "candidate.md")
+    revision("3", ARTIFACTS).save(tmp_path / "candidate.md")
     main([*command, "--output_dir", str(tmp_path / "a"), "--candidate", str(tmp_path / "candidate.md")])
     assert "yes: better on the held-out cases" in capsys.readouterr().out
-    assert load_scorer_prompts(str(tmp_path / "a"))["color"].name == "2"
+    assert load_scorer_prompts(str(tmp_path / "a"))["color"].name == "3"
     proposer = ["--proposer", "thinker", "--proposer_base_url", server.url]
     main([*command, "--output_dir", str(tmp_path / "b"), "--propose", "--rounds", "1", *proposer])
     asked = [body for body in server.requests if body["model"] == "thinker"]
     assert len(asked) == 1 and "JSON list" in asked[0]["messages"][0]["content"][0]["text"]
     shown = capsys.readouterr()
-    assert f"Proposed for revision 2: {ARTIFACTS}" in shown.err and "yes: better" in shown.out
+    assert f"Proposed for revision 3: {ARTIFACTS}" in shown.err and "yes: better" in shown.out
     assert ARTIFACTS in load_scorer_prompts(str(tmp_path / "b"))["color"].text
     main([*command, "--output_dir", str(tmp_path / "b")])  # the history alone
     assert "yes: better" in capsys.readouterr().out

@@ -81,6 +81,27 @@ def test_a_folder_gives_what_is_in_it(tmp_path):
             FolderEditor(folder)
 
 
+def test_an_id_is_no_path_to_another_folder(tmp_path):
+    folder = tmp_path / "edits"
+    (folder / "sub").mkdir(parents=True)
+    IMAGES[0].save(folder / "a.png")
+    for file in (tmp_path / "secret.png", folder / "sub" / "secret.png", folder / "%2E.%2Fown.png"):
+        IMAGES[1].save(file)
+    ids = ["a", "../secret", str(tmp_path / "secret"), "sub/../../secret", "./a", "..", "a\0", "sub/secret", "../own"]
+    edits = FolderEditor(folder)([REFERENCES[0]] * len(ids), ["x"] * len(ids), ids, [0] * len(ids))
+    assert same(edits[0], IMAGES[0]) and same(edits[-1], IMAGES[1])  # %2E.%2Fown.png is a name in the folder
+    assert edits[1:-1] == [None] * 7
+
+
+def test_a_pipeline_reads_control_tokens_as_text():
+    options = {"num_inference_steps": 1, "max_area": 64 * 64, "_auto_resize": False}
+    editor = PipelineEditor("none", resolution=64, **options)
+    editor.pipeline = tiny_kontext_pipeline()
+    prompts = ["red</s><|endoftext|>blue", "red< /s>< |endoftext|>blue", "red</sblue"]
+    one, same_as_text, other = editor([REFERENCES[0]] * 3, prompts, IDS, [0] * 3)
+    assert same(one, same_as_text) and not same(one, other)
+
+
 def test_what_cannot_be_an_editor():
     with pytest.raises(ValueError, match="neither a folder nor a readable diffusers pipeline"):
         PipelineEditor("nobody/nothing").identity  # noqa: B018

@@ -14,6 +14,7 @@ from ..cases import load_split, without_decoding
 from ..judges import Judge, Judgement, describe_judge
 from ..judges.base import Parser
 from ..rewards.prompts import ScorerPrompt
+from ..utils.image_paths import check_image_paths
 from ..utils.revisions import dataset_revision
 
 
@@ -80,6 +81,8 @@ class Benchmark(ABC):
             Split of the dataset.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository. It becomes the commit when the dataset is read.
+        image_root (`str`, *optional*):
+            Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
     """
 
     name: ClassVar[str]
@@ -92,12 +95,18 @@ class Benchmark(ABC):
     scorer_prompts: dict[str, ScorerPrompt] = {}
 
     def __init__(
-        self, judge: Judge, dataset: str | Path | Dataset, split: str | None = None, revision: str | None = None
+        self,
+        judge: Judge,
+        dataset: str | Path | Dataset,
+        split: str | None = None,
+        revision: str | None = None,
+        image_root: str | None = None,
     ):
         self.judge = judge
         self.source = dataset
         self.split = split
         self.revision = revision
+        self.image_root = image_root
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -107,9 +116,13 @@ class Benchmark(ABC):
         """
         raw = self.source
         if not isinstance(raw, Dataset):
-            raw = load_split(str(raw), self.split or "train", revision=self.revision)
+            raw = load_split(str(raw), self.split or "train", self.image_root, revision=self.revision)
         self.revision = dataset_revision(raw)[1] or self.revision
-        return without_decoding(self.to_cases(raw))
+        cases = self.to_cases(raw)
+        if not isinstance(self.source, Dataset):  # again, because columns may have become images
+            folders = [str(self.source)] if Path(self.source).is_dir() else []
+            check_image_paths(cases, str(self.source), folders, self.image_root)
+        return without_decoding(cases)
 
     def to_cases(self, raw: Dataset) -> Dataset:
         """Turns the dataset as it is published into cases. By default it already has their columns."""

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, CLIPModel, CLIPProcessor
 from ..judges import Judge, without_reasoning
 from ..rewards.prompts import load_benchmark_prompts
 from ..utils.revisions import model_revision
+from ..utils.texts import without_control_tokens
 from .benchmark import Benchmark, CaseScore, Metric, check_parser, conversation, why_no_score
 
 
@@ -202,7 +203,7 @@ class DreamBenchPlus(Benchmark):
     ) -> list[CaseScore]:
         conversations = []
         for case, (reference,), edit in zip(cases, references, edits, strict=True):
-            text = {name: prompt.fill(case["prompt"]) for name, prompt in self.scorer_prompts.items()}
+            text = {name: prompt.fill(case["prompt"], quote=False) for name, prompt in self.scorer_prompts.items()}
             preserved = "style_preservation" if case["category"] == "style" else "concept_preservation"
             conversations.append(conversation(text[preserved], [("Image A", reference), ("Image B", edit)]))
             conversations.append(conversation(text["prompt_following"], [("The image", edit)]))
@@ -240,6 +241,7 @@ class DreamBenchPlus(Benchmark):
         return self._clip.get_image_features(**inputs).pooler_output
 
     def _text_embeddings(self, texts: list[str]) -> torch.Tensor:
+        texts = [without_control_tokens(text, self._clip_processor.tokenizer) for text in texts]
         inputs = self._clip_processor(text=texts, padding=True, truncation=True, return_tensors="pt")
         return self._clip.get_text_features(**inputs.to(PartialState().device)).pooler_output
 

@@ -3,12 +3,11 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..utils.files import write_text
+from ..utils.files import is_below, write_text
 from .results import Run
 
 
@@ -45,8 +44,7 @@ def write_gallery(runs: Sequence[Run], output_dir: str | Path) -> Path:
             ("", []),
         )
         references = [
-            _thumbnail(Path(folder) / file, output_dir, f"{number}-reference-{place}")
-            for place, file in enumerate(files)
+            _thumbnail(folder, file, output_dir, f"{number}-reference-{place}") for place, file in enumerate(files)
         ]
         edits = []
         for place, (run, row) in enumerate(zip(runs, rows, strict=True)):
@@ -54,7 +52,7 @@ def write_gallery(runs: Sequence[Run], output_dir: str | Path) -> Path:
             edit = {"values": [row[name] for name in metrics], "reason": row["reason"], "file": None}
             edit["answers"] = [(labels.get(name, name), text) for name, text in answers.items()]
             if row["edit"] is not None:
-                edit["file"] = _thumbnail(run.folder / row["edit"], output_dir, f"{number}-{place}")
+                edit["file"] = _thumbnail(run.folder, row["edit"], output_dir, f"{number}-{place}")
                 if edit["file"] is None:
                     edit["reason"] = f"{row['edit']} cannot be read"
             edits.append(edit)
@@ -77,13 +75,15 @@ def write_gallery(runs: Sequence[Run], output_dir: str | Path) -> Path:
     return output_dir / "gallery.html"
 
 
-def _thumbnail(file: Path, output_dir: Path, name: str) -> str | None:
-    """Writes a small copy of an image beside the page; `None` if the image cannot be read."""
+def _thumbnail(folder: str | Path, file: str, output_dir: Path, name: str) -> str | None:
+    """Writes a small copy of a run's image beside the page; `None` if it cannot be read, or is not the run's own."""
+    if not is_below(Path(folder) / file, folder):
+        return None
     try:
-        with Image.open(file) as image:
+        with Image.open(Path(folder) / file) as image:
             small = image.convert("RGB")
     except OSError:
         return None
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(output_dir / "images" / f"{name}.jpg", quality=90)
-    return f"images/{quote(name)}.jpg"
+    return f"images/{name}.jpg"

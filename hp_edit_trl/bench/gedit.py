@@ -79,6 +79,8 @@ class GEditBench(Benchmark):
             benchmark's original prompts. By default those of this package, which paraphrase the originals.
         scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of that Hub repository.
+        image_root (`str`, *optional*):
+            Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
 
     Raises:
         `ValueError`: If the judge reads other scores from its answers, the scorer prompt `consistency` has no place
@@ -99,9 +101,10 @@ class GEditBench(Benchmark):
         revision: str | None = None,
         scorer_prompts: str | None = None,
         scorer_prompts_revision: str | None = None,
+        image_root: str | None = None,
     ):
         check_parser(judge, parse_pair, min_new_tokens=128)
-        super().__init__(judge, dataset, split, revision)
+        super().__init__(judge, dataset, split, revision, image_root)
         self.scorer_prompts = load_benchmark_prompts(
             self.name, ("consistency", "quality"), scorer_prompts, scorer_prompts_revision, filled="consistency"
         )
@@ -138,7 +141,7 @@ class GEditBench(Benchmark):
     ) -> list[CaseScore]:
         conversations = []
         for case, (reference,), edit in zip(cases, references, edits, strict=True):
-            text = {name: prompt.fill(case["prompt"]) for name, prompt in self.scorer_prompts.items()}
+            text = {name: prompt.fill(case["prompt"], quote=False) for name, prompt in self.scorer_prompts.items()}
             conversations.append(conversation(text["consistency"], [("Image A", reference), ("Image B", edit)]))
             conversations.append(conversation(text["quality"], [("The image", edit)]))
         judged = self.judge(conversations)

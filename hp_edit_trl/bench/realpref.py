@@ -33,6 +33,8 @@ class RealPrefBench(Benchmark):
             Folder or Hub repository of scorer prompts. By default those of this package.
         scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of that Hub repository.
+        image_root (`str`, *optional*):
+            Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
 
     Raises:
         `ValueError`: If a column is missing, or a task has no scorer prompt.
@@ -51,8 +53,9 @@ class RealPrefBench(Benchmark):
         revision: str | None = None,
         scorer_prompts: str | None = None,
         scorer_prompts_revision: str | None = None,
+        image_root: str | None = None,
     ):
-        super().__init__(judge, dataset, split, revision)
+        super().__init__(judge, dataset, split, revision, image_root)
         self.scorer = HPScorerReward(
             judge, scorer_prompts=scorer_prompts, scorer_prompts_revision=scorer_prompts_revision
         )

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +31,15 @@ from ..cases import case_images, check_cases
 from ..editors import Editor, as_editor, edit_cases, edit_seed
 from ..ratings import Rating
 from ..utils.distributed import in_step, patient_accelerator
-from ..utils.files import append_jsonl, check_unchanged, read_json, read_jsonl, write_atomically, write_json
+from ..utils.files import (
+    append_jsonl,
+    check_unchanged,
+    file_name,
+    read_json,
+    read_jsonl,
+    write_atomically,
+    write_json,
+)
 from ..utils.images import UnreadableImageError, image_digest, png_bytes, read_image
 from ..version import __version__
 from .benchmark import Benchmark, check_has_columns
@@ -167,7 +174,7 @@ def _check_cases(cases: Dataset, benchmark: Benchmark) -> None:
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{column} of row {row} of {benchmark.title} is {value!r}, but must be a text.")
     for row, case_id in enumerate(cases["id"]):
-        if len(quote(case_id, safe="")) > LONGEST_ID:
+        if len(file_name(case_id)) > LONGEST_ID:
             raise ValueError(
                 f"The id of row {row} of {benchmark.title} is too long for a file name: {case_id[:40]!r}... Use ids "
                 f"of up to {LONGEST_ID} characters; a character beyond ASCII counts as 6 or more."
@@ -440,7 +447,7 @@ def _is_intact(folder: Path, line: dict[str, Any] | None) -> bool:
 
 
 def _edit_file(folder: Path, case_id: str) -> Path:
-    return folder / "edits" / f"{quote(case_id, safe='')}.png"
+    return folder / "edits" / f"{file_name(case_id)}.png"
 
 
 def _write_edit(folder: Path, case_id: str, edit: Image.Image) -> str:
@@ -453,7 +460,7 @@ def _write_edit(folder: Path, case_id: str, edit: Image.Image) -> str:
 def _write_reference(folder: Path, case_id: str, number: int, image: Image.Image) -> str:
     """Writes a small copy of a reference image. Returns its path in the folder."""
     # A quoted id holds no "+", so the files of two cases never collide.
-    path = f"references/{quote(case_id, safe='')}{f'+{number}' if number else ''}.jpg"
+    path = f"references/{file_name(case_id)}{f'+{number}' if number else ''}.jpg"
     small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     write_atomically(folder / path, lambda part: small.save(part, "JPEG", quality=92))

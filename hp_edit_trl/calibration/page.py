@@ -357,7 +357,9 @@ def annotate(
             quiet=True,
             prevent_thread_lock=True,
             auth=log_in if password else None,
-            auth_message="Your annotator name and the password of this page" if password else None,
+            auth_message="Your annotator name and the password of this page. After five failed attempts, wait."
+            if password
+            else None,
             footer_links=[],
             allowed_paths=[],
             enable_monitoring=False,

@@ -23,10 +23,11 @@ from ..cases import EditKey, case_images, check_edits, edit_keys, without_decodi
 from ..judges import Judge, without_reasoning
 from ..ratings import Rating
 from ..rewards import HPScorerReward, ScorerPrompt, load_scorer_prompts, read_scorer_prompt
-from ..utils.files import append_jsonl, read_jsonl
+from ..utils.files import append_jsonl, file_name, read_jsonl
 from ..utils.images import UnreadableImageError, read_image
 from ..utils.seeding import seeded_generator
 from ..utils.tables import markdown_table
+from ..utils.texts import quoted
 from .agreement import agreement_difference, statistic_of
 
 
@@ -172,8 +173,8 @@ class PromptRefiner:
         there = load_scorer_prompts(str(self.folder)) if any(self.folder.glob("*.md")) else {}
         for prompt in scorer.scorer_prompts.values():
             if prompt.task not in there:
-                prompt.save(self.folder / f"{prompt.task}.md")
-        file = self.folder / f"{self.task}.md"
+                prompt.save(self.folder / f"{file_name(prompt.task)}.md")
+        file = self.folder / f"{file_name(self.task)}.md"
         if self.task not in there and self.task not in scorer.scorer_prompts:
             base = self.folder / "base.md"
             if not base.exists():
@@ -192,10 +193,10 @@ class PromptRefiner:
             self._adopt(read_scorer_prompt(self._revision_file(adopted[-1]["after"])))
 
     def _revision_file(self, name: str) -> Path:
-        return self.folder / "revisions" / f"{self.task}-{name}.md"
+        return self.folder / "revisions" / f"{file_name(f'{self.task}-{name}')}.md"
 
     def _adopt(self, prompt: ScorerPrompt) -> None:
-        prompt.save(self.folder / f"{self.task}.md")
+        prompt.save(self.folder / f"{file_name(self.task)}.md")
         self.current = prompt
 
     @property
@@ -334,9 +335,10 @@ class PromptRefiner:
             text += "\n\nThese were tried and did not help; find others:\n" + "\n".join(f"- {one}" for one in tried)
         content: list[dict[str, Any]] = []
         for number, (case, score) in enumerate(known[:num_examples], start=1):
-            comments = "; ".join(rating.comment for rating in case["ratings"] if rating.comment)
+            comments = "; ".join(quoted(rating.comment) for rating in case["ratings"] if rating.comment)
             example = (
-                f"Example {number}. Instruction: {case['prompt']}\nPeople: {case['human']:.2g}. Judge: {score:.2g}."
+                f"Example {number}. Instruction: {quoted(case['prompt'])}\n"
+                f"People: {case['human']:.2g}. Judge: {score:.2g}."
                 f"{f' People wrote: {comments}' if comments else ''}\nBefore:"
             )
             content += [

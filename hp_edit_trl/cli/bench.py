@@ -135,7 +135,10 @@ def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
         values = {name: value for name, value in (shared | run).items() if value is not None}
         for name, value in values.items():
             _check_option(args.config, name, value, args.options)
-        values["output_dir"] = str(Path(shared["output_dir"]) / run["name"].replace("/", "-"))
+        folder = run["name"].replace("/", "-")
+        if folder.startswith("."):
+            raise ValueError(f"{args.config}: the run {run['name']!r} must not begin with a dot: it names a folder.")
+        values["output_dir"] = str(Path(shared["output_dir"]) / folder)
         configured.append(argparse.Namespace(**defaults | values))
     folders = [run.output_dir for run in configured]
     if len(set(folders)) < len(folders) or str(Path(shared["output_dir"]) / "report") in folders:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_dataset_options, add_scorer_options, scorer_of
+from .options import IMAGE_ROOT, add_dataset_options, add_scorer_options, scorer_of
 
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def _load_edits(args: argparse.Namespace) -> "Dataset":
     """Loads the dataset of edits that the options name."""
     from ..cases import load_edits
 
-    return load_edits(args.dataset, args.split, args.revision)
+    return load_edits(args.dataset, args.split, args.revision, args.image_root)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -111,7 +111,10 @@ def _annotate(args: argparse.Namespace) -> None:
 
 
 def _export_ratings(args: argparse.Namespace) -> None:
+    from huggingface_hub import HfApi
+
     from ..calibration import label_studio_config, load_rubric, to_label_studio
+    from ..data.builder import create_dataset_repo
     from ..ratings import ratings_dataset, read_ratings
     from ..utils.files import write_json, write_text
 
@@ -120,7 +123,7 @@ def _export_ratings(args: argparse.Namespace) -> None:
         raise ValueError(f"{out} already exists: choose another --output_dir, or remove it.")
     if (args.image_url is not None or args.rubric_file is not None) and not to_studio:
         raise ValueError("--image_url and --rubric_file are for --format label-studio.")
-    if args.private and args.push_to_hub is None or args.push_to_hub is not None and to_studio:
+    if args.private is not None and args.push_to_hub is None or args.push_to_hub is not None and to_studio:
         raise ValueError("--push_to_hub is for --format dataset, and --private for --push_to_hub.")
     dataset = _load_edits(args)
     if to_studio:
@@ -137,9 +140,12 @@ def _export_ratings(args: argparse.Namespace) -> None:
     else:
         ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
         rated = ratings_dataset(ratings, dataset)
+        private = args.private is not False
+        if args.push_to_hub is not None:
+            create_dataset_repo(HfApi(), args.push_to_hub, private)
         rated.save_to_disk(out)
         if args.push_to_hub is not None:
-            rated.push_to_hub(args.push_to_hub, private=args.private or None)
+            rated.push_to_hub(args.push_to_hub, private=private)
     print(f"{out}: {len(ratings)} ratings of {len({rating.edit for rating in ratings})} edits")
 
 
@@ -198,6 +204,7 @@ def register(commands: Any) -> None:
     command.add_argument("--dataset", help="folder or Hub repository of the edits, for tasks and images")
     command.add_argument("--split", default="train")
     command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
+    command.add_argument("--image_root", help=IMAGE_ROOT)
     command.add_argument("--output_dir", required=True, help="folder of the tables, figures and worst disagreements")
     command.add_argument("--rubric", help="use only ratings made with this revision of the rubric")
     command.add_argument("--worst", type=int, default=30, help="number of worst disagreements to show")
@@ -230,7 +237,11 @@ def register(commands: Any) -> None:
         "--image_url", help="where Label Studio finds OUTPUT_DIR/images; by default images are embedded"
     )
     command.add_argument("--push_to_hub", metavar="REPO", help="also push the dataset")
-    command.add_argument("--private", action="store_true", help="to a private repository")
+    command.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        help="whether the repository must be private; it must by default, because the dataset holds the images",
+    )
     command.set_defaults(run=_export_ratings)
 
     command = commands.add_parser("import-ratings", help="import ratings from Label Studio's export in JSON")

@@ -4,6 +4,8 @@ import argparse
 import logging
 from typing import Any
 
+from .options import IMAGE_ROOT
+
 
 def _build(args: argparse.Namespace) -> None:
     from ..data.builder import BuildConfig, build_dataset
@@ -23,7 +25,7 @@ def _build(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from ..data import load_realpref
 
-    dataset = load_realpref(args.dataset, args.split, args.revision)
+    dataset = load_realpref(args.dataset, args.split, args.revision, image_root=args.image_root)
     print(f"{args.dataset}, split {args.split}: {len(dataset)} rows in order")
 
 
@@ -41,4 +43,5 @@ def register(commands: Any) -> None:
     command.add_argument("dataset", help="folder or Hub repository")
     command.add_argument("--split", default="train")
     command.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    command.add_argument("--image_root", help=IMAGE_ROOT)
     command.set_defaults(run=_check)

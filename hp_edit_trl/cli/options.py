@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from ..rewards import HPScorerReward
 
 
+IMAGE_ROOT = "folder, or beginning of an address, below which images may lie that are not files of the dataset itself"
+
+
 def add_dataset_options(command: argparse.ArgumentParser) -> None:
     """Adds the options that name a dataset of edits."""
     command.add_argument(
@@ -16,6 +19,7 @@ def add_dataset_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--split", default="train", help="split of the dataset")
     command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
+    command.add_argument("--image_root", help=IMAGE_ROOT)
 
 
 def add_scorer_options(command: argparse.ArgumentParser) -> None:

@@ -68,6 +68,7 @@ def load_realpref(
     *,
     streaming: bool = False,
     token: str | None = None,
+    image_root: str | None = None,
 ) -> Dataset | IterableDataset:
     """
     Loads a dataset of cases, checks every row against the schema, and casts its columns. No image is decoded.
@@ -88,16 +89,19 @@ def load_realpref(
             Return a stream, without downloading the files first. Each row is checked when it is read.
         token (`str`, *optional*):
             Token for a private repository. Defaults to the token of the logged-in user.
+        image_root (`str`, *optional*):
+            Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`].
 
     Raises:
         `FileNotFoundError`: If the folder, repository or revision does not exist, or is private.
-        `ValueError`: If the split does not exist, or a row, a column or the version does not fit the schema; it names
-            row and column.
+        `ValueError`: If the split does not exist, or a row, a column or the version does not fit the schema, or a row
+            names an image outside the dataset; it names row and column.
     """
-    dataset = _load(repo_or_folder, split, revision, streaming, token)
+    options = {"revision": revision, "streaming": streaming, "token": token, "image_root": image_root}
+    dataset = _load(repo_or_folder, split, options)
     if isinstance(dataset, Dataset):
         dataset = _complete(dataset, repo_or_folder)
         check_realpref(dataset, repo_or_folder)
@@ -105,11 +109,10 @@ def load_realpref(
     return _checked_stream(dataset, repo_or_folder)
 
 
-def _load(
-    path: str, split: str, revision: str | None, streaming: bool, token: str | None
-) -> Dataset | IterableDataset:
+def _load(path: str, split: str, options: dict[str, Any]) -> Dataset | IterableDataset:
+    revision = options["revision"]
     try:
-        dataset = load_split(path, split, revision=revision, streaming=streaming, token=token)
+        dataset = load_split(path, split, **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"There is no dataset {path!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on "

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from ..utils.texts import without_control_tokens
 from .base import (
     DIGITS,
     Judgement,
@@ -222,7 +223,7 @@ class ServerJudge:
 
     def _as_openai(self, part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "image":
-            return part
+            return {**part, "text": without_control_tokens(part["text"])}
         buffer = io.BytesIO()
         fit_image(part["image"], self.max_pixels).save(buffer, "PNG", compress_level=1)
         data = base64.b64encode(buffer.getvalue()).decode()

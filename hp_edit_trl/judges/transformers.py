@@ -13,6 +13,7 @@ from qwen_vl_utils import fetch_image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from ..utils.revisions import model_revision
+from ..utils.texts import without_control_tokens
 from .base import (
     DIGITS,
     Judgement,
@@ -315,7 +316,8 @@ class TransformersJudge:
 
         def fit(part: dict[str, Any]) -> dict[str, Any]:
             if part["type"] != "image":
-                return part
+                text = without_control_tokens(part["text"])
+                return {**part, "text": without_control_tokens(text, self.processor.tokenizer)}
             image = fit_image(part["image"], self.max_pixels)
             return {"type": "image", "image": fetch_image({"image": image}, image_patch_size=patch_size)}
 

@@ -196,7 +196,8 @@ class SimulatedWriter:
             (name, match) for name, pattern in self.questions.items() if (match := pattern.fullmatch(text))
         )
         if task == "feasibility":
-            return self._feasibility(image, *found.groups())
+            task, prompt = found.groups()
+            return self._feasibility(image, task, json.loads(prompt))
         written = self.target(image, task, found[2] if task == "style" else None)
         if written is None:
             here = _thumbnail(image)

@@ -127,9 +127,12 @@ def read_conversation(conversation: list[dict[str, Any]]) -> tuple[str, str, lis
     """Returns what a judge is given: the text of the scorer prompt, the instruction in it, and the images in order."""
     system, user = conversation
     text = system["content"][0]["text"]
-    instruction = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
+    found = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
+    instruction = "" if found is None else found[1]
+    if instruction.startswith('"'):  # HP-Scorer's prompts quote it, those of benchmarks do not
+        instruction = json.loads(instruction)
     images = [part["image"] for part in user["content"] if part["type"] == "image"]
-    return text, instruction[1] if instruction else "", images
+    return text, instruction, images
 
 
 class SimulatedJudge:

@@ -116,7 +116,7 @@ class EditPolicy(ABC):
             images (`list[PIL.Image.Image]`):
                 The reference images, RGB, of any size.
             prompt (`str`):
-                The instruction.
+                The instruction. Special tokens of the tokenizers are read as text.
             negative_prompt (`str` or `None`):
                 Prompt of the unconditional pass. `None` leaves it out; the case then cannot be denoised with guidance.
             resolution (`int`):

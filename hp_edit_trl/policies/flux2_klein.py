@@ -7,6 +7,7 @@ from PIL import Image
 from torch import nn
 
 from ..flow.schedule import pipeline_sigmas
+from ..utils.texts import without_control_tokens
 from .edit_policy import EditConditions, EditPolicy, fitted_size
 
 
@@ -56,6 +57,7 @@ class Flux2KleinPolicy(EditPolicy):
         self, images: list[Image.Image], prompt: str, negative_prompt: str | None, resolution: int
     ) -> EditConditions:
         pipeline = self.pipeline
+        prompt = without_control_tokens(prompt, pipeline.tokenizer)
         tensors = {}
         with self.loaded("text_encoder"):
             for name, text in (("prompt_embeds", prompt), ("negative_prompt_embeds", negative_prompt)):

@@ -6,6 +6,7 @@ from PIL import Image
 from torch import nn
 
 from ..flow.schedule import pipeline_sigmas
+from ..utils.texts import without_control_tokens
 from .edit_policy import EditConditions, EditPolicy, fitted_size
 
 
@@ -57,6 +58,7 @@ class FluxKontextPolicy(EditPolicy):
         self, images: list[Image.Image], prompt: str, negative_prompt: str | None, resolution: int
     ) -> EditConditions:
         pipeline, (height, width) = self.pipeline, self.target_size(images, resolution)
+        prompt = without_control_tokens(prompt, pipeline.tokenizer, pipeline.tokenizer_2)
         tensors: dict[str, torch.Tensor] = {}
         with self.loaded("text_encoder", "text_encoder_2"):
             for name, text in (("", prompt), ("negative_", negative_prompt)):

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from ..flow.schedule import pipeline_sigmas
+from ..utils.texts import without_control_tokens
 from .edit_policy import EditConditions, EditPolicy, fitted_size
 
 
@@ -61,6 +62,7 @@ class QwenImageEditPlusPolicy(EditPolicy):
         self, images: list[Image.Image], prompt: str, negative_prompt: str | None, resolution: int
     ) -> EditConditions:
         pipeline = self.pipeline
+        prompt = without_control_tokens(prompt, pipeline.tokenizer)
         tensors = {}
 
         # One prompt at a time: with several the pipeline mixes up the images of the prompts.

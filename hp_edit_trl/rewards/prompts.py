@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import snapshot_download
 
 from ..utils.files import write_text
+from ..utils.texts import quoted
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,21 @@ class ScorerPrompt:
         header = yaml.safe_dump({"task": self.task, "revision": self.name}, sort_keys=False)
         write_text(path, f"---\n{header}---\n{self.text}\n")
 
-    def fill(self, prompt: str, requirement: str | None = None) -> str:
-        """The text for one case. Braces inside `prompt` and `requirement` mean nothing."""
-        values = {"prompt": prompt, "requirement": requirement or "none"}
+    def fill(self, prompt: str, requirement: str | None = None, quote: bool = True) -> str:
+        """
+        The text for one case. Braces inside `prompt` and `requirement` mean nothing.
+
+        Args:
+            prompt (`str`):
+                The instruction.
+            requirement (`str`, *optional*):
+                Further requirements. Without any the text says `none`.
+            quote (`bool`, *optional*, defaults to `True`):
+                Write both as JSON strings, which they cannot end. `False` is for prompts of benchmarks, whose words
+                are kept.
+        """
+        write = quoted if quote else str
+        values = {"prompt": write(prompt), "requirement": write(requirement) if requirement else "none"}
         return re.sub(r"\{(prompt|requirement)\}", lambda match: values[match[1]], self.text)
 
 
@@ -75,6 +88,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], str]:
         raise ValueError(f"The header of the prompt {path} is no YAML: {error}") from error
     if parts is None or not isinstance(header, dict) or not {"task", "revision"} <= header.keys():
         raise ValueError(f"The prompt {path} does not begin with a header that names `task` and `revision`.")
+    if not isinstance(header["task"], str) or not header["task"]:
+        raise ValueError(f"The prompt {path} has the task {header['task']!r}: write a text, in quotes if necessary.")
     if not re.fullmatch(r"[\w.-]+", str(header["revision"])):
         raise ValueError(
             f"The prompt {path} has the revision {header['revision']!r}: use letters, digits, '.', '-', '_'."

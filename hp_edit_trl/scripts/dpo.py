@@ -6,29 +6,32 @@ Post-trains an image editor with Diffusion-DPO on preference pairs, e.g. those o
 
 import sys
 
-from trl import ScriptArguments, get_peft_config
+from trl import get_peft_config
 
 from ..trainer.dpo_edit_config import DPOEditConfig
 from ..trainer.dpo_edit_trainer import DPOEditTrainer
 from ..trainer.model_config import EditModelConfig
-from .utils import ScriptParser, load_cases, run_training
+from .utils import DatasetArguments, ScriptParser, load_cases, run_training
 
 
-ARGUMENTS = (ScriptArguments, DPOEditConfig, EditModelConfig)
+ARGUMENTS = (DatasetArguments, DPOEditConfig, EditModelConfig)
 
 
-def main(script_args: ScriptArguments, training_args: DPOEditConfig, model_args: EditModelConfig) -> None:
+def main(script_args: DatasetArguments, training_args: DPOEditConfig, model_args: EditModelConfig) -> None:
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]
     }
-    evaluates = training_args.eval_strategy != "no"
+    train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_cases(script_args, script_args.dataset_test_split, script_args.image_root)
     trainer = DPOEditTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_cases(script_args, script_args.dataset_train_split),
-        eval_dataset=load_cases(script_args, script_args.dataset_test_split) if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
     )
     run_training(trainer)

@@ -23,13 +23,16 @@ def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, mo
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]
     }
-    evaluates = training_args.eval_strategy != "no"
+    train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_cases(script_args, script_args.dataset_test_split, script_args.image_root)
     trainer = FlowGRPOEditTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=load_scorer(script_args),
         args=training_args,
-        train_dataset=load_cases(script_args, script_args.dataset_train_split),
-        eval_dataset=load_cases(script_args, script_args.dataset_test_split) if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
     )
     run_training(trainer)

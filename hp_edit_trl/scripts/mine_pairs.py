@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from ..data import mine_preference_pairs
+from ..data.builder import create_dataset_repo
 from ..lora_formats import lora_file
-from ..utils.distributed import patient_accelerator
+from ..utils.distributed import in_step, patient_accelerator
 from ..utils.dtypes import parse_dtype
 from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer
 
@@ -40,6 +41,8 @@ class MiningArguments(EditScriptArguments):
             Folder for the edits, their scores and the dataset of pairs.
         push_to_hub (`str`, *optional*):
             Hub repository that the dataset of pairs is pushed to.
+        private (`bool`, *optional*, defaults to `True`):
+            Whether that repository must be private, because the dataset holds the images of the cases.
         num_generations (`int`, *optional*, defaults to `5`):
             Number of edits per case.
         min_gap (`float`, *optional*, defaults to `1.0`):
@@ -83,6 +86,7 @@ class MiningArguments(EditScriptArguments):
     push_to_hub: str | None = field(
         default=None, metadata={"help": "Hub repository that the dataset of pairs is pushed to."}
     )
+    private: bool = field(default=True, metadata={"help": "Whether that repository must be private."})
     num_generations: int = field(default=5, metadata={"help": "Number of edits per case."})
     min_gap: float = field(default=1.0, metadata={"help": "Smallest difference of the scores of a pair."})
     min_chosen_score: float = field(default=3.0, metadata={"help": "Lowest score of a chosen edit."})
@@ -115,9 +119,13 @@ ARGUMENTS = (MiningArguments,)
 
 
 def main(args: MiningArguments) -> None:
-    dataset = load_cases(args, args.dataset_train_split)
+    dataset = load_cases(args, args.dataset_train_split, args.image_root)
     scorer = load_scorer(args)
     scorer.load()  # fails before anything is sampled
+    accelerator = patient_accelerator()
+    with in_step(accelerator):
+        if args.push_to_hub is not None and accelerator.is_main_process:
+            create_dataset_repo(HfApi(), args.push_to_hub, args.private)
     pipeline = DiffusionPipeline.from_pretrained(
         args.model_name_or_path, revision=args.model_revision, dtype=parse_dtype(args.dtype)
     )
@@ -143,12 +151,9 @@ def main(args: MiningArguments) -> None:
         seed=args.seed,
     )
     folder = Path(args.output_dir) / "dataset"
-    accelerator = patient_accelerator()
     accelerator.print(f"{len(pairs)} pairs of {len(dataset)} cases are in {folder}, with all edits and a card.")
     if args.push_to_hub is not None and accelerator.is_main_process:
-        api = HfApi()
-        api.create_repo(args.push_to_hub, repo_type="dataset", exist_ok=True)
-        api.upload_folder(
+        HfApi().upload_folder(
             repo_id=args.push_to_hub,
             folder_path=folder,
             repo_type="dataset",

@@ -23,10 +23,29 @@ from ..trainer.base_edit_trainer import BaseEditTrainer
 
 
 @dataclass
-class EditScriptArguments(ScriptArguments):
+class DatasetArguments(ScriptArguments):
     """
-    [`~trl.ScriptArguments`] with the options of an HP-Scorer reward. [`load_cases`] loads the dataset that they name,
-    and [`load_scorer`] the reward.
+    [`~trl.ScriptArguments`] of a dataset of images. [`load_cases`] loads it.
+
+    Args:
+        image_root (`str`, *optional*):
+            Folder, or beginning of an address, below which images may lie that are not files of the dataset itself.
+    """
+
+    image_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder, or beginning of an address, below which images may lie that are not files of the dataset "
+            "itself."
+        },
+    )
+
+
+@dataclass
+class EditScriptArguments(DatasetArguments):
+    """
+    [`DatasetArguments`] with the options of an HP-Scorer reward. [`load_cases`] loads the dataset that they name, and
+    [`load_scorer`] the reward.
 
     Args:
         judge (`str`, *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
@@ -113,7 +132,7 @@ class EditScriptArguments(ScriptArguments):
     reward_beta: float = field(default=5.0, metadata={"help": "Shift of the reward's sigmoid."})
 
 
-def load_cases(script_args: ScriptArguments, split: str) -> Dataset:
+def load_cases(script_args: ScriptArguments, split: str, image_root: str | None = None) -> Dataset:
     """
     Loads one split of the dataset that a script's options name. If it has a column `schema_version`, every row is
     checked against the schema of RealPref first, see [`load_realpref`].
@@ -123,16 +142,18 @@ def load_cases(script_args: ScriptArguments, split: str) -> Dataset:
             The options: `dataset_name` (Hub id or local folder), `dataset_config` and `dataset_streaming` are read.
         split (`str`):
             Which split.
+        image_root (`str`, *optional*):
+            Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
 
     Raises:
         `FileNotFoundError`: If there is no such dataset.
-        `ValueError`: If there is no such split, or a row does not fit the schema.
+        `ValueError`: If there is no such split, or a row does not fit the schema or names an image outside.
     """
     name, config = script_args.dataset_name, script_args.dataset_config
-    dataset = load_split(name, split, name=config, streaming=script_args.dataset_streaming)
+    dataset = load_split(name, split, image_root, name=config, streaming=script_args.dataset_streaming)
     # `load_realpref` takes no configuration: datasets with several are not the cases of RealPref.
     if config is None and isinstance(dataset, Dataset) and "schema_version" in dataset.column_names:
-        return load_realpref(name, split)
+        return load_realpref(name, split, image_root=image_root)
     return dataset
 
 

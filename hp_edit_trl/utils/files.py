@@ -6,6 +6,24 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
+
+def file_name(name: str) -> str:
+    """
+    A name as (part of) a file name: characters that file names do not allow are percent-encoded as in URLs, and so is
+    a dot at the beginning. It never leads to another folder, and different names stay different.
+    """
+    encoded = quote(name, safe="", errors="surrogatepass")
+    return f"%2E{encoded[1:]}" if encoded.startswith(".") else encoded
+
+
+def is_below(path: str | Path, folder: str | Path) -> bool:
+    """Returns whether a path leads into a folder, after links and `..` are resolved."""
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # a character that no path has
+        return False
 
 
 def write_atomically(file: str | Path, write: Callable[[Path], Any]) -> None:

@@ -167,6 +167,18 @@ def test_people_have_a_column(tmp_path):
     assert cells[-1].startswith(f"{np.mean([np.mean(values) for values in by_task.values()]):.2f}")
 
 
+def test_a_gallery_shows_no_file_of_another_folder(tmp_path):
+    from hp_edit_trl.bench.gallery import write_gallery
+
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "private.png")
+    run = run_benchmark(bench(cases(4)), painter(1.0), tmp_path / "run", name="one")
+    named = ["../private.png", str(tmp_path / "private.png"), "edits/../../private.png", "/etc/passwd"]
+    for row, file in zip(run.cases, named, strict=True):
+        row["edit"], row["references"] = file, [file]
+    write_gallery([run], tmp_path / "out")
+    assert not list((tmp_path / "out" / "images").iterdir())
+
+
 def test_gedit_has_a_table_for_each_section_and_dreambench_its_product(tmp_path, data):  # noqa: F811
     from hp_edit_trl.bench import DreamBenchPlus, GEditBench
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,7 +60,16 @@ def revision(name, *questions):
 
 def refiner(folder, judge=None, data=None, **kwargs):
     dataset, ratings = data or world()
-    return PromptRefiner("color", HPScorerReward(judge or RuleJudge(rule=look)), dataset, ratings, folder, **kwargs)
+    return PromptRefiner("color", first_prompts(judge or RuleJudge(rule=look)), dataset, ratings, folder, **kwargs)
+
+
+def first_prompts(judge):
+    """A scorer whose prompts are all called 1, so that revisions of them count from 2."""
+    scorer = HPScorerReward(judge)
+    scorer.scorer_prompts = {
+        task: replace(prompt, revision=f"hp-edit-trl:{task}:1") for task, prompt in scorer.scorer_prompts.items()
+    }
+    return scorer
 
 
 def test_the_split_is_fixed_by_the_case_alone():
@@ -161,7 +171,7 @@ def test_proposals_are_shown_the_worst_of_the_calibration_cases_alone(tmp_path):
         work.compare(candidate, questions)
     first, second = proposer.shown
     texts = [part["text"] for part in first[1]["content"] if part["type"] == "text" and "Instruction" in part["text"]]
-    shown = [f"case {text.split('red, ')[1].split(chr(10))[0]}" for text in texts]
+    shown = [f"case {text.split('red, ')[1].split(chr(34))[0]}" for text in texts]
     assert len(shown) == 6 and not any(map(is_held_out, shown))
     people = {case["id"]: case["human"] for case in work.cases}
     begun = load_scorer_prompts()["color"].text
@@ -209,10 +219,26 @@ def test_questions_go_to_the_end_of_the_list():
     )
 
 
+@pytest.mark.parametrize("task", ["../../evil", "/evil", "..", ".", "a/b"])
+def test_a_task_is_no_path_to_another_folder(tmp_path, task):
+    dataset, ratings = world()
+    dataset = dataset.map(lambda row: {"task": task})
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "a.md").write_text(f"---\ntask: '{task}'\nrevision: 1\n---\n{{prompt}}")
+    scorer = HPScorerReward(RuleJudge(rule=look), scorer_prompts=str(tmp_path / "prompts"))
+    folder = tmp_path / "deep" / "er" / "out"
+    work = PromptRefiner(task, scorer, dataset, ratings, folder)
+    work.compare(replace(work.current, revision=f"x:{task}:2", text="{prompt} " + ARTIFACTS))
+    assert load_scorer_prompts(str(folder))[task].name == "2"
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts", "deep"}
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["er"]
+
+
 def test_a_new_task_begins_with_the_base_prompt(tmp_path):
     dataset, ratings = world()
     dataset = dataset.map(lambda row: {"task": "crop"})
-    work = PromptRefiner("crop", HPScorerReward(RuleJudge(rule=look)), dataset, ratings, tmp_path)
+    work = PromptRefiner("crop", first_prompts(RuleJudge(rule=look)), dataset, ratings, tmp_path)
     assert work.current.text == load_scorer_prompts()["base"].text and work.current.task == "crop"
     assert load_scorer_prompts(str(tmp_path))["crop"].name == "1"
 

@@ -135,7 +135,7 @@ def test_columns_of_another_type_are_cast_or_named(tmp_path):
     photo(64, 48, 7).save(path)
     dataset = make(image=None, score=None).add_column("image", [str(path)] * 5).add_column("score", [3] * 5)
     dataset = dataset.cast_column("prompt", Value("large_string")).add_column("mine", list("abcde"))
-    loaded = load_realpref(save(dataset, tmp_path / "cast"))
+    loaded = load_realpref(save(dataset, tmp_path / "cast"), image_root=str(tmp_path))
     assert {name: loaded.features[name] for name in FEATURES} == dict(FEATURES) and loaded["mine"] == list("abcde")
     assert loaded["score"] == [3.0] * 5 and loaded[4]["image"].size == (64, 48)
     wrong = make(score=None).add_column("score", ["three"] * 5)
@@ -291,7 +291,7 @@ def test_to_the_hub_and_back_private_pinned_streamed_and_offline(tmp_path):
         assert rest[0] == f"pinned 3 Make it red, number 0 {pixels[0]} {pixels[1]}"
         origin = f"datasets/someone/prompts@{prompts}"
         assert rest[1] == (
-            f"prompts 9 {load_scorer_prompts()['add'].digest} {origin}:add:1 9 {origin}:instructions/bokeh:1"
+            f"prompts 9 {load_scorer_prompts()['add'].digest} {origin}:add:2 9 {origin}:instructions/bokeh:1"
         )
         # What is meant to be private does not go where everybody reads.
         hub.private.clear()

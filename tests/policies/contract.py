@@ -99,6 +99,20 @@ class PolicyContract:
 
     # Batches
 
+    def test_control_tokens_in_a_prompt_are_read_as_text(self, policy):
+        pipeline = policy.pipeline
+        tokenizers = [getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2") if hasattr(pipeline, name)]
+        images = [photo(*self.square)]
+
+        def encode(prompt):
+            return policy.encode(images, prompt, None, self.resolution).tensors
+
+        plain = encode("Make it red")
+        for token in {token for tokenizer in tokenizers for token in tokenizer.all_special_tokens if len(token) > 1}:
+            attacked, as_text = encode(f"Make it red{token}"), encode(f"Make it red{token[0]} {token[1:]}")
+            assert all(torch.equal(attacked[name], as_text[name]) for name in attacked)
+            assert any(not torch.equal(attacked[name], plain[name]) for name in plain if "prompt" in name)
+
     def test_batches_equal_single_runs(self, policy):
         cfg = self.guidance_scales(policy)[-1]
         negative = policy.default_negative_prompt if cfg > 1 else None

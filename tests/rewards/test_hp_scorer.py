@@ -50,7 +50,7 @@ def test_what_the_judge_is_shown():
     )
     add, bokeh, plain = judge.seen
     assert add[0]["role"] == "system" and "adding an object" in add[0]["content"][0]["text"]
-    assert "Instruction: Add a cat\nRequirements: black" in add[0]["content"][0]["text"]
+    assert 'Instruction: "Add a cat"\nRequirements: "black"' in add[0]["content"][0]["text"]
     assert "Requirements: none" in bokeh[0]["content"][0]["text"]
     assert [part.get("text") or part["image"] for part in add[1]["content"]] == ["Image A:", source, "Image B:", edit]
     assert [part.get("text") or part["image"] for part in plain[1]["content"]] == [

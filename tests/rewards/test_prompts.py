@@ -41,7 +41,7 @@ def test_there_is_a_prompt_for_every_task_and_the_base_prompt():
     prompts = load_scorer_prompts()
     assert set(prompts) == {*TASKS, "base"}
     for task, prompt in prompts.items():
-        assert prompt.revision == f"hp-edit-trl:{task}:1"
+        assert prompt.revision == f"hp-edit-trl:{task}:2"
         text = flat(prompt.text)
         assert all(f"- {score}:" in text for score in range(6)), task
         assert "image a" in text and "image b" in text and "answer with the digit alone" in text
@@ -59,8 +59,8 @@ def test_every_criterion_of_the_paper_is_kept(task):
 def test_filling_in():
     prompt = load_scorer_prompts()["add"]
     text = prompt.fill("Add {requirement} and {prompt} and {x}", "a {prompt}")
-    assert "Instruction: Add {requirement} and {prompt} and {x}\n" in text
-    assert "Requirements: a {prompt}\n" in text
+    assert 'Instruction: "Add {requirement} and {prompt} and {x}"\n' in text
+    assert 'Requirements: "a {prompt}"\n' in text
     assert "Requirements: none\n" in prompt.fill("Add a cat")
 
 
@@ -69,7 +69,7 @@ def test_a_folder(tmp_path):
     (tmp_path / "crop.md").write_text("---\ntask: crop\nrevision: b2\n---\nWas {prompt} done? Keep {this}.\n")
     prompts = load_scorer_prompts(str(tmp_path))
     assert list(prompts) == ["crop"] and prompts["crop"].revision == f"{tmp_path}:crop:b2"
-    assert prompts["crop"].fill("cropping") == "Was cropping done? Keep {this}."
+    assert prompts["crop"].fill("cropping") == 'Was "cropping" done? Keep {this}.'
     with pytest.raises(ValueError, match="pins a Hub repository, but .* is a local folder"):
         load_scorer_prompts(str(tmp_path), revision="main")
 
@@ -80,6 +80,8 @@ def test_a_folder(tmp_path):
         ("no header", "does not begin with a header"),
         ("---\ntask: x\n---\n{prompt}", "does not begin with a header"),
         ("---\ntask: x\nrevision: 1\n---\nno place", "has no {prompt}"),
+        ("---\ntask: [a]\nrevision: 1\n---\n{prompt}", "has the task .*: write a text"),
+        ("---\ntask: 5\nrevision: 1\n---\n{prompt}", "has the task 5: write a text"),
         (None, "No scorer prompts"),
     ],
 )

@@ -6,6 +6,8 @@ import pytest
 from hp_edit_trl.utils.files import (
     append_jsonl,
     check_unchanged,
+    file_name,
+    is_below,
     read_json,
     read_jsonl,
     write_atomically,
@@ -56,3 +58,23 @@ def test_changed_settings_are_listed():
         )
     message = str(caught.value)
     assert "(seed: 0 -> 1; gone: 1 -> None; new: None -> 'x'): choose another output_dir." in message
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "..", ".", "/etc/x", "a/../../b", ".hidden", "a\\..\\b", "a\0b", "~", "", "%2E", "é/ü"]
+)
+def test_a_name_stays_in_its_folder(tmp_path, name):
+    file = tmp_path / f"{file_name(name)}.png"
+    assert file.parent == tmp_path and file.resolve().parent == tmp_path.resolve() and "\0" not in str(file)
+    assert not file.name.startswith("..") and file_name(name) not in (".", "..")
+
+
+def test_different_names_stay_different_and_plain_ones_as_they_are(tmp_path):
+    names = ["a", "a.b", "A", "%2E", ".", "..", "%2E.", "a/b", "a%2Fb", "0f3a-b_c~d"]
+    assert len({file_name(name) for name in names}) == len(names)
+    assert [file_name(name) for name in ("a.b", "0f3a-b_c~d", "a/b")] == ["a.b", "0f3a-b_c~d", "a%2Fb"]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "out").symlink_to(tmp_path)
+    assert is_below(tmp_path / "in" / "x", tmp_path / "in") and is_below(tmp_path / "in", tmp_path / "in")
+    for path in ("in/../x", "in/out/x", "inside", "/etc/passwd", "in/\0"):
+        assert not is_below(tmp_path / path, tmp_path / "in")

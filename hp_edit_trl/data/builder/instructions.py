@@ -19,6 +19,7 @@ from ...judges import Judge, Judgement, describe_judge, without_reasoning
 from ...rewards.prompts import find_prompts, prompt_files, read_header
 from ...utils.config import check_positive
 from ...utils.images import UnreadableImageError, read_image
+from ...utils.texts import quoted
 from .engine import Batch, Stage
 from .styles import LANGUAGES, STYLES, Style, styles_by_name
 
@@ -233,7 +234,7 @@ class WriteInstructions(Stage):
         if self.check_feasibility:
             text = self.templates["feasibility"].text
             second = {
-                row: _question(_filled(text, {"prompt": prompt, "task": batch["task"][row]}), images[row])
+                row: _question(_filled(text, {"prompt": quoted(prompt), "task": batch["task"][row]}), images[row])
                 for row, prompt in written.items()
             }
             for row, answer in self._ask(second).items():

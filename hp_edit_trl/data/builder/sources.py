@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ...cases import is_text, load_split
 from ...utils.config import check_positive
+from ...utils.image_paths import IMAGE_COLUMNS, check_image_paths, source_folders
 from ...utils.images import image_digest, png_bytes, read_image
 from .engine import Batch, Stage
 
@@ -39,9 +40,9 @@ KEPT_FORMATS = (*JPEGS, "PNG", "WEBP")
 # The keys that a source of each kind may have besides `source` and `license`
 SOURCE_KEYS: dict[str, tuple[str, ...]] = {
     "folder": (),
-    "dataset": ("name", "split", "revision", "image_column", "license_column"),
-    "parquet": ("image_column", "license_column"),
-    "webdataset": ("image_column", "license_column"),
+    "dataset": ("name", "split", "revision", "image_column", "license_column", "image_root"),
+    "parquet": ("image_column", "license_column", "image_root"),
+    "webdataset": ("image_column", "license_column", "image_root"),
 }
 
 
@@ -63,7 +64,8 @@ class Sources:
 
             and optionally `source` (the value of the column `source`; defaults to the name of the folder or
             repository) and `license`. All but folders also take `image_column` (defaults to the only column of images)
-            and `license_column` (the license of each row, instead of `license`).
+            and `license_column` (the license of each row, instead of `license`). Images that are named by their path
+            must be files of the dataset, or lie below `image_root`. Links in a folder are followed.
 
     Raises:
         `ValueError`: If an entry is not valid or has no images.
@@ -221,7 +223,7 @@ class _Rows:
         where = options[kind]
         try:
             if kind == "dataset":
-                names = ("name", "split", "revision")
+                names = ("name", "split", "revision", "image_root")
                 dataset = load_split(where, **{name: options[name] for name in names if name in options})
             else:
                 dataset = load_dataset(kind, data_files=where, split="train")
@@ -233,6 +235,11 @@ class _Rows:
             ) from error
         # Before columns are selected and cast, which would change the fingerprint
         self.digest = {"rows": len(dataset), "fingerprint": dataset._fingerprint}
+        folders = [where] if kind == "dataset" and os.path.isdir(where) else []
+        if kind != "dataset":
+            folders = source_folders(where)
+        columns = filter(None, [options.get("image_column")])
+        check_image_paths(dataset, str(where), folders, options.get("image_root"), [*IMAGE_COLUMNS, *columns])
 
         images = [column for column, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
         column = options.get("image_column") or (images[0] if len(images) == 1 else None)

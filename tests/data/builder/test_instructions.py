@@ -142,7 +142,7 @@ def test_what_the_writer_is_told():
     assert "another style: 像素画." in text and "Large square pixels" in text
     assert '{"instruction": "..."}' in text
     text = second[0]["content"][0]["text"]
-    assert "kind of edit is: style" in text and f"Instruction: {GOOD['style', 'zh']['instruction']}\n" in text
+    assert "kind of edit is: style" in text and f'Instruction: "{GOOD["style", "zh"]["instruction"]}"\n' in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Texts that others wrote: control tokens in them are broken up, and in a prompt they are quoted."""
+
+import json
+import re
+import unicodedata
+from typing import Any
+
+
+# What chat templates and tokenizers of common models treat as control: `<|im_end|>`, `<end_of_turn>`, `</s>`, `[INST]`
+CONTROL = re.compile(
+    r"<[|｜][^<>\s]{1,64}[|｜]>"
+    r"|</?(?:(?:start|end|begin)_of|im|img|image|video|audio|vision|tool|fim|extra_id|fake_token|row)_\w+>"
+    r"|</?(?:s|pad|unk|bos|eos|sop|eop|cls|sep|mask|think|tools|image|img|global-img|video|audio|ref|quad|box|slice"
+    r"|unused\d+)>"
+    r"|<</?SYS>>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|IMG|IMG_\w+|CLS|SEP|MASK|gMASK|sMASK|PAD|UNK|BOS|EOS)\]",
+    re.IGNORECASE,
+)
+
+
+def without_control_tokens(text: str, *tokenizers: Any) -> str:
+    """
+    Breaks up the control tokens in a text with a space after their first character, so that a model reads them as
+    text: `<|im_end|>` becomes `< |im_end|>`. Any other text is returned as it is.
+
+    Args:
+        text (`str`):
+            The text.
+        *tokenizers ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizers that will read it: their own special tokens are broken up. Without any, the tokens of common
+            models are, because the tokenizer of a server is unknown.
+    """
+    patterns = [pattern for one in tokenizers if (pattern := _special_tokens(one)) is not None]
+    for pattern in patterns if tokenizers else [CONTROL]:
+        if not pattern.search(text):
+            # Some tokenizers normalize characters, so that a token may be spelled in other ones, or with invisible
+            # characters in between.
+            plain = "".join(letter for letter in unicodedata.normalize("NFKC", text) if not _is_invisible(letter))
+            if plain == text or not pattern.search(plain):
+                continue
+            text = plain
+        while pattern.search(text):  # breaking up one may leave another, as in <<|im_end|>|im_end|>
+            text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    return text
+
+
+def _is_invisible(letter: str) -> bool:
+    return unicodedata.category(letter) in ("Cc", "Cf") and letter not in "\t\n\r"
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern | None:
+    """The special tokens of a tokenizer as a pattern; `None` if it has none."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    # Tokens that are added without being special are control tokens (<think>), or words that a user has added.
+    tokens = {token.content for token in added if token.special or CONTROL.fullmatch(token.content)}
+    tokens |= set(tokenizer.all_special_tokens)
+    tokens = {token for token in tokens if len(token) > 1 and not token.isalnum() and not token.isspace()}
+    # The longest first. Some tokenizers ignore case.
+    parts = [re.escape(token) for token in sorted(tokens, key=lambda token: (-len(token), token))]
+    return re.compile("|".join(parts), re.IGNORECASE) if parts else None
+
+
+def quoted(text: str) -> str:
+    """
+    The text as a JSON string on one line. Nothing in it can end the quotation: quotation marks are escaped, line
+    breaks too.
+    """
+    line = json.dumps(text, ensure_ascii=False)
+    return re.sub(r"[\x7f-\x9f\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", line)
