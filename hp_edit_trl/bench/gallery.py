@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..utils.files import write_text
+from ..utils.images import UnreadableImageError, read_image
 from .results import Run
 
 
@@ -80,9 +80,8 @@ def write_gallery(runs: Sequence[Run], output_dir: str | Path) -> Path:
 def _thumbnail(file: Path, output_dir: Path, name: str) -> str | None:
     """Writes a small copy of an image beside the page; `None` if the image cannot be read."""
     try:
-        with Image.open(file) as image:
-            small = image.convert("RGB")
-    except OSError:
+        small = read_image(file, str(file))
+    except UnreadableImageError:
         return None
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(output_dir / "images" / f"{name}.jpg", quality=90)

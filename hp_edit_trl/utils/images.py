@@ -1,6 +1,5 @@
 """Reading, hashing, encoding and arranging images."""
 
-import copy
 import hashlib
 import io
 import os
@@ -10,7 +9,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 
 
 # Formats that are decoded, whatever a file's name says. Pillow knows more, and starts Ghostscript for one of them.
@@ -71,7 +70,9 @@ def _content(value: Any) -> bytes:
             return value["bytes"]
         value = value.get("path")
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"it must be a PIL image, a path, or a dictionary with 'bytes' or 'path', but is {value!r:.80}")
+        raise TypeError(
+            f"it must be a PIL image, a path, or a dictionary with 'bytes' or 'path', but is {value!r:.80}"
+        )
     if os.path.exists(value):
         return Path(value).read_bytes()
     with fsspec.open(str(value), "rb") as file:  # remote, or inside of an archive, as `datasets` names its files
@@ -113,7 +114,8 @@ def _check(image: Image.Image) -> None:
 
 def raw_mode(image: Image.Image) -> str:
     """How the pixels of an image that is not decoded yet are stored, e.g. `"RGB;16B"`. Empty if it is decoded."""
-    arguments = image.tile[0].args if getattr(image, "tile", None) else None
+    tile = image.tile if isinstance(image, ImageFile.ImageFile) else None
+    arguments = tile[0].args if tile else None
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or "")
 
 
@@ -248,20 +250,6 @@ def image_digest(value: Any) -> bytes:
     if content is None and isinstance(path, str) and os.path.isfile(path):
         content = Path(path).read_bytes()
     return hashlib.sha256(content if content is not None else repr(path).encode()).digest()
-
-
-def own_copy(value: Any) -> Any:
-    """
-    A copy of a value that shares nothing with it: images, lists, dictionaries and arrays are copied, at every depth.
-    Whoever is given it may change it without changing it for others.
-    """
-    if isinstance(value, Image.Image):
-        return value.copy()
-    if isinstance(value, list):
-        return [own_copy(item) for item in value]
-    if isinstance(value, dict):
-        return {key: own_copy(item) for key, item in value.items()}
-    return copy.deepcopy(value)
 
 
 def png_bytes(image: Image.Image, compress_level: int = 6) -> bytes:
