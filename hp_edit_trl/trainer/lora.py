@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
@@ -21,8 +19,6 @@ from transformers import PreTrainedConfig
 from ..lora_formats import Lora, exact_patterns, rank_and_alpha, write_lora
 from ..policies import EditPolicy
 
-
-logger = logging.getLogger(__name__)
 
 # The fields of a LoraConfig that say which modules a plain LoRA adapts, and how. Others make it something else.
 PLAIN_FIELDS = {
@@ -134,10 +130,6 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
             ) from error
     config.base_model_name_or_path = base_model  # `get_peft_model` resets it
     layers = lora_layers(model)
-    for option in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, option):
-            if not any(get_pattern_key([pattern], name) == pattern for name in layers):
-                logger.warning(f"{option}: {pattern!r} matches none of the modules that the LoRA adapts.")
     odd = [name for name, layer in layers.items() if not isinstance(layer.get_base_layer(), nn.Linear)]
     if odd:
         raise ValueError(f"target_modules: {odd[0]!r} is no linear layer, so other tools cannot load it: exclude it.")

@@ -18,6 +18,7 @@ from hp_edit_trl.trainer.lora import check_peft_config, lora_layers, prepare_lor
 
 
 MAKERS = {"qwen": tiny_pipeline, "kontext": tiny_kontext_pipeline, "klein": tiny_klein_pipeline}
+BASES = {"qwen": "someone/qwen-image-edit", "kontext": "someone/flux-kontext", "klein": "someone/flux2-klein"}
 # Other formats that diffusers reads with the pipelines' own code. It knows the widths of the real FLUX models only.
 DIFFUSERS_READS = {"qwen": ("comfyui", "kohya"), "kontext": ("comfyui",), "klein": ()}
 # Keys that match several modules, which the first of them decides for; as one set, in any order
@@ -38,7 +39,7 @@ def trained(pipelines, family, config):
     pipeline.transformer = copy.deepcopy(pipelines[family].transformer)
     policy = policy_class(pipeline)(pipeline)
     check_peft_config(config)
-    model = prepare_lora(policy, config, "someone/base", seed=0)
+    model = prepare_lora(policy, config, BASES[family], seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -96,6 +97,7 @@ def drawn_config(rng):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module:RuntimeWarning")  # PEFT's, of drawn keys
 @pytest.mark.parametrize("family", MAKERS)
 @pytest.mark.parametrize("seed", range(4))
 def test_any_patterns_change_the_model_as_trained_in_every_format(pipelines, tmp_path, family, seed):
@@ -209,9 +211,7 @@ def test_readers_take_the_first_match_and_refuse_contradictions(pipelines, tmp_p
     loaded = PeftModel.from_pretrained(copy.deepcopy(pipelines["qwen"].transformer), tmp_path)
     assert next(iter(lora_layers(loaded).values())).scaling["default"] == read_lora(tmp_path).scale(lora.names[0]) == 4
     file.write_text(json.dumps(config | {"rank_pattern": {"to_q": 8}}))
-    with pytest.raises(
-        ValueError, match="to_q' has the rank 2, but 8 in the configuration.*Correct r or rank_pattern"
-    ):
+    with pytest.raises(ValueError, match="to_q' has the rank 2, but 8 in the configuration.*Correct r"):
         read_lora(tmp_path)
 
 
@@ -229,11 +229,6 @@ def test_readers_take_the_first_match_and_refuse_contradictions(pipelines, tmp_p
 def test_kinds_of_lora_that_other_tools_do_not_load_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         check_peft_config(LoraConfig(**options))
-
-
-def test_modules_and_patterns_that_do_not_fit(pipelines, caplog):
-    trained(pipelines, "qwen", LoraConfig(r=2, rank_pattern={"to_query": 4, "to_q": 4}))
-    assert "rank_pattern: 'to_query' matches none of the modules" in caplog.text and "'to_q'" not in caplog.text
 
 
 def test_a_merge_adds_what_was_trained(pipelines, tmp_path):
