@@ -27,7 +27,7 @@ from .policies import EditPolicy, bucketed, decode, rollout
 from .policies.edit_policy import fitted_size
 from .utils.dtypes import parse_dtype
 from .utils.files import file_name
-from .utils.images import read_image
+from .utils.images import UnreadableImageError, read_image
 from .utils.imports import import_object
 from .utils.revisions import folder_revision, weights_digest
 from .utils.seeding import seeded_generator
@@ -337,9 +337,10 @@ class FunctionEditor:
 
     Args:
         function (`Callable`):
-            Takes a list of images and a list of prompts, and returns a list of edits, `None` where there is none. A
-            case with several reference images has a list of them in place of its image. If the function has parameters
-            `ids` and `seeds`, it is given the cases' ids and seeds too; without `seeds` it must be deterministic.
+            Takes a list of images and a list of prompts, and returns a list of edits as PIL images, `None` where there
+            is none. It may change the images that it is given. A case with several reference images has a list of them
+            in place of its image. If the function has parameters `ids` and `seeds`, it is given the cases' ids and
+            seeds too; without `seeds` it must be deterministic.
         name (`str`, *optional*):
             Name of the editor. Defaults to the function's name.
     """
@@ -425,7 +426,8 @@ def edit_cases(
     editor: Editor, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
 ) -> tuple[list[Image.Image | None], list[str | None]]:
     """
-    Edits cases together, and one by one if that fails, so that one failing case does not affect the others.
+    Edits cases together, and one by one if that fails, so that one failing case does not affect the others. The editor
+    is given copies of the references, and its edits are read by [`~hp_edit_trl.utils.images.read_image`].
 
     Args:
         editor ([`Editor`]):
@@ -441,13 +443,14 @@ def edit_cases(
 
     Returns:
         `tuple[list[PIL.Image.Image | None], list[str | None]]`: the edits, and for each that is missing why, e.g.
-        `"editor failed: ..."` or `"no edit: ..."`.
+        `"editor failed: ..."` or `"no edit: ..."`. Edits are in 8-bit sRGB.
 
     Raises:
         `torch.OutOfMemoryError`: If the device runs out of memory, which is not the fault of a case.
     """
     try:
-        edits = list(editor(references, prompts, ids, seeds))
+        copies = [[image.copy() for image in images] for images in references]
+        edits = list(editor(copies, prompts, ids, seeds))
         if len(edits) != len(references):
             raise ValueError(f"The editor returned {len(edits)} edits of {len(references)} cases.")
     except torch.OutOfMemoryError:
@@ -462,16 +465,14 @@ def edit_cases(
     reasons: list[str | None] = [None] * len(edits)
     for i, edit in enumerate(edits):
         try:
-            if not isinstance(edit, Image.Image):
-                reasons[i] = "no edit" if edit is None else f"no edit: the editor returned a {type(edit).__name__}"
-            elif 0 in edit.size:
-                reasons[i] = "no edit: the editor returned an empty picture"
-            else:
-                edit.load()  # a file may have been opened, but not read
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
-            reasons[i] = f"no edit: the picture cannot be read: {error}"
-        if reasons[i] is not None:
-            edits[i] = None
+            if isinstance(edit, Image.Image):
+                edits[i] = read_image(edit, "the image that the editor returned")
+                continue
+            what = f"no edit: the editor returned a {type(edit).__name__}, but must return PIL images"
+            reasons[i] = "no edit" if edit is None else what
+        except UnreadableImageError as error:
+            reasons[i] = f"no edit: {error}"
+        edits[i] = None
     return edits, reasons
 
 

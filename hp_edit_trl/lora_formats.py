@@ -15,7 +15,9 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import snapshot_download
+from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -216,18 +218,41 @@ def read_lora(source: str | Path) -> Lora:
     for module, weight in down.items():
         if f"{module}.alpha" in state:
             alpha[module] = float(state[f"{module}.alpha"])
+        elif not config:
+            alpha[module] = len(weight)  # the convention of all tools
         else:
-            alpha[module] = _alpha_of(module, len(weight), config)
+            rank, alpha[module] = rank_and_alpha(module, config)
+            if rank != len(weight):
+                raise ValueError(
+                    f"{path}: {module!r} has the rank {len(weight)}, but {rank} in the configuration, so PEFT and "
+                    "diffusers cannot load it. Correct r or rank_pattern there."
+                )
     return _checked(Lora(down, up, alpha, kind, config.get("base_model_name_or_path")), path)
 
 
-def _alpha_of(module: str, rank: int, config: dict[str, Any]) -> float:
-    """Alpha of a module in PEFT's configuration. Without one it is the rank, which is the convention of all tools."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-    return alpha * rank**0.5 if config.get("use_rslora") else alpha
+def rank_and_alpha(module: str, config: dict[str, Any]) -> tuple[int, float]:
+    """
+    Rank and alpha of a module by PEFT's configuration, as PEFT and diffusers read it: the first pattern that matches
+    decides. The LoRA is multiplied by `alpha / rank`; a rank-stabilized one has a larger alpha here.
+
+    Args:
+        module (`str`):
+            Name of the module.
+        config (`dict`):
+            The fields of a [`~peft.LoraConfig`]; those that are missing have PEFT's default.
+    """
+    rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = rank_pattern.get(get_pattern_key(rank_pattern, module), config.get("r", LoraConfig.r))
+    alpha = alpha_pattern.get(get_pattern_key(alpha_pattern, module), config.get("lora_alpha", LoraConfig.lora_alpha))
+    return rank, alpha * rank**0.5 if config.get("use_rslora") else alpha
+
+
+def exact_patterns(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """
+    The `rank_pattern` or `alpha_pattern` of PEFT that gives each module its value: an entry for each that differs from
+    the default, which matches this module alone. Their order does not matter then, which files do not keep.
+    """
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
 def _checked(lora: Lora, path: Path) -> Lora:
@@ -445,10 +470,13 @@ def _peft_config(lora: Lora) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(name): a for name, a in lora.alpha.items() if a != alpha},
+        "rank_pattern": exact_patterns(ranks, rank),
+        "alpha_pattern": exact_patterns(lora.alpha, alpha),
         "base_model_name_or_path": lora.base_model,
-        "target_modules": lora.names,
+        # In a list, `proj_out` would also stand for `single_transformer_blocks.0.proj_out`.
+        "target_modules": lora.names
+        if all("_blocks." in name for name in lora.names)
+        else "|".join(map(re.escape, lora.names)),
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",

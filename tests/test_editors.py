@@ -6,7 +6,7 @@ import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from hp_edit_trl.editors import FolderEditor, FunctionEditor, PipelineEditor, PolicyEditor
+from hp_edit_trl.editors import FolderEditor, FunctionEditor, PipelineEditor, PolicyEditor, as_editor, edit_cases
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import policy_class
 from tests.helpers import photo
@@ -128,3 +128,35 @@ def test_several_references_reach_the_policy_the_pipeline_and_a_function():
 
     assert FunctionEditor(function)([both, [IMAGES[2]]], ["x", "y"], ["a", "b"], [1, 2]) == [None, None]
     assert seen == [([both, IMAGES[2]], ["x", "y"], [1, 2])]
+
+
+def test_edits_are_read_as_everywhere_and_editors_may_change_what_they_are_given():
+    upright = photo(48, 32)
+    turned = upright.rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.info["exif"] = exif.tobytes()
+    answers = {
+        "turned": turned,
+        "16 bits": Image.fromarray(np.full((4, 4), 65535, np.uint16)),
+        "float": photo(4, 4).convert("F"),
+    }
+
+    def edit(images, prompts, ids):
+        for image in images:
+            image.paste("black", (0, 0, *image.size))
+        if len(ids) > 1:
+            raise RuntimeError("one at a time")
+        return [answers.get(ids[0], np.zeros(3))]
+
+    references = [[photo(16, 16, i)] for i in range(4)]
+    before = [image.tobytes() for (image,) in references]
+    ids = [*answers, "array"]
+    edits, reasons = edit_cases(as_editor(edit), references, ["x"] * 4, ids, range(4))
+    assert [image.tobytes() for (image,) in references] == before
+    assert same(edits[0], upright) and edits[0].info == {} and edits[1].getcolors() == [(16, (255, 255, 255))]
+    assert edits[2:] == [None, None] and reasons[:2] == [None, None]
+    assert reasons[2].startswith(
+        "no edit: the image that the editor returned cannot be decoded: floating-point values"
+    )
+    assert reasons[3] == "no edit: the editor returned a ndarray, but must return PIL images"

@@ -208,10 +208,10 @@ def check_parser(judge: Judge, parse: Parser, min_new_tokens: int = 1) -> None:
 
 
 def conversation(text: str, images: list[tuple[str, Image.Image]]) -> list[dict[str, Any]]:
-    """The conversation for one call of a judge: its prompt, then images, each under its label."""
+    """The conversation for one call of a judge: its prompt, then copies of images, each under its label."""
     content: list[dict[str, Any]] = []
     for label, image in images:
-        content += [{"type": "text", "text": f"{label}:"}, {"type": "image", "image": image}]
+        content += [{"type": "text", "text": f"{label}:"}, {"type": "image", "image": image.copy()}]
     system = [{"type": "text", "text": text}]
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..utils.files import is_below, write_text
+from ..utils.images import UnreadableImageError, read_image
 from .results import Run
 
 
@@ -80,9 +80,8 @@ def _thumbnail(folder: str | Path, file: str, output_dir: Path, name: str) -> st
     if not is_below(Path(folder) / file, folder):
         return None
     try:
-        with Image.open(Path(folder) / file) as image:
-            small = image.convert("RGB")
-    except OSError:
+        small = read_image(str(Path(folder) / file), file)
+    except UnreadableImageError:
         return None
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(output_dir / "images" / f"{name}.jpg", quality=90)

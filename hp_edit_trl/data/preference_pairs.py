@@ -31,7 +31,7 @@ from ..cases import case_images, check_cases, check_references, without_decoding
 from ..editors import PolicyEditor
 from ..policies import policy_class
 from ..rewards import HPScorerReward
-from ..rewards.checks import check_rewards
+from ..rewards.checks import check_rewards, own_copy
 from ..utils.config import check_positive
 from ..utils.distributed import patient_accelerator
 from ..utils.files import (
@@ -301,13 +301,15 @@ def _score(
     """Scores saved edits, each given by its case and its file. Returns a line for each; a missing score is `None`."""
     rows = [row for row, _ in samples]
     extra: dict[str, list] = {}
+    # As in training, the function may change what it is given.
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     rewards = reward_func(
         prompts=[row["prompt"] for row in rows],
         completions=[read_image(str(file), f"The edit {file} of case {row['id']!r}") for row, file in samples],
         trainer_state=None,
         log_extra=extra.__setitem__,
         log_metric=lambda name, value: None,
-        **{name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")},
+        **own_copy(columns),
     )
     if score_name is not None and score_name not in extra:
         raise ValueError(

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
+from ..utils.images import read_image
+
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
 ScoreMode = Literal["integer", "expected"]
@@ -145,7 +147,7 @@ def conversation_digest(conversation: list[dict[str, Any]]) -> bytes:
         digest.update(repr(message["role"]).encode())
         for part in message["content"]:
             if part["type"] == "image":
-                picture = part["image"].convert("RGB")
+                picture = read_image(part["image"], "An image of the conversation")
                 digest.update(repr(picture.size).encode() + picture.tobytes())
             else:
                 digest.update(repr(part["text"]).encode())
@@ -153,11 +155,12 @@ def conversation_digest(conversation: list[dict[str, Any]]) -> bytes:
 
 
 def fit_image(image: Image.Image, max_pixels: int) -> Image.Image:
-    """The image in RGB, scaled down to `max_pixels` if it is larger."""
+    """The image, see [`~hp_edit_trl.utils.images.read_image`], scaled down to `max_pixels` if it is larger."""
+    image = read_image(image, "An image of the conversation")
     scale = math.sqrt(max_pixels / (image.width * image.height))
     if scale < 1:
         image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
-    return image.convert("RGB")
+    return image
 
 
 def expected_score(weights: list[float], min_digit_mass: float) -> Judgement:

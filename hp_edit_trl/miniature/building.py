@@ -17,6 +17,7 @@ from ..data.builder.instructions import load_instruction_templates
 from ..data.builder.styles import Style
 from ..judges import Judgement
 from ..tasks import TASKS
+from ..utils.images import read_image
 from .photographs import load_photographs
 from .raters import read_conversation, seeded_rng
 from .scorers import RuleScorer
@@ -138,8 +139,8 @@ def save_pictures(folder: str | Path, num_scenes: int, seed: int = 0) -> None:
     whole = (photographs / "chelsea.png").read_bytes()
     (photographs / "cut-off.png").write_bytes(whole[: len(whole) // 2])
     (photographs / "the-same-cat.png").write_bytes(whole)
-    with Image.open(photographs / "coffee.png") as coffee:
-        coffee.resize((450, 300)).save(photographs / "smaller-coffee.jpg", quality=80)
+    coffee = read_image(photographs / "coffee.png", "The coffee")
+    coffee.resize((450, 300)).save(photographs / "smaller-coffee.jpg", quality=80)
     Image.new("RGB", (1, 1)).save(photographs / "dot.png")
 
 
@@ -219,7 +220,7 @@ class SimulatedWriter:
 
 
 def _thumbnail(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB").resize((8, 8)), dtype=float)
+    return np.asarray(read_image(image, "An image").resize((8, 8)), dtype=float)
 
 
 class SceneJudge:

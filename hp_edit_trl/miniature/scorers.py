@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..utils.images import read_image
+
 
 def _array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(image.convert("RGB").resize(size), dtype=float) / 255
+    return np.asarray(read_image(image, "An image").resize(size), dtype=float) / 255
 
 
 def _ramp(value, low: float, high: float):

@@ -1,4 +1,4 @@
-"""The contract of reward functions: what they return is checked before it is used."""
+"""The contract of reward functions: they are given copies, and what they return is checked before it is used."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 
 SIGNATURE = "def reward(prompts, completions, **columns) -> list[float | None]  # one per completion"
@@ -63,3 +64,19 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
             value = None
         rewards.append(math.nan if value is None else float(value))
     return rewards
+
+
+def own_copy(value: Any) -> Any:
+    """
+    A copy of the values of rows, which can be changed without changing them for others: images, arrays and tensors are
+    copied, in lists and dictionaries of any depth. Other values are returned as they are.
+    """
+    if isinstance(value, Image.Image | np.ndarray):
+        return value.copy()
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, list | tuple):
+        return type(value)(own_copy(item) for item in value)
+    if isinstance(value, dict):
+        return {key: own_copy(item) for key, item in value.items()}
+    return value

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..judges import Judge, Judgement, describe_judge, load_judge
 from ..judges.base import ScoreMode
+from ..utils.images import read_image
 from .prompts import ScorerPrompt, load_scorer_prompts
 
 
@@ -191,6 +192,10 @@ class HPScorerReward:
                 Given by the trainer; receives `hp_score` (mean of the scores) and `hp_score_failed` (the share of
                 cases without one).
 
+        Raises:
+            [`UnreadableImageError`]: If an image cannot be read. All images are read by
+                [`~hp_edit_trl.utils.images.read_image`], and may also be paths.
+
         Returns:
             `list[float | None]`: the rewards in (0, 1), `None` where there is no score.
         """
@@ -200,10 +205,15 @@ class HPScorerReward:
         references = [many if many is not None else [one] for many, one in zip(several, single, strict=True)]
         if any(image is None for images in references for image in images):
             raise ValueError("HPScorerReward needs the reference images of every case: a column `image` or `images`.")
-        judgements = self.judge_edits(
-            prompts, completions, references, task or [None] * count, requirement or [None] * count
-        )
         ids = columns.get("id") or range(count)
+        references = [
+            [read_image(one, f"An image of case {case!r}") for one in several]
+            for case, several in zip(ids, references, strict=True)
+        ]
+        edits = [read_image(edit, f"The edit of case {case!r}") for case, edit in zip(ids, completions, strict=True)]
+        judgements = self.judge_edits(
+            prompts, edits, references, task or [None] * count, requirement or [None] * count
+        )
         for case, prompt, judgement in zip(ids, prompts, judgements, strict=True):
             if judgement.score is None:
                 logger.warning(f"No score for case {case} ({prompt!r}): the judge answered {judgement.answer!r}.")

@@ -36,7 +36,7 @@ from ..cases import check_cases, check_references, without_decoding
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..policies import EditConditions, Trajectory, bucketed, decode, policy_class, rollout
 from ..rewards import HPScorerReward
-from ..rewards.checks import check_rewards
+from ..rewards.checks import check_rewards, own_copy
 from ..utils.images import UnreadableImageError
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
@@ -459,14 +459,15 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             "log_extra": self._log_extra,
             "log_metric": lambda name, value: self._pending_metrics[name].append((value, len(rows))),
         }
+        # Each function gets its own copies, so that one that changes an image does not change it for others.
         outputs: dict[int, list[float | None]] = {}
         waiting: dict[int, Any] = {}
         for i, func in enumerate(self.reward_funcs):
             if is_async_callable(func):
-                waiting[i] = asyncio.run_coroutine_threadsafe(func(**kwargs), self.async_loop)
+                waiting[i] = asyncio.run_coroutine_threadsafe(func(**own_copy(kwargs)), self.async_loop)
         for i, func in enumerate(self.reward_funcs):
             if i not in waiting:
-                outputs[i] = func(**kwargs)
+                outputs[i] = func(**own_copy(kwargs))
         outputs |= {i: future.result() for i, future in waiting.items()}
 
         columns = [

@@ -1,14 +1,31 @@
 """The LoRA that is trained: what may be trained, its wrapper around the transformer, and its files."""
 
 import copy
+import dataclasses
 import functools
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedConfig
 
+from ..lora_formats import Lora, exact_patterns, rank_and_alpha, write_lora
 from ..policies import EditPolicy
+
+
+# The fields of a LoraConfig that say which modules a plain LoRA adapts, and how. Others make it something else.
+PLAIN_FIELDS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "init_lora_weights", "runtime_config",
+}  # fmt: skip
 
 
 def check_peft_config(peft_config: LoraConfig | None) -> None:
@@ -21,8 +38,8 @@ def check_peft_config(peft_config: LoraConfig | None) -> None:
 
     Raises:
         `TypeError`: If it is not a `LoraConfig`.
-        `ValueError`: If it has dropout, trains biases, trains whole modules besides the LoRA, or its initialization
-            changes the base model.
+        `ValueError`: If it has dropout, trains biases, trains whole modules besides the LoRA, its initialization
+            changes the base model, it is a variant that only PEFT can load (e.g. DoRA), or a pattern is not valid.
     """
     if peft_config is None:
         return
@@ -45,6 +62,19 @@ def check_peft_config(peft_config: LoraConfig | None) -> None:
             f"modules_to_save={peft_config.modules_to_save} must be empty: diffusers does not load whole modules with "
             "a LoRA."
         )
+    plain = LoraConfig()
+    for field in dataclasses.fields(LoraConfig):
+        value, default = getattr(peft_config, field.name), getattr(plain, field.name)
+        if field.name not in PLAIN_FIELDS and value and value != default:
+            raise ValueError(
+                f"{field.name}={value!r} must be {default!r}: other tools cannot load the LoRA that this makes."
+            )
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(peft_config, option) or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{option}: {pattern!r} is not a regular expression ({error}).") from error
 
 
 def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model: str, seed: int) -> PeftModel:
@@ -62,7 +92,8 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
             Seed of the LoRA's initial weights.
 
     Raises:
-        `ValueError`: If the transformer has an adapter already, or `target_modules` match nothing.
+        `ValueError`: If the transformer has an adapter already, `target_modules` match nothing, or a module is not a
+            linear layer.
     """
     transformer = policy.pipeline.transformer
     if hasattr(transformer, "peft_config"):
@@ -98,6 +129,15 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
                 f"{str(error).strip()} Leave target_modules out for the modules that the policy names."
             ) from error
     config.base_model_name_or_path = base_model  # `get_peft_model` resets it
+    layers = lora_layers(model)
+    odd = [name for name, layer in layers.items() if not isinstance(layer.get_base_layer(), nn.Linear)]
+    if odd:
+        raise ValueError(f"target_modules: {odd[0]!r} is no linear layer, so other tools cannot load it: exclude it.")
+    # PEFT takes the first pattern that matches, but files do not keep the order.
+    config.rank_pattern = exact_patterns({name: layer.r["default"] for name, layer in layers.items()}, config.r)
+    config.alpha_pattern = exact_patterns(
+        {name: layer.lora_alpha["default"] for name, layer in layers.items()}, config.lora_alpha
+    )
     # Trainer wants a transformers config, and a diffusers model has a FrozenDict.
     model.config = PreTrainedConfig(**dict(transformer.config))
     model.config._name_or_path = base_model
@@ -113,24 +153,79 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
     return model
 
 
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """The layers of a model that have a LoRA, by their names in the transformer."""
+    modules = model.get_base_model().named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+
 def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:
     """
-    Saves the LoRA as `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads.
+    Saves the LoRA as `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads, and checks
+    that what it reads there changes every module as the trained LoRA does.
 
     Args:
         policy ([`EditPolicy`]):
-            The policy, for its pipeline's class.
+            The policy, for the name of its transformer's class in errors.
         model ([`~peft.PeftModel`]):
             The trained model.
         folder (`str`):
             Where to save it.
+
+    Raises:
+        `ValueError`: If the file would not change a module as the trained LoRA does. It is deleted then.
     """
     state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
-    weights = {name.removeprefix("base_model.model."): weight for name, weight in state_dict.items()}
-    # Without this metadata diffusers takes alpha to be r, silently. The modules are named one by one: diffusers does
-    # not know of those that were excluded.
-    adapted = sorted({name.rpartition(".lora_")[0] for name in weights})
-    config = {**model.peft_config["default"].to_dict(), "target_modules": adapted, "exclude_modules": None}
-    type(policy.pipeline).save_lora_weights(
-        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config
+    weights = {name.removeprefix("base_model.model."): weight.detach().cpu() for name, weight in state_dict.items()}
+    config = model.peft_config["default"].to_dict()
+    layers = lora_layers(model)
+    # Alpha is stored with the file. Without it diffusers takes alpha to be r, silently.
+    lora = Lora(
+        {name: weights[f"{name}.lora_A.weight"] for name in layers},
+        {name: weights[f"{name}.lora_B.weight"] for name in layers},
+        {name: rank_and_alpha(name, config)[1] for name in layers},
+        "diffusers",
+        config["base_model_name_or_path"],
     )
+    file = write_lora(lora, folder, "diffusers")
+    wrong = changed_otherwise(layers, file)
+    if wrong:
+        file.unlink()
+        raise ValueError(
+            f"{file} was not saved: with it, {type(policy.pipeline).__name__}.load_lora_weights would change "
+            f"{len(wrong)} modules otherwise than the trained LoRA, e.g. {wrong[0]}. Was the adapter's scale changed, "
+            "or are its weights not finite? Save it with `model.save_pretrained` and report the LoraConfig."
+        )
+
+
+def changed_otherwise(layers: dict[str, LoraLayer], file: Path) -> list[str]:
+    """
+    The modules that a saved LoRA would change otherwise than the one in memory. The changes `scale * B @ A` are
+    compared by what they make of two random vectors, with the scale that diffusers reads from the file.
+
+    Args:
+        layers (`dict[str, LoraLayer]`):
+            The layers with the LoRA, see [`lora_layers`].
+        file (`Path`):
+            The file of the LoRA in the format of diffusers.
+    """
+    wrong = []
+    with safe_open(file, "pt") as saved:
+        stored = json.loads(saved.metadata()[LORA_ADAPTER_METADATA_KEY])
+        config = LoraConfig(**{name.removeprefix("transformer."): value for name, value in stored.items()}).to_dict()
+        names = {name.removeprefix("transformer.").rpartition(".lora_")[0] for name in saved.keys()}  # noqa: SIM118
+        for name in sorted(names | set(layers)):
+            if name not in names or name not in layers:
+                wrong.append(name)
+                continue
+            rank, alpha = rank_and_alpha(name, config)
+            down, up = (saved.get_tensor(f"transformer.{name}.lora_{part}.weight").float() for part in "AB")
+            layer = layers[name]
+            trained = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            trained_down, trained_up = (weight.detach().cpu().float() for weight in trained)
+            probe = torch.randn(down.shape[1], 2, generator=torch.Generator().manual_seed(0))
+            wanted = layer.scaling["default"] * (trained_up @ (trained_down @ probe))
+            found = alpha / rank * (up @ (down @ probe))
+            if rank != len(down) or not (found - wanted).norm() <= 1e-5 * wanted.norm():  # nor NaN
+                wrong.append(name)
+    return wrong

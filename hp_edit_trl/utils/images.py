@@ -3,46 +3,247 @@
 import hashlib
 import io
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from datasets import Image as ImageFeature
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import fsspec
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
+
+
+# Formats that are decoded, whatever a file's name says. Pillow knows more, and starts Ghostscript for one of them.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+# Pillow calls a JPEG with an appended preview or gain map, as phones write them, an "MPO".
+JPEGS = ("JPEG", "MPO")
+
+# What turns an image upright, by the number of its EXIF orientation
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class UnreadableImageError(ValueError):
     """An image of a case cannot be decoded."""
 
 
+class TooLargeImageError(UnreadableImageError):
+    """An image has more pixels than are decoded."""
+
+
 def read_image(value: Any, name: str) -> Image.Image:
     """
-    Reads an image: decoded, turned upright, in RGB.
+    Reads an image: decoded, upright, in 8-bit sRGB, without transparency. This is the one way in which images are
+    read, so that an editor, a judge and a person see the same. `docs/pictures.md` describes the rules.
 
     Args:
-        value (`PIL.Image.Image`, `str` or `dict`):
+        value (`PIL.Image.Image`, `str`, `Path` or `dict`):
             A PIL image, a path, or the encoded form of `datasets`.
         name (`str`):
             What an error calls it.
 
+    Returns:
+        `PIL.Image.Image`: a new image in mode `"RGB"`, without metadata.
+
     Raises:
-        [`UnreadableImageError`]: If it cannot be decoded.
+        [`UnreadableImageError`]: If it cannot be decoded: it is missing, broken, of a format that is not read, has
+            more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or values of an unknown range.
     """
     try:
-        if isinstance(value, str):
-            value = {"path": value, "bytes": None}
-        image = value if isinstance(value, Image.Image) else ImageFeature().decode_example(value)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return to_rgb(value if isinstance(value, Image.Image) else open_image(_content(value)))
+    except UnreadableImageError as error:
+        raise type(error)(f"{name} cannot be decoded: {error}") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
         raise UnreadableImageError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
 
 
+def _content(value: Any) -> bytes:
+    """The encoded bytes of an image that `datasets` holds, or of a path."""
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        value = value.get("path")
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(
+            f"it must be a PIL image, a path, or a dictionary with 'bytes' or 'path', but is {value!r:.80}"
+        )
+    if os.path.exists(value):
+        return Path(value).read_bytes()
+    with fsspec.open(str(value), "rb") as file:  # remote, or inside of an archive, as `datasets` names its files
+        return file.read()
+
+
+def open_image(content: bytes) -> Image.Image:
+    """
+    Opens the content of an image file. Its pixels are not decoded yet.
+
+    Raises:
+        [`UnreadableImageError`]: If its format is not one of `FORMATS`, or it is too large.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:  # its message has a memory address
+        raise UnreadableImageError(
+            f"not an image of a known format ({', '.join(FORMATS)})" if content else "the file is empty"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise TooLargeImageError(f"{error}. Scale it down.") from None
+    _check(image)
+    return image
+
+
+def _check(image: Image.Image) -> None:
+    """Raises an error for an image that should not be decoded."""
+    if image.format is not None and image.format not in (*FORMATS, *JPEGS):
+        raise UnreadableImageError(f"its format is {image.format}; formats that are read: {', '.join(FORMATS)}")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise TooLargeImageError(
+            f"{image.width} x {image.height} pixels, more than the {limit} that are decoded. Scale it down, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS."
+        )
+    if 0 in image.size:
+        raise UnreadableImageError(f"it is empty: {image.width} x {image.height} pixels")
+
+
+def raw_mode(image: Image.Image) -> str:
+    """How the pixels of an image that is not decoded yet are stored, e.g. `"RGB;16B"`. Empty if it is decoded."""
+    tile = image.tile if isinstance(image, ImageFile.ImageFile) else None
+    arguments = tile[0].args if tile else None
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or "")
+
+
+def to_rgb(image: Image.Image, stored: str = "") -> Image.Image:
+    """
+    Decodes an image: turned upright by its EXIF orientation, 16 bits scaled to 8, converted to sRGB with its color
+    profile, and laid on white where it is transparent. Of several frames, the present one is taken.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The image. It is not modified.
+        stored (`str`, *optional*):
+            [`raw_mode`] of the image before it was decoded, if it is.
+
+    Returns:
+        `PIL.Image.Image`: a new image in mode `"RGB"`, without metadata.
+
+    Raises:
+        [`UnreadableImageError`]: If it is of a format that is not read, too large, empty, or has values of an unknown
+            range. A broken image raises whatever Pillow raises.
+    """
+    _check(image)
+    stored = stored or raw_mode(image)
+    image.load()
+    alpha = alpha_channel(image, stored)
+    colors = _eight_bits(image, stored)
+    profile = image.info.get("icc_profile")
+    to_srgb = _srgb_transform(profile, colors.mode) if profile or colors.mode == "LAB" else None
+    picture = ImageCms.applyTransform(colors, to_srgb) if to_srgb else colors.convert("RGB")
+    assert picture is not None
+    if alpha is not None:
+        white = Image.new("RGB", picture.size, "white")
+        white.paste(picture, mask=alpha)
+        picture = white
+    turn = TURNS.get(_orientation(image))
+    if turn is not None:
+        picture = picture.transpose(turn)
+    picture.info = {}  # what is said there has been done, or would be written to files
+    return picture
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken metadata, which viewers ignore as well
+        return None
+
+
+def alpha_channel(image: Image.Image, stored: str = "") -> Image.Image | None:
+    """
+    The opacity of each pixel of a decoded image, in mode `"L"`; `None` if all are opaque.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The image.
+        stored (`str`, *optional*):
+            [`raw_mode`] of the image before it was decoded: the transparent color of 16-bit images has 16 bits.
+    """
+    key = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        if key is None:
+            return None
+        alpha = Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8))
+    elif not image.has_transparency_data:
+        return None
+    else:
+        if isinstance(key, tuple) and (";16" in stored or max(key) > 255):
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in key)  # like its colors
+        alpha = _straight(image).convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _straight(image: Image.Image) -> Image.Image:
+    """The image with colors that are not multiplied by alpha."""
+    return image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode]) if image.mode in ("La", "RGBa") else image
+
+
+def _eight_bits(image: Image.Image, stored: str) -> Image.Image:
+    """The image in 8 bits without alpha, in grayscale, RGB, CMYK or LAB."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        low, high = values.min(), values.max()
+        if low < 0 or high > 65535:
+            raise UnreadableImageError(f"values from {low} to {high}, which do not fit 16 bits")
+        # Of files in these formats, Pillow scales the values to 16 bits.
+        if image.mode == "I" and image.format not in ("PNG", "PPM") and 0 < high < 256:
+            raise UnreadableImageError(f"32-bit values up to {high}, which may be 8 or 16 bits: convert it to mode L")
+        top = 4095 if stored == "I;12" else 65535
+        return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8))
+    if image.mode == "F":
+        raise UnreadableImageError("floating-point values of unknown range: convert it to 8 bits")
+    if image.mode in ("L", "RGB", "CMYK", "LAB"):
+        return image
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # Pillow warns of palettes with opacities that are converted to RGB
+    return _straight(image).convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+
+
+@lru_cache(maxsize=64)  # thousands of photographs share a few profiles
+def _srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform from a color profile to sRGB; `None` if it is sRGB already, or does not apply to such pixels."""
+    try:
+        source = io.BytesIO(profile) if profile else ImageCms.createProfile("LAB")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return _srgb_transform(None, mode) if profile and mode == "LAB" else None
+    if mode == "RGB":
+        # There are many sRGB profiles with different names, so the colors are compared.
+        levels = np.linspace(0, 255, 9).astype(np.uint8)
+        colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
+        moved = ImageCms.applyTransform(Image.fromarray(colors), transform)
+        if np.abs(np.asarray(moved).astype(int) - colors).max() <= 2:
+            return None
+    return transform
+
+
 def image_digest(value: Any) -> bytes:
     """
-    SHA-256 of an image as it is stored: of the encoded bytes, of its file's content, or of the pixels of a PIL image.
-    Images are not decoded for it; of a path without a file, the path is hashed.
+    SHA-256 of an image as it is stored: of the encoded bytes, of its file's content, or of the pixels of a PIL image
+    as [`read_image`] reads it. Images that are stored encoded are not decoded for it; of a path without a file, the
+    path is hashed.
+
+    Raises:
+        [`UnreadableImageError`]: If it is a PIL image that cannot be read.
     """
     if isinstance(value, Image.Image):
-        pixels = value.convert("RGB")
+        pixels = read_image(value, "An image")
         return hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()
     content = value.get("bytes") if isinstance(value, dict) else None
     path = value.get("path") if isinstance(value, dict) else value
@@ -52,9 +253,9 @@ def image_digest(value: Any) -> bytes:
 
 
 def png_bytes(image: Image.Image, compress_level: int = 6) -> bytes:
-    """The image in RGB as the content of a PNG file."""
+    """The image, see [`read_image`], as the content of a PNG file."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", compress_level=compress_level)
+    read_image(image, "An image").save(buffer, "PNG", compress_level=compress_level)
     return buffer.getvalue()
 
 

@@ -165,7 +165,7 @@ def test_cases_that_go_wrong_are_missing_and_the_rest_goes_on(tmp_path):
         "case-1": "editor failed: RuntimeError: too many fingers",
         "case-2": "no edit",
         "case-6": "no score in the answer: hm",
-        "case-7": "no edit: the editor returned a ndarray",
+        "case-7": "no edit: the editor returned a ndarray, but must return PIL images",
     }
     rows = {row["id"]: row for row in run.cases}
     assert all(rows[case_id]["hp_score"] is None for case_id in (*reasons, "case-5"))
@@ -380,10 +380,9 @@ def test_a_picture_that_was_opened_but_cannot_be_read_is_no_edit(tmp_path):
 
     run = run_benchmark(bench(), edit, tmp_path / "run")
     reasons = {row["id"]: row["reason"] for row in run.cases if row["reason"] is not None}
-    assert (
-        list(reasons) == ["case-1", "case-2"] and reasons["case-2"] == "no edit: the editor returned an empty picture"
-    )
-    assert reasons["case-1"].startswith("no edit: the picture cannot be read: ")
+    assert list(reasons) == ["case-1", "case-2"] and reasons["case-2"].endswith("it is empty: 0 x 5 pixels")
+    unread = "no edit: the image that the editor returned cannot be decoded: "
+    assert all(reason.startswith(unread) for reason in reasons.values())
     assert run.results["counts"]["edits"] == 8 and run.results["reasons"] == {"no edit": 2}
 
 

@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from hp_edit_trl.rewards.checks import check_rewards
+from hp_edit_trl.rewards.checks import check_rewards, own_copy
 
 
 IDS = ["a", "b", "c"]
@@ -64,3 +65,17 @@ def test_rewards_that_are_not_finite(value):
         check_rewards([1, value, 3], "f", IDS)
     first, second, third = check_rewards([1, value, 3], "f", IDS, "missing")
     assert (first, third) == (1, 3) and math.isnan(second)
+
+
+def test_a_copy_shares_nothing_that_can_be_changed():
+    picture, array, tensor = Image.new("RGB", (4, 4), "red"), np.zeros(3), torch.zeros(3)
+    columns = {"image": [picture, picture], "tags": [["a"], {"deep": [picture]}], "x": (array, tensor), "n": [1, None]}
+    copies = own_copy(columns)
+    copies["image"][0].paste("blue", (0, 0, 4, 4))
+    assert copies["image"][1].getpixel((0, 0)) == (255, 0, 0)  # not even for the next sample of the case
+    copies["tags"][0].append("b")
+    copies["tags"][1]["deep"][0].thumbnail((2, 2))
+    copies["x"][0][0] = copies["x"][1][0] = 1
+    assert picture.getpixel((0, 0)) == (255, 0, 0) and picture.size == (4, 4)
+    assert columns["tags"][0] == ["a"] and not array.any() and not tensor.any() and copies["n"] == [1, None]
+    assert own_copy(len) is len

@@ -1,9 +1,11 @@
 import math
 
 import pytest
+from PIL import Image, ImageOps
 
 from hp_edit_trl import HPScorerReward
 from hp_edit_trl.judges import Judgement
+from hp_edit_trl.utils.images import UnreadableImageError
 from tests.helpers import photo
 
 
@@ -110,3 +112,18 @@ def test_what_is_not_a_judge_is_refused():
         HPScorerReward(lambda conversations: [])
     with pytest.raises(ValueError, match="judge_base_url and judge_revision are for a judge"):
         HPScorerReward(ScriptedJudge([1]), judge_base_url="http://127.0.0.1:9/v1")
+
+
+def test_images_are_read_as_everywhere():
+    judge, source = ScriptedJudge([5]), photo(48, 32)
+    turned = ImageOps.exif_transpose(source).rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.info["exif"] = exif.tobytes()
+    seen_through = source.copy()
+    seen_through.putalpha(0)
+    HPScorerReward(judge)(prompts=["x"], completions=[turned], image=[seen_through])
+    shown = [part["image"] for part in judge.seen[0][1]["content"] if part["type"] == "image"]
+    assert shown[0].getcolors() == [(48 * 32, (255, 255, 255))] and shown[1].tobytes() == source.tobytes()
+    with pytest.raises(UnreadableImageError, match="The edit of case 'a' cannot be decoded: floating-point"):
+        HPScorerReward(judge)(prompts=["x"], completions=[source.convert("F")], image=[source], id=["a"])

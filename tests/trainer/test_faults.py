@@ -226,3 +226,26 @@ def test_dpo_skips_updates_that_are_not_finite(dpo_trainer, monkeypatch, caplog)
     assert equal(states[0], states[1]) and not equal(states[1], states[2])
     assert "Update 2 was skipped" in caplog.text and "case-" in caplog.text
     assert dpo_trainer.state.log_history[1]["skipped_updates"] == 1
+
+
+def test_a_reward_function_that_changes_what_it_is_given_changes_it_for_nobody_else(make_trainer):
+    seen = []
+
+    def paints(prompts, completions, image, tags, **columns):
+        for picture in [*completions, *image]:
+            picture.paste("red", (0, 0, *picture.size))
+        for names in tags:
+            names.clear()
+        return [0.0] * len(prompts)
+
+    async def looks(prompts, completions, image, tags, **columns):
+        seen.append(([picture.tobytes() for picture in [*completions, *image]], tags))
+        return [0.0] * len(prompts)
+
+    trainer = make_trainer([paints, looks, looks])
+    row = make_cases(1)[0] | {"tags": ["kept"]}
+    edits = [photo(32, 32, seed) for seed in range(2)]
+    before = [image.tobytes() for image in [*edits, row["image"], row["image"]]]
+    for _ in range(2):
+        trainer._calculate_rewards([row, row], edits)
+    assert seen == [(before, [["kept"], ["kept"]])] * 4

@@ -6,7 +6,6 @@ import logging
 import os
 import stat
 import warnings
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,23 @@ import imagehash
 import numpy as np
 from datasets import Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ...cases import is_text, load_split
 from ...utils.config import check_positive
 from ...utils.image_paths import IMAGE_COLUMNS, check_image_paths, source_folders
-from ...utils.images import image_digest, png_bytes, read_image
+from ...utils.images import (
+    JPEGS,
+    TooLargeImageError,
+    UnreadableImageError,
+    alpha_channel,
+    image_digest,
+    open_image,
+    png_bytes,
+    raw_mode,
+    read_image,
+    to_rgb,
+)
 from .engine import Batch, Stage
 
 
@@ -31,10 +41,6 @@ IMAGE_SUFFIXES = {
     ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 
-# Formats that are decoded, whatever the suffix says. Pillow knows more, and starts Ghostscript for some of them.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-# Pillow calls a JPEG with an appended preview or gain map, as phones write them, an "MPO".
-JPEGS = ("JPEG", "MPO")
 KEPT_FORMATS = (*JPEGS, "PNG", "WEBP")
 
 # The keys that a source of each kind may have besides `source` and `license`
@@ -375,10 +381,10 @@ class ImageCheck(Stage):
                     }
             except _Rejected as rejected:
                 row["reason"] = str(rejected)
-            except UnidentifiedImageError:  # its message has a memory address, which differs from run to run
-                row["reason"] = f"unreadable: {'not an image of a known format' if content else 'the file is empty'}"
-            except Image.DecompressionBombError as error:
+            except TooLargeImageError as error:
                 row["reason"] = f"too large: {error}"
+            except UnreadableImageError as error:
+                row["reason"] = f"unreadable: {error}"
             except Exception as error:  # Pillow's decoders raise many types of errors on broken files
                 row["reason"] = f"unreadable: {type(error).__name__}: {error}"
             for name, value in row.items():
@@ -387,34 +393,26 @@ class ImageCheck(Stage):
 
     def _read(self, content: bytes) -> tuple[bytes, Image.Image]:
         """The bytes to store of an image, and the picture that they encode."""
-        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = open_image(content)
         self._check_size(*image.size)
         # Pillow defines `n_frames` only for formats that can have several.
         frames = 1 if image.format in JPEGS else getattr(image, "n_frames", 1)
         if frames > 1:
             raise _Rejected(f"animated: {frames} frames")
+        stored = raw_mode(image)
         image.load()
-        is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-        # Pillow silently decodes such colors to 8 bits.
-        is_deep = image.format == "PNG" and content[24] == 16
-        if _is_transparent(image, is_deep):
+        if alpha_channel(image, stored) is not None:
             raise _Rejected("transparent: not all of its pixels are opaque")
 
-        upright = ImageOps.exif_transpose(image) if is_turned else image
-        colors = _plain_colors(upright)
-        profile = image.info.get("icc_profile")
-        to_srgb = _to_srgb(profile, colors.mode) if profile else None
-        size = self._fitted(*upright.size)
-        is_scaled = size != upright.size
-        has_changed = is_turned or is_deep or image.has_transparency_data or to_srgb is not None or is_scaled
-        if image.format in KEPT_FORMATS and image.mode == "RGB" and not has_changed:
-            return content, image
-
-        picture = ImageCms.applyTransform(colors, to_srgb) if to_srgb else colors.convert("RGB")
-        assert picture is not None
+        picture = to_rgb(image, stored)
+        size = self._fitted(*picture.size)
+        is_scaled = size != picture.size
+        # Pillow silently decodes 16 bits per color to 8.
+        is_plain = image.format in KEPT_FORMATS and image.mode == "RGB" and ";16" not in stored
+        if is_plain and not is_scaled and not image.has_transparency_data and _same_pixels(image, picture):
+            return content, picture
         if is_scaled:
             picture = picture.resize(size, Image.Resampling.LANCZOS)
-        picture.info = {}  # Pillow would write the old profile and comment
         if not (is_scaled and image.format in JPEGS):
             return png_bytes(picture), picture
         buffer = io.BytesIO()
@@ -437,45 +435,5 @@ class ImageCheck(Stage):
         return max(1, int(width * scale)), max(1, int(height * scale))
 
 
-def _is_transparent(image: Image.Image, is_deep: bool) -> bool:
-    """Whether any pixel is transparent."""
-    key = image.info.get("transparency")
-    if image.mode.startswith("I"):
-        return key is not None and bool((np.asarray(image) == key).any())
-    if not image.has_transparency_data:
-        return False
-    if is_deep and isinstance(key, tuple):
-        image = image.copy()
-        image.info["transparency"] = tuple(value >> 8 for value in key)  # like its colors
-    return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
-
-
-def _plain_colors(image: Image.Image) -> Image.Image:
-    """The image in 8 bits without alpha, in grayscale, RGB or CMYK."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise _Rejected(f"unreadable: values from {values.min()} to {values.max()}, which do not fit 16 bits")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode == "F":
-        raise _Rejected("unreadable: floating-point values of unknown range")
-    if image.mode in ("L", "RGB", "CMYK"):
-        return image
-    return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
-
-
-@lru_cache(maxsize=64)  # thousands of photographs share a few profiles
-def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform from a color profile to sRGB; `None` if it is sRGB already, or does not apply to such pixels."""
-    try:
-        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-    if mode == "RGB":
-        # There are many sRGB profiles with different names, so the colors are compared.
-        levels = np.linspace(0, 255, 9).astype(np.uint8)
-        colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
-        moved = ImageCms.applyTransform(Image.fromarray(colors), transform)
-        if np.abs(np.asarray(moved).astype(int) - colors).max() <= 2:
-            return None
-    return transform
+def _same_pixels(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.tobytes()

@@ -68,7 +68,7 @@ def test_an_editor_that_fails_with_some_cases():
     assert [value is None for value in done["edit"]] == [False, True, True, False]
     assert (
         MakeEdits(lambda images, prompts: [np.zeros(3)] * len(images))(batch(2))["reason"]
-        == ["no edit: the editor returned a ndarray"] * 2
+        == ["no edit: the editor returned a ndarray, but must return PIL images"] * 2
     )
 
 

@@ -159,7 +159,7 @@ def test_values_of_an_unknown_range_are_rejected():
     values = np.random.default_rng(0).random((16, 16), dtype=np.float32)
     large = (values * 2**24).astype(np.int32)
     reals, integers, negative = check(*(encoded(Image.fromarray(one), "TIFF") for one in (values, large, -large)))
-    assert reals["reason"] == "unreadable: floating-point values of unknown range"
+    assert reals["reason"].startswith("unreadable: floating-point values of unknown range")
     assert "which do not fit 16 bits" in integers["reason"] and "unreadable: values from -" in negative["reason"]
 
 
@@ -340,11 +340,11 @@ def test_large_images_are_rejected_by_their_header():
     wide = encoded(Image.new("L", (20_000, 300)), "PNG")
     # What says that it has 30,000 x 30,000 pixels has none.
     bomb, empty = png(30_000, 30_000, 8, 2, b""), png(16_000, 5_000, 8, 2, b"")
-    many = png(9_500, 9_500, 8, 0, b"")  # Pillow would warn of these 90 megapixels
+    many = png(9_500, 9_500, 8, 0, b"")  # Pillow would only warn of these 90 megapixels
     rows = check(wide, bomb, empty, many, max_side=16384)
     assert rows[0]["reason"] == "too large: 20000 x 300 pixels, at most 16384"
     assert rows[1]["reason"].startswith("too large: ")
-    assert rows[2]["reason"].startswith("unreadable: ") and rows[3]["reason"].startswith("unreadable: ")
+    assert rows[2]["reason"].startswith("unreadable: ") and rows[3]["reason"].startswith("too large: 9500 x 9500 ")
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
