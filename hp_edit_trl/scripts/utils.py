@@ -132,7 +132,7 @@ def load_cases(script_args: ScriptArguments, split: str) -> Dataset:
     dataset = load_split(name, split, name=config, streaming=script_args.dataset_streaming)
     # `load_realpref` takes no configuration: datasets with several are not the cases of RealPref.
     if config is None and isinstance(dataset, Dataset) and "schema_version" in dataset.column_names:
-        return load_realpref(name, split)
+        return load_realpref(name, split, on_bad_case=None)  # the trainer asks its own option
     return dataset
 
 
