@@ -254,7 +254,7 @@ def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int
     Raises:
         `ValueError`: If the row does not fit.
     """
-    check_schema(row, number, name, seen)
+    check_schema(row if "edit" in row else {**row, "editor": None}, number, name, seen)
     if problem := prompt_problem(row["prompt"]):
         raise ValueError(f"Row {number} of {name}, column 'prompt': case {row['id']!r} {problem}")
     for column in ("image", "edit"):

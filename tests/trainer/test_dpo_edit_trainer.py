@@ -840,12 +840,12 @@ MISSING = {"bytes": None, "path": "/nowhere/x.png"}
 )
 def test_pairs_that_cannot_be_used(make_trainer, caplog, column, value, message):
     dataset = planted(column, value)
-    with pytest.raises(ValueError, match=f"{message}.*on_bad_image='skip'"):
+    with pytest.raises(ValueError, match=f"{message}.*on_bad_case='skip'"):
         make_trainer(dataset).train()
     with pytest.raises(ValueError, match=message):
         make_trainer(eval_dataset=dataset).evaluate()
     trainer = make_trainer(
-        dataset, eval_dataset=dataset, on_bad_image="skip", num_train_epochs=1, max_steps=-1,
+        dataset, eval_dataset=dataset, on_bad_case="skip", num_train_epochs=1, max_steps=-1,
         gradient_accumulation_steps=1, learning_rate=0.0,
     )  # fmt: skip
     calls = record_pairs(trainer)
@@ -863,7 +863,7 @@ def test_pairs_that_cannot_be_used(make_trainer, caplog, column, value, message)
 def test_not_one_usable_pair(make_trainer):
     dataset = planted("chosen", BROKEN, row=0, count=1)
     with pytest.raises(ValueError, match="No pair can be used"):
-        make_trainer(dataset, on_bad_image="skip").train()
+        make_trainer(dataset, on_bad_case="skip").train()
 
 
 def test_edits_of_their_sources_shape_are_always_taken(make_trainer):
@@ -939,7 +939,7 @@ def test_bad_models(make_trainer, tmp_path):
         (dict(beta=math.nan), "beta=nan must be"),
         (dict(logit_std=0.0), "logit_std=0.0 must be above 0"),
         (dict(sigma_sampling="normal"), "sigma_sampling='normal' is not known: use one of .*logit_normal.*uniform"),
-        (dict(on_bad_image="ignore"), "on_bad_image='ignore' is not known: use one of .*error.*skip"),
+        (dict(on_bad_case="ignore"), "on_bad_case='ignore' is not known: use one of .*error.*skip"),
         (dict(resolution=0), "resolution=0 must be at least 1"),
         (dict(num_inference_steps=0), "num_inference_steps=0 must be at least 1"),
         (dict(rollout_batch_size=0), "rollout_batch_size=0 must be at least 1"),
