@@ -10,7 +10,9 @@ be known without decoding images, before any model is loaded, and either refuse 
 out.
 """
 
+import contextlib
 import copy
+import io
 import logging
 import unicodedata
 import warnings
@@ -33,7 +35,7 @@ EditKey = tuple[str, str | None]  # id of the case, and editor
 
 # The longest side of an image over its shortest. The image processors of Qwen2-VL to Qwen3-VL, which are in judges and
 # in the text encoder of Qwen-Image-Edit, refuse more than 200. Sides are rounded to whole patches before, which makes
-# an image up to 1.5 times as narrow: one of 134:1 may be refused. The policies of FLUX pipelines have no such limit.
+# an image up to 1.5 times as narrow: one of 137:1 may be refused. The policies of FLUX pipelines have no such limit.
 MAX_ASPECT_RATIO = 100
 # No text encoder of a policy reads more than 1,024 tokens, which are about 4,000 letters. What the tokens of a shorter
 # instruction come to is for the policy to say, see `check_prompts`.
@@ -139,7 +141,7 @@ def find_bad_cases(dataset: Dataset, name: str, edits: Sequence[str] = ()) -> di
                 if column == "images" and several and not pictures:
                     problems.append("has an empty list of images: add one, or leave the case out.")
                 needed = column in edits or (column == "images" and several) or (column == "image" and not several)
-                if needed and None in pictures:
+                if needed and any(picture is None for picture in pictures):
                     what = {"image": "image", "images": "image in one place of its list"}
                     problems.append(f"has no {what.get(column, f'{column} image' if column != 'edit' else 'edit')}.")
                 for picture in pictures:
@@ -266,11 +268,21 @@ def _pictures(cell: Any) -> Iterator[Any]:
     elif not isinstance(cell, pa.StructScalar):
         yield cell.as_py()
     elif {"bytes", "path"} <= set(cell):
-        yield pa.BufferReader(cell["bytes"].as_buffer()) if cell["bytes"].is_valid else cell["path"].as_py()
+        yield cell["bytes"].as_buffer() if cell["bytes"].is_valid else cell["path"].as_py()
     else:
         for name in cell:
             if pa.types.is_nested(cell[name].type):
                 yield from _pictures(cell[name])
+
+
+def _header_size(picture: Any) -> tuple[int, int]:
+    if isinstance(picture, pa.Buffer):
+        # Nothing is copied. Pillow may seek behind the end, though, which only a copy can take.
+        with contextlib.suppress(Exception), PILImage.open(pa.BufferReader(picture)) as image:
+            return image.size
+        picture = io.BytesIO(picture.to_pybytes())
+    with PILImage.open(picture) as image:
+        return image.size
 
 
 def _picture_problem(picture: Any) -> str | tuple[int, int] | None:
@@ -281,8 +293,7 @@ def _picture_problem(picture: Any) -> str | tuple[int, int] | None:
     if isinstance(picture, str) and ("://" in picture or "::" in picture):
         return None
     try:
-        with PILImage.open(picture) as image:
-            width, height = image.size
+        width, height = _header_size(picture)
     except FileNotFoundError:
         return f"does not exist: {picture!r}. Put the file there, or leave the case out."
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
