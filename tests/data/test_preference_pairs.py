@@ -293,11 +293,13 @@ def test_a_broken_image_stops_or_is_left_out(pipeline, cases, tmp_path):
         return [float(np.asarray(image).std()) for image in completions]
 
     options = OPTIONS | {"score_name": None}
-    with pytest.raises(ValueError, match="case 'miniature-train-0-0' cannot be decoded.*on_bad_case='skip'"):
+    with pytest.raises(
+        ValueError, match="'miniature-train-0-0' has an image that cannot be decoded.*on_bad_case='skip'"
+    ):
         sample_and_score(pipeline, length, broken, tmp_path / "stop", **options)
     sample_and_score(pipeline, length, broken, tmp_path / "skip", on_bad_case="skip", **options)
     counts = build_preference_dataset(broken, tmp_path / "skip", min_gap=0.0, min_chosen_score=0.0)
-    assert counts == {"pairs": 1, "fewer than two scores": 1}
+    assert counts == {"pairs": 1, "bad case": 1}
 
 
 @pytest.mark.slow

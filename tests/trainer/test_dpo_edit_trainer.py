@@ -827,14 +827,14 @@ MISSING = {"bytes": None, "path": "/nowhere/x.png"}
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("image", BROKEN, "image.*'case-1' cannot be decoded"),
-        ("chosen", BROKEN, "chosen image.*'case-1' cannot be decoded"),
-        ("rejected", BROKEN, "rejected image.*'case-1' cannot be decoded"),
-        ("rejected", MISSING, "'case-1' cannot be decoded.*nowhere"),
+        ("image", BROKEN, "'case-1' has an image that cannot be decoded"),
+        ("chosen", BROKEN, "'case-1' has a chosen image that cannot be decoded"),
+        ("rejected", BROKEN, "'case-1' has a rejected image that cannot be decoded"),
+        ("rejected", MISSING, "'case-1' has a rejected image that does not exist.*nowhere"),
         ("image", None, "'case-1' has no image"),
         ("chosen", None, "'case-1' has no chosen image"),
         ("rejected", None, "'case-1' has no rejected image"),
-        ("rejected", png(64, 64), "'case-1' has 128 x 64 pixels and the rejected one 64 x 64"),
+        ("rejected", png(64, 64), "'case-1' has a chosen image of 128 x 64 pixels and a rejected one of 64 x 64"),
         ("image", png(64, 64), "'case-1' have 128 x 64 pixels.*64 x 64 at resolution=64.*Crop"),
     ],
 )
@@ -856,13 +856,14 @@ def test_pairs_that_cannot_be_used(make_trainer, caplog, column, value, message)
     calls.clear()
     metrics = trainer.evaluate()
     assert [pair.id for pairs in calls for pair in pairs] == ["case-0", "case-2", "case-3"]
+    assert trainer.state.log_history[0]["bad_cases"] == metrics.pop("eval_bad_cases") == 1
     good = trainer.evaluate(make_pairs(4).select([0, 2, 3]))
     assert results(metrics) == results(good)
 
 
 def test_not_one_usable_pair(make_trainer):
     dataset = planted("chosen", BROKEN, row=0, count=1)
-    with pytest.raises(ValueError, match="No pair can be used"):
+    with pytest.raises(ValueError, match="No case of train_dataset can be used"):
         make_trainer(dataset, on_bad_case="skip").train()
 
 
