@@ -4,20 +4,63 @@ Cases, edits and preference pairs: their columns, checks, and images.
 A case is a row to be edited: `prompt`, the reference image `image` or a list of them in `images`, and optionally `id`,
 `task`, `requirement`, `category` and `source`. An edit is a case with an edited image of it, `edit`, and optionally
 `editor`, the name of what made it. A preference pair is a case with two edits of it, `chosen` and `rejected`.
+
+A bad case is a row that cannot be edited or judged. [`check_cases`], [`check_edits`] and [`check_pairs`] find what can
+be known without decoding images, before any model is loaded, and either refuse the dataset or name the rows to be left
+out.
 """
 
+import contextlib
+import copy
+import io
+import logging
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, LargeList, List, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
+from tqdm.auto import tqdm
 
 from .utils.image_paths import check_image_paths
 from .utils.images import UnreadableImageError, read_image
 
 
+logger = logging.getLogger(__name__)
+
 EditKey = tuple[str, str | None]  # id of the case, and editor
+
+# The longest side of an image over its shortest. The image processors of Qwen2-VL to Qwen3-VL, which are in judges and
+# in the text encoder of Qwen-Image-Edit, refuse more than 200. Sides are rounded to whole patches before, which makes
+# an image up to 1.5 times as narrow: one of 137:1 may be refused. The policies of FLUX pipelines have no such limit.
+MAX_ASPECT_RATIO = 100
+# No text encoder of a policy reads more than 1,024 tokens, which are about 4,000 letters. What the tokens of a shorter
+# instruction come to is for the policy to say, see `check_prompts`.
+MAX_PROMPT_CHARACTERS = 4000
+# Bad cases that a message describes; the others are counted.
+NAMED_CASES = 5
+# Beginnings of the types of columns whose values name nothing
+NO_NAMES = ("bool", "binary", "large_binary")
+
+
+class BadCaseError(ValueError):
+    """
+    A case cannot be used.
+
+    Args:
+        message (`str`):
+            What is wrong, and what can be done.
+        case_id (`str`, *optional*):
+            The id of the case, if it is one.
+    """
+
+    def __init__(self, message: str, case_id: str | None = None):
+        super().__init__(message)
+        self.case_id = case_id
 
 
 def is_text(feature: Any) -> bool:
@@ -25,24 +68,252 @@ def is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def check_cases(dataset: Dataset, name: str) -> None:
+def check_cases(dataset: Dataset, name: str, on_bad_case: str | None = "error") -> dict[int, str]:
     """
-    Checks that a dataset is a dataset of cases. No image is read.
+    Checks that a dataset is a dataset of cases, and each of its rows. Images are opened, but not decoded.
+
+    A bad case has no instruction that can be read (empty, blank, without a visible character, longer than
+    `MAX_PROMPT_CHARACTERS`), no image, or an image that cannot be opened or is narrower than 1:`MAX_ASPECT_RATIO`.
+    Images in columns of any name are checked, also in lists. Addresses on the web are not.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         name (`str`):
             Its name in errors, e.g. `"train_dataset"`.
+        on_bad_case (`str`, *optional*, defaults to `"error"`):
+            `"error"` refuses a dataset with bad cases, `"skip"` warns of them. `None` checks the columns only.
+
+    Returns:
+        `dict[int, str]`: the numbers of the rows that are bad cases, and what is wrong with each. [`leave_out`] leaves
+        them out.
 
     Raises:
         `TypeError`: If it is not a map-style [`~datasets.Dataset`]. `ValueError`: If it is empty, a column is missing
-        or has the wrong type, a prompt is missing, or an id is missing
-            or not unique.
+        or has the wrong type, or an id is missing or not unique as text. [`BadCaseError`]: If there are bad cases and
+        they are not to be skipped, or there are no others.
     """
     _check_columns(dataset, name)
     if "id" in dataset.features:
         _check_unique(dataset, name, ["id"])
+    return _check_rows(dataset, name, on_bad_case)
+
+
+def _check_rows(dataset: Dataset, name: str, on_bad_case: str | None, edits: Sequence[str] = ()) -> dict[int, str]:
+    if on_bad_case is None:
+        return {}
+    bad = find_bad_cases(dataset, name, edits)
+    report_bad_cases(bad, len(dataset), name, on_bad_case)
+    return bad
+
+
+def find_bad_cases(dataset: Dataset, name: str, edits: Sequence[str] = ()) -> dict[int, str]:
+    """
+    Finds the rows of a dataset of cases that cannot be used, see [`check_cases`].
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        name (`str`):
+            Its name, for the progress bar that appears after a few seconds.
+        edits (`Sequence[str]`, *optional*):
+            Columns that must have an image besides the references: `edit`, or `chosen` and `rejected`.
+
+    Returns:
+        `dict[int, str]`: the number of each bad row, and what is wrong, in sentences that name the case.
+    """
+    features = dataset.features
+    rows = _positions(dataset)
+    ids = dataset["id"][:] if "id" in features else range(len(dataset))
+    prompts = dataset["prompt"][:]
+    known = [column for column in ("image", "images", *edits) if column in features]
+    others = [column for column, feature in features.items() if column not in known and _holds_images(feature)]
+    columns = {column: dataset.data.column(column) for column in (*known, *others)}
+    bad: dict[int, str] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about sizes that are refused here
+        for row, case_id in enumerate(tqdm(ids, f"Checking {name}", unit="case", delay=5)):
+            problems = [prompt_problem(prompts[row])]
+            cells = {column: values[rows[row]] for column, values in columns.items()}
+            several = "images" in cells and cells["images"].is_valid
+            sizes: dict[str, tuple[int, int]] = {}
+            for column, cell in cells.items():
+                pictures = list(_pictures(cell))
+                if column == "images" and several and not pictures:
+                    problems.append("has an empty list of images: add one, or leave the case out.")
+                needed = column in edits or (column == "images" and several) or (column == "image" and not several)
+                if needed and any(picture is None for picture in pictures):
+                    what = {"image": "image", "images": "image in one place of its list"}
+                    problems.append(f"has no {what.get(column, f'{column} image' if column != 'edit' else 'edit')}.")
+                for picture in pictures:
+                    if picture is not None:
+                        found = _picture_problem(picture)
+                        if isinstance(found, str):
+                            problems.append(f"has {_a_picture(column)} that {found}")
+                        elif found is not None:
+                            sizes[column] = found
+            if "image" not in cells and not several:
+                problems.append("has no image.")
+            # An image may lie on its side until it is turned upright.
+            shapes = [sorted(sizes[column]) for column in edits if column in sizes]
+            if len(shapes) == 2 and shapes[0] != shapes[1]:
+                (width, height), other = sizes["chosen"], sizes["rejected"]
+                problems.append(
+                    f"has a chosen image of {width} x {height} pixels and a rejected one of {other[0]} x {other[1]}, "
+                    "but they must have the same size: crop them, or leave the pair out."
+                )
+            if texts := [problem for problem in problems if problem is not None]:
+                bad[row] = " ".join(f"{_case(dataset, row, case_id)} {text}" for text in texts)
+    return bad
+
+
+def report_bad_cases(bad: dict[int, str], count: int, name: str, on_bad_case: str) -> None:
+    """
+    Raises one error, or gives one warning, about all bad cases of a dataset.
+
+    Args:
+        bad (`dict[int, str]`):
+            The numbers of their rows, and what is wrong.
+        count (`int`):
+            Number of cases of the dataset.
+        name (`str`):
+            Its name.
+        on_bad_case (`str`):
+            `"error"` or `"skip"`.
+
+    Raises:
+        [`BadCaseError`]: If `on_bad_case` is `"error"`, or all cases are bad.
+    """
+    if not bad:
+        return
+    listed = " ".join(list(bad.values())[:NAMED_CASES])
+    listed += f" And {len(bad) - NAMED_CASES} more." if len(bad) > NAMED_CASES else ""
+    if len(bad) == count:
+        raise BadCaseError(f"No case of {name} can be used. {listed}")
+    told = f"{len(bad)} of {count} cases of {name} cannot be used. {listed}"
+    if on_bad_case == "error":
+        raise BadCaseError(f"{told} Repair or remove them, or set on_bad_case='skip' where it is an option.")
+    logger.warning("%s They are left out.", told)
+
+
+def leave_out(dataset: Dataset, bad: dict[int, str]) -> Dataset:
+    """
+    Returns a dataset without its bad cases.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        bad (`dict[int, str]`):
+            What [`check_cases`] returned. Without a column `id` the others keep their row numbers as ids.
+    """
+    if not bad:
+        return dataset
+    if "id" not in dataset.features:
+        dataset = dataset.add_column("id", list(range(len(dataset))))
+    return dataset.select([row for row in range(len(dataset)) if row not in bad])
+
+
+def prompt_problem(prompt: Any) -> str | None:
+    """
+    What is wrong with an instruction, as the end of a sentence that begins with the case; `None` if nothing is.
+
+    Args:
+        prompt (`Any`):
+            The instruction.
+    """
+    remedy = "write an instruction, or leave the case out."
+    if prompt is None:
+        return f"has no prompt: {remedy}"
+    if not isinstance(prompt, str):
+        return f"has a prompt that is no text, but a {type(prompt).__name__}: {remedy}"
+    if not prompt.strip():
+        return f"has a{'n empty' if not prompt else ' blank'} prompt: {remedy}"
+    # Controls, separators, and characters that only format others, have none, or are private
+    if all(unicodedata.category(letter)[0] in "CZ" for letter in prompt):
+        return f"has a prompt without a visible character, {prompt[:20]!r}: {remedy}"
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        return (
+            f"has a prompt of {len(prompt)} characters, but no editor reads more than {MAX_PROMPT_CHARACTERS}: "
+            "shorten it, or leave the case out."
+        )
+    return None
+
+
+def _positions(dataset: Dataset) -> Sequence[int]:
+    """Where each row lies in the dataset's table, which differs if rows were selected or shuffled."""
+    return range(len(dataset)) if dataset._indices is None else dataset._indices.column(0).to_pylist()
+
+
+def _case(dataset: Dataset, row: int, case_id: Any) -> str:
+    return f"Case {case_id!r}" if "id" in dataset.features else f"Row {row}"
+
+
+def _a_picture(column: str) -> str:
+    names = {"image": "an image", "images": "an image", "edit": "an edit"}
+    return names.get(column, f"a {column} image" if column in ("chosen", "rejected") else f"an image in {column!r}")
+
+
+def _holds_images(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_holds_images, feature.values()))
+    return _holds_images(feature.feature) if isinstance(feature, List | LargeList) else isinstance(feature, Image)
+
+
+def _pictures(cell: Any) -> Iterator[Any]:
+    """The encoded images in a cell of a table, `None` where there is none. Nothing is copied."""
+    if isinstance(cell, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
+        for item in cell if cell.is_valid else ():
+            yield from _pictures(item)
+    elif not cell.is_valid:
+        yield None
+    elif not isinstance(cell, pa.StructScalar):
+        yield cell.as_py()
+    elif {"bytes", "path"} <= set(cell):
+        yield cell["bytes"].as_buffer() if cell["bytes"].is_valid else cell["path"].as_py()
+    else:
+        for name in cell:
+            if pa.types.is_nested(cell[name].type):
+                yield from _pictures(cell[name])
+
+
+def _header_size(picture: Any) -> tuple[int, int]:
+    if isinstance(picture, pa.Buffer):
+        # Nothing is copied. Pillow may seek behind the end, though, which only a copy can take.
+        with contextlib.suppress(Exception), PILImage.open(pa.BufferReader(picture)) as image:
+            return image.size
+        picture = io.BytesIO(picture.to_pybytes())
+    with PILImage.open(picture) as image:
+        return image.size
+
+
+def _picture_problem(picture: Any) -> str | tuple[int, int] | None:
+    """
+    What the header of an encoded image tells against it, as the end of a sentence, or else its width and height.
+    `None` for an address on the web, which is not asked.
+    """
+    if isinstance(picture, str) and ("://" in picture or "::" in picture):
+        return None
+    try:
+        width, height = _header_size(picture)
+    except FileNotFoundError:
+        return f"does not exist: {picture!r}. Put the file there, or leave the case out."
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+        reason = "it is no image of a known format" if isinstance(error, PILImage.UnidentifiedImageError) else error
+        where = f" {picture!r}" if isinstance(picture, str) else ""
+        return f"cannot be decoded{where}: {type(error).__name__}: {reason}. Repair it, or leave the case out."
+    if not width or not height:
+        return f"is empty: {width} x {height} pixels. Repair it, or leave the case out."
+    if PILImage.MAX_IMAGE_PIXELS is not None and width * height > PILImage.MAX_IMAGE_PIXELS:
+        return (
+            f"is too large: {width} x {height} pixels, more than the {PILImage.MAX_IMAGE_PIXELS} that are decoded. "
+            "Scale it down, or leave the case out."
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        return (
+            f"is too narrow: {width} x {height} pixels, but editors and judges take sides of up to "
+            f"{MAX_ASPECT_RATIO}:1. Crop it, or leave the case out."
+        )
+    return width, height
 
 
 def _check_columns(dataset: Dataset, name: str) -> None:
@@ -71,19 +342,38 @@ def _check_columns(dataset: Dataset, name: str) -> None:
         item = feature.feature if column == "images" and isinstance(feature, List) else feature
         if feature is not None and not (isinstance(item, Image) or is_text(item) or isinstance(item, dict)):
             raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
-    if None in (prompts := dataset["prompt"][:]):
-        raise ValueError(f"Row {prompts.index(None)} of {name} has no prompt.")
+    for column in ("task", "requirement"):  # what judges are given
+        feature = features.get(column)
+        if feature is not None and not (is_text(feature) or feature == Value("null")):
+            raise ValueError(f"The column {column!r} of {name} must hold strings, but is {feature}.")
+    id_type = features.get("id")
+    if id_type is not None and (not isinstance(id_type, Value) or id_type.dtype.startswith(NO_NAMES)):
+        raise ValueError(
+            f"The column 'id' of {name} must hold names or numbers, but is {id_type}: convert it to strings, or leave "
+            "it out."
+        )
 
 
 def _check_unique(dataset: Dataset, name: str, columns: list[str]) -> None:
     seen: dict[Any, int] = {}
-    for row, key in enumerate(zip(*(dataset[column][:] for column in columns), strict=True)):
-        if key[0] is None or key in seen:
-            same = " and ".join(f"{column} {value!r}" for column, value in zip(columns, key, strict=True))
-            what = "has no id" if key[0] is None else f"has the {same} of row {seen[key]}"
-            remedy = "and unique, or leave the column out" if len(columns) == 1 else "and unique for each editor"
-            raise ValueError(f"Row {row} of {name} {what}. Ids must be there {remedy}.")
-        seen[key] = row
+    problems: list[str] = []
+    for row, values in enumerate(zip(*(dataset[column][:] for column in columns), strict=True)):
+        case_id, *others = values
+        key = (str(case_id), *others)  # everything that is made of a case is named by its id as text
+        if case_id is None or case_id != case_id or not key[0].strip():
+            problems.append(f"Row {row} of {name} has no id.")
+        elif not key[0].isprintable():
+            problems.append(
+                f"Row {row} of {name} has the id {case_id!r}, which has characters that cannot be printed."
+            )
+        elif key in seen:
+            same = " and ".join(f"{column} {value!r}" for column, value in zip(columns, values, strict=True))
+            problems.append(f"Row {row} of {name} has the {same} of row {seen[key]}.")
+        seen.setdefault(key, row)
+    if problems:
+        more = f" And {len(problems) - NAMED_CASES} more." if len(problems) > NAMED_CASES else ""
+        remedy = "and unique, or leave the column out" if len(columns) == 1 else "and unique for each editor"
+        raise ValueError(f"{' '.join(problems[:NAMED_CASES])}{more} Ids must be there {remedy}.")
 
 
 def edit_keys(dataset: Dataset) -> list[EditKey]:
@@ -92,20 +382,26 @@ def edit_keys(dataset: Dataset) -> list[EditKey]:
     return list(zip(map(str, dataset["id"][:]), editors, strict=True))
 
 
-def check_edits(dataset: Dataset, name: str) -> None:
+def check_edits(dataset: Dataset, name: str, on_bad_case: str | None = "error") -> dict[int, str]:
     """
-    Checks that a dataset is a dataset of edits. No image is read.
+    Checks that a dataset is a dataset of edits, and each of its rows, see [`check_cases`].
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         name (`str`):
             Its name in errors, e.g. `"dataset"`.
+        on_bad_case (`str`, *optional*, defaults to `"error"`):
+            As in [`check_cases`].
+
+    Returns:
+        `dict[int, str]`: the bad cases, as [`check_cases`] returns them.
 
     Raises:
         `TypeError`: If it is not a map-style [`~datasets.Dataset`].
-        `ValueError`: If it is not a dataset of cases, see [`check_cases`], has no images in `edit`, or its `id` is
-            missing or not unique for each `editor`.
+        `ValueError`: If it is not a dataset of cases, see [`check_cases`], has no column of images `edit`, or its `id`
+            is missing or not unique for each `editor`.
+        [`BadCaseError`]: If a row has no edit, or is a bad case for another reason.
     """
     _check_columns(dataset, name)
     feature = dataset.features.get("edit")
@@ -119,6 +415,7 @@ def check_edits(dataset: Dataset, name: str) -> None:
             f"{list(dataset.features)}."
         )
     _check_unique(dataset, name, ["id"] + ["editor"] * ("editor" in dataset.features))
+    return _check_rows(dataset, name, on_bad_case, ["edit"])
 
 
 def load_split(path: str, split: str = "train", image_root: str | None = None, **options: Any) -> Any:
@@ -184,25 +481,31 @@ def load_edits(path: str, split: str = "train", revision: str | None = None, ima
         `ValueError`: If it has no such split, is not a dataset of edits, see [`check_edits`], or names images outside.
     """
     dataset = load_split(path, split, image_root, revision=revision)
-    check_edits(dataset, path)
+    check_edits(dataset, path, on_bad_case=None)
     return without_decoding(dataset)
 
 
-def check_pairs(dataset: Dataset, name: str) -> None:
+def check_pairs(dataset: Dataset, name: str, on_bad_case: str | None = "error") -> dict[int, str]:
     """
-    Checks that a dataset is a dataset of preference pairs. No image is read.
+    Checks that a dataset is a dataset of preference pairs, and each of its rows, see [`check_cases`].
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         name (`str`):
             Its name in errors, e.g. `"train_dataset"`.
+        on_bad_case (`str`, *optional*, defaults to `"error"`):
+            As in [`check_cases`].
+
+    Returns:
+        `dict[int, str]`: the bad cases, as [`check_cases`] returns them.
 
     Raises:
         `TypeError`: If it is not a map-style [`~datasets.Dataset`]. `ValueError`: If it is not a dataset of cases, see
-        [`check_cases`], or has no images in `chosen` and `rejected`.
+        [`check_cases`], or has no columns of images `chosen` and `rejected`. [`BadCaseError`]: If a pair lacks an
+        image, its edits differ in size, or it is a bad case for another reason.
     """
-    check_cases(dataset, name)
+    check_cases(dataset, name, on_bad_case=None)
     for column in ("chosen", "rejected"):
         feature = dataset.features.get(column)
         if feature is None:
@@ -212,9 +515,10 @@ def check_pairs(dataset: Dataset, name: str) -> None:
             )
         if not (is_text(feature) or isinstance(feature, Image | dict)):
             raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
+    return _check_rows(dataset, name, on_bad_case, ["chosen", "rejected"])
 
 
-def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
+def check_references(dataset: Dataset, name: str, limit: int | None, on_bad_case: str = "error") -> dict[int, str]:
     """
     Checks that no case has more reference images than a pipeline takes. No image is read.
 
@@ -225,36 +529,98 @@ def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
             Its name in errors.
         limit (`int` or `None`):
             Largest number of reference images; `None` for no limit.
+        on_bad_case (`str`, *optional*, defaults to `"error"`):
+            As in [`check_cases`].
+
+    Returns:
+        `dict[int, str]`: the bad cases, as [`check_cases`] returns them.
 
     Raises:
-        `ValueError`: If a case has more.
+        [`BadCaseError`]: If a case has more, and is not to be skipped.
     """
     if limit is None or "images" not in dataset.features:
-        return
-    counts = pc.list_value_length(dataset.data.column("images"))
-    if dataset._indices is not None:  # rows were selected or shuffled
-        counts = counts.take(dataset._indices.column(0))
-    for row, count in enumerate(counts.to_pylist()):
-        if count is not None and count > limit:
-            case = f"Case {dataset['id'][row]!r}" if "id" in dataset.features else f"Row {row}"
-            raise ValueError(
-                f"{case} of {name} has {count} reference images, but the pipeline takes at most {limit}: leave "
-                "it out, or train a pipeline that takes several."
-            )
+        return {}
+    counts = pc.list_value_length(dataset.data.column("images")).take(pa.array(_positions(dataset)))
+    ids = dataset["id"][:] if "id" in dataset.features else range(len(dataset))
+    bad = {
+        row: f"{_case(dataset, row, ids[row])} has {count} reference images, but the pipeline takes at most {limit}: "
+        "leave it out, or train a pipeline that takes several."
+        for row, count in enumerate(counts.to_pylist())
+        if count is not None and count > limit
+    }
+    report_bad_cases(bad, len(dataset), name, on_bad_case)
+    return bad
 
 
 def without_decoding(dataset: Dataset) -> Dataset:
     """
-    Returns the dataset with its images encoded, so that a broken image is an error of its case ([`case_images`]) and
-    not of the dataset.
+    Returns the dataset with all its images encoded, in columns of any name and in lists, so that a broken image is an
+    error of its case ([`case_images`], [`decoded`]) and not of the dataset.
     """
-    for column in ("image", "edit", "chosen", "rejected"):
-        if isinstance(dataset.features.get(column), Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-    images = dataset.features.get("images")
-    if isinstance(images, List) and isinstance(images.feature, Image):
-        dataset = dataset.cast_column("images", List(Image(decode=False)))
+    columns = {name: feature for name, feature in dataset.features.items() if _holds_images(feature)}
+    if not columns:
+        return dataset
+    features = Features({**dataset.features, **{name: _encoded(feature) for name, feature in columns.items()}})
+    if features == dataset.features:
+        return dataset
+    # Images and encoded images are stored alike. `Dataset.cast` would write lists of them to a new file.
+    fingerprint = f"{dataset._fingerprint}-encoded"
+    dataset = copy.copy(dataset)
+    dataset._info = copy.deepcopy(dataset._info)
+    dataset._info.features = features
+    dataset._data = dataset._data.cast(features.arrow_schema)
+    dataset._fingerprint = fingerprint
     return dataset
+
+
+def _encoded(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _encoded(part) for name, part in feature.items()}
+    if isinstance(feature, Image):
+        return Image(mode=feature.mode, decode=False)
+    if isinstance(feature, List | LargeList):
+        feature = copy.copy(feature)
+        feature.feature = _encoded(feature.feature)
+    return feature
+
+
+def decoded(row: dict[str, Any], features: Features, case_id: Any) -> dict[str, Any]:
+    """
+    Decodes the images in columns of the user's own, as `datasets` does, in their own mode.
+
+    Args:
+        row (`dict`):
+            A row of a dataset of [`without_decoding`].
+        features ([`~datasets.Features`]):
+            The dataset's features.
+        case_id (`Any`):
+            Name of the case in errors.
+
+    Raises:
+        [`BadCaseError`]: If one cannot be decoded.
+    """
+
+    def decode(value: Any, feature: Any) -> Any:
+        if value is None or not _holds_images(feature):
+            return value
+        if isinstance(feature, dict):
+            return {name: decode(value[name], part) for name, part in feature.items()}
+        if isinstance(feature, Image):
+            image = Image(mode=feature.mode).decode_example(value)
+            image.load()
+            return image
+        return [decode(item, feature.feature) for item in value]
+
+    row = dict(row)
+    for column in row.keys() - {"image", "images", "edit", "chosen", "rejected"}:
+        try:
+            row[column] = decode(row[column], features.get(column))
+        except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+            raise BadCaseError(
+                f"An image in {column!r} of case {case_id!r} cannot be decoded: {type(error).__name__}: {error}",
+                str(case_id),
+            ) from error
+    return row
 
 
 def case_images(row: dict[str, Any], case_id: Any) -> list[PILImage.Image]:

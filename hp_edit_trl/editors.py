@@ -258,7 +258,7 @@ class PolicyEditor:
         negative_prompt = self.negative_prompt if self.true_cfg_scale > 1 else None
         with policy.loaded(*policy.encoders):
             encoded = {
-                case_id: policy.encode(references[i], prompts[i], negative_prompt, self.resolution)
+                case_id: policy.encode_case(case_id, references[i], prompts[i], negative_prompt, self.resolution)
                 for case_id, i in {case_id: i for i, case_id in enumerate(ids)}.items()
             }
         conditions = [encoded[case_id] for case_id in ids]

@@ -227,7 +227,7 @@ def ratings_dataset(ratings: Iterable[Rating], dataset: Dataset) -> Dataset:
     Raises:
         `ValueError`: If the dataset does not contain a rated edit, or already has one of these columns.
     """
-    check_edits(dataset, "dataset")
+    check_edits(dataset, "dataset", on_bad_case=None)
     if taken := sorted(COLUMNS.keys() & set(dataset.column_names)):
         raise ValueError(f"dataset has columns {taken} already, which ratings are written to: rename or remove them.")
     values: dict[str, list] = {name: [] for name in COLUMNS}

@@ -33,7 +33,7 @@ def test_what_edits_need():
     edits = make_edits(3)
     check_edits(edits, "dataset")
     with pytest.raises(
-        ValueError, match="Row 1 of dataset has the id 'case-0' of row 0. Ids must be there and unique, or"
+        ValueError, match="Row 1 of dataset has the id 'case-0' of row 0.*Ids must be there and unique, or"
     ):
         check_cases(edits, "dataset")
     with pytest.raises(ValueError, match="Row 6 of dataset has the id 'case-0' and editor 'one' of row 0"):

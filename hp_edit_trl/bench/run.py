@@ -27,7 +27,7 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..cases import case_images, check_cases
+from ..cases import BadCaseError, case_images, check_cases, decoded
 from ..editors import Editor, as_editor, edit_cases, edit_seed
 from ..ratings import Rating
 from ..utils.distributed import in_step, patient_accelerator
@@ -118,7 +118,7 @@ def run_benchmark(
     folder, editor = Path(output_dir), as_editor(editor)
     with in_step(accelerator):
         cases = benchmark.dataset
-        _check_cases(cases, benchmark)
+        bad = _check_cases(cases, benchmark)
         identity = editor.identity
         name = name or " + ".join(str(identity[part]) for part in ("editor", "lora") if identity.get(part))
         human = None if ratings is None else _human_scores(ratings, name, cases["id"][:])
@@ -142,7 +142,7 @@ def run_benchmark(
         rows = [row for row, case_id in enumerate(cases["id"]) if not _is_intact(folder, tried.get(case_id))]
     with in_step(accelerator):
         if rows:
-            _make_edits(folder, cases, rows, tried, editor, batch_size, seed, accelerator)
+            _make_edits(folder, cases, rows, tried, bad, editor, batch_size, seed, accelerator)
 
     with in_step(accelerator):
         edits = {case_id: line for case_id, line in _read_edit_lines(folder).items() if _is_intact(folder, line)}
@@ -161,9 +161,12 @@ def run_benchmark(
     return read_run(folder)
 
 
-def _check_cases(cases: Dataset, benchmark: Benchmark) -> None:
-    """Raises a `ValueError` if the cases of a benchmark lack a column or a value, or two of them have one id."""
-    check_cases(cases, benchmark.title)
+def _check_cases(cases: Dataset, benchmark: Benchmark) -> dict[str, str]:
+    """
+    What is wrong with each bad case, by its id. Raises a `ValueError` if the cases of a benchmark lack a column or a
+    value, or two of them have one id.
+    """
+    bad = check_cases(cases, benchmark.title, on_bad_case="skip")
     check_has_columns(cases, benchmark.title, ["id", *benchmark.columns])
     if taken := (ROW_COLUMNS | set(benchmark.columns)) & benchmark.metrics.keys():
         raise ValueError(
@@ -179,6 +182,7 @@ def _check_cases(cases: Dataset, benchmark: Benchmark) -> None:
                 f"The id of row {row} of {benchmark.title} is too long for a file name: {case_id[:40]!r}... Use ids "
                 f"of up to {LONGEST_ID} characters; a character beyond ASCII counts as 6 or more."
             )
+    return {cases[row]["id"]: problem for row, problem in bad.items()}
 
 
 def _cases_digest(cases: Dataset, benchmark: Benchmark) -> str:
@@ -235,6 +239,7 @@ def _make_edits(
     cases: Dataset,
     rows: list[int],
     before: dict[str, dict[str, Any]],
+    bad: dict[str, str],
     editor: Editor,
     batch_size: int,
     seed: int,
@@ -251,9 +256,13 @@ def _make_edits(
             references: dict[str, list[Image.Image]] = {}
             reasons: dict[str, str | None] = {}
             for case in batch:
+                if case["id"] in bad:
+                    reasons[case["id"]] = f"bad case: {bad[case['id']]}"
+                    continue
                 try:
+                    decoded(case, cases.features, case["id"])  # which scoring will need
                     references[case["id"]] = case_images(case, case["id"])
-                except UnreadableImageError as error:
+                except (UnreadableImageError, BadCaseError) as error:
                     logger.warning("%s", error)
                     reasons[case["id"]] = f"unreadable: {error}"
             began = perf_counter()
@@ -305,6 +314,7 @@ def _score_edits(
         for start in range(0, len(rows), chunk_size):
             batch = [cases[row] for row in rows[start : start + chunk_size]]
             references = [case_images(case, case["id"]) for case in batch]
+            batch = [decoded(case, cases.features, case["id"]) for case in batch]
             shown = []
             for case, images in zip(batch, references, strict=True):
                 edit = read_image(str(_edit_file(folder, case["id"])), f"The edit of case {case['id']!r}")

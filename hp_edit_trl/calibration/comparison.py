@@ -65,7 +65,7 @@ def compare_with_people(
     """
     known = None
     if dataset is not None:
-        check_edits(dataset, "dataset")
+        check_edits(dataset, "dataset", on_bad_case=None)
         known = set(edit_keys(dataset))
     rated: dict[EditKey, dict[str, Rating]] = {}
     for rating in ratings:

@@ -60,7 +60,7 @@ def to_label_studio(
         `ValueError`: If the dataset does not contain a rated edit, or only one of `image_folder` and `image_url` is
         given.
     """
-    check_edits(dataset, "dataset")
+    check_edits(dataset, "dataset", on_bad_case=None)
     if (image_folder is None) != (image_url is None):
         raise ValueError("Pass both image_folder and image_url: where images are written, and where they are found.")
     dataset = without_decoding(dataset)
@@ -157,7 +157,7 @@ def from_label_studio(file: str | Path, dataset: Dataset, rubric: str | None = N
         `FileNotFoundError`: If the file does not exist.
         `ValueError`: If it is not a JSON export of Label Studio.
     """
-    check_edits(dataset, "dataset")
+    check_edits(dataset, "dataset", on_bad_case=None)
     keys = edit_keys(dataset)
     known = set(keys)
     by_hash = {_edit_hash(key): key for key in keys}

@@ -55,7 +55,7 @@ class _Campaign:
         overlap: int | None,
         seed: int,
     ):
-        check_edits(dataset, "dataset")
+        self.bad = check_edits(dataset, "dataset", on_bad_case="skip")
         self.dataset = without_decoding(dataset)
         self.output_dir = Path(output_dir)
         self.rubric = rubric
@@ -86,6 +86,9 @@ class _Campaign:
 
     def _leave_out_unreadable(self) -> None:
         for key, row in tqdm(list(self.rows.items()), desc="Reading images", disable=None):
+            if row in self.bad:
+                del self.rows[key]
+                continue
             try:
                 self._images(row)
             except UnreadableImageError as error:
@@ -93,10 +96,10 @@ class _Campaign:
                 del self.rows[key]
         broken = len(self.dataset) - len(self.rows)
         if not self.rows:
-            raise ValueError(f"None of the {broken} edits can be shown, because their images cannot be decoded.")
+            raise ValueError(f"None of the {broken} edits can be shown, because they are bad cases.")
         if broken:
             count = len(self.dataset)
-            logger.warning("%d of %d edits are not shown, because an image cannot be decoded.", broken, count)
+            logger.warning("%d of %d edits are not shown, because they are bad cases.", broken, count)
 
     def _images(self, row: int) -> list:
         values = self.dataset[row]

@@ -84,13 +84,13 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
     """
     if num_cases < 2:
         raise ValueError(f"num_cases={num_cases}: a judge is probed with at least two cases.")
-    check_edits(dataset, "dataset")
+    bad = check_edits(dataset, "dataset", on_bad_case="skip")
     dataset = without_decoding(dataset)
     keys = edit_keys(dataset)
     rows = list({case_id: i for i, (case_id, _) in reversed(list(enumerate(keys)))}.values())
     rows.sort(key=lambda i: seeded_generator(seed, "probe", keys[i][0]).initial_seed())
     cases: list[tuple[dict[str, Any], list[Image.Image], Image.Image]] = []
-    for i in rows:
+    for i in (i for i in rows if i not in bad):
         row, (case_id, _) = dataset[i], keys[i]
         try:
             cases.append((row, case_images(row, case_id), read_image(row["edit"], f"The edit of case {case_id!r}")))

@@ -113,7 +113,7 @@ class PromptRefiner:
                 f"validation_fraction={validation_fraction} must be in (0, 1), and confidence={confidence} in (0.5, "
                 "1)."
             )
-        check_edits(dataset, "dataset")
+        bad = check_edits(dataset, "dataset", on_bad_case="skip")
         self.task = task
         self.judge = scorer.judge
         self.judge_description = scorer.judge_description
@@ -133,7 +133,7 @@ class PromptRefiner:
         tasks = dataset["task"][:] if "task" in dataset.column_names else [task] * len(dataset)
         self.cases: list[dict[str, Any]] = []
         for i, (key, of_task) in enumerate(zip(edit_keys(dataset), tasks, strict=True)):
-            if of_task != task or key not in given:
+            if i in bad or of_task != task or key not in given:
                 continue
             row = dataset[i]
             try:

@@ -37,7 +37,7 @@ class ScoringSummary:
         kept (`int`, *optional*, defaults to `0`):
             Number of scores that were in the file before.
         unreadable (`list[str]`):
-            The reason for each edit with an image that cannot be decoded.
+            The reason for each edit that cannot be judged, e.g. because of an image that cannot be decoded.
         seconds (`float`, *optional*, defaults to `0.0`):
             Duration of the run.
     """
@@ -66,7 +66,7 @@ class ScoringSummary:
             ["judgements from the cache", len(self.judgements) - len(asked)],
             ["answers without a score", sum(one.score is None and one.answered for one in self.judgements)],
             ["no answer", sum(not one.answered for one in self.judgements)],
-            ["images that cannot be decoded", len(self.unreadable)],
+            ["bad cases", len(self.unreadable)],
             ["time", f"{self.seconds:.1f} s"],
         ]
         if asked:
@@ -114,7 +114,7 @@ def score_dataset(
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
     start = perf_counter()
-    check_edits(dataset, "dataset")
+    bad = check_edits(dataset, "dataset", on_bad_case="skip")
     dataset = without_decoding(dataset)
     tasks = dataset["task"][:] if "task" in dataset.column_names else [None] * len(dataset)
     scorer.check_tasks([scorer.task or task for task in tasks])
@@ -143,6 +143,8 @@ def score_dataset(
                 row, (case_id, editor) = dataset[i], keys[i]
                 by = "" if editor is None else f" by {editor!r}"
                 try:
+                    if i in bad:
+                        raise UnreadableImageError(bad[i])
                     if row["edit"] is None:
                         raise UnreadableImageError(f"Case {case_id!r} has no edit{by}.")
                     edit = read_image(row["edit"], f"The edit of case {case_id!r}{by}")

@@ -27,9 +27,17 @@ from PIL import Image
 from tqdm import tqdm
 from trl.trainer.utils import get_callable_name
 
-from ..cases import case_images, check_cases, check_references, without_decoding
+from ..cases import (
+    BadCaseError,
+    case_images,
+    check_cases,
+    check_references,
+    decoded,
+    find_bad_cases,
+    without_decoding,
+)
 from ..editors import PolicyEditor
-from ..policies import policy_class
+from ..policies import check_prompt_lengths, policy_class
 from ..rewards import HPScorerReward
 from ..rewards.checks import check_rewards, own_copy
 from ..utils.config import check_positive
@@ -133,7 +141,7 @@ def sample_and_score(
     guidance_scale: float | None = None,
     batch_size: int = 4,
     cases_per_round: int = 8,
-    on_bad_image: str = "error",
+    on_bad_case: str = "error",
     offload_encoders: bool = False,
     seed: int = 0,
 ) -> None:
@@ -171,8 +179,9 @@ def sample_and_score(
             Largest number of edits that are denoised together.
         cases_per_round (`int`, *optional*, defaults to `8`):
             Number of cases whose edits are passed to the reward function together.
-        on_bad_image (`str`, *optional*, defaults to `"error"`):
-            What to do with a case whose image cannot be decoded: `"error"` stops, `"skip"` skips it with a warning.
+        on_bad_case (`str`, *optional*, defaults to `"error"`):
+            What to do with a case that cannot be used, see [`~hp_edit_trl.cases.check_cases`]: `"error"` stops, before
+            anything is sampled where it can be known then; `"skip"` leaves it out with a warning.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory while they are not used.
         seed (`int`, *optional*, defaults to `0`):
@@ -184,14 +193,16 @@ def sample_and_score(
     """
     if num_generations < 2:
         raise ValueError(f"num_generations={num_generations} must be at least 2: a pair has two edits.")
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"on_bad_image={on_bad_image!r} is not known: use one of ['error', 'skip'].")
+    if on_bad_case not in ("error", "skip"):
+        raise ValueError(f"on_bad_case={on_bad_case!r} is not known: use one of ['error', 'skip'].")
     check_positive(batch_size=batch_size, cases_per_round=cases_per_round, resolution=resolution)
-    check_cases(dataset, "dataset")
+    bad = check_cases(dataset, "dataset", on_bad_case)
     policy_type = policy_class(pipeline)
-    check_references(dataset, "dataset", policy_type.max_references)
+    bad |= check_references(dataset, "dataset", policy_type.max_references, on_bad_case)
+    policy = policy_type(pipeline, offload_encoders)
+    bad |= check_prompt_lengths(policy, dataset, "dataset", on_bad_case)
     editor = PolicyEditor(
-        policy_type(pipeline, offload_encoders),
+        policy,
         str(pipeline.config.get("_name_or_path") or "base-model"),
         resolution,
         num_inference_steps,
@@ -218,9 +229,14 @@ def sample_and_score(
     def unscored(folder: Path) -> list[int]:
         return [k for k in range(num_generations) if scores.get((folder.name, k)) is None]
 
+    def skip(error: ValueError) -> None:
+        if on_bad_case == "error":
+            raise BadCaseError(f"{error} Set on_bad_case='skip' to continue without it.") from error
+        logger.warning("%s It is skipped.", error)
+
     # All cases are divided, also finished ones: the share of a process must not depend on the progress of others.
     share = range(accelerator.process_index, len(folders), accelerator.num_processes)
-    todo = [index for index in share if unscored(folders[index])]
+    todo = [index for index in share if index not in bad and unscored(folders[index])]
     rounds = range(0, len(todo), cases_per_round)
     scores_file = output_dir / f"scores-{accelerator.process_index}.jsonl"
     for start in tqdm(rounds, "Mining", unit="round", disable=not accelerator.is_main_process):
@@ -229,15 +245,22 @@ def sample_and_score(
             row = {"id": index, **dataset[index]}
             try:
                 images = case_images(row, row["id"])
-            except UnreadableImageError as error:
-                if on_bad_image == "error":
-                    raise UnreadableImageError(f"{error} Set on_bad_image='skip' to continue without it.") from error
-                logger.warning("%s It is skipped.", error)
+                row = decoded(row, dataset.features, row["id"])
+            except (UnreadableImageError, BadCaseError) as error:
+                skip(error)
                 continue
             rows.append(row | ({"images": images} if row.get("images") is not None else {"image": images[0]}))
             references.append(images)
             places.append(folders[index])
-        _sample(editor, rows, references, places, num_generations, seed)
+        while rows:
+            try:
+                _sample(editor, rows, references, places, num_generations, seed)
+                break
+            except BadCaseError as error:  # from encoding, before anything is sampled
+                skip(error)
+                usable = [i for i, row in enumerate(rows) if str(row["id"]) != error.case_id]
+                rows, references = [rows[i] for i in usable], [references[i] for i in usable]
+                places = [places[i] for i in usable]
         samples = [(row, place / f"{k}.png") for row, place in zip(rows, places, strict=True) for k in unscored(place)]
         if samples:
             append_jsonl(scores_file, _score(reward_func, samples, score_name))
@@ -374,8 +397,9 @@ def build_preference_dataset(
     Raises:
         `ValueError`: If no case gives a pair.
     """
-    check_cases(dataset, "dataset")
+    check_cases(dataset, "dataset", on_bad_case=None)
     _check_columns_are_free(dataset)
+    bad = find_bad_cases(dataset, "dataset")
     output_dir = Path(output_dir)
     settings = read_json(output_dir / "mining.json")
     if settings is None:
@@ -395,7 +419,10 @@ def build_preference_dataset(
         scores = by_case.get(folder.name, {})
         for k in sorted(int(file.stem) for file in folder.glob("*.png")):
             samples.append({"case": case, "sample": k, "score": scores.get(k), "edit": str(folder / f"{k}.png")})
-        if reason := _reason_against_pair(list(scores.values()), min_gap, min_chosen_score):
+        reason = _reason_against_pair(list(scores.values()), min_gap, min_chosen_score)
+        if reason and case in bad:
+            reason = f"bad case: {bad[case]}"
+        if reason:
             dropped.append({"id": str(case_id), "reason": reason})
             continue
         in_order = sorted(scores)  # of equal scores, `max` and `min` take the first

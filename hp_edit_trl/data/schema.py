@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 
-from ..cases import is_text, load_split
+from ..cases import check_cases, check_edits, is_text, load_split, prompt_problem
 
 
 logger = logging.getLogger(__name__)
@@ -69,9 +68,11 @@ def load_realpref(
     streaming: bool = False,
     token: str | None = None,
     image_root: str | None = None,
+    on_bad_case: str | None = "error",
 ) -> Dataset | IterableDataset:
     """
-    Loads a dataset of cases, checks every row against the schema, and casts its columns. No image is decoded.
+    Loads a dataset of cases, checks every row against the schema, and casts its columns. Images are opened, but not
+    decoded.
 
     The schema is `CASE_FEATURES`, plus `EDIT_FEATURES` if there is a column `edit`, and `SCORE_FEATURES` if there is a
     column `score`. Other columns are kept. A dataset without `schema_version` was written before there was a schema:
@@ -91,6 +92,9 @@ def load_realpref(
             Token for a private repository. Defaults to the token of the logged-in user.
         image_root (`str`, *optional*):
             Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
+        on_bad_case (`str`, *optional*, defaults to `"error"`):
+            `"error"` refuses bad cases, see [`~hp_edit_trl.cases.check_cases`]; `None` does not look for them. Of a
+            stream, bad prompts and missing images are always errors.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`].
@@ -104,7 +108,7 @@ def load_realpref(
     dataset = _load(repo_or_folder, split, options)
     if isinstance(dataset, Dataset):
         dataset = _complete(dataset, repo_or_folder)
-        check_realpref(dataset, repo_or_folder)
+        check_realpref(dataset, repo_or_folder, on_bad_case)
         return _cast(dataset)
     return _checked_stream(dataset, repo_or_folder)
 
@@ -210,50 +214,64 @@ def _cast(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def check_realpref(dataset: Dataset, name: str) -> None:
+def check_realpref(dataset: Dataset, name: str, on_bad_case: str | None = "error") -> None:
     """
-    Checks a dataset against the schema. Images are not decoded.
+    Checks a dataset against the schema. Images are opened, but not decoded.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         name (`str`):
             Its name in the error.
+        on_bad_case (`str`, *optional*, defaults to `"error"`):
+            `"error"` refuses bad cases, see [`~hp_edit_trl.cases.check_cases`]; `None` does not look for them.
 
     Raises:
         `ValueError`: If a row, a column or the version does not fit; it names the first such row and column.
+        [`~hp_edit_trl.cases.BadCaseError`]: If there are bad cases. It names the first of them and their number.
     """
     if missing := _missing_columns(dataset, name):
         raise ValueError(f"{name} has no columns {missing}: load it with load_realpref, which adds them.")
     expected = _expected(dataset.column_names)
-    images = [column for column in ("image", "edit") if column in dataset.features]
-    checked = ("schema_version", "id", "prompt", "task", "editor", "edit_seed", "score", "width", "height")
+    checked = ("schema_version", "id", "task", "editor", "edit_seed", "score", "width", "height")
     light = [column for column in checked if column in expected and column in dataset.features]
     seen: dict[tuple, int] = {}
-    rows = dataset.select_columns([*light, *images]).with_format("arrow")
+    rows = dataset.select_columns(light).with_format("arrow")
     for start in range(0, len(rows), 1000):
         table = rows[start : start + 1000]
         columns = {column: table[column].to_pylist() for column in light}
-        columns |= {column: _are_there(table[column]).to_pylist() for column in images}
         for i in range(len(table)):
-            check_row({column: values[i] for column, values in columns.items()}, start + i, name, seen)
-
-
-def _are_there(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Which images have bytes or a path."""
-    if not pa.types.is_struct(images.type):
-        return images.is_valid()
-    parts = [pc.struct_field(images, part).is_valid() for part in ("bytes", "path")]
-    return pc.and_(images.is_valid(), pc.or_(*parts))
+            check_schema({column: values[i] for column, values in columns.items()}, start + i, name, seen)
+    check = check_edits if "edit" in dataset.features else check_cases
+    check(dataset, name, on_bad_case)
 
 
 def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int]) -> None:
     """
-    Checks a row against the schema.
+    Checks a row against the schema, and its prompt and images as far as they are not to be opened.
+
+    Args:
+        row, number, name, seen:
+            As in [`check_schema`], but with `True` or `False` in place of its images, see [`with_presence`].
+
+    Raises:
+        `ValueError`: If the row does not fit.
+    """
+    check_schema(row if "edit" in row else {**row, "editor": None}, number, name, seen)
+    if problem := prompt_problem(row["prompt"]):
+        raise ValueError(f"Row {number} of {name}, column 'prompt': case {row['id']!r} {problem}")
+    for column in ("image", "edit"):
+        if column in row and not row[column]:
+            raise ValueError(f"Row {number} of {name}, column {column!r}: has no image.")
+
+
+def check_schema(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int]) -> None:
+    """
+    Checks a row against the schema, apart from its prompt and its images.
 
     Args:
         row (`dict`):
-            The row, with `True` or `False` in place of its images, see [`with_presence`].
+            The row. Images are not needed.
         number (`int`):
             Its number in the error.
         name (`str`):
@@ -273,12 +291,9 @@ def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int
         if isinstance(version, int) and version > SCHEMA_VERSION:
             fail("schema_version", _newer(version))
         fail("schema_version", f"{version!r} is not a version; this hp-edit-trl writes {SCHEMA_VERSION}.")
-    for column in ("id", "prompt", "task"):
+    for column in ("id", "task"):
         if not (row[column] or "").strip():
             fail(column, "is empty.")
-    for column in ("image", "edit"):
-        if column in row and not row[column]:
-            fail(column, "has no image.")
     for column in ("width", "height"):
         if row.get(column) is not None and not 1 <= row[column] < 2**31:
             fail(column, f"{row[column]} is not a number of pixels.")
@@ -288,7 +303,7 @@ def check_row(row: dict[str, Any], number: int, name: str, seen: dict[tuple, int
     score = row.get("score")
     if score is not None and not 0 <= score <= 5:
         fail("score", f"{score:g} is not between 0 and 5.")
-    key = (row["id"], row.get("editor") if "edit" in row else None)
+    key = (row["id"], row.get("editor"))
     if key in seen:
         fail("id", f"row {seen[key]} has {row['id']!r}, too{', and the same editor' if key[1] else ''}.")
     seen[key] = number

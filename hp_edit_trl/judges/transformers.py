@@ -33,6 +33,13 @@ from .base import (
 # Models that are known to read their pictures as one run of patches each, with rotary positions from `get_rope_index`
 SHARES_PREFIX = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
+# What says nothing about a conversation: the device is out of memory or broken
+FATAL = (torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+def _no_judgement(error: Exception) -> Judgement:
+    return Judgement(None, f"{type(error).__name__}: {error}", answered=False)
+
 
 class TransformersJudge:
     """
@@ -143,8 +150,12 @@ class TransformersJudge:
         return {"judge": "TransformersJudge", **{name: getattr(self, name) for name in names}, **loaded, **parser}
 
     def load(self) -> None:
-        """Loads the weights and asks for one judgement of two grey squares."""
-        self([trial_conversation()])
+        """
+        Loads the weights and asks for one judgement of two grey squares. Raises `ValueError` if that fails.
+        """
+        (judgement,) = self([trial_conversation()])
+        if not judgement.answered:
+            raise ValueError(f"The judge {self.name!r} cannot judge a trial of two images: {judgement.answer}")
 
     @torch.no_grad()
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
@@ -153,11 +164,11 @@ class TransformersJudge:
         for index, conversation in enumerate(conversations):
             try:
                 fitted[index] = self._fit(conversation)
-            except ValueError as error:  # e.g. an image a hundred times as wide as high
-                judgements[index] = Judgement(None, f"{type(error).__name__}: {error}", answered=False)
+            except Exception as error:  # e.g. an image a hundred times as wide as high
+                judgements[index] = _no_judgement(error)
         for members in self._batches(fitted):
             start = time.perf_counter()
-            judged = self._judge([fitted[index] for index in members])
+            judged = self._judge_apart([fitted[index] for index in members])
             seconds = (time.perf_counter() - start) / len(members)
             judgements.update(zip(members, (replace(one, seconds=seconds) for one in judged), strict=True))
         return [judgements[index] for index in range(len(conversations))]
@@ -190,6 +201,17 @@ class TransformersJudge:
     @property
     def _shares_prefix(self) -> bool:
         return self.model.config.model_type in SHARES_PREFIX
+
+    def _judge_apart(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
+        """Judges conversations together, and one by one if that fails, so that one cannot fail the others."""
+        try:
+            return self._judge(conversations)
+        except FATAL:  # not the fault of a conversation
+            raise
+        except Exception as error:  # processors raise errors of many kinds about what they cannot take
+            if len(conversations) == 1:
+                return [_no_judgement(error)]
+        return [judgement for one in conversations for judgement in self._judge_apart([one])]
 
     def _judge(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         inputs = self.processor.apply_chat_template(

@@ -5,6 +5,7 @@ from diffusers import DiffusionPipeline
 from .edit_policy import EditConditions, EditPolicy, bucketed
 from .flux2_klein import Flux2KleinPolicy
 from .flux_kontext import FluxKontextPolicy
+from .long_prompts import check_prompt_lengths
 from .qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
 from .rollout import Trajectory, decode, rollout
 
@@ -59,6 +60,7 @@ __all__ = [
     "QwenImageEditPolicy",
     "Trajectory",
     "bucketed",
+    "check_prompt_lengths",
     "decode",
     "policy_class",
     "rollout",

@@ -5,11 +5,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
+
+from ..cases import BadCaseError
 
 
 @dataclass
@@ -66,6 +69,10 @@ class EditPolicy(ABC):
             Regular expression of modules among them that never receive a gradient.
         max_references (`int` or `None`):
             Largest number of reference images of a case; `None` if there is no limit.
+        max_prompt_tokens (`int`):
+            Largest number of tokens of a prompt, counted as [`~EditPolicy.prompt_tokens`] does.
+        cuts_prompts (`bool`):
+            Whether the pipeline cuts longer prompts without a word. Otherwise they are refused.
         has_true_cfg (`bool`):
             Whether the pipeline supports classifier-free guidance with an unconditional pass.
         default_true_cfg_scale (`float`):
@@ -81,6 +88,8 @@ class EditPolicy(ABC):
     lora_target_modules: list[str] | str
     lora_exclude_modules: str | None = None
     max_references: int | None = None
+    max_prompt_tokens: int
+    cuts_prompts: bool = True
     has_true_cfg: bool = True
     default_true_cfg_scale: float
     default_negative_prompt: str
@@ -125,6 +134,38 @@ class EditPolicy(ABC):
         Returns:
             [`EditConditions`], on the policy's device.
         """
+
+    @abstractmethod
+    def prompt_tokens(self, prompts: list[str]) -> list[list[int]]:
+        """The tokens of prompts that count towards `max_prompt_tokens`, not cut. Only tokenizers are used."""
+
+    def encode_case(
+        self, case_id: Any, images: list[Image.Image], prompt: str, negative_prompt: str | None, resolution: int
+    ) -> EditConditions:
+        """
+        Encodes one case as [`~EditPolicy.encode`] does, with an error that names it.
+
+        Args:
+            case_id (`Any`):
+                The id of the case.
+            images, prompt, negative_prompt, resolution:
+                As in [`~EditPolicy.encode`].
+
+        Raises:
+            [`~hp_edit_trl.cases.BadCaseError`]: If the pipeline cannot encode it.
+            `torch.OutOfMemoryError`: If the device runs out of memory, which is not the fault of a case.
+        """
+        try:
+            return self.encode(images, prompt, negative_prompt, resolution)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a processor may raise anything about a picture or text that it cannot take
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise BadCaseError(
+                f"Case {case_id!r} cannot be encoded by {type(self.pipeline).__name__} (images of {sizes} pixels, "
+                f"prompt {prompt[:80]!r}): {type(error).__name__}: {error}",
+                str(case_id),
+            ) from error
 
     @abstractmethod
     def encode_image(self, image: Image.Image, height: int, width: int) -> torch.Tensor:

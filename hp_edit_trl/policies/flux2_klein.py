@@ -33,6 +33,7 @@ class Flux2KleinPolicy(EditPolicy):
         r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     )
     default_negative_prompt = ""
+    max_prompt_tokens = 512  # its chat template included
     pipeline: Flux2KleinPipeline
 
     def __init__(self, pipeline: Flux2KleinPipeline, offload_encoders: bool = False):
@@ -51,6 +52,12 @@ class Flux2KleinPolicy(EditPolicy):
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
         # As in the pipeline the first reference gives the aspect ratio.
         return fitted_size(images[0], resolution, 2 * self.pipeline.vae_scale_factor)
+
+    def prompt_tokens(self, prompts: list[str]) -> list[list[int]]:
+        tokenizer = self.pipeline.tokenizer
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return tokenizer(texts)["input_ids"]
 
     @torch.no_grad()
     def encode(

@@ -34,6 +34,8 @@ class FluxKontextPolicy(EditPolicy):
     default_true_cfg_scale = 1.0
     default_negative_prompt = ""
     default_num_inference_steps = 28
+    # T5's 512 without the one that ends a text. CLIP, which gives one vector for the whole prompt, cuts at 77.
+    max_prompt_tokens = 511
     pipeline: FluxKontextPipeline
 
     def __init__(self, pipeline: FluxKontextPipeline, offload_encoders: bool = False):
@@ -52,6 +54,9 @@ class FluxKontextPolicy(EditPolicy):
 
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
         return fitted_size(images[0], resolution, 2 * self.pipeline.vae_scale_factor)
+
+    def prompt_tokens(self, prompts: list[str]) -> list[list[int]]:
+        return self.pipeline.tokenizer_2(prompts, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
     def encode(

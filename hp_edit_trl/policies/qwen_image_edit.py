@@ -36,6 +36,9 @@ class QwenImageEditPlusPolicy(EditPolicy):
     default_true_cfg_scale = 4.0
     default_negative_prompt = " "
     default_num_inference_steps = 40
+    # The pipelines name this limit, but read longer prompts whole, until the transformer has no positions left.
+    max_prompt_tokens = 1024
+    cuts_prompts = False
     shown_area = CONDITION_IMAGE_SIZE  # pixels of a reference as the text encoder sees it
     pipeline: QwenImageEditPlusPipeline | QwenImageEditPipeline
 
@@ -56,6 +59,10 @@ class QwenImageEditPlusPolicy(EditPolicy):
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
         # As in the pipeline the last reference gives the aspect ratio.
         return fitted_size(images[-1], resolution, 2 * self.pipeline.vae_scale_factor)
+
+    def prompt_tokens(self, prompts: list[str]) -> list[list[int]]:
+        # Without the template, of which the first 64 tokens are dropped
+        return self.pipeline.tokenizer(prompts, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
     def encode(

@@ -61,8 +61,8 @@ class MiningArguments(EditScriptArguments):
             Largest number of edits that are denoised together.
         cases_per_round (`int`, *optional*, defaults to `8`):
             Number of cases whose edits are scored together.
-        on_bad_image (`str`, *optional*, defaults to `"skip"`):
-            What to do with a case whose image cannot be decoded: `"skip"` or `"error"`.
+        on_bad_case (`str`, *optional*, defaults to `"skip"`):
+            What to do with a case that cannot be used: `"skip"` leaves it out, `"error"` stops.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Whether to keep the text encoder and the VAE in CPU memory while they are not used.
         seed (`int`, *optional*, defaults to `0`):
@@ -105,8 +105,8 @@ class MiningArguments(EditScriptArguments):
         default=4, metadata={"help": "Largest number of edits that are denoised together."}
     )
     cases_per_round: int = field(default=8, metadata={"help": "Number of cases whose edits are scored together."})
-    on_bad_image: Literal["error", "skip"] = field(
-        default="skip", metadata={"help": "What to do with a case whose image cannot be decoded."}
+    on_bad_case: Literal["error", "skip"] = field(
+        default="skip", metadata={"help": "What to do with a case that cannot be used."}
     )
     offload_encoders: bool = field(
         default=False,
@@ -146,7 +146,7 @@ def main(args: MiningArguments) -> None:
         guidance_scale=args.guidance_scale,
         batch_size=args.rollout_batch_size,
         cases_per_round=args.cases_per_round,
-        on_bad_image=args.on_bad_image,
+        on_bad_case=args.on_bad_case,
         offload_encoders=args.offload_encoders,
         seed=args.seed,
     )

@@ -153,7 +153,8 @@ def load_cases(script_args: ScriptArguments, split: str, image_root: str | None 
     dataset = load_split(name, split, image_root, name=config, streaming=script_args.dataset_streaming)
     # `load_realpref` takes no configuration: datasets with several are not the cases of RealPref.
     if config is None and isinstance(dataset, Dataset) and "schema_version" in dataset.column_names:
-        return load_realpref(name, split, image_root=image_root)
+        # The trainer looks for bad cases, with its own option.
+        return load_realpref(name, split, image_root=image_root, on_bad_case=None)
     return dataset
 
 

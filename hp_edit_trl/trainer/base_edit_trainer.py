@@ -17,9 +17,9 @@ from PIL import Image
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler, use_adapter
 
-from ..cases import case_images
+from ..cases import BadCaseError, case_images, check_references, decoded, leave_out, without_decoding
 from ..editors import PolicyEditor
-from ..policies import EditConditions, EditPolicy
+from ..policies import EditConditions, EditPolicy, check_prompt_lengths
 from ..utils.dtypes import parse_dtype
 from ..utils.images import UnreadableImageError
 from ..utils.revisions import dataset_revision
@@ -87,6 +87,7 @@ class BaseEditTrainer(_BaseTrainer):
     negative_prompt: str
     sample_num_inference_steps: int
     _bad_cases: set[tuple[int, str]]
+    _left_out: dict[str, int]  # number of bad cases that were left out of a dataset, by its fingerprint
 
     # State of the present update, see `_drop_bad_update`, and counts of skipped ones
     _update_is_finite: torch.Tensor | bool = True
@@ -112,30 +113,51 @@ class BaseEditTrainer(_BaseTrainer):
         """Name in the log, label and color of the curves that the model card shows."""
         raise NotImplementedError
 
-    def _read_case(
-        self, dataset: Dataset, index: int, replace: bool = True
-    ) -> tuple[dict[str, Any], list[Image.Image]]:
-        """Row and images of a case; of the next one that can be decoded, if bad images are to be skipped."""
-        for offset in range(len(dataset)):
-            row = dict(dataset[(index + offset) % len(dataset)])
-            row.setdefault("id", (index + offset) % len(dataset))
-            try:
-                images = case_images(row, row["id"])
-            except UnreadableImageError as error:
-                if self.args.on_bad_image == "error":
-                    raise UnreadableImageError(f"{error} Set on_bad_image='skip' to leave it out.") from error
-                if not replace:
-                    raise
-                logger.warning(f"{error} The next case takes its place.")
-                self._bad_cases.add((self.state.global_step, str(row["id"])))
-                continue
-            row |= {"images": images} if row.get("images") is not None else {"image": images[0]}
-            return row, images
-        raise UnreadableImageError("No case of the dataset has images that can be decoded.")
+    def _leave_out(self, dataset: Dataset, bad: dict[int, str]) -> Dataset:
+        """The dataset without bad cases, which are counted, and with its images encoded."""
+        usable = without_decoding(leave_out(dataset, bad))
+        self._left_out[usable._fingerprint] = self._left_out.get(dataset._fingerprint, 0) + len(bad)
+        return usable
 
-    def _encode(self, row: dict[str, Any], images: list[Image.Image]) -> EditConditions:
+    def _checked(self, dataset: Dataset, check: Callable[..., dict[int, str]]) -> Dataset:
+        """The usable cases of a dataset for evaluation. One that was checked before is taken as it is."""
+        if dataset._fingerprint not in self._left_out:
+            name, on_bad_case = "eval_dataset", self.args.on_bad_case
+            dataset = self._leave_out(dataset, check(dataset, name, on_bad_case))
+            limit = self.policy.max_references
+            dataset = self._leave_out(dataset, check_references(dataset, name, limit, on_bad_case))
+            dataset = self._leave_out(dataset, check_prompt_lengths(self.policy, dataset, name, on_bad_case))
+        return dataset
+
+    def _read_case(self, dataset: Dataset, index: int) -> tuple[dict[str, Any], list[Image.Image]]:
+        """Row and images of a case. Raises `BadCaseError` if an image cannot be decoded."""
+        row = dict(dataset[index])
+        row.setdefault("id", index)
+        try:
+            images = case_images(row, row["id"])
+        except UnreadableImageError as error:
+            raise BadCaseError(str(error), str(row["id"])) from error
+        row = decoded(row, dataset.features, row["id"])
+        row |= {"images": images} if row.get("images") is not None else {"image": images[0]}
+        return row, images
+
+    def _encode_case(self, dataset: Dataset, index: int) -> tuple[dict[str, Any], list[Image.Image], EditConditions]:
+        """Row, images and encoding of a case; of the next one that can be used, if bad cases are to be skipped."""
         negative_prompt = self.negative_prompt if self.true_cfg_scale > 1 else None
-        return self.policy.encode(images, row["prompt"], negative_prompt, self.args.resolution)
+        for offset in range(len(dataset)):
+            try:
+                row, images = self._read_case(dataset, (index + offset) % len(dataset))
+                conditions = self.policy.encode_case(
+                    row["id"], images, row["prompt"], negative_prompt, self.args.resolution
+                )
+            except BadCaseError as error:
+                if self.args.on_bad_case == "error":
+                    raise BadCaseError(f"{error} Set on_bad_case='skip' to leave it out.", error.case_id) from error
+                logger.warning(f"{error} The next case takes its place.")
+                self._bad_cases.add((self.state.global_step, str(error.case_id)))
+                continue
+            return row, images, conditions
+        raise BadCaseError("No case of the dataset can be used.")
 
     def sample_edits(
         self, cases: list[tuple[dict[str, Any], list[Image.Image]]], adapter: bool = True
@@ -294,7 +316,12 @@ class BaseEditTrainer(_BaseTrainer):
             dataset = next(iter(dataset.values()))
         was_training = self.model.training
         try:
-            cases = [self._read_case(dataset, index) for index in range(min(num_cases, len(dataset)))]
+            cases: list[tuple[dict[str, Any], list[Image.Image]]] = []
+            for index in range(len(dataset)):
+                if len(cases) == num_cases:
+                    break
+                with contextlib.suppress(BadCaseError):
+                    cases.append(self._read_case(dataset, index))
             before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
             save_before_after(Path(self.args.output_dir), cases, before, after)
         except Exception as error:  # a trained model must not be lost because of a picture

@@ -38,9 +38,10 @@ class DPOEditConfig(_BaseConfig):
             edits of a pair are resized to it.
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Whether to shuffle the training dataset, differently in each epoch.
-        on_bad_image (`str`, *optional*, defaults to `"error"`):
-            What to do with a pair of which an image cannot be decoded, or whose edits differ in size or shape:
-            `"error"` stops, `"skip"` leaves the pair out with a warning.
+        on_bad_case (`str`, *optional*, defaults to `"error"`):
+            What to do with a pair that cannot be used, see [`~hp_edit_trl.cases.check_pairs`], cannot be encoded, or
+            whose edits differ in size or shape. `"error"` stops, before the model is loaded where it can be known
+            then; `"skip"` leaves the pairs out with a warning and counts them in the metric `bad_cases`.
         latents_cache_dir (`str`, *optional*):
             Folder for the encoded pairs. Every pair is encoded once and found again by its content, also by other
             runs. Defaults to `output_dir/_latents`, which is not pushed to the Hub. Takes about 3 MB per pair with
@@ -139,7 +140,7 @@ class DPOEditConfig(_BaseConfig):
         metadata={"help": "Side in pixels of the square whose area every edit has; aspect ratios are kept."},
     )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training dataset."})
-    on_bad_image: str = field(
+    on_bad_case: str = field(
         default="error",
         metadata={
             "help": "What to do with a pair that cannot be used: stop, or leave it out.",
@@ -208,7 +209,7 @@ class DPOEditConfig(_BaseConfig):
             raise ValueError(f"loss_type={self.loss_type} names a loss twice: use loss_weights instead.")
         if self.loss_weights is not None and not all(weight >= 0 for weight in self.loss_weights):
             raise ValueError(f"loss_weights={self.loss_weights} must not be negative.")
-        for name, choices in (("sigma_sampling", ["logit_normal", "uniform"]), ("on_bad_image", ["error", "skip"])):
+        for name, choices in (("sigma_sampling", ["logit_normal", "uniform"]), ("on_bad_case", ["error", "skip"])):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
         for name in ("resolution", "rollout_batch_size", "num_inference_steps", "true_cfg_scale"):

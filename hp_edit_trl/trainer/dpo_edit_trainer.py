@@ -19,9 +19,9 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import identity, use_adapter
 
-from ..cases import case_images, check_pairs, check_references, pair_images, without_decoding
+from ..cases import BadCaseError, case_images, check_pairs, check_references, pair_images, report_bad_cases
 from ..flow.preference import draw_sigma, flow_error, implicit_reward, preference_loss, safeguard_scale
-from ..policies import EditConditions, EditPolicy, bucketed, policy_class
+from ..policies import EditConditions, EditPolicy, bucketed, check_prompt_lengths, policy_class
 from ..utils.files import write_atomically
 from ..utils.images import UnreadableImageError, image_digest
 from ..utils.seeding import seeded_generator
@@ -179,21 +179,26 @@ class DPOEditTrainer(BaseEditTrainer):
             datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
             datasets["eval_dataset"] = eval_dataset
+        self._left_out = {}
         for name, dataset in datasets.items():
-            check_pairs(dataset, name)
-        train_dataset = without_decoding(train_dataset)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: without_decoding(dataset) for name, dataset in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = without_decoding(eval_dataset)
+            datasets[name] = self._leave_out(dataset, check_pairs(dataset, name, args.on_bad_case))
 
         # Policy. Its class is found before its weights are loaded.
         init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         hub_kwargs = {k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")}
         policy_type = policy_class(model, **hub_kwargs)
         for name, dataset in datasets.items():
-            check_references(dataset, name, policy_type.max_references)
+            bad = check_references(dataset, name, policy_type.max_references, args.on_bad_case)
+            datasets[name] = self._leave_out(dataset, bad)
         self.policy, self.base_model = load_policy(policy_type, model, args)
+        for name, dataset in datasets.items():
+            bad = check_prompt_lengths(self.policy, dataset, name, args.on_bad_case)
+            datasets[name] = self._leave_out(dataset, bad)
+        train_dataset = datasets["train_dataset"]
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: datasets[f"eval_dataset[{name!r}]"] for name in eval_dataset}
+        elif eval_dataset is not None:
+            eval_dataset = datasets["eval_dataset"]
         self.true_cfg_scale, self.negative_prompt = self.policy.resolve_guidance(
             args.true_cfg_scale, args.negative_prompt, args.guidance_scale
         )
@@ -255,6 +260,7 @@ class DPOEditTrainer(BaseEditTrainer):
         process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         rows = range(process, len(dataset), num_processes)
         files: dict[int, str] = {}
+        bad: dict[int, str] = {}
         loaded = False
         with contextlib.ExitStack() as stack:
             for index in tqdm(
@@ -270,28 +276,29 @@ class DPOEditTrainer(BaseEditTrainer):
                             stack.enter_context(self.policy.loaded(*self.policy.encoders))
                             loaded = True
                         write_atomically(file, functools.partial(torch.save, self._encode_pair(row)))
-                except UnreadableImageError as error:
-                    if self.args.on_bad_image == "error":
-                        raise UnreadableImageError(f"{error} Set on_bad_image='skip' to leave it out.") from error
-                    logger.warning(f"{error} The pair is left out.", main_process_only=False)
+                except (UnreadableImageError, BadCaseError) as error:
+                    bad[index] = str(error)
                     continue
                 files[index] = str(file)
-        gathered = {index: file for part in gather_object([files]) for index, file in part.items()}
+        # All bad pairs of all processes are told at once; what was encoded is kept for the next run.
+        gathered, bad = ({i: v for part in gather_object([local]) for i, v in part.items()} for local in (files, bad))
+        bad = {index: bad[index] for index in sorted(bad)}
+        name = f"the dataset ({description[0].lower()}{description[1:]})"
+        report_bad_cases(bad, len(dataset), name, self.args.on_bad_case)
+        self._left_out[dataset._fingerprint] = self._left_out.get(dataset._fingerprint, 0) + len(bad)
         missing = [file for file in gathered.values() if not os.path.exists(file)]
         if missing:
             raise FileNotFoundError(
                 f"{missing[0]}, which another process has written, is missing: latents_cache_dir must be a folder "
                 "that all nodes share."
             )
-        if not gathered:
-            raise UnreadableImageError(f"No pair can be used ({description[0].lower()}{description[1:]}).")
         self._encoded[dataset._fingerprint] = [gathered[index] for index in sorted(gathered)]
         return self._encoded[dataset._fingerprint]
 
     def _encode_pair(self, row: dict[str, Any]) -> dict[str, Any]:
         images, edits = case_images(row, row["id"]), pair_images(row, row["id"])
         with self.policy.loaded(*self.policy.encoders):
-            conditions = self.policy.encode(images, row["prompt"], None, self.args.resolution)
+            conditions = self.policy.encode_case(row["id"], images, row["prompt"], None, self.args.resolution)
             size, edit = (conditions.height, conditions.width), edits[0]
             # The edits have the shape of the reference, or of the reference rounded to whole latents.
             shapes = size, self.policy.target_size(images, 4096)
@@ -342,10 +349,9 @@ class DPOEditTrainer(BaseEditTrainer):
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`.")
-        check_pairs(dataset, "eval_dataset")
-        check_references(dataset, "eval_dataset", self.policy.max_references)
+        dataset = self._current_eval_dataset = self._checked(dataset, check_pairs)
         return self._get_dataloader(
-            dataset=self._encode_pairs(without_decoding(dataset), "Encoding evaluation pairs"),
+            dataset=self._encode_pairs(dataset, "Encoding evaluation pairs"),
             description="Evaluation",
             batch_size=self.args.eval_batch_size,
         )
@@ -466,6 +472,8 @@ class DPOEditTrainer(BaseEditTrainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(was_training)
         means = {f"{metric_key_prefix}_{name}": sum(r[name] for r in results) / len(results) for name in results[0]}
+        if left_out := self._left_out[self._current_eval_dataset._fingerprint]:
+            means[f"{metric_key_prefix}_bad_cases"] = left_out
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=means, num_samples=len(results))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -475,6 +483,8 @@ class DPOEditTrainer(BaseEditTrainer):
             for name in gathered[0]:
                 total, number = (sum(part) for part in zip(*(sums[name] for sums in gathered), strict=True))
                 logs[name] = total / number
+            if left_out := self._left_out.get(self.train_dataset._fingerprint):
+                logs["bad_cases"] = left_out
             if self._skipped_updates:
                 logs["skipped_updates"] = self._skipped_updates
             self._sums.clear()

@@ -34,9 +34,11 @@ class FlowGRPOEditConfig(_BaseConfig):
 
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Whether to shuffle the training dataset, differently in each epoch.
-        on_bad_image (`str`, *optional*, defaults to `"error"`):
-            What to do with a case whose image cannot be decoded: `"error"` stops, `"skip"` puts the next case that can
-            be decoded in its place and counts it in the metric `bad_images`.
+        on_bad_case (`str`, *optional*, defaults to `"error"`):
+            What to do with a case that cannot be used, see [`~hp_edit_trl.cases.check_cases`]. `"error"`: a dataset
+            with such cases is refused before the model is loaded, and one that shows later, e.g. an image that breaks
+            when it is decoded, stops the run. `"skip"`: they are left out with a warning, the next case takes the
+            place of one that shows later, and the metric `bad_cases` counts both.
 
         > Parameters that control sampling
 
@@ -166,7 +168,7 @@ class FlowGRPOEditConfig(_BaseConfig):
 
     # Parameters that control the data
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training dataset."})
-    on_bad_image: str = field(
+    on_bad_case: str = field(
         default="error",
         metadata={
             "help": "What to do with a case whose image cannot be decoded: stop, or replace it by the next case.",
@@ -277,7 +279,7 @@ class FlowGRPOEditConfig(_BaseConfig):
             ("dynamics", [name for name in DYNAMICS if name != "ode"]),
             ("sde_window_mode", ["fixed", "random", "sliding"]),
             ("scale_rewards", ["group", "batch", "none"]),
-            ("on_bad_image", ["error", "skip"]),
+            ("on_bad_case", ["error", "skip"]),
             ("on_bad_reward", ["error", "missing"]),
         ):
             if getattr(self, name) not in choices:

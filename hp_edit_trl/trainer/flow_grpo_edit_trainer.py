@@ -32,12 +32,12 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from ..cases import check_cases, check_references, without_decoding
+from ..cases import BadCaseError, check_cases, check_references
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
-from ..policies import EditConditions, Trajectory, bucketed, decode, policy_class, rollout
+from ..policies import EditConditions, Trajectory, bucketed, check_prompt_lengths, decode, policy_class, rollout
 from ..rewards import HPScorerReward
 from ..rewards.checks import check_rewards, own_copy
-from ..utils.images import UnreadableImageError
+from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
 from .completions import log_completions_table
@@ -186,8 +186,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
             datasets["eval_dataset"] = eval_dataset
+        self._left_out = {}
         for name, dataset in datasets.items():
-            check_cases(dataset, name)
+            datasets[name] = dataset = self._leave_out(dataset, check_cases(dataset, name, args.on_bad_case))
             for func in self.reward_funcs:
                 if isinstance(func, HPScorerReward) and func.task is None:
                     func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
@@ -201,27 +202,31 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self.sde_window_range = (args.sde_window_range[0], args.sde_window_range[1])
         self.epsilon_low = args.epsilon
         self.epsilon_high = args.epsilon_high if args.epsilon_high is not None else args.epsilon
-        if len(train_dataset) < self.cases_per_batch:
+        if (count := len(datasets["train_dataset"])) < self.cases_per_batch:
             raise ValueError(
-                f"train_dataset has {len(train_dataset)} cases, but one generation batch takes {self.cases_per_batch} "
+                f"train_dataset has {count} usable cases, but one generation batch takes {self.cases_per_batch} "
                 f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations})."
             )
-        train_dataset = without_decoding(train_dataset)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: without_decoding(dataset) for name, dataset in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = without_decoding(eval_dataset)
 
         # Policy. Its class is found, and the judges are asked, before its weights are loaded.
         init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         hub_kwargs = {k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")}
         policy_type = policy_class(model, **hub_kwargs)
         for name, dataset in datasets.items():
-            check_references(dataset, name, policy_type.max_references)
+            bad = check_references(dataset, name, policy_type.max_references, args.on_bad_case)
+            datasets[name] = self._leave_out(dataset, bad)
         for func in self.reward_funcs:
             if isinstance(func, HPScorerReward):
                 func.load()
         self.policy, self.base_model = load_policy(policy_type, model, args)
+        for name, dataset in datasets.items():
+            bad = check_prompt_lengths(self.policy, dataset, name, args.on_bad_case)
+            datasets[name] = self._leave_out(dataset, bad)
+        train_dataset = datasets["train_dataset"]
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: datasets[f"eval_dataset[{name!r}]"] for name in eval_dataset}
+        elif eval_dataset is not None:
+            eval_dataset = datasets["eval_dataset"]
         self.true_cfg_scale, self.negative_prompt = self.policy.resolve_guidance(
             args.true_cfg_scale, args.negative_prompt, args.guidance_scale
         )
@@ -293,7 +298,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
     # rows would decode each image num_generations * steps_per_generation * num_iterations times.
     def get_train_dataloader(self) -> DataLoader:
         if self.args.remove_unused_columns:
+            left_out = self._left_out.get(self.train_dataset._fingerprint, 0)
             self.train_dataset = self._remove_unused_columns(self.train_dataset, description="training")
+            self._left_out[self.train_dataset._fingerprint] = left_out
         return self._get_dataloader(
             dataset=range(len(self.train_dataset)),
             description="Training",
@@ -320,8 +327,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError("Evaluation needs an `eval_dataset`.")
-        check_cases(dataset, "eval_dataset")
-        self._current_eval_dataset = without_decoding(dataset)
+        self._current_eval_dataset = dataset = self._checked(dataset, check_cases)
         return self._get_dataloader(
             dataset=range(len(dataset)), description="Evaluation", batch_size=self.args.eval_batch_size
         )
@@ -357,14 +363,14 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         seed = args.seed
         self.model.eval()
 
-        with self._timed("encode"), policy.loaded(*policy.encoders):
-            cases = {index: self._read_case(self.train_dataset, index) for index in dict.fromkeys(indices)}
-            encoded = {index: self._encode(*case) for index, case in cases.items()}
+        # An error about a case on one process stops all of them.
+        with self._timed("encode"), in_step(self.accelerator), policy.loaded(*policy.encoders):
+            cases = {index: self._encode_case(self.train_dataset, index) for index in dict.fromkeys(indices)}
         rows = [cases[index][0] for index in indices]
-        conditions = [encoded[index] for index in indices]
+        conditions = [cases[index][2] for index in indices]
 
         # The place of a sample in the whole batch does not depend on how the groups are spread over processes. The
-        # group is part of the key, because a case that stands in for an unreadable one may have a group of its own
+        # group is part of the key, because a case that stands in for a bad one may have a group of its own
         # already.
         first = self.accelerator.process_index * len(indices)
         generators = [
@@ -626,6 +632,30 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self.args.dynamics, latents, velocity, sigmas[step], sigmas[step + 1], self.args.noise_level, sigmas[1]
         )
 
+    def _edit_usable(
+        self, dataset: Dataset, indices: list[int]
+    ) -> tuple[dict[int, tuple[dict[str, Any], list[Image.Image]]], list[Image.Image]]:
+        """Row and images of the cases that can be used, by their place in `indices`, and an edit of each."""
+        cases: dict[int, tuple[dict[str, Any], list[Image.Image]]] = {}
+
+        def skip(error: BadCaseError) -> None:
+            if self.args.on_bad_case == "error":
+                raise BadCaseError(f"{error} Set on_bad_case='skip' to leave it out.", error.case_id) from error
+            logger.warning(f"{error} It is left out of the evaluation.", main_process_only=False)
+
+        for place, index in enumerate(indices):
+            try:
+                cases[place] = self._read_case(dataset, index)
+            except BadCaseError as error:
+                skip(error)
+        while cases:
+            try:
+                return cases, self.sample_edits(list(cases.values()))
+            except BadCaseError as error:  # from encoding, before anything is sampled
+                skip(error)
+                cases = {place: case for place, case in cases.items() if str(case[0]["id"]) != error.case_id}
+        return {}, []
+
     # Evaluation samples the ODE, with a noise that belongs to the case: figures of different checkpoints, and of runs
     # with another number of processes, are comparable.
     def evaluation_loop(
@@ -642,19 +672,13 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self.optimizer.eval()
         results: list[dict[str, Any]] = []
         for indices in dataloader:
-            # One entry per index, also where an image is broken: a case is never judged in the place of another.
+            # One entry per index, also of a bad case: a case is never judged in the place of another.
             local: list[dict[str, Any]] = [{} for _ in indices]
-            cases = {}
-            for place, index in enumerate(indices):
-                try:
-                    cases[place] = self._read_case(dataset, index, replace=False)
-                except UnreadableImageError as error:
-                    if self.args.on_bad_image == "error":
-                        raise
-                    logger.warning(f"{error} It is left out of the evaluation.")
-                    local[place]["bad_images"] = 1
+            with in_step(self.accelerator):
+                cases, images = self._edit_usable(dataset, indices)
+            for place in set(range(len(indices))) - cases.keys():
+                local[place]["bad_cases"] = 1
             if cases:
-                images = self.sample_edits(list(cases.values()))
                 rewards_per_func = self._calculate_rewards([row for row, _ in cases.values()], images)
                 for i, (place, (row, _)) in enumerate(cases.items()):
                     local[place] |= {"task": row.get("task"), "rewards": rewards_per_func[i].tolist()}
@@ -685,7 +709,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             values = [result[name] for result in results if isinstance(result.get(name), int | float)]
             values = [value for value in values if not math.isnan(value)]
             if values:
-                metrics[name] = sum(values) if name == "bad_images" else sum(values) / len(values)
+                metrics[name] = sum(values) if name == "bad_cases" else sum(values) / len(values)
+        if left_out := self._left_out[dataset._fingerprint]:
+            metrics["bad_cases"] = metrics.get("bad_cases", 0) + left_out
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
@@ -706,8 +732,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 known = [value for value in values if not math.isnan(value)]
                 if known:
                     logs[name] = sum(known) / len(known)
-            if bad_cases:
-                logs["bad_images"] = len(bad_cases)
+            if count := self._left_out.get(self.train_dataset._fingerprint, 0) + len(bad_cases):
+                logs["bad_cases"] = count
             if self._skipped_updates:
                 logs["skipped_updates"] = self._skipped_updates
             if stats:

@@ -111,7 +111,7 @@ def test_images_that_cannot_be_read_are_missing_scores(tmp_path, caplog):
     edits = Dataset.from_list(broken).cast_column("image", ImageFeature()).cast_column("edit", ImageFeature())
     summary = score_dataset(HPScorerReward(RuleJudge()), edits, tmp_path)
     assert [line["score"] is None for line in read_scores(tmp_path / "scores.jsonl")] == [False, True, True, False]
-    assert "The edit of case 'case-1' by 'one' cannot be decoded" in summary.unreadable[0]
+    assert "Case 'case-1' has an edit that cannot be decoded" in summary.unreadable[0]
     assert "Case 'case-2' has no image" in summary.unreadable[1]
     assert "| images that cannot be decoded | 2 |" in squeezed(summary.table())
 

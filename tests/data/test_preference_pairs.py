@@ -227,7 +227,7 @@ def test_bad_input(pipeline, cases, tmp_path):
     for options, message in [
         ({"num_generations": 1}, "num_generations=1 must be at least 2"),
         ({"batch_size": 0}, "batch_size=0 must be an integer of at least 1"),
-        ({"on_bad_image": "ignore"}, "on_bad_image='ignore' is not known"),
+        ({"on_bad_case": "ignore"}, "on_bad_case='ignore' is not known"),
         ({"score_name": "beauty"}, r"does not log 'beauty'; it logs \['score'\]"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -290,11 +290,13 @@ def test_a_broken_image_stops_or_is_left_out(pipeline, cases, tmp_path):
         return [float(np.asarray(image).std()) for image in completions]
 
     options = OPTIONS | {"score_name": None}
-    with pytest.raises(ValueError, match="case 'miniature-train-0-0' cannot be decoded.*on_bad_image='skip'"):
+    with pytest.raises(
+        ValueError, match="'miniature-train-0-0' has an image that cannot be decoded.*on_bad_case='skip'"
+    ):
         sample_and_score(pipeline, length, broken, tmp_path / "stop", **options)
-    sample_and_score(pipeline, length, broken, tmp_path / "skip", on_bad_image="skip", **options)
+    sample_and_score(pipeline, length, broken, tmp_path / "skip", on_bad_case="skip", **options)
     counts = build_preference_dataset(broken, tmp_path / "skip", min_gap=0.0, min_chosen_score=0.0)
-    assert counts == {"pairs": 1, "fewer than two scores": 1}
+    assert counts == {"pairs": 1, "bad case": 1}
 
 
 @pytest.mark.slow

@@ -223,6 +223,29 @@ def test_edits_of_different_sizes_share_nothing_and_are_judged_alike(judge_folde
     assert [judgement.score for judgement in judge(chats)] == pytest.approx(alone, abs=1e-5)
 
 
+def test_what_a_processor_cannot_take_is_one_missing_judgement(judge_folder, monkeypatch):
+    judge = TransformersJudge(judge_folder, max_new_tokens=2)
+    chats = edits_of_one_case(3)
+    expected = [judgement.answer for judgement in judge(chats)]
+    long, narrow = conversation("Score it", sizes=((64, 64), (5000, 1))), edits_of_one_case(1, sizes=((14000, 70),))[0]
+    judged = judge([chats[0], long, chats[1], narrow, chats[2]])
+    assert [judgement.answered for judgement in judged] == [True, False, True, False, True]
+    assert "aspect ratio" in judged[1].answer and "aspect ratio" in judged[3].answer
+    assert [judgement.answer for judgement in judged[::2]] == expected
+
+    process = judge.processor.apply_chat_template
+
+    def refuse(conversations, **options):
+        if "b" in str([part.get("text") for part in conversations[-1][-1]["content"]]):
+            raise StopIteration("no picture is left")
+        return process(conversations, **options)
+
+    monkeypatch.setattr(judge.processor, "apply_chat_template", refuse)
+    with pytest.raises(ValueError, match="cannot judge a trial of two images: StopIteration"):
+        monkeypatch.setattr("hp_edit_trl.judges.transformers.trial_conversation", lambda: conversation("b"))
+        judge.load()
+
+
 def test_drawn_answers_depend_on_the_case_and_the_seed_alone(judge_folder):
     chats = [conversation("Score it", seed=seed) for seed in range(3)]
     settings = dict(num_answers=4, max_new_tokens=4)

@@ -827,25 +827,25 @@ MISSING = {"bytes": None, "path": "/nowhere/x.png"}
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("image", BROKEN, "image.*'case-1' cannot be decoded"),
-        ("chosen", BROKEN, "chosen image.*'case-1' cannot be decoded"),
-        ("rejected", BROKEN, "rejected image.*'case-1' cannot be decoded"),
-        ("rejected", MISSING, "'case-1' cannot be decoded.*nowhere"),
+        ("image", BROKEN, "'case-1' has an image that cannot be decoded"),
+        ("chosen", BROKEN, "'case-1' has a chosen image that cannot be decoded"),
+        ("rejected", BROKEN, "'case-1' has a rejected image that cannot be decoded"),
+        ("rejected", MISSING, "'case-1' has a rejected image that does not exist.*nowhere"),
         ("image", None, "'case-1' has no image"),
         ("chosen", None, "'case-1' has no chosen image"),
         ("rejected", None, "'case-1' has no rejected image"),
-        ("rejected", png(64, 64), "'case-1' has 128 x 64 pixels and the rejected one 64 x 64"),
+        ("rejected", png(64, 64), "'case-1' has a chosen image of 128 x 64 pixels and a rejected one of 64 x 64"),
         ("image", png(64, 64), "'case-1' have 128 x 64 pixels.*64 x 64 at resolution=64.*Crop"),
     ],
 )
 def test_pairs_that_cannot_be_used(make_trainer, caplog, column, value, message):
     dataset = planted(column, value)
-    with pytest.raises(ValueError, match=f"{message}.*on_bad_image='skip'"):
+    with pytest.raises(ValueError, match=f"{message}.*on_bad_case='skip'"):
         make_trainer(dataset).train()
     with pytest.raises(ValueError, match=message):
         make_trainer(eval_dataset=dataset).evaluate()
     trainer = make_trainer(
-        dataset, eval_dataset=dataset, on_bad_image="skip", num_train_epochs=1, max_steps=-1,
+        dataset, eval_dataset=dataset, on_bad_case="skip", num_train_epochs=1, max_steps=-1,
         gradient_accumulation_steps=1, learning_rate=0.0,
     )  # fmt: skip
     calls = record_pairs(trainer)
@@ -856,14 +856,15 @@ def test_pairs_that_cannot_be_used(make_trainer, caplog, column, value, message)
     calls.clear()
     metrics = trainer.evaluate()
     assert [pair.id for pairs in calls for pair in pairs] == ["case-0", "case-2", "case-3"]
+    assert trainer.state.log_history[0]["bad_cases"] == metrics.pop("eval_bad_cases") == 1
     good = trainer.evaluate(make_pairs(4).select([0, 2, 3]))
     assert results(metrics) == results(good)
 
 
 def test_not_one_usable_pair(make_trainer):
     dataset = planted("chosen", BROKEN, row=0, count=1)
-    with pytest.raises(ValueError, match="No pair can be used"):
-        make_trainer(dataset, on_bad_image="skip").train()
+    with pytest.raises(ValueError, match="No case of train_dataset can be used"):
+        make_trainer(dataset, on_bad_case="skip").train()
 
 
 def test_edits_of_their_sources_shape_are_always_taken(make_trainer):
@@ -939,7 +940,7 @@ def test_bad_models(make_trainer, tmp_path):
         (dict(beta=math.nan), "beta=nan must be"),
         (dict(logit_std=0.0), "logit_std=0.0 must be above 0"),
         (dict(sigma_sampling="normal"), "sigma_sampling='normal' is not known: use one of .*logit_normal.*uniform"),
-        (dict(on_bad_image="ignore"), "on_bad_image='ignore' is not known: use one of .*error.*skip"),
+        (dict(on_bad_case="ignore"), "on_bad_case='ignore' is not known: use one of .*error.*skip"),
         (dict(resolution=0), "resolution=0 must be at least 1"),
         (dict(num_inference_steps=0), "num_inference_steps=0 must be at least 1"),
         (dict(rollout_batch_size=0), "rollout_batch_size=0 must be at least 1"),

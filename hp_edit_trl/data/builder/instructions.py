@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Features, Value
 from PIL import Image
 
+from ...cases import prompt_problem
 from ...judges import Judge, Judgement, describe_judge, without_reasoning
 from ...rewards.prompts import find_prompts, prompt_files, read_header
 from ...utils.config import check_positive
@@ -297,6 +298,8 @@ class WriteInstructions(Stage):
             if " ".join(_bare(text)) in {"", name, *EMPTY_WORDS}:
                 raise _Rejected(f"field missing: {name!r} is {_excerpt(text)!r}")
         prompt = texts.pop("instruction")
+        if problem := prompt_problem(prompt):
+            raise _Rejected(f"bad prompt: {problem}")
         self._check_text(prompt, language)
         if compact_text(prompt) in compact_text(template.text):
             raise _Rejected(f"echo: the template says {_excerpt(prompt)}")

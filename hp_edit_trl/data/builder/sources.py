@@ -15,7 +15,7 @@ from datasets import Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from ...cases import is_text, load_split
+from ...cases import MAX_ASPECT_RATIO, is_text, load_split
 from ...utils.config import check_positive
 from ...utils.image_paths import IMAGE_COLUMNS, check_image_paths, source_folders
 from ...utils.images import (
@@ -426,6 +426,8 @@ class ImageCheck(Stage):
         if min(fitted) < self.min_side:
             scaled = f", scaled down to {fitted[0]} x {fitted[1]}" if fitted != (width, height) else ""
             raise _Rejected(f"too small: {width} x {height} pixels{scaled}, at least {self.min_side}")
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise _Rejected(f"too narrow: {width} x {height} pixels, sides of up to {MAX_ASPECT_RATIO}:1 are used")
 
     def _fitted(self, width: int, height: int) -> tuple[int, int]:
         """The size after scaling down."""
