@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, loa
 from PIL import Image as PILImage
 
 from .utils.images import UnreadableImageError, read_image
+from .utils.secrets import redact_error
 
 
 EditKey = tuple[str, str | None]  # id of the case, and editor
@@ -141,7 +142,11 @@ def load_split(path: str, split: str = "train", **options: Any) -> Any:
         `ValueError`: If it has no such split.
     """
     if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return load_dataset(path, split=split, **options)
+        try:
+            return load_dataset(path, split=split, **options)
+        except Exception as error:  # datasets raises errors of many types
+            redact_error(error)  # an address may hold a token
+            raise
     dataset = load_from_disk(path)
     if isinstance(dataset, DatasetDict):
         if split not in dataset:

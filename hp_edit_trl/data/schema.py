@@ -14,6 +14,7 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 
 from ..cases import is_text, load_split
+from ..utils.secrets import redacted
 
 
 logger = logging.getLogger(__name__)
@@ -112,12 +113,12 @@ def _load(
         dataset = load_split(path, split, revision=revision, streaming=streaming, token=token)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"There is no dataset {path!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on "
+            f"There is no dataset {redacted(path)!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on "
             f"the Hub, or it is private and needs a token: {error}"
         ) from error
     except (pa.ArrowInvalid, DatasetGenerationError) as error:
         raise ValueError(
-            f"{path} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns differ "
+            f"{redacted(path)} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns differ "
             "from those of the others, or the disk is full."
         ) from error
     if dataset.features is None:  # a stream of files without a schema

@@ -19,6 +19,7 @@ from ..data import mine_preference_pairs
 from ..lora_formats import lora_file
 from ..utils.distributed import patient_accelerator
 from ..utils.dtypes import parse_dtype
+from ..utils.secrets import guard_output
 from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer
 
 
@@ -159,4 +160,6 @@ def main(args: MiningArguments) -> None:
 
 if __name__ == "__main__":
     parser = ScriptParser("mine-pairs", ARGUMENTS)
-    main(*parser.parse_dict(parser.parse(sys.argv[1:])[0]))
+    options = parser.parse(sys.argv[1:])[0]
+    guard_output()
+    main(*parser.parse_dict(options))

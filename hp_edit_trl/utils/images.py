@@ -9,6 +9,8 @@ from typing import Any
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .secrets import redact_error
+
 
 class UnreadableImageError(ValueError):
     """An image of a case cannot be decoded."""
@@ -33,6 +35,7 @@ def read_image(value: Any, name: str) -> Image.Image:
         image = value if isinstance(value, Image.Image) else ImageFeature().decode_example(value)
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+        redact_error(error)  # an address may hold a token
         raise UnreadableImageError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
 
 
