@@ -119,7 +119,8 @@ class PipelineEditor:
         except (OSError, ValueError) as error:
             redact_error(error)
             raise ValueError(
-                f"editor={redacted(self.model)!r} is neither a folder nor a readable diffusers pipeline on the Hub: {error}"
+                f"editor={redacted(self.model)!r} is neither a folder nor a readable diffusers pipeline on the Hub: "
+                f"{error}"
             ) from error
 
     @cached_property

@@ -114,14 +114,15 @@ def _export_ratings(args: argparse.Namespace) -> None:
     from ..calibration import label_studio_config, load_rubric, to_label_studio
     from ..ratings import ratings_dataset, read_ratings
     from ..utils.files import write_json, write_text
+    from ..utils.hub import create_repository
 
     out, to_studio = Path(args.output_dir), args.format == "label-studio"
     if out.exists():
         raise ValueError(f"{out} already exists: choose another --output_dir, or remove it.")
     if (args.image_url is not None or args.rubric_file is not None) and not to_studio:
         raise ValueError("--image_url and --rubric_file are for --format label-studio.")
-    if args.private and args.push_to_hub is None or args.push_to_hub is not None and to_studio:
-        raise ValueError("--push_to_hub is for --format dataset, and --private for --push_to_hub.")
+    if args.public and args.push_to_hub is None or args.push_to_hub is not None and to_studio:
+        raise ValueError("--push_to_hub is for --format dataset, and --public for --push_to_hub.")
     dataset = _load_edits(args)
     if to_studio:
         rubric = load_rubric(args.rubric_file)
@@ -139,7 +140,7 @@ def _export_ratings(args: argparse.Namespace) -> None:
         rated = ratings_dataset(ratings, dataset)
         rated.save_to_disk(out)
         if args.push_to_hub is not None:
-            rated.push_to_hub(args.push_to_hub, private=args.private or None)
+            rated.push_to_hub(create_repository(args.push_to_hub, private=not args.public))
     print(f"{out}: {len(ratings)} ratings of {len({rating.edit for rating in ratings})} edits")
 
 
@@ -230,7 +231,7 @@ def register(commands: Any) -> None:
         "--image_url", help="where Label Studio finds OUTPUT_DIR/images; by default images are embedded"
     )
     command.add_argument("--push_to_hub", metavar="REPO", help="also push the dataset")
-    command.add_argument("--private", action="store_true", help="to a private repository")
+    command.add_argument("--public", action="store_true", help="to a public repository; by default it is private")
     command.set_defaults(run=_export_ratings)
 
     command = commands.add_parser("import-ratings", help="import ratings from Label Studio's export in JSON")

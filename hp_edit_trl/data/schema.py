@@ -112,14 +112,15 @@ def _load(
     try:
         dataset = load_split(path, split, revision=revision, streaming=streaming, token=token)
     except FileNotFoundError as error:
+        at_revision = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(
-            f"There is no dataset {redacted(path)!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on "
-            f"the Hub, or it is private and needs a token: {error}"
+            f"There is no dataset {redacted(path)!r}{at_revision}, neither a folder nor on the Hub, or it is private "
+            f"and needs a token: {error}"
         ) from error
     except (pa.ArrowInvalid, DatasetGenerationError) as error:
         raise ValueError(
-            f"{redacted(path)} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns differ "
-            "from those of the others, or the disk is full."
+            f"{redacted(path)} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns "
+            "differ from those of the others, or the disk is full."
         ) from error
     if dataset.features is None:  # a stream of files without a schema
         dataset = dataset._resolve_features()

@@ -164,7 +164,8 @@ class ServerJudge:
         except (*self._errors, ValueError) as error:
             redact_error(error)
             raise ConnectionError(
-                f"The judge {self.name!r} at {redacted(self.base_url)} gives no judgements: {type(error).__name__}: {error}"
+                f"The judge {self.name!r} at {redacted(self.base_url)} gives no judgements: {type(error).__name__}: "
+                f"{error}"
             ) from error
         if judgement.score is None and self.parse is parse_score:
             logger.warning(f"The judge {self.name!r} answered a trial without a score: {judgement.answer!r}.")

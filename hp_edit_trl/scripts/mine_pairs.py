@@ -19,6 +19,7 @@ from ..data import mine_preference_pairs
 from ..lora_formats import lora_file
 from ..utils.distributed import patient_accelerator
 from ..utils.dtypes import parse_dtype
+from ..utils.hub import create_repository
 from ..utils.secrets import guard_output
 from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer
 
@@ -41,6 +42,8 @@ class MiningArguments(EditScriptArguments):
             Folder for the edits, their scores and the dataset of pairs.
         push_to_hub (`str`, *optional*):
             Hub repository that the dataset of pairs is pushed to.
+        private (`bool`, *optional*, defaults to `True`):
+            Whether to create that repository as a private one.
         num_generations (`int`, *optional*, defaults to `5`):
             Number of edits per case.
         min_gap (`float`, *optional*, defaults to `1.0`):
@@ -84,6 +87,7 @@ class MiningArguments(EditScriptArguments):
     push_to_hub: str | None = field(
         default=None, metadata={"help": "Hub repository that the dataset of pairs is pushed to."}
     )
+    private: bool = field(default=True, metadata={"help": "Whether to create that repository as a private one."})
     num_generations: int = field(default=5, metadata={"help": "Number of edits per case."})
     min_gap: float = field(default=1.0, metadata={"help": "Smallest difference of the scores of a pair."})
     min_chosen_score: float = field(default=3.0, metadata={"help": "Lowest score of a chosen edit."})
@@ -147,10 +151,8 @@ def main(args: MiningArguments) -> None:
     accelerator = patient_accelerator()
     accelerator.print(f"{len(pairs)} pairs of {len(dataset)} cases are in {folder}, with all edits and a card.")
     if args.push_to_hub is not None and accelerator.is_main_process:
-        api = HfApi()
-        api.create_repo(args.push_to_hub, repo_type="dataset", exist_ok=True)
-        api.upload_folder(
-            repo_id=args.push_to_hub,
+        HfApi().upload_folder(
+            repo_id=create_repository(args.push_to_hub, private=args.private),
             folder_path=folder,
             repo_type="dataset",
             delete_patterns=["pairs/*.parquet", "samples/*.parquet"],  # of an earlier upload

@@ -1,5 +1,6 @@
 """What a secret is, and how it is kept out of everything that is written, shown or uploaded."""
 
+import contextlib
 import logging
 import os
 import re
@@ -117,10 +118,8 @@ def redact_error(error: BaseException) -> None:
         one.args = tuple(redacted(part) for part in one.args)
         for name in ("message", "strerror", "filename"):
             if isinstance(text := getattr(one, name, None), str):
-                try:
+                with contextlib.suppress(AttributeError):  # read-only
                     setattr(one, name, redacted(text))
-                except AttributeError:  # read-only
-                    pass
 
 
 def guard_output(words: Sequence[str] = ()) -> None:

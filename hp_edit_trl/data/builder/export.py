@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...utils.files import write_atomically, write_text
+from ...utils.hub import create_repository
 from ...version import __version__
 from ..schema import (
     CASE_FEATURES,
@@ -430,12 +431,7 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
     if not any((folder / "data").glob("*.parquet")) or not (folder / "README.md").exists():
         raise FileNotFoundError(f"{folder} holds no dataset: a README.md and data/*.parquet. Build it first.")
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(repo_id, repo_type="dataset").private:
-        raise ValueError(
-            f"{repo_id} is a public repository already: make it private in its settings, choose another one, or pass "
-            "private=False."
-        )
+    repo_id = create_repository(repo_id, private=private, token=token)
     # The same commit deletes files of an earlier version that no longer exist.
     commit = api.upload_folder(
         folder_path=folder,
