@@ -754,7 +754,7 @@ def test_latents_are_in_the_output_folder_by_default_and_are_not_uploaded(make_t
     trainer.hub_model_id = "someone/tiny"
     trainer.push_to_hub()
     assert {"pytorch_lora_weights.safetensors", "README.md"} <= set(uploaded)
-    # No latents, which take gigabytes and are the images of a dataset that may be private; nothing else that is pickled
+    # No latents, which take gigabytes and are the images of a dataset that may be private, and nothing pickled
     assert {Path(name).suffix for name in uploaded} == {".safetensors", ".json", ".md", ".png", ".txt"}
 
 

@@ -32,22 +32,35 @@ def test_names():
         "credentials", "ssh_key", "push_to_hub_token",
     ):  # fmt: skip
         assert is_secret_name(name), name
-    for name in ("pad_token", "max_new_tokens", "input_tokens", "sort_key", "judge", "author", "keyboard", "tokenizer"):
+    for name in (
+        "pad_token",
+        "max_new_tokens",
+        "input_tokens",
+        "sort_key",
+        "judge",
+        "author",
+        "keyboard",
+        "tokenizer",
+    ):
         assert not is_secret_name(name), name
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        {"hub_token": SECRET}, {"a": [{"b": {"token": SECRET}}]}, {"auth": ("me", SECRET)}, {"password": 12345678901234},
+        {"hub_token": SECRET}, {"a": [{"b": {"token": SECRET}}]}, {"auth": ("me", SECRET)},
+        {"password": 12345678901234},
         {"headers": {"Authorization": f"Bearer {SECRET}", "X-Api-Key": SECRET}},
-        ["hp-edit", "--api_key", SECRET, "--seed", "3"], ["--token=" + SECRET], ["--editor_options", f"token={SECRET}"],
+        ["hp-edit", "--api_key", SECRET, "--seed", "3"], ["--token=" + SECRET],
+        ["--editor_options", f"token={SECRET}"],
         ["--model_init_kwargs", f'{{"token": "{SECRET}"}}'],
-        "https://me:Planted0123456789@host:8000/v1", "http://me:Planted@0123456789@host", "https://Planted0123456789@host/x",
+        "https://me:Planted0123456789@host:8000/v1", "http://me:Planted@0123456789@host",
+        "https://Planted0123456789@host/x",
         "https://host/x?a=1&token=Planted0123456789#top", "http://host?key=Planted0123456789",
         "https://s3/x?X-Amz-Signature=Planted0123456789&X-Amz-Credential=Planted0123456789&Expires=3",
         f"Authorization: Bearer {SECRET}", f"Config(hub_token='{SECRET}', x=1)", f"run --hub_token {SECRET} --x 1",
-        f"ValueError: api_key={SECRET} is wrong", "hf_Planted0123456789abcdefghijklmnop", "sk-proj-Planted0123456789abc",
+        f"ValueError: api_key={SECRET} is wrong", "hf_Planted0123456789abcdefghijklmnop",
+        "sk-proj-Planted0123456789abc",
         "ghp_Planted0123456789abcdef", "AKIAPLANTED012345678",
     ],
 )  # fmt: skip
