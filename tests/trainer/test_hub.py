@@ -82,7 +82,7 @@ attempt(judge.load)
 judge.load = lambda: None
 attempt(mine_preference_pairs, pipeline, redness, cases, "mined", num_generations=2, min_gap=0.0,
         min_chosen_score=-9.0, resolution=64, num_inference_steps=2, score_name=None)
-attempt(score_dataset, make_edits(2), HPScorerReward(CachedJudge(judge, "cache.sqlite")), "scores")
+attempt(score_dataset, HPScorerReward(CachedJudge(judge, "cache.sqlite")), make_edits(2), "scores")
 
 def editor(images, prompts, seeds):
     if planted["editor"] and len(images) == 1 and prompts[0].endswith("0"):
@@ -97,7 +97,7 @@ attempt(Sources, [source])
 attempt(Sources, [{"dataset": source["webdataset"]}])
 rows = Dataset.from_list([{"id": "a", "prompt": "x", "edit": f"https://127.0.0.1:9/x.png?token={planted['picture_url']}",
     "image": f"https://127.0.0.1:9/x.png?token={planted['picture_url']}", "task": "add"}])
-attempt(score_dataset, rows, HPScorerReward(RuleJudge()), "scores/of-addresses")
+attempt(score_dataset, HPScorerReward(RuleJudge()), rows, "scores/of-addresses")
 
 # An error that nothing catches
 guard_output()
