@@ -30,6 +30,7 @@ from .utils.files import file_name
 from .utils.images import UnreadableImageError, read_image
 from .utils.imports import import_object
 from .utils.revisions import folder_revision, weights_digest
+from .utils.secrets import redact_error, redacted
 from .utils.seeding import seeded_generator
 from .utils.texts import without_control_tokens
 
@@ -117,8 +118,10 @@ class PipelineEditor:
         try:
             return Path(DiffusionPipeline.download(self.model, revision=self.revision))
         except (OSError, ValueError) as error:
+            redact_error(error)
             raise ValueError(
-                f"editor={self.model!r} is neither a folder nor a readable diffusers pipeline on the Hub: {error}"
+                f"editor={redacted(self.model)!r} is neither a folder nor a readable diffusers pipeline on the Hub: "
+                f"{error}"
             ) from error
 
     @cached_property
@@ -133,7 +136,9 @@ class PipelineEditor:
                 file = lora_file(self.lora)
                 pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
             except (OSError, ValueError, AttributeError) as error:  # the last if the pipeline does not take LoRAs
-                raise ValueError(f"lora={self.lora!r} cannot be loaded onto {self.model!r}: {error}") from error
+                redact_error(error)
+                names = f"lora={redacted(self.lora)!r} cannot be loaded onto {redacted(self.model)!r}"
+                raise ValueError(f"{names}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -143,7 +148,7 @@ class PipelineEditor:
         if self.lora is not None:
             content = hashlib.sha256(lora_file(self.lora).read_bytes()).hexdigest()
             options |= {"lora": self.lora, "lora_sha": content[:12]}
-        return {"editor": self.model, "revision": folder_revision(self.folder), **options}
+        return redacted({"editor": self.model, "revision": folder_revision(self.folder), **options})
 
     def load(self) -> None:
         self.pipeline  # noqa: B018
@@ -456,6 +461,7 @@ def edit_cases(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an editor of the user's own may raise anything
+        redact_error(error)  # an API's address or answer may hold a key
         if len(references) == 1:
             logger.warning("No edit of case %s: %s: %s", ids[0], type(error).__name__, error)
             return [None], [f"editor failed: {type(error).__name__}: {error}"]

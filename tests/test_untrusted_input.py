@@ -13,7 +13,6 @@ import pytest
 from datasets import Dataset
 
 from hp_edit_trl.cases import case_images
-from hp_edit_trl.data.builder import create_dataset_repo
 from hp_edit_trl.ratings import ratings_file
 from tests.helpers import photo
 
@@ -76,7 +75,7 @@ def test_the_name_of_an_annotator_stays_in_the_folder(tmp_path, name):
     assert file.parent == tmp_path and re.fullmatch(r"ratings-[a-z0-9_.-]+\.jsonl", file.name)
 
 
-def test_a_dataset_is_not_pushed_to_a_public_repository():
+def test_a_dataset_is_not_pushed_to_a_public_repository(monkeypatch):
     class Api:
         def __init__(self, private):
             self.private, self.repo_id, self.created = private, "me/set", []
@@ -88,11 +87,13 @@ def test_a_dataset_is_not_pushed_to_a_public_repository():
         def repo_info(self, repo_id, repo_type):
             return self
 
-    assert create_dataset_repo(Api(private=True), "set", True) == "me/set"
-    with pytest.raises(ValueError, match="is a public repository already.*--no-private"):
-        create_dataset_repo(Api(private=False), "set", True)
+    monkeypatch.setattr(hub, "HfApi", lambda token: api)
+    api = Api(private=True)
+    assert hub.create_repository("set") == "me/set" and api.created == [True]
     api = Api(private=False)
-    assert create_dataset_repo(api, "set", False) == "me/set" and api.created == [False]
+    with pytest.raises(ValueError, match="is a public repository already.*--no-private"):
+        hub.create_repository("set")
+    assert hub.create_repository("set", private=False) == "me/set" and api.created == [True, False]
 
 
 RANDOM = "Xq7Zr4Lw9Tb2Nc8Vf3Kd6Ms1Hp5Jg0Yt" + "Ra8Qe3Uo"  # 40 characters

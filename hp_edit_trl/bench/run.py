@@ -41,6 +41,7 @@ from ..utils.files import (
     write_json,
 )
 from ..utils.images import UnreadableImageError, image_digest, png_bytes, read_image
+from ..utils.secrets import redacted
 from ..version import __version__
 from .benchmark import Benchmark, check_has_columns
 from .results import FORMAT, WHERE_FROM, Run, check_format, read_run, summarize
@@ -127,7 +128,7 @@ def run_benchmark(
         described["metrics"] = {metric: asdict(value) for metric, value in benchmark.metrics.items()}
         described |= {**benchmark.settings, "cases": len(cases), "cases_sha": _cases_digest(cases, benchmark)}
         settings = {"format": FORMAT, "benchmark": described, "editor": {"name": name, **identity}, "seed": seed}
-        settings = json.loads(json.dumps(settings, default=str))  # as they are read back
+        settings = redacted(json.loads(json.dumps(settings, default=str)))  # as they are read back
         _check_same_run(folder, settings)
     with in_step(accelerator):  # all processes have checked the folder before one writes to it
         if accelerator.is_main_process and not (folder / "run.json").exists():
@@ -135,7 +136,7 @@ def run_benchmark(
                 (folder / part).mkdir(parents=True, exist_ok=True)
             versions = {"hp-edit-trl": __version__, "python": platform.python_version()}
             versions |= {library: version(library) for library in LIBRARIES}
-            write_json(folder / "run.json", {**settings, "versions": versions, "command": sys.argv})
+            write_json(folder / "run.json", {**settings, "versions": versions, "command": redacted(sys.argv)})
 
     with in_step(accelerator):
         tried = _read_edit_lines(folder)

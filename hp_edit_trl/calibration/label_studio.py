@@ -13,6 +13,7 @@ from datasets import Dataset
 from ..cases import EditKey, case_images, check_edits, edit_keys, without_decoding
 from ..ratings import SCORES, Rating, ratings_by_edit
 from ..utils.images import UnreadableImageError, read_image
+from ..utils.secrets import redacted
 from .display import data_url, shown_jpeg, side_by_side
 from .rubric import Rubric
 from .session import annotator_name
@@ -57,12 +58,17 @@ def to_label_studio(
         image that cannot be decoded are left out and reported.
 
     Raises:
-        `ValueError`: If the dataset does not contain a rated edit, or only one of `image_folder` and `image_url` is
-        given.
+        `ValueError`: If the dataset does not contain a rated edit, only one of `image_folder` and `image_url` is
+            given, or the address holds a password or token.
     """
     check_edits(dataset, "dataset", on_bad_case=None)
     if (image_folder is None) != (image_url is None):
         raise ValueError("Pass both image_folder and image_url: where images are written, and where they are found.")
+    if image_url is not None and redacted(image_url) != image_url:
+        raise ValueError(
+            f"image_url={redacted(image_url)!r} holds a password or token, which would be in every task. Use an "
+            "address without one, e.g. Label Studio's own storage (/data/local-files/?d=...)."
+        )
     dataset = without_decoding(dataset)
     tasks = []
     for row, (key, of_edit) in zip(dataset, ratings_by_edit(ratings, dataset).items(), strict=True):

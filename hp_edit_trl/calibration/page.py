@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..cases import EditKey, case_images, check_edits, edit_keys, without_decoding
 from ..ratings import ratings_file
 from ..utils.images import UnreadableImageError, read_image
+from ..utils.secrets import remember_secrets
 from .display import data_url
 from .guard import Guard, is_loopback
 from .rubric import Rubric, load_rubric
@@ -335,6 +336,7 @@ def annotate(
     Raises:
         `ValueError`: As in [`build_app`], or if others could reach the page without a password, or the port is taken.
     """
+    remember_secrets({"password": password})
     if not password and not is_loopback(host):
         raise ValueError(
             f"host={host!r} can be reached from other machines: set a password (HP_EDIT_PASSWORD or --password), or "

@@ -8,6 +8,7 @@ import logging
 import sys
 from typing import Any, NoReturn
 
+from ..utils.secrets import guard_output, redacted
 from ..version import __version__
 from . import bench, calibration, data, env, lora, train
 
@@ -26,7 +27,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+        self.exit(2, f"{self.prog}: {redacted(message)}. See {self.prog} --help.\n")
 
 
 class Commands:
@@ -68,11 +69,12 @@ def main(argv: list[str] | None = None) -> None:
         args.words = words  # for a parser of the command's own
     elif words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
+    guard_output(argv or [])
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         args.run(args)
     except (ValueError, OSError, ImportError) as error:  # users can fix these: one line, without a stack trace
-        sys.exit(f"hp-edit: {error}")
+        sys.exit(f"hp-edit: {redacted(str(error))}")
     except KeyboardInterrupt:
         sys.exit("hp-edit: stopped. Run the same command again to resume.")
 

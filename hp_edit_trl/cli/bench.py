@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.secrets import redacted, remember_secrets
 from .options import add_scorer_options, judge_of
 
 
@@ -94,7 +95,7 @@ def _bench(args: argparse.Namespace) -> None:
         except (ValueError, OSError, ImportError) as error:
             if len(runs) == 1:
                 raise
-            print(f"hp-edit: {run.name}: {error}", file=sys.stderr)
+            print(f"hp-edit: {run.name}: {redacted(str(error))}", file=sys.stderr)
             failed.append(run.name)
             continue
         if PartialState().is_main_process:
@@ -131,8 +132,9 @@ def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     configured = []
     for run in runs:
         if not isinstance(run, dict) or not isinstance(run.get("name"), str) or not run["name"]:
-            raise ValueError(f"{args.config}: each of the runs needs a name, but one is {run!r}.")
+            raise ValueError(f"{args.config}: each of the runs needs a name, but one is {redacted(run)!r}.")
         values = {name: value for name, value in (shared | run).items() if value is not None}
+        remember_secrets(values)
         for name, value in values.items():
             _check_option(args.config, name, value, args.options)
         folder = run["name"].replace("/", "-")
@@ -159,7 +161,7 @@ def _check_option(file: str, name: str, value: Any, options: dict[str, argparse.
     }
     kind, wanted = (bool, "true or false") if option.nargs == 0 else kinds[option.type]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{file}: {name} must be {wanted}, but is {value!r}.")
+        raise ValueError(f"{file}: {name} must be {wanted}, but is {redacted({name: value})[name]!r}.")
     if option.choices is not None and value not in option.choices:
         raise ValueError(f"{file}: {name} must be one of {', '.join(option.choices)}, but is {value!r}.")
 

@@ -111,12 +111,10 @@ def _annotate(args: argparse.Namespace) -> None:
 
 
 def _export_ratings(args: argparse.Namespace) -> None:
-    from huggingface_hub import HfApi
-
     from ..calibration import label_studio_config, load_rubric, to_label_studio
-    from ..data.builder import create_dataset_repo
     from ..ratings import ratings_dataset, read_ratings
     from ..utils.files import write_json, write_text
+    from ..utils.hub import create_repository
 
     out, to_studio = Path(args.output_dir), args.format == "label-studio"
     if out.exists():
@@ -140,12 +138,11 @@ def _export_ratings(args: argparse.Namespace) -> None:
     else:
         ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
         rated = ratings_dataset(ratings, dataset)
-        private = args.private is not False
         if args.push_to_hub is not None:
-            create_dataset_repo(HfApi(), args.push_to_hub, private)
+            repo_id = create_repository(args.push_to_hub, private=args.private is not False)
         rated.save_to_disk(out)
         if args.push_to_hub is not None:
-            rated.push_to_hub(args.push_to_hub, private=private)
+            rated.push_to_hub(repo_id)
     print(f"{out}: {len(ratings)} ratings of {len({rating.edit for rating in ratings})} edits")
 
 

@@ -52,6 +52,7 @@ from ..utils.files import (
     write_text,
 )
 from ..utils.images import UnreadableImageError, image_digest, png_bytes, read_image
+from ..utils.secrets import redacted
 from ..utils.seeding import seeded_generator
 from ..version import __version__
 from .schema import content_description
@@ -211,7 +212,7 @@ def sample_and_score(
         guidance_scale,
         batch_size,
     )
-    sampling = {**editor.identity, "seed": seed}
+    sampling = redacted({**editor.identity, "seed": seed})
     scoring = {"reward_func": get_callable_name(reward_func), "score_name": score_name}
     if isinstance(reward_func, HPScorerReward):
         if reward_func.task is None:
@@ -515,4 +516,4 @@ def _write_card(
         version=__version__,
         **thresholds,
     )
-    card.save(folder / "README.md")
+    write_text(folder / "README.md", str(card))

@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 
 from ..cases import check_cases, check_edits, is_text, load_split, prompt_problem
+from ..utils.secrets import redacted
 
 
 logger = logging.getLogger(__name__)
@@ -118,14 +119,15 @@ def _load(path: str, split: str, options: dict[str, Any]) -> Dataset | IterableD
     try:
         dataset = load_split(path, split, **options)
     except FileNotFoundError as error:
+        at_revision = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(
-            f"There is no dataset {path!r}{f' at revision {revision!r}' if revision else ''}, neither a folder nor on "
-            f"the Hub, or it is private and needs a token: {error}"
+            f"There is no dataset {redacted(path)!r}{at_revision}, neither a folder nor on the Hub, or it is private "
+            f"and needs a token: {error}"
         ) from error
     except (pa.ArrowInvalid, DatasetGenerationError) as error:
         raise ValueError(
-            f"{path} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns differ "
-            "from those of the others, or the disk is full."
+            f"{redacted(path)} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns "
+            "differ from those of the others, or the disk is full."
         ) from error
     if dataset.features is None:  # a stream of files without a schema
         dataset = dataset._resolve_features()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from ..utils.secrets import redact_error, redacted, remember_secrets, without_known_secrets
 from ..utils.texts import without_control_tokens
 from .base import (
     DIGITS,
@@ -123,6 +124,7 @@ class ServerJudge:
             "timeout": timeout,
             "max_retries": max_retries,
         }
+        remember_secrets(self._access)  # a server may repeat its key
         self._client  # noqa: B018  # an invalid address fails here
 
     @cached_property
@@ -161,8 +163,10 @@ class ServerJudge:
                 self.score_mode = "integer"
                 judgement = self._ask(trial_conversation(), client)
         except (*self._errors, ValueError) as error:
+            redact_error(error)
             raise ConnectionError(
-                f"The judge {self.name!r} at {self.base_url} gives no judgements: {type(error).__name__}: {error}"
+                f"The judge {self.name!r} at {redacted(self.base_url)} gives no judgements: {type(error).__name__}: "
+                f"{error}"
             ) from error
         if judgement.score is None and self.parse is parse_score:
             logger.warning(f"The judge {self.name!r} answered a trial without a score: {judgement.answer!r}.")
@@ -173,6 +177,7 @@ class ServerJudge:
             try:
                 judgement = self._ask(conversation, self._client)
             except (*self._errors, ValueError) as error:
+                redact_error(error)
                 judgement = Judgement(None, f"{type(error).__name__}: {error}", answered=False)
             return replace(judgement, seconds=time.perf_counter() - start)
 
@@ -200,11 +205,11 @@ class ServerJudge:
                 first = choices[0]
                 contents = [choice.message.content or "" for choice in choices]
                 answers += [
-                    content if isinstance(content, str) else "".join(part["text"] for part in content)
+                    without_known_secrets(content if isinstance(content, str) else "".join(p["text"] for p in content))
                     for content in contents
                 ]
             except (AttributeError, IndexError, KeyError, TypeError) as error:
-                raise ValueError(f"the server's reply is no chat completion: {str(reply)[:200]}") from error
+                raise ValueError(f"the server's reply is no chat completion: {redacted(str(reply))[:200]}") from error
             if reply.usage is not None:
                 read += reply.usage.prompt_tokens or 0
                 written += reply.usage.completion_tokens or 0
@@ -215,10 +220,12 @@ class ServerJudge:
             if not likeliest:
                 raise _NoProbabilitiesError("the server returned no top_logprobs, which score_mode='expected' needs")
             if not all(t.logprob <= 1e-3 for t in likeliest):  # nor NaN; rounding may leave 0 a little behind
-                raise ValueError(f"the server's logprobs are above 0 or not a number: {str(likeliest)[:200]}")
+                raise ValueError(
+                    f"the server's logprobs are above 0 or not a number: {redacted(str(likeliest))[:200]}"
+                )
             weights = [sum(math.exp(t.logprob) for t in likeliest if t.token.strip() == digit) for digit in DIGITS]
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"the server's logprobs cannot be read: {str(first.logprobs)[:200]}") from error
+            raise ValueError(f"the server's logprobs cannot be read: {redacted(str(first.logprobs))[:200]}") from error
         return replace(expected_score(weights, self.min_digit_mass), input_tokens=read, output_tokens=written)
 
     def _as_openai(self, part: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from qwen_vl_utils import fetch_image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from ..utils.revisions import model_revision
+from ..utils.secrets import is_secret_name, remember_secrets
 from ..utils.texts import without_control_tokens
 from .base import (
     DIGITS,
@@ -111,6 +112,7 @@ class TransformersJudge:
         self.min_digit_mass = min_digit_mass
         self.device = device
         self.model_init_kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
+        remember_secrets(self.model_init_kwargs)
         try:
             self.processor = AutoProcessor.from_pretrained(model, revision=self.model_init_kwargs.get("revision"))
         except (OSError, ValueError) as error:
@@ -146,7 +148,11 @@ class TransformersJudge:
         names += ["min_digit_mass"] if self.score_mode == "expected" else ["num_answers", "max_new_tokens"]
         names += ["temperature", "seed"] if self.num_answers > 1 else []
         parser = {} if self.parse is parse_score else {"parse": self.parse.__name__}
-        loaded = {name: str(value) for name, value in sorted(self.model_init_kwargs.items()) if name != "revision"}
+        loaded = {
+            name: str(value)
+            for name, value in sorted(self.model_init_kwargs.items())
+            if name != "revision" and not is_secret_name(name)  # a token does not decide an answer
+        }
         return {"judge": "TransformersJudge", **{name: getattr(self, name) for name in names}, **loaded, **parser}
 
     def load(self) -> None:

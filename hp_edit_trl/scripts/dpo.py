@@ -11,6 +11,7 @@ from trl import get_peft_config
 from ..trainer.dpo_edit_config import DPOEditConfig
 from ..trainer.dpo_edit_trainer import DPOEditTrainer
 from ..trainer.model_config import EditModelConfig
+from ..utils.secrets import guard_output
 from .utils import DatasetArguments, ScriptParser, load_cases, run_training
 
 
@@ -39,4 +40,6 @@ def main(script_args: DatasetArguments, training_args: DPOEditConfig, model_args
 
 if __name__ == "__main__":
     parser = ScriptParser("dpo", ARGUMENTS)
-    main(*parser.parse_dict(parser.parse(sys.argv[1:])[0]))
+    options = parser.parse(sys.argv[1:])[0]
+    guard_output()
+    main(*parser.parse_dict(options))

@@ -11,6 +11,7 @@ from trl import get_peft_config
 from ..trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
 from ..trainer.model_config import EditModelConfig
+from ..utils.secrets import guard_output
 from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer, run_training
 
 
@@ -40,4 +41,6 @@ def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, mo
 
 if __name__ == "__main__":
     parser = ScriptParser("grpo", ARGUMENTS)
-    main(*parser.parse_dict(parser.parse(sys.argv[1:])[0]))
+    options = parser.parse(sys.argv[1:])[0]
+    guard_output()
+    main(*parser.parse_dict(options))

@@ -16,10 +16,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from ..data import mine_preference_pairs
-from ..data.builder import create_dataset_repo
 from ..lora_formats import lora_file
 from ..utils.distributed import in_step, patient_accelerator
 from ..utils.dtypes import parse_dtype
+from ..utils.hub import create_repository
+from ..utils.secrets import guard_output
 from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer
 
 
@@ -125,7 +126,7 @@ def main(args: MiningArguments) -> None:
     accelerator = patient_accelerator()
     with in_step(accelerator):
         if args.push_to_hub is not None and accelerator.is_main_process:
-            create_dataset_repo(HfApi(), args.push_to_hub, args.private)
+            repo_id = create_repository(args.push_to_hub, private=args.private)
     pipeline = DiffusionPipeline.from_pretrained(
         args.model_name_or_path, revision=args.model_revision, dtype=parse_dtype(args.dtype)
     )
@@ -154,7 +155,7 @@ def main(args: MiningArguments) -> None:
     accelerator.print(f"{len(pairs)} pairs of {len(dataset)} cases are in {folder}, with all edits and a card.")
     if args.push_to_hub is not None and accelerator.is_main_process:
         HfApi().upload_folder(
-            repo_id=args.push_to_hub,
+            repo_id=repo_id,
             folder_path=folder,
             repo_type="dataset",
             delete_patterns=["pairs/*.parquet", "samples/*.parquet"],  # of an earlier upload
@@ -164,4 +165,6 @@ def main(args: MiningArguments) -> None:
 
 if __name__ == "__main__":
     parser = ScriptParser("mine-pairs", ARGUMENTS)
-    main(*parser.parse_dict(parser.parse(sys.argv[1:])[0]))
+    options = parser.parse(sys.argv[1:])[0]
+    guard_output()
+    main(*parser.parse_dict(options))

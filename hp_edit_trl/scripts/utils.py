@@ -20,6 +20,7 @@ from ..judges import load_judge
 from ..judges.base import ScoreMode
 from ..rewards import HPScorerReward
 from ..trainer.base_edit_trainer import BaseEditTrainer
+from ..utils.secrets import redacted
 
 
 @dataclass
@@ -210,7 +211,9 @@ def run_training(trainer: BaseEditTrainer) -> None:
             f"folder checkpoint-* in {args.output_dir}."
         )
     except (ValueError, OSError, ImportError) as error:
-        raise RuntimeError(f"Training failed after step {trainer.state.global_step}: {error}") from error
+        raise RuntimeError(
+            f"Training failed after step {trainer.state.global_step}: {redacted(str(error))}"
+        ) from error
     trainer.save_model()
     trainer.accelerator.print(f"The LoRA, its card, the reward curve and pictures are in {args.output_dir}")
     trainer.accelerator.end_training()
@@ -246,7 +249,7 @@ class ScriptParser(TrlParser):
         self.add_argument("--config", help="YAML file with options; options on the command line take precedence.")
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        print(f"{self.prog}: {redacted(message)}", file=sys.stderr)
         sys.exit(2)
 
     def parse(self, words: list[str]) -> tuple[dict[str, Any], argparse.Namespace | None]:

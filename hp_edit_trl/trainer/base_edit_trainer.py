@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler, use_adapter
 
@@ -21,11 +21,14 @@ from ..cases import BadCaseError, case_images, check_references, decoded, leave_
 from ..editors import PolicyEditor
 from ..policies import EditConditions, EditPolicy, check_prompt_lengths
 from ..utils.dtypes import parse_dtype
+from ..utils.hub import create_repository
 from ..utils.images import UnreadableImageError
 from ..utils.revisions import dataset_revision
+from ..utils.secrets import redact_error, redacted
 from ..utils.seeding import seeded_generator
+from .hub import CARD_PICTURES, MODEL_FILES, copy_published, upload, write_published_state
 from .lora import save_lora
-from .model_card import save_before_after, write_model_card
+from .model_card import remove_before_after, save_before_after, write_model_card
 
 
 logger = get_logger(__name__)
@@ -48,13 +51,14 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
     """
     if not isinstance(model, str):
         base_model = str(model.config.get("_name_or_path") or "base-model")  # it may have been loaded from a Path
-        return policy_type(model, args.offload_encoders), base_model
+        return policy_type(model, args.offload_encoders), redacted(base_model)
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
     dtype = init_kwargs.pop("torch_dtype", None) or init_kwargs.get("dtype")
     if dtype is None:
         dtype = torch.bfloat16 if args.bf16 else torch.float32
     init_kwargs["dtype"] = parse_dtype(dtype)  # a name, if it comes from YAML or the command line
-    return policy_type(DiffusionPipeline.from_pretrained(model, **init_kwargs), args.offload_encoders), model
+    pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
+    return policy_type(pipeline, args.offload_encoders), redacted(model)
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -262,22 +266,36 @@ class BaseEditTrainer(_BaseTrainer):
                     f"{name} has values that are not finite at step {self.state.global_step}: the LoRA is not saved. "
                     f"Resume from an earlier checkpoint in {self.args.output_dir} with a lower learning_rate."
                 )
-        super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
+            os.makedirs(folder, exist_ok=True)
+            # Not `super()._save`: it pickles the arguments, tokens included. Nothing reads them when a run resumes.
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
             save_lora(self.policy, self.accelerator.unwrap_model(self.model), folder)
             self._write_card(Path(folder))  # in place of PEFT's
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies PEFT's files to the output folder, which is what it uploads, unless an upload is still reading
-        # there. So does this with the rest.
-        if self.is_world_process_zero():
-            uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            if self.args.hub_always_push or not uploading:
-                for name in (LORA_WEIGHT_NAME_SAFE, "README.md", "reward_curve.png"):
-                    if os.path.isfile(os.path.join(checkpoint_folder, name)):
-                        shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+        # Not `super()._push_from_checkpoint`, which uploads all files of the output folder.
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done() and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        self._finish_current_push()  # it reads the files that are written now
+        files = copy_published(Path(checkpoint_folder), Path(args.output_dir))
+        message = f"Training in progress, step {self.state.global_step}"
+        job = upload(args.output_dir, args, self.hub_model_id, files, message, run_as_future=True)
+        self.push_in_progress = PushInProgress([job])
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        private = private if private is not None else args.hub_private_repo
+        self.hub_model_id = create_repository(name, "model", private=private, token=token or args.hub_token)
+        self.push_in_progress = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -286,30 +304,73 @@ class BaseEditTrainer(_BaseTrainer):
             self.save_sample_edits()
             self.create_model_card()
 
-    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs):
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
         """
-        Uploads the LoRA, its model card and the pictures to the Hub.
+        Uploads the LoRA, the adapter's configuration, the model card with its curve and pictures, and the trainer's
+        state to the Hub. No other file of the output folder is uploaded.
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`):
                 Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to return only when the upload has finished.
+            token (`str`, *optional*):
+                Token with write permission. Defaults to `args.hub_token`.
+            revision (`str`, *optional*):
+                Branch to commit to. Defaults to `args.hub_revision`.
+            private (`bool`, *optional*):
+                Whether the repository must be private if it does not exist yet. Defaults to `args.hub_private_repo`.
             **kwargs:
-                Passed to [`~transformers.Trainer.push_to_hub`].
+                Passed to [`create_model_card`].
+
+        Returns:
+            The commit, or a `Future` of it without `blocking`; `None` on other processes than the first.
+
+        Raises:
+            `ValueError`: If the repository must be private, but exists and is public.
         """
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)
         self.save_sample_edits()
-        return super().push_to_hub(commit_message, **kwargs)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        self.save_state()
+        folder = Path(args.output_dir)
+        write_published_state(folder / "trainer_state.json", folder)
+        options: dict[str, Any] = {"token": token} if token is not None else {}
+        options |= {"revision": revision} if revision is not None else {}
+        # Pictures of an earlier commit that the card does not show any more are deleted.
+        options |= {"delete_patterns": list(CARD_PICTURES), "run_as_future": not blocking}
+        files = [*MODEL_FILES, *(CARD_PICTURES if args.num_sample_edits else ())]
+        return upload(args.output_dir, args, self.hub_model_id, files, commit_message, **options)
 
-    def save_sample_edits(self, num_cases: int = 4) -> None:
+    def save_sample_edits(self, num_cases: int | None = None) -> None:
         """
         Saves edits before and after training, of the first cases of the evaluation set (or else of the training set),
         to `output_dir/images`. They illustrate the model card. If sampling fails, a warning gives the reason.
 
         Args:
-            num_cases (`int`, *optional*, defaults to `4`):
-                Number of cases.
+            num_cases (`int`, *optional*):
+                Number of cases. Defaults to `args.num_sample_edits`; with 0, pictures of an earlier run are removed.
         """
         if not self.is_world_process_zero():
+            return
+        num_cases = self.args.num_sample_edits if num_cases is None else num_cases
+        if num_cases == 0:
+            remove_before_after(Path(self.args.output_dir))
             return
         dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         if isinstance(dataset, dict):
@@ -325,6 +386,7 @@ class BaseEditTrainer(_BaseTrainer):
             before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
             save_before_after(Path(self.args.output_dir), cases, before, after)
         except Exception as error:  # a trained model must not be lost because of a picture
+            redact_error(error)
             logger.warning(f"No sample edits for the model card: {type(error).__name__}: {error}")
         self.model.train(was_training)
 

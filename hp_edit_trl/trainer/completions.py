@@ -1,22 +1,50 @@
 """The table of sample edits: in the terminal, on disk, and in the trackers that are in use."""
 
+import functools
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..utils.files import write_atomically
+from ..utils.images import image_digest
+
+
+def _webp(image: Image.Image) -> bytes:
+    # For looking at: a tenth of the size of a PNG file
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=90)
+    return buffer.getvalue()
+
+
+def _save_reference(image: Image.Image, folder: Path) -> str:
+    """Saves an image if it is not there yet. Returns its name, which is a hash of its pixels."""
+    name = f"references/{image_digest(image).hex()[:16]}.webp"
+    if not (folder / name).exists():
+        write_atomically(folder / name, functools.partial(Path.write_bytes, data=_webp(image)))
+    return name
+
 
 def log_completions_table(
-    rows: list[dict[str, Any]], step: int, output_dir: str | Path, trackers: Iterable[str], writers: Iterable[Any] = ()
+    rows: list[dict[str, Any]],
+    step: int,
+    output_dir: str | Path,
+    trackers: Iterable[str],
+    writers: Iterable[Any] = (),
+    num_to_print: int | None = None,
 ) -> None:
     """
-    Shows sample edits: as a table in the terminal; with their images as a Parquet file in `output_dir/completions`;
-    and as a table or images in wandb, trackio and TensorBoard.
+    Logs sample edits: as a table in the terminal; as a Parquet file in `output_dir/completions`, whose column
+    `reference` names a file in `output_dir/completions/references`, where each reference image is stored once; and as
+    a table or images in wandb, trackio and TensorBoard.
 
     Args:
         rows (`list[dict]`):
@@ -30,6 +58,8 @@ def log_completions_table(
             The trainer's `report_to`.
         writers (`Iterable[SummaryWriter]`, *optional*):
             TensorBoard's writers.
+        num_to_print (`int`, *optional*):
+            Number of rows of the table in the terminal. Defaults to all; with 0 there is no table.
     """
     images = ("reference", "completion")
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -44,14 +74,23 @@ def log_completions_table(
     columns = [name for name in names if name not in (*images, "step")]
     for name in columns:
         table.add_column(Text(name), justify="left" if name in ("id", "prompt") else "right")
-    for row in rows:
+    for row in rows[:num_to_print]:
         # As text, because a prompt may hold what rich takes for markup
         table.add_row(*(Text(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n])) for n in columns))
-    Console().print(table)
+    if num_to_print is None or num_to_print > 0:
+        Console().print(table)
 
     folder = Path(output_dir) / "completions"
-    folder.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(rows).to_parquet(folder / f"completions_{step:05d}.parquet")
+    (folder / "references").mkdir(parents=True, exist_ok=True)
+    stored = Dataset.from_list(
+        [
+            row
+            | {"reference": _save_reference(row["reference"], folder)}
+            | {"completion": {"bytes": _webp(row["completion"]), "path": None}}
+            for row in rows
+        ]
+    ).cast_column("completion", ImageFeature())
+    write_atomically(folder / f"completions_{step:05d}.parquet", stored.to_parquet)
 
     for tracker in set(trackers) & {"wandb", "trackio"}:
         module = __import__(tracker)

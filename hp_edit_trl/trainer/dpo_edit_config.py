@@ -4,6 +4,9 @@ from typing import Any
 from transformers import TrainingArguments
 from trl.trainer.base_config import _BaseConfig
 
+from ..utils.secrets import redacted
+from .hub import check_hub_options
+
 
 LOSS_TYPES = ["sigmoid", "ipo", "hinge", "sft"]
 
@@ -76,6 +79,9 @@ class DPOEditConfig(_BaseConfig):
 
         > Parameters that control the sample edits of the model card
 
+        num_sample_edits (`int`, *optional*, defaults to `4`):
+            Number of cases whose edits before and after training the model card shows, beside the reference image,
+            scaled down. 0 leaves images and prompts of the cases out of the card.
         num_inference_steps (`int`, *optional*):
             Number of denoising steps; also of the schedule that noise levels are shifted by. Defaults to the
             pipeline's recommended number: 40 for Qwen-Image-Edit.
@@ -102,6 +108,7 @@ class DPOEditConfig(_BaseConfig):
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`.
+    > - `hub_private_repo`: Defaults to `True` instead of `None`, because the model card shows images of the cases.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
@@ -123,6 +130,9 @@ class DPOEditConfig(_BaseConfig):
 
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace losses that are not finite in the log. They should be seen."}
+    )
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "Whether Hub repositories are private. The card shows images of the cases."}
     )
 
     # Parameters that control the model
@@ -177,6 +187,9 @@ class DPOEditConfig(_BaseConfig):
     )
 
     # Parameters that control the sample edits of the model card
+    num_sample_edits: int = field(
+        default=4, metadata={"help": "Number of cases whose edits the model card shows. 0 leaves images out of it."}
+    )
     num_inference_steps: int | None = field(
         default=None, metadata={"help": "Number of denoising steps. Defaults to the policy's."}
     )
@@ -195,6 +208,7 @@ class DPOEditConfig(_BaseConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_hub_options(self)
 
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
         unknown = sorted(set(self.loss_type) - set(LOSS_TYPES))
@@ -220,3 +234,12 @@ class DPOEditConfig(_BaseConfig):
         for name in ("beta", "logit_std"):
             if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+
+    # Trackers and logs show these.
+    def to_dict(self) -> dict[str, Any]:
+        return redacted(super().to_dict())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_json_string()})"
+
+    __str__ = __repr__

@@ -5,6 +5,8 @@ from transformers import TrainingArguments
 from trl.trainer.base_config import _BaseConfig
 
 from ..flow.dynamics import DYNAMICS
+from ..utils.secrets import redacted
+from .hub import check_hub_options
 
 
 @dataclass
@@ -116,10 +118,24 @@ class FlowGRPOEditConfig(_BaseConfig):
         > Parameters that control the logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
-            Show a table of sample edits at every log: in the terminal, as Parquet files with images in
-            `output_dir/completions`, and in trackio, wandb or TensorBoard if they are in `report_to`.
+            Log a sample of edits at every log: as a table in the terminal, as files in `output_dir/completions`, and
+            in trackio, wandb or TensorBoard if they are in `report_to`. Images are scaled down to `resolution`, and
+            each reference image is stored once. They are not part of what `push_to_hub` uploads.
         num_completions_to_log (`int`, *optional*, defaults to `8`):
-            Number of edits in that table.
+            Largest number of edits per log, on the first process. They are kept in memory until then.
+        num_completions_to_print (`int`, *optional*):
+            Number of them in the terminal's table. Defaults to all.
+        log_unique_prompts (`bool`, *optional*, defaults to `False`):
+            Whether to log only one edit of each prompt.
+        log_completions_hub_repo (`str`, *optional*):
+            Dataset repository on the Hub that the logged edits are uploaded to, every two minutes. It is created as a
+            private one, unless `hub_private_repo` is `False`. Needs `log_completions`.
+
+        > Parameters that control the sample edits of the model card
+
+        num_sample_edits (`int`, *optional*, defaults to `4`):
+            Number of cases whose edits before and after training the model card shows, beside the reference image,
+            scaled down. 0 leaves images and prompts of the cases out of the card.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -133,6 +149,7 @@ class FlowGRPOEditConfig(_BaseConfig):
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`.
+    > - `hub_private_repo`: Defaults to `True` instead of `None`, because the model card shows images of the cases.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
@@ -155,6 +172,9 @@ class FlowGRPOEditConfig(_BaseConfig):
 
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace losses that are not finite in the log. They should be seen."}
+    )
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "Whether Hub repositories are private. The card shows images of the cases."}
     )
 
     # Parameters that control the model
@@ -270,10 +290,24 @@ class FlowGRPOEditConfig(_BaseConfig):
 
     # Parameters that control the logging
     log_completions: bool = field(default=False, metadata={"help": "Show a table of sample edits at every log."})
-    num_completions_to_log: int = field(default=8, metadata={"help": "Number of edits in that table."})
+    num_completions_to_log: int = field(default=8, metadata={"help": "Largest number of edits per log."})
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "Number of them in the terminal's table. Defaults to all."}
+    )
+    log_unique_prompts: bool = field(default=False, metadata={"help": "Whether to log only one edit of each prompt."})
+    log_completions_hub_repo: str | None = field(
+        default=None,
+        metadata={"help": "Dataset repository on the Hub, private by default, that the edits are uploaded to."},
+    )
+
+    # Parameters that control the sample edits of the model card
+    num_sample_edits: int = field(
+        default=4, metadata={"help": "Number of cases whose edits the model card shows. 0 leaves images out of it."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        check_hub_options(self)
 
         for name, choices in (
             ("dynamics", [name for name in DYNAMICS if name != "ode"]),
@@ -344,7 +378,21 @@ class FlowGRPOEditConfig(_BaseConfig):
                 "load_best_model_at_end=True needs metric_for_best_model: an evaluation has no loss. Use e.g. "
                 "'reward', with greater_is_better=True."
             )
+        if self.log_completions_hub_repo is not None and not self.log_completions:
+            raise ValueError(
+                f"log_completions_hub_repo={self.log_completions_hub_repo!r} needs log_completions=True: without it "
+                "there are no edits to upload."
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would break groups apart: lower per_device_train_batch_size instead."
             )
+
+    # Trackers and logs show these.
+    def to_dict(self) -> dict[str, Any]:
+        return redacted(super().to_dict())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_json_string()})"
+
+    __str__ = __repr__

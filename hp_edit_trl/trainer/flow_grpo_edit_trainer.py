@@ -34,6 +34,7 @@ from trl.trainer.utils import (
 
 from ..cases import BadCaseError, check_cases, check_references
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
+from ..judges.base import fit_image
 from ..policies import EditConditions, Trajectory, bucketed, check_prompt_lengths, decode, policy_class, rollout
 from ..rewards import HPScorerReward
 from ..rewards.checks import check_rewards, own_copy
@@ -42,6 +43,7 @@ from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
 from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
+from .hub import completions_scheduler
 from .lora import check_peft_config, prepare_lora
 
 
@@ -257,6 +259,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._num_sampled = 0
         self._logged_steps = 0
         self._completions: list[dict[str, Any]] = []
+        self._completions_upload = None
+        if args.log_completions_hub_repo is not None and self.is_world_process_zero():
+            self._completions_upload = completions_scheduler(args)
         self._pending_metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._pending_extra: dict[str, list] = {}
 
@@ -343,7 +348,10 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
     def train(self, *args: Any, **kwargs: Any):
         # A new run starts with a new generation batch, even if an earlier run of this trainer left samples over.
         self._step, self._buffered_samples = 0, None
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        if self._completions_upload is not None:
+            self._completions_upload.trigger()
+        return output
 
     def _prepare_inputs(self, indices: list[int]) -> list[Sample]:
         # Samples are drawn once for a whole generation batch, shuffled, and handed out microbatch by microbatch, as
@@ -423,14 +431,18 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if args.log_completions and self.accelerator.is_main_process:
             # The first sample of each case, then the second of each, while there is room
             by_turn = sorted(range(len(rows)), key=lambda i: (first + i) % self.num_generations)
+            if args.log_unique_prompts:
+                logged = {row["prompt"] for row in self._completions}
+                news = {rows[i]["prompt"]: i for i in reversed(by_turn) if rows[i]["prompt"] not in logged}
+                by_turn = [i for i in by_turn if i in news.values()]
             for i in sorted(by_turn[: args.num_completions_to_log - len(self._completions)]):
                 self._completions.append(
                     {
                         "step": self.state.global_step,
                         "id": str(rows[i]["id"]),
                         "prompt": rows[i]["prompt"],
-                        "reference": cases[indices[i]][1][0],
-                        "completion": images[i],
+                        "reference": fit_image(cases[indices[i]][1][0], args.resolution**2),
+                        "completion": fit_image(images[i], args.resolution**2),
                         **dict(zip(self.reward_func_names, rewards_per_func[i].tolist(), strict=True)),
                         "advantage": local_advantages[i],
                         **{column: values[i] for column, values in self._pending_extra.items()},
@@ -761,6 +773,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 self.args.output_dir,
                 self.args.report_to,
                 [callback.tb_writer for callback in callbacks if callback.tb_writer is not None],
+                self.args.num_completions_to_print,
             )
             self._completions = []
 

@@ -15,7 +15,9 @@ import trl
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps
 
+from ..utils.files import write_text
 from ..utils.images import comparison_sheet
+from ..utils.secrets import redacted
 from ..version import __version__
 
 
@@ -64,6 +66,14 @@ def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str,
     return drawn
 
 
+def remove_before_after(folder: Path) -> None:
+    """Removes what [`save_before_after`] has written to a folder."""
+    (folder / "before_after.png").unlink(missing_ok=True)
+    for name in ("before.png", "after.png", "prompt.txt"):
+        for file in (folder / "images").glob(f"[0-9]*_{name}"):
+            file.unlink()
+
+
 def save_before_after(
     folder: Path,
     cases: list[tuple[dict[str, Any], list[Image.Image]]],
@@ -71,7 +81,8 @@ def save_before_after(
     after: list[Image.Image],
 ) -> None:
     """
-    Saves edits before and after training to `folder/images`, and a sheet of them to `folder/before_after.png`.
+    Saves edits before and after training to `folder/images`, and a sheet of them and their references, scaled to a
+    height of 256 pixels, to `folder/before_after.png`.
 
     Args:
         folder (`Path`):
@@ -83,12 +94,13 @@ def save_before_after(
         after (`list[PIL.Image.Image]`):
             Their edits by the trained policy, from the same noise.
     """
+    remove_before_after(folder)  # an earlier run may have had more cases
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for i, ((row, images), old, new) in enumerate(zip(cases, before, after, strict=True)):
         old.save(folder / "images" / f"{i}_before.png")
         new.save(folder / "images" / f"{i}_after.png")
-        (folder / "images" / f"{i}_prompt.txt").write_text(row["prompt"], encoding="utf-8")
+        write_text(folder / "images" / f"{i}_prompt.txt", row["prompt"])
         rows.append((row["prompt"], [ImageOps.fit(images[-1], new.size), old, new]))
     comparison_sheet(rows, ["reference", "before training", "after training"]).save(folder / "before_after.png")
 
@@ -193,11 +205,11 @@ def write_model_card(
         resolution=resolution,
         has_curve=reward_curve(log_history, curves, folder / "reward_curve.png"),
         has_sheet=(folder / "before_after.png").is_file(),
-        options=settings,
+        options=redacted(settings),
         versions={
             "hp-edit-trl": __version__, "trl": trl.__version__, "transformers": transformers.__version__,
             "diffusers": diffusers.__version__, "peft": peft.__version__, "accelerate": accelerate.__version__,
             "datasets": datasets.__version__, "torch": torch.__version__,
         },
     )  # fmt: skip
-    card.save(folder / "README.md")
+    write_text(folder / "README.md", str(card))

@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from .secrets import redacted, remember_secrets
+
 
 Config = TypeVar("Config")
 
@@ -42,10 +44,14 @@ def read_config(cls: type[Config], path: str | Path) -> Config:
     needed = {name for name, one in options.items() if one.default is MISSING and one.default_factory is MISSING}
     if missing := sorted(needed - values.keys()):
         raise ValueError(f"{path} lacks the options {missing}.")
+    remember_secrets(values)
     types = get_type_hints(cls)
     for name, value in values.items():
         if not _is_of_type(value, types[name]):
-            raise ValueError(f"{path}: {name} must be of type {formatannotation(types[name])}, but is {value!r}.")
+            raise ValueError(
+                f"{path}: {name} must be of type {formatannotation(types[name])}, but is "
+                f"{redacted({name: value})[name]!r}."
+            )
     return cls(**values)
 
 

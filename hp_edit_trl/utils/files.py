@@ -1,4 +1,7 @@
-"""Files that survive a kill: written completely or not at all, or appended line by line."""
+"""
+Files that survive a kill: written completely or not at all, or appended line by line. Secrets that this process knows
+are left out of texts, see [`~hp_edit_trl.utils.secrets.without_known_secrets`].
+"""
 
 import contextlib
 import json
@@ -7,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from .secrets import redacted, without_known_secrets
 
 
 def file_name(name: str) -> str:
@@ -57,7 +62,7 @@ def write_atomically(file: str | Path, write: Callable[[Path], Any]) -> None:
 
 def write_text(file: str | Path, text: str) -> None:
     """Writes a text file in UTF-8, completely or not at all."""
-    write_atomically(file, lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(file, lambda part: part.write_text(without_known_secrets(text), encoding="utf-8"))
 
 
 def write_json(file: str | Path, value: Any) -> None:
@@ -82,7 +87,8 @@ def append_jsonl(file: str | Path, rows: Iterable[dict[str, Any]]) -> None:
             if lines.read() != b"\n":
                 lines.write(b"\n")
         for row in rows:
-            lines.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            line = without_known_secrets(json.dumps(row, ensure_ascii=False))
+            lines.write(line.encode("utf-8", "replace") + b"\n")
         lines.flush()
         os.fsync(lines.fileno())
 
@@ -110,14 +116,14 @@ def check_unchanged(what: str, before: dict[str, Any], now: dict[str, Any], reme
         before (`dict`):
             The settings that the files were made with.
         now (`dict`):
-            The present settings. Values are compared as JSON would return them.
+            The present settings. Values are compared as JSON would return them, and without secrets.
         remedy (`str`):
             What to do about it, e.g. `"choose another output_dir"`.
 
     Raises:
         `ValueError`: If a setting differs; it lists each with its old and its new value.
     """
-    now = json.loads(json.dumps(now, default=str))
+    before, now = redacted(before), redacted(json.loads(json.dumps(now, default=str)))
     changed = [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in before | now

@@ -11,6 +11,8 @@ import fsspec
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 
+from .secrets import redact_error
+
 
 # Formats that are decoded, whatever a file's name says. Pillow knows more, and starts Ghostscript for one of them.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -60,6 +62,7 @@ def read_image(value: Any, name: str) -> Image.Image:
     except UnreadableImageError as error:
         raise type(error)(f"{name} cannot be decoded: {error}") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+        redact_error(error)  # an address may hold a token
         raise UnreadableImageError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
 
 

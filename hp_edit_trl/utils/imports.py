@@ -5,6 +5,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from .secrets import redact_error, redacted
+
 
 def import_object(path: str, option: str) -> Any:
     """
@@ -29,7 +31,8 @@ def import_object(path: str, option: str) -> Any:
             module = importlib.import_module(where)
         return vars(module)[name]
     except (ImportError, KeyError, OSError, ValueError) as error:
+        redact_error(error)
         raise ValueError(
-            f"{option}={path!r} cannot be imported ({type(error).__name__}: {error}): use file.py:name or "
+            f"{option}={redacted(path)!r} cannot be imported ({type(error).__name__}: {error}): use file.py:name or "
             "package.module:name."
         ) from error

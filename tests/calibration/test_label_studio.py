@@ -40,7 +40,7 @@ def test_export_as_a_dataset(tmp_path, capsys):
     assert rated["human_score"][:] == [3.5, None, None, None, 0.0, None, None, None]
     with pytest.raises(SystemExit, match="already exists"):
         cli.main(["export-ratings", str(tmp_path), str(tmp_path / "edits"), "--output_dir", str(tmp_path / "out")])
-    for options in (["--image-url", "x"], ["--private"], ["--format", "label-studio", "--push-to-hub", "a/b"]):
+    for options in (["--image-url", "x"], ["--public"], ["--format", "label-studio", "--push-to-hub", "a/b"]):
         command = ["export-ratings", str(tmp_path), str(tmp_path / "edits"), "--output_dir", str(tmp_path / "new")]
         with pytest.raises(SystemExit, match="hp-edit: --"):
             cli.main([*command, *options])
@@ -62,6 +62,7 @@ def test_to_the_hub_and_back(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         files = hub.files("someone/rated", "dataset")
+        assert "datasets/someone/rated" in hub.private
     (name,) = [name for name in files if name.endswith(".parquet")]
     (tmp_path / "rated.parquet").write_bytes(files[name])
     rated = load_dataset("parquet", data_files=str(tmp_path / "rated.parquet"), cache_dir=tmp_path, split="train")

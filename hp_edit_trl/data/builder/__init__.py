@@ -6,7 +6,7 @@ from .config import BuildConfig
 from .duplicates import Duplicates
 from .edits import MakeEdits
 from .engine import Stage, WorkFolder, run_stage
-from .export import create_dataset_repo, export_dataset, push_dataset
+from .export import export_dataset, push_dataset
 from .filter import Filter
 from .instructions import WriteInstructions, load_instruction_templates
 from .plan import Plan
@@ -35,7 +35,6 @@ __all__ = [
     "WorkFolder",
     "WriteInstructions",
     "build_dataset",
-    "create_dataset_repo",
     "export_dataset",
     "load_instruction_templates",
     "push_dataset",

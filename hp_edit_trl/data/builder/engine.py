@@ -30,6 +30,7 @@ from datasets import Image as ImageFeature
 from tqdm import tqdm
 
 from ...utils.files import check_unchanged, read_json, write_atomically, write_json
+from ...utils.secrets import redacted
 
 
 Batch = dict[str, list]
@@ -278,7 +279,8 @@ class WorkFolder:
             if any(folder.glob("*.parquet")):
                 raise ValueError(f"{folder} holds files without a readable manifest.json: remove the folder.")
             folder.mkdir(parents=True, exist_ok=True)
-            made = {"stage": stage.name, "after": self.key, "batch_size": stage.batch_size, "settings": stage.settings}
+            settings = redacted(stage.settings)
+            made = {"stage": stage.name, "after": self.key, "batch_size": stage.batch_size, "settings": settings}
             write_json(folder / "manifest.json", made)
             return
         held = f"{folder} holds rows of the stage {stage.name!r}"

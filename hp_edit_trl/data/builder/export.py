@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...utils.files import write_atomically, write_text
+from ...utils.hub import create_repository
 from ...version import __version__
 from ..schema import (
     CASE_FEATURES,
@@ -405,33 +406,6 @@ def draw_scores(contents: Contents, path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def create_dataset_repo(api: HfApi, repo_id: str, private: bool) -> str:
-    """
-    Creates a dataset repository on the Hub if it does not exist.
-
-    Args:
-        api ([`~huggingface_hub.HfApi`]):
-            The client.
-        repo_id (`str`):
-            The repository.
-        private (`bool`):
-            Whether it must be private.
-
-    Returns:
-        `str`: its full name, with the user.
-
-    Raises:
-        `ValueError`: If `private` is set, but the repository exists and is public.
-    """
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(repo_id, repo_type="dataset").private:
-        raise ValueError(
-            f"{repo_id} is a public repository already: make it private in its settings, choose another one, or pass "
-            "private=False (--no-private)."
-        )
-    return repo_id
-
-
 def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
     """
     Pushes a dataset that [`export_dataset`] wrote to the Hub.
@@ -457,7 +431,7 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
     if not any((folder / "data").glob("*.parquet")) or not (folder / "README.md").exists():
         raise FileNotFoundError(f"{folder} holds no dataset: a README.md and data/*.parquet. Build it first.")
     api = HfApi(token=token)
-    repo_id = create_dataset_repo(api, repo_id, private)
+    repo_id = create_repository(repo_id, private=private, token=token)
     # The same commit deletes files of an earlier version that no longer exist.
     commit = api.upload_folder(
         folder_path=folder,

@@ -30,6 +30,7 @@ from ...utils.images import (
     read_image,
     to_rgb,
 )
+from ...utils.secrets import redact_error, redacted
 from .engine import Batch, Stage
 
 
@@ -80,12 +81,12 @@ class Sources:
 
     def __init__(self, specs: list[dict[str, Any]]):
         if not isinstance(specs, list) or not specs:
-            raise ValueError(f"sources={specs!r} must be a list of sources, e.g. [{{'folder': 'photos'}}].")
+            raise ValueError(f"sources={redacted(specs)!r} must be a list of sources, e.g. [{{'folder': 'photos'}}].")
         self._parts: list[_Folder | _Rows] = []
         for number, spec in enumerate(specs):
             name = f"sources[{number}]"
             kind, options = _checked(spec, name)
-            name = f"{name} ({kind}: {options[kind]})"
+            name = redacted(f"{name} ({kind}: {options[kind]})")
             part = _Folder(options, name) if kind == "folder" else _Rows(kind, options, name)
             if len(part) == 0:
                 raise ValueError(f"{name} has no images: put some there, or leave the source out.")
@@ -131,7 +132,9 @@ class Sources:
 def _checked(spec: Any, name: str) -> tuple[str, dict[str, Any]]:
     """The kind of a source, and those of its keys that have a value."""
     if not isinstance(spec, dict):
-        raise ValueError(f"{name} must be a mapping with one of the keys {list(SOURCE_KEYS)}, but is {spec!r}.")
+        raise ValueError(
+            f"{name} must be a mapping with one of the keys {list(SOURCE_KEYS)}, but is {redacted(spec)!r}."
+        )
     options = {key: value for key, value in spec.items() if value is not None}
     kinds = [kind for kind in SOURCE_KEYS if kind in options]
     if len(kinds) != 1:
@@ -144,7 +147,9 @@ def _checked(spec: Any, name: str) -> tuple[str, dict[str, Any]]:
     for key, value in options.items():
         values = value if isinstance(value, list) and key in ("parquet", "webdataset") else [value]
         if not values or any(not isinstance(one, str) or not one for one in values):
-            raise ValueError(f"{name}: {key} must be text, but is {value!r}. In YAML, put it in quotes.")
+            raise ValueError(
+                f"{name}: {key} must be text, but is {redacted({key: value})[key]!r}. In YAML, put it in quotes."
+            )
     if "license" in options and "license_column" in options:
         raise ValueError(f"{name} has `license` and `license_column`: leave one out.")
     return kinds[0], options
@@ -234,6 +239,7 @@ class _Rows:
             else:
                 dataset = load_dataset(kind, data_files=where, split="train")
         except Exception as error:  # datasets raises many types of errors, some with the cause chained
+            redact_error(error)
             cause = f": {error.__cause__}" if error.__cause__ else ""
             raise ValueError(
                 f"{name} cannot be loaded: {type(error).__name__}: {error}{cause}. Check its path or name, and its "
@@ -272,7 +278,7 @@ class _Rows:
             default = Path(pattern.partition("*")[0] + "x").absolute().parent.name
         else:
             default = Path(pattern).resolve().name if os.path.isdir(pattern) else pattern
-        self.source = options.get("source", default)
+        self.source = redacted(options.get("source", default))
 
     def __len__(self) -> int:
         return len(self.dataset)

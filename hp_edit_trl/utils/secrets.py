@@ -1,0 +1,225 @@
+"""What a secret is, and how it is kept out of everything that is written, shown or uploaded."""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+
+HIDDEN = "<redacted>"
+
+# The last part of an option's name, a dictionary's key, a header or an environment variable, in lower case with "_"
+_NAME = re.compile(
+    r"(^|_)(api_?key|apikey|access_?key(_id)?|private_?key|secret|secrets|secret_?key|token|tokens_?file|password|"
+    r"passwd|passphrase|pwd|credentials?|auth|authorization|bearer|cookie|signature|hf_token|\w+_key)$"
+)
+# Tokens of text, and keys that sort or find something
+_HARMLESS = re.compile(
+    r"(^|_)(pad|eos|bos|unk|mask|sep|cls|image|video|audio|vision|special|prompt|stop|start|end|next|first|last|sort|"
+    r"primary|foreign|public|cache|dataset|index|label|row|case|group|join|metric|score|image|text)_(token|key)$"
+)
+# In the query of an address, shorter names hold secrets as well.
+_QUERY = re.compile(r"([?&;#])([\w.-]+)=([^&\s'\"<>#;]+)")
+_QUERY_NAMES = {"key", "sig", "pass", "code", "policy", "key_pair_id", "awsaccesskeyid", "googleaccessid"}
+_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)([^\s/?#'\"<>]+)@", re.I)
+
+_SHAPES = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\b(?:sk|pk|rk)-(?=[\w-]*\d)[\w-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
+    r"|\bglpat-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\bxox[abprs]-[\w-]{10,}|\bnvapi-[\w-]{16,}"
+    r"|\bgsk_[A-Za-z0-9]{16,}|\br8_[A-Za-z0-9]{16,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}"
+)
+_SCHEME = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{6,}", re.I)
+# `name=value`, `name: value`, `"name": "value"`, `--name value`
+_ASSIGNED = re.compile(
+    r"(?P<name>(?:--)?[\w.-]*(?:token|tokens_file|key|key_id|secrets?|password|passwd|passphrase|pwd|credentials?|auth|"
+    r"authorization|bearer|cookie|signature))"
+    r"""(?P<sign>["']?\s*[=:]\s*|\s+(?!-))(?P<value>"[^"]*"|'[^']*'|[^\s,;&"'(){}\[\]<>]+)""",
+    re.I,
+)
+_NO_VALUES = {"none", "null", "true", "false", ""}
+
+_known: set[str] = set()
+
+
+def is_secret_name(name: str) -> bool:
+    """
+    Whether an option, key, header or environment variable of this name holds a secret: `hub_token`, `api_key`,
+    `HP_EDIT_PASSWORD`, `X-Api-Key`, but not `pad_token`.
+    """
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip().lstrip("-")).lower().replace("-", "_").replace(".", "_")
+    return bool(_NAME.search(name)) and not _HARMLESS.search(name)
+
+
+def redacted(value: Any) -> Any:
+    """
+    Returns a copy without secrets, for what is written, shown or uploaded: settings, command lines, addresses and
+    messages of errors. Do not use it on users' data, where `password: red` may be a prompt.
+
+    Hidden are the values of options with the names of secrets (nested ones and `--name value` in command lines too);
+    user, password and secret parameters in addresses; texts that look like tokens (`hf_...`, `sk-...`, `Bearer ...`);
+    and every secret that this process knows, see [`without_known_secrets`].
+
+    Args:
+        value (`Any`):
+            A text, a dictionary, a list or tuple of such, or anything else, which is returned as it is.
+    """
+    return _redact(value, False, None)
+
+
+def remember_secrets(value: Any) -> None:
+    """
+    Remembers the secrets among options, so that they are also hidden where their name is not beside them, as in the
+    answer of a server that repeats the key.
+
+    Args:
+        value (`Any`):
+            Options as a dictionary, a command line as a list, or an address.
+    """
+    _redact(value, False, _known)
+
+
+def without_known_secrets(text: str) -> str:
+    """
+    Returns the text without the secrets that this process knows: those of environment variables with the names of
+    secrets, and those of [`remember_secrets`]. Values that are short or a plain word are left, because they occur
+    elsewhere. Unlike [`redacted`], this is safe for users' data: nothing else is changed.
+
+    Args:
+        text (`str`):
+            The text.
+    """
+    environment = {value for name, value in os.environ.items() if is_secret_name(name) and not os.path.exists(value)}
+    for secret in sorted(filter(_is_distinctive, _known | environment), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def redact_error(error: BaseException) -> None:
+    """
+    Removes the secrets from the messages of an error and of those that it was raised from, which a stack trace shows
+    too.
+
+    Args:
+        error (`BaseException`):
+            The error. It is changed in place.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        waiting += [one.__cause__, one.__context__]
+        one.args = tuple(redacted(part) for part in one.args)
+        for name in ("message", "strerror", "filename"):
+            if isinstance(text := getattr(one, name, None), str):
+                with contextlib.suppress(AttributeError):  # read-only
+                    setattr(one, name, redacted(text))
+
+
+def guard_output(words: Sequence[str] = ()) -> None:
+    """
+    Keeps the secrets of this process out of its output, for commands and scripts: the command line that trackers
+    record (`sys.argv`), every record of `logging`, and the stack trace of an error that nothing catches. Call it after
+    the command line was parsed.
+
+    Args:
+        words (`Sequence[str]`, *optional*):
+            The command line, if it is not that of the process.
+    """
+    remember_secrets([sys.argv, list(words)])
+    sys.argv[:] = redacted(sys.argv)
+    make_record = logging.getLogRecordFactory()
+    if make_record is _guarded_record:
+        return
+    global _make_record
+    _make_record = make_record
+    logging.setLogRecordFactory(_guarded_record)
+    sys.excepthook = _show_error
+
+
+_make_record = logging.getLogRecordFactory()
+
+
+def _guarded_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = _make_record(*args, **kwargs)
+    try:
+        message = record.getMessage()
+    except Exception:  # the handler reports it
+        return record
+    if (clean := redacted(message)) != message:
+        record.msg, record.args = clean, ()
+    if record.exc_info and record.exc_info[1] is not None:
+        record.exc_text = redacted("".join(traceback.format_exception(record.exc_info[1])).rstrip())
+    return record
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _is_distinctive(secret: str) -> bool:
+    return len(secret) >= 16 or (len(secret) >= 8 and not secret.isalpha() and not secret.isdecimal())
+
+
+def _redact(value: Any, secret: bool, found: set[str] | None) -> Any:
+    """The value without secrets; `secret` if its name says that it is one. What is hidden is added to `found`."""
+    if isinstance(value, dict):
+        return {
+            name: _redact(one, secret or (isinstance(name, str) and is_secret_name(name)), found)
+            for name, one in value.items()
+        }
+    if type(value) in (list, tuple, set):
+        parts, after = [], False  # `after` an option of a command line whose value comes next
+        for one in value:
+            is_option = isinstance(one, str) and one.startswith("-")
+            parts.append(_redact(one, secret or (after and not is_option), found))
+            after = is_option and "=" not in one and is_secret_name(one)
+        return type(value)(parts)
+    if isinstance(value, bool) or not isinstance(value, str | bytes | int | float):
+        return value
+    if secret:
+        if not isinstance(value, str):
+            return HIDDEN
+        return value if value.lower() in _NO_VALUES else _hide(value, found)
+    return _redact_text(value, found) if isinstance(value, str) else value
+
+
+def _hide(secret: str, found: set[str] | None) -> str:
+    if found is not None and secret != HIDDEN:
+        found.add(secret)
+    return HIDDEN
+
+
+def _redact_text(text: str, found: set[str] | None) -> str:
+    def user(match: re.Match) -> str:
+        password = match[2].partition(":")[2] or match[2]
+        _hide(password, found)
+        return f"{match[1]}{HIDDEN}@"
+
+    def query(match: re.Match) -> str:
+        if match[2].lower().replace("-", "_") not in _QUERY_NAMES and not is_secret_name(match[2]):
+            return match[0]
+        return f"{match[1]}{match[2]}={_hide(match[3], found)}"
+
+    def assigned(match: re.Match) -> str:
+        value, quote = match["value"], ""
+        if value[0] in "\"'":
+            value, quote = value[1:-1], value[0]
+        if not match["sign"].strip() and not match["name"].startswith("--"):
+            return match[0]
+        if value.lower() in _NO_VALUES or value.startswith(HIDDEN) or not is_secret_name(match["name"]):
+            return match[0]
+        return f"{match['name']}{match['sign']}{quote}{_hide(value, found)}{quote}"
+
+    text = without_known_secrets(text)
+    text = _USER.sub(user, text)
+    text = _QUERY.sub(query, text)
+    text = _SCHEME.sub(rf"\1 {HIDDEN}", text)
+    text = _SHAPES.sub(lambda match: _hide(match[0], found), text)
+    return _ASSIGNED.sub(assigned, text)
