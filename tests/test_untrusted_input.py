@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from hp_edit_trl.cases import case_images
 from hp_edit_trl.ratings import ratings_file
+from hp_edit_trl.utils import hub
 from tests.helpers import photo
 
 

@@ -205,16 +205,16 @@ def run_training(trainer: BaseEditTrainer) -> None:
     args = trainer.args
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
     except KeyboardInterrupt:
         sys.exit(
-            f"Stopped after step {trainer.state.global_step}. To resume, add --resume_from_checkpoint with the last "
-            f"folder checkpoint-* in {args.output_dir}."
+            f"Stopped after step {trainer.state.global_step}. To resume from the last checkpoint in "
+            f"{args.output_dir}, add --resume_from_checkpoint True."
         )
     except (ValueError, OSError, ImportError) as error:
         raise RuntimeError(
             f"Training failed after step {trainer.state.global_step}: {redacted(str(error))}"
         ) from error
-    trainer.save_model()
     trainer.accelerator.print(f"The LoRA, its card, the reward curve and pictures are in {args.output_dir}")
     trainer.accelerator.end_training()
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from PIL import Image
-from transformers.trainer_utils import HubStrategy
+from transformers import TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import PushInProgress
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import RepeatSampler, use_adapter
@@ -20,18 +23,34 @@ from trl.trainer.utils import RepeatSampler, use_adapter
 from ..cases import BadCaseError, case_images, check_references, decoded, leave_out, without_decoding
 from ..editors import PolicyEditor
 from ..policies import EditConditions, EditPolicy, check_prompt_lengths
+from ..utils.distributed import in_step
 from ..utils.dtypes import parse_dtype
+from ..utils.files import read_json
 from ..utils.hub import create_repository
 from ..utils.images import UnreadableImageError
 from ..utils.revisions import dataset_revision
 from ..utils.secrets import redact_error, redacted
 from ..utils.seeding import seeded_generator
+from .checkpoints import (
+    MANIFEST,
+    UNFINISHED,
+    WEIGHTS,
+    checkpoint_to_resume,
+    clean_up,
+    files_below,
+    find_fault,
+    move_into_place,
+    save_errors,
+    write_manifest,
+)
 from .hub import CARD_PICTURES, MODEL_FILES, copy_published, upload, write_published_state
 from .lora import save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
 
 
 logger = get_logger(__name__)
+
+SAVED = "_saved.json"  # written when the output folder is complete: its weights, and where they were pushed to
 
 
 def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, args: Any) -> tuple[EditPolicy, str]:
@@ -99,6 +118,11 @@ class BaseEditTrainer(_BaseTrainer):
     _update_cases: tuple[Any, ...] = ()
     _skipped_updates = 0
     _skipped_in_a_row = 0
+
+    # While a checkpoint is being written; the best model before the last evaluation; a run that is saved already
+    _saving = False
+    _best_before: tuple[float | None, int | None] = (None, None)
+    _is_saved = False
 
     def _send_telemetry(self):
         # TRL's telemetry would count this trainer as a TRL trainer.
@@ -256,7 +280,127 @@ class BaseEditTrainer(_BaseTrainer):
                     f"{name}."
                 )
                 return False
+        self._best_before = self.state.best_metric, self.state.best_global_step
         return super()._determine_best_metric(metrics, trial)
+
+    def _resume_files(self) -> list[str]:
+        """Names of the files that an exact resume needs besides the weights, of all processes."""
+        world = self.args.world_size
+        states = [f"rng_state_{process}.pth" for process in range(world)] if world > 1 else ["rng_state.pth"]
+        scaler = ["scaler.pt"] if self.accelerator.scaler is not None else []
+        return [OPTIMIZER_NAME, SCHEDULER_NAME, *scaler, *states]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        Trains, or resumes.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint; or `True` for the newest whole one of `output_dir`, and for a new start where there is
+                none. A run that is finished already is not trained further.
+            *args, **kwargs:
+                Passed to [`~transformers.Trainer.train`].
+
+        Raises:
+            `ValueError`: If the checkpoint is not whole.
+        """
+        checkpoint = None
+        with in_step(self.accelerator):
+            if self.args.should_save:
+                clean_up(self.args.output_dir)
+            if self.accelerator.is_main_process:
+                checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._resume_files())
+        (checkpoint,) = broadcast_object_list([checkpoint])
+        self._is_saved = False
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+            if state.global_step >= max_steps:
+                return self._restore_finished(checkpoint, state)
+        return super().train(checkpoint, *args, **kwargs)
+
+    # Trainer would train one update more, log, and start trackers.
+    def _restore_finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        logger.warning(f"{checkpoint} is at step {state.global_step}, where the run ends: nothing is left to train.")
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        state.is_local_process_zero, state.is_world_process_zero = (
+            self.is_local_process_zero(),
+            self.is_world_process_zero(),
+        )
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # Beside this one, also if the folder was moved
+            checkpoint = os.path.join(os.path.dirname(checkpoint), os.path.basename(state.best_model_checkpoint))
+            state.best_model_checkpoint = checkpoint
+            self._load_best_model()
+        folder = Path(self.args.output_dir)
+        saved, restored = read_json(folder / SAVED) or {}, read_json(Path(checkpoint, MANIFEST)) or {}
+        same = (
+            find_fault(folder, SAVED) is None
+            and saved["files"].get(WEIGHTS) == restored.get("files", {}).get(WEIGHTS)
+            and (not self.args.push_to_hub or saved.get("pushed_to") == self.hub_model_id)
+        )
+        (self._is_saved,) = broadcast_object_list([same])
+        return TrainOutput(state.global_step, math.nan, {})
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        with in_step(self.accelerator):
+            fault = find_fault(best) if self.accelerator.is_main_process else None
+            if fault is not None:
+                raise ValueError(
+                    f"{best}, the best checkpoint, cannot be loaded: {fault}. The last checkpoint in "
+                    f"{self.args.output_dir} holds the end of the run: resume from it with "
+                    "load_best_model_at_end=False."
+                )
+        super()._load_best_model()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._saving else folder
+
+    # Trainer writes into the folder `_unfinished`. What it does at the end of its method is done here when the
+    # checkpoint is whole: finding the best one, the push, and the deletion of older ones.
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished, place = Path(run_dir, UNFINISHED, name), os.path.join(run_dir, name)
+        best_step, best_checkpoint = self.state.best_global_step, self.state.best_model_checkpoint
+        try:
+            with in_step(self.accelerator), save_errors(place):
+                if self.args.should_save and unfinished.parent.exists():
+                    shutil.rmtree(unfinished.parent)
+            with in_step(self.accelerator), save_errors(place):
+                # Without a best step Trainer has no barrier there, at which a process that fails would be missed.
+                self._saving, self.state.best_global_step = True, None
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._saving, self.state.best_global_step = False, best_step
+            names = files_below(unfinished) if unfinished.exists() else []
+            if not self.args.save_on_each_node:
+                names = sorted(set().union(*gather_object([names])))
+            best = place if best_step == self.state.global_step else f"{run_dir}/{PREFIX_CHECKPOINT_DIR}-{best_step}"
+            if best == place or os.path.isdir(best):
+                self.state.best_model_checkpoint = best
+            with in_step(self.accelerator), save_errors(place):
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+                    write_manifest(unfinished, names)
+                    move_into_place(unfinished, place)
+        except OSError as error:
+            self.state.best_model_checkpoint = best_checkpoint
+            if best_step == self.state.global_step:
+                self.state.best_metric, self.state.best_global_step = self._best_before
+            if self.args.should_save:
+                shutil.rmtree(unfinished.parent, ignore_errors=True)
+            if self.args.on_save_error == "error":
+                raise
+            logger.warning(f"{error} The run goes on without this checkpoint (on_save_error='continue').")
+            return
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(place)
+        if self.args.should_save:
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
 
     # Every folder that is saved can be resumed from (PEFT's files) and loaded with `pipeline.load_lora_weights`.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -275,6 +419,8 @@ class BaseEditTrainer(_BaseTrainer):
             self._write_card(Path(folder))  # in place of PEFT's
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._saving:  # it is not whole yet
+            return
         # Not `super()._push_from_checkpoint`, which uploads all files of the output folder.
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
@@ -298,11 +444,24 @@ class BaseEditTrainer(_BaseTrainer):
         self.push_in_progress = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        # The weights first. A push, which a save may end with, has made the pictures and the card itself.
-        if not _internal_call and output_dir in (None, self.args.output_dir) and not self.args.push_to_hub:
-            self.save_sample_edits()
-            self.create_model_card()
+        if _internal_call or output_dir not in (None, self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(self.args.output_dir)
+        if self._is_saved:
+            logger.warning(f"{folder} holds the finished run already: it is left as it is.")
+            return
+        with save_errors(folder):
+            if self.is_world_process_zero():
+                (folder / SAVED).unlink(missing_ok=True)
+            super().save_model(output_dir, _internal_call)
+            # The weights first. A push, which a save may end with, has made the pictures and the card itself.
+            if not self.args.push_to_hub:
+                self.save_sample_edits()
+                self.create_model_card()
+            if self.is_world_process_zero():
+                names = (WEIGHTS, "adapter_config.json", LORA_WEIGHT_NAME_SAFE)
+                write_manifest(folder, names, SAVED, pushed_to=self.hub_model_id if self.args.push_to_hub else None)
 
     def push_to_hub(
         self,

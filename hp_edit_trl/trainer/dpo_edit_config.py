@@ -76,6 +76,9 @@ class DPOEditConfig(_BaseConfig):
         max_skipped_updates (`int`, *optional*, defaults to `3`):
             Number of updates in a row that may be skipped because a loss or a gradient is not finite. One more stops
             the run. Skipped updates leave weights and optimizer as they are and are counted in `skipped_updates`.
+        on_save_error (`str`, *optional*, defaults to `"error"`):
+            What to do if a checkpoint cannot be saved, e.g. because the disk is full: `"error"` stops, `"continue"`
+            goes on with a warning. Earlier checkpoints are kept.
 
         > Parameters that control the sample edits of the model card
 
@@ -185,6 +188,10 @@ class DPOEditConfig(_BaseConfig):
         default=3,
         metadata={"help": "Number of updates in a row that may be skipped because they are not finite."},
     )
+    on_save_error: str = field(
+        default="error",
+        metadata={"help": "What to do if a checkpoint cannot be saved.", "choices": ["error", "continue"]},
+    )
 
     # Parameters that control the sample edits of the model card
     num_sample_edits: int = field(
@@ -223,7 +230,11 @@ class DPOEditConfig(_BaseConfig):
             raise ValueError(f"loss_type={self.loss_type} names a loss twice: use loss_weights instead.")
         if self.loss_weights is not None and not all(weight >= 0 for weight in self.loss_weights):
             raise ValueError(f"loss_weights={self.loss_weights} must not be negative.")
-        for name, choices in (("sigma_sampling", ["logit_normal", "uniform"]), ("on_bad_case", ["error", "skip"])):
+        for name, choices in (
+            ("sigma_sampling", ["logit_normal", "uniform"]),
+            ("on_bad_case", ["error", "skip"]),
+            ("on_save_error", ["error", "continue"]),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
         for name in ("resolution", "rollout_batch_size", "num_inference_steps", "true_cfg_scale"):

@@ -26,6 +26,7 @@ from ..utils.files import write_atomically
 from ..utils.images import UnreadableImageError, image_digest
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
+from .checkpoints import can_be_read
 from .dpo_edit_config import DPOEditConfig
 from .lora import check_peft_config, prepare_lora
 
@@ -271,7 +272,7 @@ class DPOEditTrainer(BaseEditTrainer):
                 try:
                     key = pair_key(row, row["id"], self.args.resolution, self._encoders_key)
                     file = self._latents_folder / f"{key}.pt"
-                    if not file.exists():
+                    if not can_be_read(file):  # missing, truncated or damaged
                         if not loaded:  # once for all pairs, and not at all where all are known
                             stack.enter_context(self.policy.loaded(*self.policy.encoders))
                             loaded = True

@@ -114,6 +114,9 @@ class FlowGRPOEditConfig(_BaseConfig):
         max_skipped_updates (`int`, *optional*, defaults to `3`):
             Number of updates in a row that may be skipped because a loss or a gradient is not finite. One more stops
             the run. Skipped updates leave weights and optimizer as they are and are counted in `skipped_updates`.
+        on_save_error (`str`, *optional*, defaults to `"error"`):
+            What to do if a checkpoint cannot be saved, e.g. because the disk is full: `"error"` stops, `"continue"`
+            goes on with a warning. Earlier checkpoints are kept.
 
         > Parameters that control the logging
 
@@ -287,6 +290,10 @@ class FlowGRPOEditConfig(_BaseConfig):
         default=3,
         metadata={"help": "Number of updates in a row that may be skipped because they are not finite."},
     )
+    on_save_error: str = field(
+        default="error",
+        metadata={"help": "What to do if a checkpoint cannot be saved.", "choices": ["error", "continue"]},
+    )
 
     # Parameters that control the logging
     log_completions: bool = field(default=False, metadata={"help": "Show a table of sample edits at every log."})
@@ -315,6 +322,7 @@ class FlowGRPOEditConfig(_BaseConfig):
             ("scale_rewards", ["group", "batch", "none"]),
             ("on_bad_case", ["error", "skip"]),
             ("on_bad_reward", ["error", "missing"]),
+            ("on_save_error", ["error", "continue"]),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")

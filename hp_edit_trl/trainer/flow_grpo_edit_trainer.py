@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ RewardFunc = Callable[..., Any]
 class Sample:
     """One edit of a generation batch, with what its update needs."""
 
-    case_id: Any
+    case_id: str
     conditions: EditConditions
     trajectory: Trajectory
     advantage: float
@@ -451,7 +450,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._pending_extra.clear()
 
         return [
-            Sample(row["id"], condition, trajectory, advantage, 0.0 if flat else 1.0)
+            Sample(str(row["id"]), condition, trajectory, advantage, 0.0 if flat else 1.0)
             for row, condition, trajectory, advantage, flat in zip(
                 rows, conditions, trajectories, local_advantages, local_zero_std, strict=True
             )
@@ -779,6 +778,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
 
     # A checkpoint also holds the number of microbatches and, if it lies inside a generation batch, the samples that
     # are still to be trained on, so that a resumed run is identical to an uninterrupted one.
+    def _resume_files(self) -> list[str]:
+        return super()._resume_files() + [f"rollouts_{process}.pt" for process in range(self.args.world_size)]
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         state: dict[str, Any] = {"step": self._step, "samples": None}
@@ -805,12 +807,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._logged_steps = self.state.global_step
         path = os.path.join(checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
-        if not os.path.isfile(path):
-            warnings.warn(
-                f"{checkpoint} has no rollouts of process {self.accelerator.process_index} (it was saved with another "
-                "number of processes, or with save_only_model): the resumed run will not be exact.",
-                stacklevel=2,
-            )
+        if not os.path.isfile(path):  # `train` has said so
             return
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         self._step = state["step"]

@@ -19,18 +19,19 @@ def patient_accelerator() -> Accelerator:
 def in_step(accelerator: Accelerator) -> Iterator[None]:
     """
     Context for work after which the processes wait for each other. If it fails in one process, it fails in all, so
-    that none waits for a process that has stopped.
+    that none waits for a process that has stopped: with an `OSError` if it was one, with a `ValueError` otherwise.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    failures = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+    kind = OSError if isinstance(failure, OSError) else ValueError
+    failures = [None if failure is None else (kind, f"{type(failure).__name__}: {failure}")]
     if accelerator.num_processes > 1:
         failures = gather_object(failures)
     if failure is not None:
         raise failure
     for rank, told in enumerate(failures):
         if told is not None:
-            raise ValueError(f"Process {rank} failed: {told}")
+            raise told[0](f"Process {rank} failed: {told[1]}")
