@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from .base import Judge, Judgement, Parser, ScoreMode, describe_judge, parse_score, without_reasoning
+from .base import Judge, Judgement, Parser, ScoreMode, describe_judge, parse_score, shortened, without_reasoning
 from .cache import CachedJudge
+from .failures import FailureLimit, JudgeRefusedError, JudgeTally
 from .server import ServerJudge
 from .transformers import TransformersJudge
 
@@ -49,7 +50,7 @@ def load_judge(
         max_concurrency (`int`, *optional*, defaults to `16`):
             Largest number of concurrent requests to a server.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds after which a request to a server is given up.
+            Seconds after which an attempt to reach a server is given up, from the connection to the last byte.
         max_retries (`int`, *optional*, defaults to `4`):
             Number of further attempts with a server.
         cache (`str` or `Path`, *optional*):
@@ -87,12 +88,16 @@ def load_judge(
 
 __all__ = [
     "CachedJudge",
+    "FailureLimit",
     "Judge",
+    "JudgeRefusedError",
+    "JudgeTally",
     "Judgement",
     "ServerJudge",
     "TransformersJudge",
     "describe_judge",
     "load_judge",
     "parse_score",
+    "shortened",
     "without_reasoning",
 ]
