@@ -217,18 +217,28 @@ def check_references(dataset: Dataset, name: str, limit: int | None) -> None:
     Raises:
         `ValueError`: If a case has more.
     """
-    if limit is None or "images" not in dataset.features:
-        return
-    counts = pc.list_value_length(dataset.data.column("images"))
-    if dataset._indices is not None:  # rows were selected or shuffled
-        counts = counts.take(dataset._indices.column(0))
-    for row, count in enumerate(counts.to_pylist()):
-        if count is not None and count > limit:
+    for row, count in enumerate(_reference_counts(dataset)):
+        if limit is not None and count > limit:
             case = f"Case {dataset['id'][row]!r}" if "id" in dataset.features else f"Row {row}"
             raise ValueError(
                 f"{case} of {name} has {count} reference images, but the pipeline takes at most {limit}: leave "
                 "it out, or train a pipeline that takes several."
             )
+
+
+def max_references(dataset: Dataset) -> int:
+    """Largest number of reference images of a case. No image is read."""
+    return max([1, *_reference_counts(dataset)])
+
+
+def _reference_counts(dataset: Dataset) -> list[int]:
+    """Number of reference images of each case, 0 for one in the column `image`; empty without the column `images`."""
+    if "images" not in dataset.features:
+        return []
+    counts = pc.list_value_length(dataset.data.column("images"))
+    if dataset._indices is not None:  # rows were selected or shuffled
+        counts = counts.take(dataset._indices.column(0))
+    return [count or 0 for count in counts.to_pylist()]
 
 
 def without_decoding(dataset: Dataset) -> Dataset:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from PIL import Image
 
 from ..cases import case_images, check_edits, edit_keys, without_decoding
+from ..judges import FailureLimit
 from ..rewards import HPScorerReward
 from ..utils.images import UnreadableImageError, read_image
 from ..utils.seeding import seeded_generator
@@ -50,6 +51,7 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
 
     Raises:
         `ValueError`: If there are fewer than two cases with readable images, or the dataset is not a dataset of edits.
+        `ConnectionError`: If the judge is gone, see [`score_dataset`].
     """
     if num_cases < 2:
         raise ValueError(f"num_cases={num_cases}: a judge is probed with at least two cases.")
@@ -70,8 +72,9 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
     if len(cases) < 2:
         raise ValueError(f"A judge is probed with at least two cases, but {len(cases)} have readable images.")
     scorer.check_tasks([scorer.task or row.get("task") for row, *_ in cases])
-    scorer.load()
+    scorer.load(1 + max(len(references) for _, references, _ in cases))
 
+    limit = FailureLimit()
     scores: dict[str, list[float | None]] = {}
     for name in PROBES:
         conversations = []
@@ -92,7 +95,9 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
                 content = conversation[1]["content"]
                 conversation[1]["content"] = content[-2:] + content[:-2]
             conversations.append(conversation)
-        scores[name] = [judgement.score for judgement in scorer.judge(conversations)]
+        judgements = scorer.judge(conversations)
+        limit.check(judgements, "edits", "Run it again when the judge is back.")
+        scores[name] = [judgement.score for judgement in judgements]
 
     table = []
     for name, values in scores.items():

@@ -3,7 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from .base import Judge, Judgement, Parser, ScoreMode, describe_judge, parse_score, shortened, without_reasoning
+from .base import (
+    Judge,
+    Judgement,
+    Parser,
+    ScoreMode,
+    describe_judge,
+    load_for,
+    parse_score,
+    shortened,
+    without_reasoning,
+)
 from .cache import CachedJudge
 from .failures import FailureLimit, JudgeRefusedError, JudgeTally
 from .server import ServerJudge
@@ -86,6 +96,22 @@ def load_judge(
     return loaded if cache is None else CachedJudge(loaded, cache)
 
 
+def load_early(judge: Judge, num_images: int = 2) -> None:
+    """
+    Asks a judge for its trial before other work starts that it is only needed after. Leaves out a model in this
+    process, which is there when its turn comes and would take the memory that the other work needs.
+
+    Args:
+        judge ([`Judge`]):
+            The judge.
+        num_images (`int`, *optional*, defaults to `2`):
+            Number of images of the largest case: its references and the edit.
+    """
+    inner = judge.judge if isinstance(judge, CachedJudge) else judge
+    if not isinstance(inner, TransformersJudge):
+        load_for(judge, num_images)
+
+
 __all__ = [
     "CachedJudge",
     "FailureLimit",
@@ -96,6 +122,8 @@ __all__ = [
     "ServerJudge",
     "TransformersJudge",
     "describe_judge",
+    "load_early",
+    "load_for",
     "load_judge",
     "parse_score",
     "shortened",

@@ -30,7 +30,7 @@ class JudgeTally:
         seconds_lost (`float`, *optional*, defaults to `0.0`):
             Seconds that failed requests and the pauses after them took, over all concurrent requests.
         failures (`Counter`, *optional*):
-            Number of judgements without a score, by kind, see [`Judgement`].
+            Number of failures by kind, see [`Judgement`]; an answer without a score is of the kind `"no score"`.
         reasons (`dict[str, str]`, *optional*):
             The last reason of each kind.
     """
@@ -42,14 +42,14 @@ class JudgeTally:
     failures: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def add(self, judgements: Iterable[Judgement]) -> "JudgeTally":
-        """Adds judgements, and returns itself."""
+    def add(self, judgements: Iterable[Judgement], scores: bool = True) -> "JudgeTally":
+        """Adds judgements, and returns itself. `scores=False` is for answers that are meant to have no score."""
         for one in judgements:
             self.judgements += 1
             self.requests += one.requests
             self.retries += one.retries
             self.seconds_lost += one.seconds_lost
-            if one.score is None:
+            if one.score is None and (scores or not one.answered):
                 self.fail(one.failure or "no score", one.excerpt)
         return self
 
@@ -76,7 +76,7 @@ class JudgeTally:
             "judge/retries": self.retries,
             "judge/seconds_lost": self.seconds_lost,
             "judge/failures": self.failures.total(),
-            **{f"judge/failures/{kind}": count for kind, count in sorted(self.failures.items())},
+            **{f"judge/failures/{kind.replace(' ', '_')}": count for kind, count in sorted(self.failures.items())},
         }
 
     def by_kind(self, reasons: bool = False) -> str:
@@ -88,7 +88,7 @@ class JudgeTally:
 
     def __str__(self) -> str:
         return (
-            f"{self.requests} requests, {self.retries} retries, {self.failures.total()} judgements without a score"
+            f"{self.requests} requests, {self.retries} retries, {self.failures.total()} failures"
             f"{f' ({self.by_kind()})' if self.failures else ''}, {self.seconds_lost:.1f} s lost"
         )
 

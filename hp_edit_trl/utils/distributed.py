@@ -26,11 +26,11 @@ def in_step(accelerator: Accelerator) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    failures = [None if failure is None else f"{type(failure).__name__}: {failure}"]
-    if accelerator.num_processes > 1:
-        failures = gather_object(failures)
+    told = None if failure is None else (isinstance(failure, ConnectionError), f"{type(failure).__name__}: {failure}")
+    failures = gather_object([told]) if accelerator.num_processes > 1 else [told]
     if failure is not None:
         raise failure
-    for rank, told in enumerate(failures):
-        if told is not None:
-            raise ValueError(f"Process {rank} failed: {told}")
+    for rank, one in enumerate(failures):
+        if one is not None:
+            is_connection, text = one
+            raise (ConnectionError if is_connection else ValueError)(f"Process {rank} failed: {text}")

@@ -91,6 +91,8 @@ class Fault:
     stops: bool = False
 
 
+RUBBISH = json.dumps(completion("4 \ud83d")).encode()[:-1] + b', "x": "\xff"}'
+MARKED = logprobs({token: math.log(0.2) for token in (" 4", "Ġ4", "▁4", "4Ċ", "<0x34>")})
 EXPECTED = {"score_mode": "expected"}
 P = math.log
 FAULTS = [
@@ -100,15 +102,23 @@ FAULTS = [
     Fault("HTTP 401", error(401, "bad key"), stops=True),
     Fault("HTTP 403", error(403, "no access"), stops=True),
     Fault("HTTP 429 with Retry-After", error(429, "slow down", "Retry-After: 0.1\r\n"), "rate limit", 2),
-    Fault("HTTP 429 with a Retry-After that is no number", error(429, headers="Retry-After: soon\r\n"), "rate limit", 2),
+    Fault(
+        "HTTP 429 with a Retry-After that is no number", error(429, headers="Retry-After: soon\r\n"), "rate limit", 2
+    ),
     Fault("connection closed without a reply", lambda connection: None, "connection", 2),
     Fault("connection reset within the reply", reset, "connection", 2),
     Fault("reply that is not HTTP", b"\x00\x01SSH-2.0-server\r\n\r\n", "connection", 2),
     Fault("headers that trickle", lambda c: trickle(c, b"HTTP/1.1 200 OK\r\n" * 99), "timeout", 2),
-    Fault("reply that trickles", lambda c: (c.sendall(http(200, "4" * 999)[:150]), trickle(c, b" " * 999)), "timeout", 2),
+    Fault(
+        "reply that trickles", lambda c: (c.sendall(http(200, "4" * 999)[:150]), trickle(c, b" " * 999)), "timeout", 2
+    ),
     Fault("no reply", lambda connection: time.sleep(2), "timeout", 2),
     Fault("reply of 40 MB", flood, "too large"),
-    Fault("compressed reply (a gzip bomb)", http(200, gzip.compress(b"4" * 2**20), "Content-Encoding: gzip\r\n"), "encoding"),
+    Fault(
+        "compressed reply (a gzip bomb)",
+        http(200, gzip.compress(b"4" * 2**20), "Content-Encoding: gzip\r\n"),
+        "encoding",
+    ),
     Fault("redirect", http(307, "", "Location: http://127.0.0.2:9/v1/chat/completions\r\n"), "redirect"),
     Fault("empty content", http(200, completion("")), "empty"),
     Fault("blank content", http(200, completion(" \n\t ")), "empty"),
@@ -121,16 +131,44 @@ FAULTS = [
     Fault("JSON that is nested too deeply", http(200, "[" * 200_000), "malformed"),
     Fault("JSON of wrong types", http(200, {"choices": {"message": "4"}, "usage": 7}), "malformed"),
     Fault("token counts of wrong types", http(200, completion() | {"usage": {"prompt_tokens": "many"}}), score=4.0),
-    Fault("half a character, and bytes that are no UTF-8", http(200, json.dumps(completion("4 \ud83d")).encode()[:-1] + b', "x": "\xff"}')),
+    Fault(
+        "half a character, and bytes that are no UTF-8",
+        http(200, RUBBISH),
+    ),
     Fault("answer of 1 MB", http(200, completion("4" * 2**20))),
-    Fault("NaN as a log-probability", http(200, completion(logprobs=logprobs({"4": math.nan}))), "malformed", options=EXPECTED),
-    Fault("log-probability above 0", http(200, completion(logprobs=logprobs({"4": 0.7}))), "malformed", options=EXPECTED),
-    Fault("probabilities that add up to more than 1", http(200, completion(logprobs=logprobs({"4": 0.0, "3": 0.0}))), "malformed", options=EXPECTED),
+    Fault(
+        "NaN as a log-probability",
+        http(200, completion(logprobs=logprobs({"4": math.nan}))),
+        "malformed",
+        options=EXPECTED,
+    ),
+    Fault(
+        "log-probability above 0", http(200, completion(logprobs=logprobs({"4": 0.7}))), "malformed", options=EXPECTED
+    ),
+    Fault(
+        "probabilities that add up to more than 1",
+        http(200, completion(logprobs=logprobs({"4": 0.0, "3": 0.0}))),
+        "malformed",
+        options=EXPECTED,
+    ),
     Fault("no log-probabilities after the trial", http(200, completion()), "malformed", options=EXPECTED),
-    Fault("tokens with spaces or byte marks around the digit", http(200, completion(logprobs=logprobs({" 4": P(0.4), "Ġ4": P(0.2), "▁4": P(0.2), "4Ċ": P(0.1), "<0x34>": P(0.1)}))), score=4.0, options=EXPECTED),
-    Fault("token of a digit and more, e.g. `4.`", http(200, completion("4.5", logprobs=logprobs({"4.": P(0.9), "4": P(0.1)}))), options=EXPECTED),
-    Fault("10 in two tokens, or 4.5, 4/10, 40 %", http(200, completion("10", logprobs=logprobs({"1": P(0.9), "4": P(0.1)}, {"0": 0.0}))), options=EXPECTED),
-]  # fmt: skip
+    Fault(
+        "tokens with spaces or byte marks around the digit",
+        http(200, completion(logprobs=MARKED)),
+        score=4.0,
+        options=EXPECTED,
+    ),
+    Fault(
+        "token of a digit and more, e.g. `4.`",
+        http(200, completion("4.5", logprobs=logprobs({"4.": P(0.9), "4": P(0.1)}))),
+        options=EXPECTED,
+    ),
+    Fault(
+        "10 in two tokens, or 4.5, 4/10, 40 %",
+        http(200, completion("10", logprobs=logprobs({"1": P(0.9), "4": P(0.1)}, {"0": 0.0}))),
+        options=EXPECTED,
+    ),
+]
 
 
 class FaultyServer:
@@ -158,7 +196,9 @@ class FaultyServer:
                 while b"\r\n\r\n" not in data:
                     data += connection.recv(2**16)
                 head, _, body = data.partition(b"\r\n\r\n")
-                length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+                length = next(
+                    int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
+                )
                 while len(body) < length:
                     body += connection.recv(2**16)
                 self.requests.append((head, body))

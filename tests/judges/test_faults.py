@@ -71,7 +71,11 @@ def test_the_table_of_the_documentation_has_a_row_for_each_fault():
     section = page.partition("## Judges\n")[2].partition("\n## ")[0]
     rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]
     assert rows[0] == "Fault" and len(rows) == len(set(rows)) and not any("---" in row for row in rows)
-    others = {"nobody listens at the address", "a judge that is gone in the middle of a run", "an answer without a score"}
+    others = {
+        "nobody listens at the address",
+        "a judge that is gone in the middle of a run",
+        "an answer without a score",
+    }
     assert set(rows[1:]) == {fault.name for fault in FAULTS} | others
 
 
@@ -145,7 +149,9 @@ def test_the_trial_has_as_many_images_as_the_largest_case():
 @pytest.mark.parametrize("content", ["", None, "<think>Let me see", "<think>4</think>"])
 def test_a_model_that_only_thinks_fails_its_trial(content):
     with FaultyServer(http(200, completion(content))) as server:
-        with pytest.raises(ConnectionError, match="empty.*needs more than max_new_tokens=16, or its reasoning switched"):
+        with pytest.raises(
+            ConnectionError, match="empty.*needs more than max_new_tokens=16, or its reasoning switched"
+        ):
             ServerJudge("m", server.url).load()
 
 
@@ -183,7 +189,9 @@ GOOD = Judgement(4.0, "4")
 
 def test_the_limit_of_failures():
     FailureLimit().check([failed()] * 7 + [GOOD] + [failed()] * 7, "edits", "")
-    with pytest.raises(ConnectionError, match="many edits: 9 in a row.*5 timeout .timeout: gone., 4 http 500.* Resume."):
+    with pytest.raises(
+        ConnectionError, match="many edits: 9 in a row.*5 timeout .timeout: gone., 4 http 500.* Resume."
+    ):
         FailureLimit().check([failed()] * 5 + [failed("http 500")] * 4, "edits", "Resume.")
     limit = FailureLimit()  # over several calls
     limit.check([failed()] * 5, "edits", "")
