@@ -107,8 +107,8 @@ class Timed:
     def __init__(self, judge: Any, file: Path):
         self.judge, self.file, self.identity = judge, file, judge.identity
 
-    def load(self) -> None:
-        self.judge.load()
+    def load(self, num_images: int = 2) -> None:
+        self.judge.load(num_images)
 
     def __call__(self, conversations: list) -> list[Judgement]:
         start = time.perf_counter()

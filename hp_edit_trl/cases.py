@@ -543,18 +543,28 @@ def check_references(dataset: Dataset, name: str, limit: int | None, on_bad_case
     Raises:
         [`BadCaseError`]: If a case has more, and is not to be skipped.
     """
-    if limit is None or "images" not in dataset.features:
-        return {}
-    counts = pc.list_value_length(dataset.data.column("images")).take(pa.array(_positions(dataset)))
     ids = dataset["id"][:] if "id" in dataset.features else range(len(dataset))
     bad = {
         row: f"{_case(dataset, row, ids[row])} has {count} reference images, but the pipeline takes at most {limit}: "
         "leave it out, or train a pipeline that takes several."
-        for row, count in enumerate(counts.to_pylist())
-        if count is not None and count > limit
+        for row, count in enumerate(_reference_counts(dataset))
+        if limit is not None and count > limit
     }
     report_bad_cases(bad, len(dataset), name, on_bad_case)
     return bad
+
+
+def max_references(dataset: Dataset) -> int:
+    """Largest number of reference images of a case. No image is read."""
+    return max([1, *_reference_counts(dataset)])
+
+
+def _reference_counts(dataset: Dataset) -> list[int]:
+    """Number of reference images of each case, 0 for one in the column `image`; empty without the column `images`."""
+    if "images" not in dataset.features:
+        return []
+    counts = pc.list_value_length(dataset.data.column("images")).take(pa.array(_positions(dataset)))
+    return [count or 0 for count in counts.to_pylist()]
 
 
 def without_decoding(dataset: Dataset) -> Dataset:

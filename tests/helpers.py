@@ -74,7 +74,7 @@ class RuleJudge:
     def identity(self):
         return {"judge": "RuleJudge", "name": self.name, "score_mode": "integer"}
 
-    def load(self):
+    def load(self, num_images=2):
         pass
 
     def __call__(self, conversations):

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from PIL import Image
 
-from ..cases import load_split, without_decoding
+from ..cases import load_split, max_references, without_decoding
 from ..judges import Judge, Judgement, describe_judge
-from ..judges.base import Parser
+from ..judges.base import Parser, load_for
 from ..rewards.prompts import ScorerPrompt
 from ..utils.image_paths import check_image_paths
 from ..utils.revisions import dataset_revision
@@ -152,8 +152,8 @@ class Benchmark(ABC):
         }
 
     def load(self) -> None:
-        """Gets ready to score. Raises an error if that is impossible."""
-        self.judge.load()
+        """Gets ready to score. Raises an error if that is impossible. Called before the first edit is made."""
+        load_for(self.judge, 1 + max_references(self.dataset))
 
     @abstractmethod
     def score(
@@ -221,5 +221,5 @@ def why_no_score(*judgements: Judgement) -> str | None:
     for judgement in judgements:
         if judgement.score is None:
             what = "no score in the answer" if judgement.answered else "the judge gave no answer"
-            return f"{what}: {judgement.answer[:200]}"
+            return f"{what}: {judgement.excerpt}"
     return None

@@ -27,8 +27,9 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..cases import BadCaseError, case_images, check_cases, decoded
+from ..cases import BadCaseError, case_images, check_cases, decoded, max_references
 from ..editors import Editor, as_editor, edit_cases, edit_seed
+from ..judges import FailureLimit, Judgement, JudgeTally, load_early
 from ..ratings import Rating
 from ..utils.distributed import in_step, patient_accelerator
 from ..utils.files import (
@@ -56,7 +57,7 @@ ROW_COLUMNS = {
     "id", "prompt", "requirement", "references", "edit", "width", "height", "resized", "reshaped", "reason", "answers",
     "human",
 }  # fmt: skip
-IN_A_ROW = 8  # failures after which the cases are not to blame
+IN_A_ROW = 8  # failures of an editor after which the cases are not to blame
 
 
 def run_benchmark(
@@ -110,7 +111,9 @@ def run_benchmark(
         `ValueError`: If the benchmark's data lack a column, the folder holds another run, the ratings are of other
             edits, or the editor failed with its first eight cases. A failure in one process of a launch fails all of
             them.
-        `ConnectionError`: If the judge gave no answer eight times in a row. Everything finished before is kept.
+        `ConnectionError`: If the judge is gone: it does not answer a trial before the first edit, a server refuses its
+            key, or there was no answer eight times in a row, or to more than half of 64 questions. Everything finished
+            before is kept.
     """
     for option, value in (("batch_size", batch_size), ("chunk_size", chunk_size)):
         if value < 1:
@@ -143,6 +146,7 @@ def run_benchmark(
         rows = [row for row, case_id in enumerate(cases["id"]) if not _is_intact(folder, tried.get(case_id))]
     with in_step(accelerator):
         if rows:
+            load_early(benchmark.judge, 1 + max_references(cases))
             _make_edits(folder, cases, rows, tried, bad, editor, batch_size, seed, accelerator)
 
     with in_step(accelerator):
@@ -310,7 +314,7 @@ def _score_edits(
     rank = accelerator.process_index
     rows = rows[rank :: accelerator.num_processes]
     benchmark.load()
-    unanswered = 0
+    limit, tally = FailureLimit(), JudgeTally()
     with tqdm(total=len(rows), desc="Scoring", unit="case", disable=not accelerator.is_local_main_process) as progress:
         for start in range(0, len(rows), chunk_size):
             batch = [cases[row] for row in rows[start : start + chunk_size]]
@@ -321,7 +325,8 @@ def _score_edits(
                 edit = read_image(str(_edit_file(folder, case["id"])), f"The edit of case {case['id']!r}")
                 size = _judged_size(edit, images)
                 shown.append(edit if edit.size == size else edit.resize(size, Image.Resampling.LANCZOS))
-            lines = []
+            lines: list[dict[str, Any]] = []
+            untried: list[Judgement] = []
             for case, score in zip(batch, benchmark.score(batch, references, shown), strict=True):
                 if score.reason is not None:
                     logger.warning("Case %s: %s", case["id"], score.reason)
@@ -336,17 +341,13 @@ def _score_edits(
                 }
                 line = {"id": case["id"], "sha": edits[case["id"]]["sha"], "values": score.values}
                 lines.append(line | {"reason": score.reason, "judgements": judgements})
+                tally.add(score.judgements.values())
+                # A case without an answer in an earlier run may be of a kind that never gets one.
+                untried += score.judgements.values() if case["id"] not in before else []
             append_jsonl(folder / f"scores-{rank}.jsonl", lines)
             progress.update(len(batch))
-            # Cases without an answer in an earlier run may be of a kind that never gets one.
-            untried = [line for line in lines if line["id"] not in before]
-            for judgement in (one for line in untried for one in line["judgements"].values()):
-                unanswered = 0 if judgement["answered"] else unanswered + 1
-                if unanswered >= IN_A_ROW:
-                    raise ConnectionError(
-                        f"The judge gave no answer {unanswered} times in a row; the last time: {judgement['answer']} "
-                        f"Finished scores are kept in {folder}: run it again to resume."
-                    )
+            limit.check(untried, "questions", f"Finished scores are kept in {folder}: run it again to resume.")
+    logger.log(logging.WARNING if tally.retries or tally.failures else logging.INFO, "The judge: %s.", tally)
 
 
 def _write_results(

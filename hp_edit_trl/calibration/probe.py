@@ -8,6 +8,7 @@ from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
 
 from ..cases import case_images, check_edits, edit_keys, without_decoding
+from ..judges import FailureLimit
 from ..rewards import HPScorerReward
 from ..utils.images import UnreadableImageError, read_image
 from ..utils.seeding import seeded_generator
@@ -81,6 +82,7 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
 
     Raises:
         `ValueError`: If there are fewer than two cases with readable images, or the dataset is not a dataset of edits.
+        `ConnectionError`: If the judge is gone, see [`score_dataset`].
     """
     if num_cases < 2:
         raise ValueError(f"num_cases={num_cases}: a judge is probed with at least two cases.")
@@ -101,7 +103,14 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
     if len(cases) < 2:
         raise ValueError(f"A judge is probed with at least two cases, but {len(cases)} have readable images.")
     scorer.check_tasks([scorer.task or row.get("task") for row, *_ in cases])
-    scorer.load()
+    scorer.load(1 + max(len(references) for _, references, _ in cases))
+
+    limit = FailureLimit()
+
+    def judged(conversations: list[list[dict[str, Any]]]) -> list[float | None]:
+        judgements = scorer.judge(conversations)
+        limit.check(judgements, "edits", "Run it again when the judge is back.")
+        return [judgement.score for judgement in judgements]
 
     scores: dict[str, list[float | None]] = {}
     for name in PROBES:
@@ -123,7 +132,7 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
                 content = conversation[1]["content"]
                 conversation[1]["content"] = content[-2:] + content[:-2]
             conversations.append(conversation)
-        scores[name] = [judgement.score for judgement in scorer.judge(conversations)]
+        scores[name] = judged(conversations)
     for name, (where, text) in INJECTIONS.items():
         conversations = []
         for number, (row, references, edit) in enumerate(cases):
@@ -136,7 +145,7 @@ def probe_judge(scorer: HPScorerReward, dataset: Dataset, num_cases: int = 50, s
             else:
                 other = _with_text(other, text)
             conversations.append(scorer.conversation(prompt, other, references, row.get("task"), requirement))
-        scores[f"injection: {name}"] = [judgement.score for judgement in scorer.judge(conversations)]
+        scores[f"injection: {name}"] = judged(conversations)
 
     texts = PROBES | {f"injection: {name}": f"in the {where}: {text!r}" for name, (where, text) in INJECTIONS.items()}
     table = []

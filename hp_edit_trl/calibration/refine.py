@@ -350,7 +350,7 @@ class PromptRefiner:
         system = {"role": "system", "content": [{"type": "text", "text": text}]}
         (reply,) = proposer([[system, {"role": "user", "content": content}]])
         if not reply.answered:
-            raise ConnectionError(f"The proposer gave no answer: {reply.answer}")
+            raise ConnectionError(f"The proposer gave no answer: {reply.excerpt}")
         questions = parse_questions(reply.answer)
         used = [self.current.name, *(entry["after"] for entry in self.history)]
         number = max((int(name) for name in used if name.isdigit()), default=len(used)) + 1
@@ -372,7 +372,7 @@ class PromptRefiner:
                     for case, judgement in zip(chunk, judged, strict=True):
                         if not judgement.answered:  # it does not depend on the prompt
                             raise ConnectionError(
-                                f"The judge gave no answer for case {case['id']!r}: {judgement.answer} Run it again; "
+                                f"The judge gave no answer for case {case['id']!r}: {judgement.excerpt} Run it again; "
                                 "if the judge can never judge this edit, remove its ratings."
                             )
                     found += [judgement.score for judgement in judged]

@@ -13,8 +13,8 @@ import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..cases import EditKey, case_images, check_edits, edit_keys, without_decoding
-from ..judges import Judgement
+from ..cases import EditKey, case_images, check_edits, edit_keys, max_references, without_decoding
+from ..judges import FailureLimit, Judgement, JudgeTally
 from ..rewards import HPScorerReward
 from ..utils.files import append_jsonl, check_unchanged, read_jsonl
 from ..utils.images import UnreadableImageError, image_digest, read_image
@@ -58,6 +58,7 @@ class ScoringSummary:
                 Price of a million output tokens.
         """
         asked = [one for one in self.judgements if not one.cached]
+        tally = JudgeTally().add(self.judgements)
         read = sum(one.input_tokens for one in asked)
         written = sum(one.output_tokens for one in asked)
         rows: list[list[Any]] = [
@@ -66,9 +67,13 @@ class ScoringSummary:
             ["judgements from the cache", len(self.judgements) - len(asked)],
             ["answers without a score", sum(one.score is None and one.answered for one in self.judgements)],
             ["no answer", sum(not one.answered for one in self.judgements)],
+            ["failures by kind", tally.by_kind() or "none"],
             ["bad cases", len(self.unreadable)],
             ["time", f"{self.seconds:.1f} s"],
         ]
+        if tally.requests:
+            lost = f"{tally.retries}, {tally.seconds_lost:.1f} s"
+            rows += [["requests", tally.requests], ["retries, time lost by failures", lost]]
         if asked:
             latency = np.quantile([one.seconds for one in asked], [0.5, 0.95])
             rows += [
@@ -109,7 +114,8 @@ def score_dataset(
     Raises:
         `ValueError`: If the dataset is not a dataset of edits, a task has no scorer prompt, or the folder holds scores
             of another judge or other scorer prompts.
-        `ConnectionError`: If the judge gave no answer to eight edits in a row. Earlier scores are kept.
+        `ConnectionError`: If the judge is gone: a server refuses its key, or there was no answer to eight edits in a
+            row, or to more than half of 64. Earlier scores are kept.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
@@ -121,7 +127,7 @@ def score_dataset(
     file = Path(output_dir) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     before = read_scores(file) if file.exists() else []
-    scorer.load()
+    scorer.load(1 + max_references(dataset))
     _check_same_scorer(scorer, tasks, before, file)
     keys = edit_keys(dataset)
     shas = {key: _case_sha(row) for key, row in zip(keys, dataset, strict=True)}
@@ -134,7 +140,9 @@ def score_dataset(
     # The edits of a case follow each other, so that a judge in this process reads their reference images once.
     first = {case_id: number for number, (case_id, _) in reversed(list(enumerate(keys)))}
     rows = sorted((i for i, key in enumerate(keys) if key not in scored), key=lambda i: first[keys[i][0]])
-    unanswered = 0
+    # An edit without an answer in an earlier run may be of a kind that never gets one.
+    tried = {(line["id"], line["editor"]) for line in before if line.get("case_sha") in shas.values()}
+    limit = FailureLimit()
     with tqdm(total=len(keys), initial=summary.kept, desc="Scoring", unit="edit") as progress:
         for position in range(0, len(rows), chunk_size):
             chunk = rows[position : position + chunk_size]
@@ -161,17 +169,15 @@ def score_dataset(
             summary.judgements += judged.values()
             for i, judgement in judged.items():
                 if judgement.score is None:
-                    logger.warning("No score for case %s: the judge answered %r.", keys[i], judgement.answer[:200])
+                    logger.warning("No score for case %s: the judge answered %r.", keys[i], judgement.excerpt)
             made = unreadable | judged
             append_jsonl(file, [_line(scorer, keys[i], tasks[i], shas[keys[i]], made[i]) for i in chunk])
             progress.update(len(chunk))
-            for judgement in judged.values():
-                unanswered = 0 if judgement.answered else unanswered + 1
-            if unanswered >= 8:
-                raise ConnectionError(
-                    f"The judge gave no answer to {unanswered} edits in a row. The last error: "
-                    f"{judged[readable[-1]].answer} Earlier scores are kept in {file}: run it again to resume."
-                )
+            limit.check(
+                [judgement for i, judgement in judged.items() if keys[i] not in tried],
+                "edits",
+                f"Earlier scores are kept in {file}: run it again to resume.",
+            )
     summary.seconds = perf_counter() - start
     return summary
 

@@ -43,6 +43,7 @@ def _probe_judge(args: argparse.Namespace) -> None:
 
 def _refine_prompt(args: argparse.Namespace) -> None:
     from ..calibration import PromptRefiner
+    from ..cases import max_references
     from ..judges import load_judge
     from ..ratings import read_ratings
     from ..rewards import read_scorer_prompt
@@ -62,7 +63,7 @@ def _refine_prompt(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     if args.candidate is not None or args.propose:
-        scorer.load()
+        scorer.load(1 + max_references(dataset))
     if args.candidate is not None:
         refiner.compare(read_scorer_prompt(args.candidate))
     elif args.propose:

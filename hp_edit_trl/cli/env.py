@@ -7,7 +7,7 @@ from typing import Any
 
 
 PACKAGES = ("transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
-EXTRAS = {"server": "openai", "annotate": "gradio", "ray": "ray"}
+EXTRAS = {"server": "aiohttp", "annotate": "gradio", "ray": "ray"}
 
 
 def _installed(package: str) -> str:

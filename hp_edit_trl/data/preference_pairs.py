@@ -34,12 +34,14 @@ from ..cases import (
     check_references,
     decoded,
     find_bad_cases,
+    max_references,
     without_decoding,
 )
 from ..editors import PolicyEditor
+from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..policies import check_prompt_lengths, policy_class
 from ..rewards import HPScorerReward
-from ..rewards.checks import check_rewards, own_copy
+from ..rewards.checks import check_rewards, failed_rewards, own_copy
 from ..utils.config import check_positive
 from ..utils.distributed import patient_accelerator
 from ..utils.files import (
@@ -191,6 +193,10 @@ def sample_and_score(
     Raises:
         `ValueError`: If an option or the dataset is not valid, the reward function does not log `score_name`, or
             `output_dir` holds edits or scores that were made with other settings.
+        `RuntimeError`: If the reward function raises an error in the first round. Later, the scores of such a round
+            are missing.
+        `ConnectionError`: If the judge is gone: its trial or its key fails, or there are no scores in three rounds in
+            a row or in the whole run, or not even half of them in eight rounds. Edits and scores are kept.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations={num_generations} must be at least 2: a pair has two edits.")
@@ -221,6 +227,8 @@ def sample_and_score(
     accelerator = patient_accelerator()
     output_dir = Path(output_dir)
     _begin(output_dir, sampling, scoring, accelerator)
+    if isinstance(reward_func, HPScorerReward):
+        reward_func.load(1 + max_references(dataset))
     editor.load()
 
     dataset = without_decoding(dataset)
@@ -239,6 +247,7 @@ def sample_and_score(
     share = range(accelerator.process_index, len(folders), accelerator.num_processes)
     todo = [index for index in share if index not in bad and unscored(folders[index])]
     rounds = range(0, len(todo), cases_per_round)
+    limit, scored = FailureLimit(in_a_row=3, window=8), 0
     scores_file = output_dir / f"scores-{accelerator.process_index}.jsonl"
     for start in tqdm(rounds, "Mining", unit="round", disable=not accelerator.is_main_process):
         rows, references, places = [], [], []
@@ -264,7 +273,18 @@ def sample_and_score(
                 places = [places[i] for i in usable]
         samples = [(row, place / f"{k}.png") for row, place in zip(rows, places, strict=True) for k in unscored(place)]
         if samples:
-            append_jsonl(scores_file, _score(reward_func, samples, score_name))
+            lines, tally = _score(reward_func, samples, score_name, first=start == 0)
+            append_jsonl(scores_file, lines)
+            missing = sum(line["score"] is None for line in lines)
+            scored += len(lines) - missing
+            exceeded = limit.add(missing / len(lines), tally)
+            if exceeded or (start == rounds[-1] and not scored):
+                raise ConnectionError(
+                    f"Too many edits have no score: {exceeded or 'all'} of the rounds failed. The failures by kind: "
+                    f"{limit.reasons()}. Edits and scores are kept in {output_dir}: run it again to resume."
+                )
+    if isinstance(reward_func, HPScorerReward):
+        logger.info("The judge: %s.", reward_func.tally)
     accelerator.wait_for_everyone()
 
 
@@ -320,37 +340,53 @@ def _sample(
 
 
 def _score(
-    reward_func: Callable[..., Any], samples: list[tuple[dict[str, Any], Path]], score_name: str | None
-) -> list[dict[str, Any]]:
-    """Scores saved edits, each given by its case and its file. Returns a line for each; a missing score is `None`."""
+    reward_func: Callable[..., Any], samples: list[tuple[dict[str, Any], Path]], score_name: str | None, first: bool
+) -> tuple[list[dict[str, Any]], JudgeTally]:
+    """
+    Scores saved edits, each given by its case and its file. Returns a line for each, in which a missing score is
+    `None`, and the failures. An error of the reward function is one for all of them, unless it is the first call.
+    """
     rows = [row for row, _ in samples]
+    completions = [read_image(str(file), f"The edit {file} of case {row['id']!r}") for row, file in samples]
     extra: dict[str, list] = {}
     # As in training, the function may change what it is given.
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-    rewards = reward_func(
-        prompts=[row["prompt"] for row in rows],
-        completions=[read_image(str(file), f"The edit {file} of case {row['id']!r}") for row, file in samples],
-        trainer_state=None,
-        log_extra=extra.__setitem__,
-        log_metric=lambda name, value: None,
-        **own_copy(columns),
-    )
+    tally = JudgeTally()
+    name = get_callable_name(reward_func)
+    try:
+        rewards = reward_func(
+            prompts=[row["prompt"] for row in rows],
+            completions=completions,
+            trainer_state=None,
+            log_extra=extra.__setitem__,
+            log_metric=lambda name, value: None,
+            **own_copy(columns),
+        )
+    except JudgeRefusedError:
+        raise
+    except Exception as error:
+        rewards = failed_rewards(error, name, [row["id"] for row in rows], tally, first)
+        extra = {} if score_name is None else {score_name: rewards}
+    else:
+        if isinstance(reward_func, HPScorerReward):
+            tally.merge(reward_func.last_tally)
     if score_name is not None and score_name not in extra:
         raise ValueError(
-            f"The reward function {get_callable_name(reward_func)!r} does not log {score_name!r}; it logs "
+            f"The reward function {name!r} does not log {score_name!r}; it logs "
             f"{sorted(extra)}. Choose one of these with score_name=, or use its rewards with score_name=None."
         )
     returned = rewards if score_name is None else extra[score_name]
     ids = [row["id"] for row in rows]
     lines = []
-    for (row, file), score in zip(
-        samples, check_rewards(returned, get_callable_name(reward_func), ids, on_bad_reward="missing"), strict=True
-    ):
+    for (row, file), score in zip(samples, check_rewards(returned, name, ids, on_bad_reward="missing"), strict=True):
         value = None if math.isnan(score) else score
         if value is None:
             logger.warning("No score for sample %s of case %s.", file.stem, row["id"])
         lines.append({"id": str(row["id"]), "case": file.parent.name, "sample": int(file.stem), "score": value})
-    return lines
+    missing = sum(line["score"] is None for line in lines)
+    if missing > tally.failures.total():
+        tally.fail("no score", f"{name!r} returned None", missing - tally.failures.total())
+    return lines, tally
 
 
 def read_mined_scores(output_dir: str | Path) -> dict[tuple[str, int], float | None]:

@@ -3,8 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from .base import Judge, Judgement, Parser, ScoreMode, describe_judge, parse_score, without_reasoning
+from .base import (
+    Judge,
+    Judgement,
+    Parser,
+    ScoreMode,
+    describe_judge,
+    load_for,
+    parse_score,
+    shortened,
+    without_reasoning,
+)
 from .cache import CachedJudge
+from .failures import FailureLimit, JudgeRefusedError, JudgeTally
 from .server import ServerJudge
 from .transformers import TransformersJudge
 
@@ -49,7 +60,7 @@ def load_judge(
         max_concurrency (`int`, *optional*, defaults to `16`):
             Largest number of concurrent requests to a server.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds after which a request to a server is given up.
+            Seconds after which an attempt to reach a server is given up, from the connection to the last byte.
         max_retries (`int`, *optional*, defaults to `4`):
             Number of further attempts with a server.
         cache (`str` or `Path`, *optional*):
@@ -85,14 +96,36 @@ def load_judge(
     return loaded if cache is None else CachedJudge(loaded, cache)
 
 
+def load_early(judge: Judge, num_images: int = 2) -> None:
+    """
+    Asks a judge for its trial before other work starts that it is only needed after. Leaves out a model in this
+    process, which is there when its turn comes and would take the memory that the other work needs.
+
+    Args:
+        judge ([`Judge`]):
+            The judge.
+        num_images (`int`, *optional*, defaults to `2`):
+            Number of images of the largest case: its references and the edit.
+    """
+    inner = judge.judge if isinstance(judge, CachedJudge) else judge
+    if not isinstance(inner, TransformersJudge):
+        load_for(judge, num_images)
+
+
 __all__ = [
     "CachedJudge",
+    "FailureLimit",
     "Judge",
+    "JudgeRefusedError",
+    "JudgeTally",
     "Judgement",
     "ServerJudge",
     "TransformersJudge",
     "describe_judge",
+    "load_early",
+    "load_for",
     "load_judge",
     "parse_score",
+    "shortened",
     "without_reasoning",
 ]

@@ -16,6 +16,14 @@ DIGITS = ("0", "1", "2", "3", "4", "5")
 ScoreMode = Literal["integer", "expected"]
 Parser = Callable[[str], float | None]
 
+LONGEST_ANSWER = 20_000  # characters; a model that writes more is stuck in a loop
+LONGEST_EXCERPT = 200  # characters of an answer in a log line or an error
+
+# Tokens that score_mode="expected" reads the beginning of an answer from: whether a number goes on after its digit
+NUM_ANSWER_TOKENS = 4
+# A number that begins with a digit from 0 to 5 but is no score: 10, 4.5, 4/10, 4-5, 40 %
+_OTHER_NUMBER = re.compile(r"\s*[0-5](?:\d|[.,]\d*[1-9]|(?:[.,]0*)?\s*(?:/\s*(?!5(?!\d))\d|[-–]\s*\d|%))")
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -26,10 +34,10 @@ class Judgement:
         score (`float` or `None`):
             The score, in [0, 5] unless the judge takes another kind of answer; `None` if there is none, never a guess.
         answer (`str`):
-            The judge's answer, or the reason why there is none.
+            The judge's answer, or the reason why there is none. Cut off after 20,000 characters.
         answered (`bool`, *optional*, defaults to `True`):
-            Whether there was an answer. A timeout, a refused request or an image that the judge cannot read counts as
-            no answer.
+            Whether there was an answer. A timeout, a refused request, an empty answer or an image that the judge
+            cannot read counts as no answer.
         seconds (`float`, *optional*, defaults to `0.0`):
             How long it took; its share of the time, if it was judged together with others.
         input_tokens (`int`, *optional*, defaults to `0`):
@@ -40,6 +48,16 @@ class Judgement:
             Whether it came from the cache, see [`CachedJudge`].
         unparsed (`int`, *optional*, defaults to `0`):
             Number of answers without a score among those that were averaged.
+        failure (`str`, *optional*):
+            The kind of failure, if there was no answer: `"timeout"`, `"connection"`, `"rate limit"`, `"http 500"` (or
+            another status), `"too large"`, `"encoding"`, `"redirect"`, `"empty"`, `"malformed"`, `"image"` (it cannot
+            be shown to the judge) or, if the judge does not say, `"no answer"`.
+        requests (`int`, *optional*, defaults to `0`):
+            Number of requests to a server.
+        retries (`int`, *optional*, defaults to `0`):
+            Number of these that repeated a failed one.
+        seconds_lost (`float`, *optional*, defaults to `0.0`):
+            Seconds that failed requests and the pauses after them took.
     """
 
     score: float | None
@@ -50,12 +68,27 @@ class Judgement:
     output_tokens: int = 0
     cached: bool = False
     unparsed: int = 0
+    failure: str | None = None
+    requests: int = 0
+    retries: int = 0
+    seconds_lost: float = 0.0
 
     def __post_init__(self):
         if self.score is not None and not math.isfinite(self.score):
             object.__setattr__(self, "score", None)
         # Half a character, which servers cut off at times, cannot be written to any file.
-        object.__setattr__(self, "answer", self.answer.encode("utf-8", "replace").decode())
+        answer = self.answer.encode("utf-8", "replace").decode()
+        object.__setattr__(self, "answer", shortened(answer, LONGEST_ANSWER))
+        if self.score is None and not answer.strip():
+            object.__setattr__(self, "answered", False)
+            object.__setattr__(self, "failure", self.failure or "empty")
+        elif not self.answered and self.failure is None:
+            object.__setattr__(self, "failure", "no answer")
+
+    @property
+    def excerpt(self) -> str:
+        """The beginning of the answer, for a log line or an error."""
+        return shortened(self.answer)
 
 
 @runtime_checkable
@@ -71,8 +104,11 @@ class Judge(Protocol):
         settings, as far as they apply. Scores of judges with different identities are never mixed.
         """
 
-    def load(self) -> None:
-        """Gets ready to judge. Raises an error if that is impossible; called before any rollout."""
+    def load(self, num_images: int = 2) -> None:
+        """
+        Gets ready to judge, and judges a trial with `num_images` images, the largest number that a case of the run
+        has. Raises an error if that is impossible; called before any rollout.
+        """
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         """
@@ -86,9 +122,30 @@ def describe_judge(judge: Judge) -> str:
     return ", ".join(f"{name} {value}" for name, value in judge.identity.items() if value is not None)
 
 
+def shortened(text: str, length: int = LONGEST_EXCERPT) -> str:
+    """A text that is cut off after `length` characters, which shows by an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def without_reasoning(answer: str) -> str:
     """The part of an answer after the reasoning that `</think>` closes; the whole answer if there is none."""
     return answer.rpartition("</think>")[2]
+
+
+def is_empty(answer: str) -> bool:
+    """Whether an answer holds nothing, or nothing but reasoning, closed or cut off."""
+    return not without_reasoning(answer).partition("<think>")[0].strip()
+
+
+def load_for(judge: Judge, num_images: int) -> None:
+    """
+    Gets a judge ready for cases with up to `num_images` images. Two, a reference and an edit, are what `load` tries by
+    itself.
+    """
+    if num_images > 2:
+        judge.load(num_images)
+    else:
+        judge.load()
 
 
 def parse_score(answer: str) -> float | None:
@@ -131,8 +188,14 @@ def count_pictures(conversation: list[dict[str, Any]]) -> int:
     return sum(part["type"] == "image" for part in conversation[-1]["content"])
 
 
-def mean_score(answers: list[str], parse: Parser) -> Judgement:
-    """Mean of the scores in several answers; none if most of them hold none."""
+def mean_score(answers: list[str], parse: Parser, max_new_tokens: int) -> Judgement:
+    """Mean of the scores in several answers; none if most of them hold none, and no answer if all are empty."""
+    if all(map(is_empty, answers)):
+        reason = (
+            f"the answer is empty, or holds nothing but reasoning: a model that reasons needs more than "
+            f"max_new_tokens={max_new_tokens}, or its reasoning switched off. It wrote {shortened(answers[0])!r}."
+        )
+        return Judgement(None, reason, answered=False, failure="empty")
     scores = [score for score in map(parse, answers) if score is not None]
     text = " | ".join(answers)
     if 2 * len(scores) < len(answers):
@@ -163,20 +226,46 @@ def fit_image(image: Image.Image, max_pixels: int) -> Image.Image:
     return image
 
 
-def expected_score(weights: list[float], min_digit_mass: float) -> Judgement:
-    """Expectation over the probabilities of the digits 0 to 5 as the next token."""
+def digit_of_token(token: str) -> int | None:
+    """
+    The digit from 0 to 5 that a token stands for, with any space or mark of a tokenizer around it: `"4"`, `" 4"`,
+    `"▁4"`, `"Ġ4"`, `"4Ċ"` and `"<0x34>"` are a 4. `"4."`, `"10"` and `"<4>"` are no digit.
+    """
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    text = chr(int(byte[1], 16)) if byte else token
+    text = re.sub("[ĠĊĉč▁]", " ", text).strip()
+    return int(text) if text in DIGITS else None
+
+
+def expected_score(weights: list[float], min_digit_mass: float, answer: str = "") -> Judgement:
+    """
+    Expectation over the probabilities of the digits 0 to 5 as the next token.
+
+    There is no score if the digits together are less probable than `min_digit_mass`, or if the answer itself begins
+    with a number that is no score: 10, which many models write as a 1 and a 0, must not count as a 1. Only the
+    likeliest digit can be checked in this way; what would follow another digit is not known.
+
+    Args:
+        weights (`list[float]`):
+            Probabilities of the digits 0 to 5.
+        min_digit_mass (`float`):
+            Smallest sum of them.
+        answer (`str`, *optional*, defaults to `""`):
+            The beginning of the likeliest answer.
+    """
     mass = sum(weights)
     if not mass > 0 or mass < min_digit_mass:  # nor NaN
         return Judgement(None, f"the digits 0 to 5 together have a probability of only {mass:.3g}")
+    if _OTHER_NUMBER.match(answer):
+        return Judgement(None, f"the answer begins with a number that is no score: {shortened(answer)!r}")
     score = sum(digit * weight for digit, weight in enumerate(weights)) / mass
     return Judgement(score, f"expected {score:.3f}, digits have a probability of {mass:.3g}")
 
 
-def trial_conversation() -> list[dict[str, Any]]:
-    """A conversation that any judge must be able to answer."""
-    grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    pictures = [{"type": "image", "image": grey}, {"type": "image", "image": grey}]
+def trial_conversation(num_images: int = 2) -> list[dict[str, Any]]:
+    """A conversation that any judge must be able to answer, with `num_images` gray images."""
+    pictures = [{"type": "image", "image": Image.new("RGB", (64, 64), (128, 128, 128))} for _ in range(num_images)]
     return [
         {"role": "system", "content": [{"type": "text", "text": "Answer with one digit from 0 to 5."}]},
-        {"role": "user", "content": [{"type": "text", "text": "How alike are these two images?"}, *pictures]},
+        {"role": "user", "content": [{"type": "text", "text": "How alike are these images?"}, *pictures]},
     ]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .base import Judge, Judgement, conversation_digest
+from .base import Judge, Judgement, conversation_digest, load_for
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class CachedJudge:
     A judgement is found by the judge's identity (model and revision, mode, settings), all texts of the conversation
     (the scorer prompt with the instruction) and the pixels of its images: a prompt that was changed without a new
     revision, or a file that was overwritten, is not taken for the old one. Answers without a score are kept as well,
-    because they were paid for; failed requests are not.
+    because they were paid for; failed requests and empty answers are not.
 
     Several processes may share the file, on a file system that has locks.
 
@@ -58,9 +58,9 @@ class CachedJudge:
     def identity(self) -> dict[str, Any]:
         return self.judge.identity
 
-    def load(self) -> None:
-        """Gets the judge ready."""
-        self.judge.load()
+    def load(self, num_images: int = 2) -> None:
+        """Gets the judge ready. Its trial is not taken from the file."""
+        load_for(self.judge, num_images)
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         identity = json.dumps(self.identity, sort_keys=True).encode()
@@ -72,7 +72,9 @@ class CachedJudge:
                     "SELECT score, answer, unparsed FROM judgements WHERE key = ?", (key,)
                 ).fetchone()
                 if row is not None:
-                    known[key] = Judgement(score=row[0], answer=row[1], unparsed=row[2], cached=True)
+                    found = Judgement(score=row[0], answer=row[1], unparsed=row[2], cached=True)
+                    if found.answered:  # an empty answer in a file of another version is none
+                        known[key] = found
         missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}  # the first of equal ones
         asked = sorted(missing.values())
         judged = dict(zip(asked, self.judge([conversations[i] for i in asked]), strict=True)) if asked else {}
@@ -84,11 +86,20 @@ class CachedJudge:
                 )
         except ValueError as error:  # judgements that were paid for are not thrown away
             logger.warning("%d judgements were not kept: %s", len(judged), error)
-        found = known | {keys[i]: one for i, one in judged.items()}
+        by_key = known | {keys[i]: one for i, one in judged.items()}
         return [
             judged[i]
             if i in judged
-            else replace(found[key], seconds=0.0, input_tokens=0, output_tokens=0, cached=True)
+            else replace(
+                by_key[key],
+                seconds=0.0,
+                input_tokens=0,
+                output_tokens=0,
+                cached=True,
+                requests=0,
+                retries=0,
+                seconds_lost=0.0,
+            )
             for i, key in enumerate(keys)
         ]
 

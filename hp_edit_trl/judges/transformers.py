@@ -17,12 +17,14 @@ from ..utils.secrets import is_secret_name, remember_secrets
 from ..utils.texts import without_control_tokens
 from .base import (
     DIGITS,
+    NUM_ANSWER_TOKENS,
     Judgement,
     Parser,
     ScoreMode,
     check_judge_options,
     conversation_digest,
     count_pictures,
+    digit_of_token,
     expected_score,
     fit_image,
     mean_score,
@@ -39,7 +41,7 @@ FATAL = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 def _no_judgement(error: Exception) -> Judgement:
-    return Judgement(None, f"{type(error).__name__}: {error}", answered=False)
+    return Judgement(None, f"{type(error).__name__}: {error}", answered=False, failure="image")
 
 
 class TransformersJudge:
@@ -54,7 +56,9 @@ class TransformersJudge:
             Hub id or local folder, e.g. `"Qwen/Qwen3-VL-32B-Instruct"`.
         score_mode (`str`, *optional*, defaults to `"integer"`):
             `"integer"`: the digit that the model answers. `"expected"`: the expectation over the probabilities that
-            the model gives to the digits 0 to 5 as its next token, which has no ties and costs no generation.
+            the model gives to the digits 0 to 5 as its next token, which has no ties. Tokens of a digit with a space
+            or a mark of the tokenizer around it count as the digit. The answer is generated up to its fourth token: if
+            it begins with a number that is no score, such as a 10 that is written as a 1 and a 0, there is none.
         num_answers (`int`, *optional*, defaults to `1`):
             In the mode `"integer"`: number of answers that are drawn for each case, whose scores are averaged. A
             single answer is greedy.
@@ -121,7 +125,6 @@ class TransformersJudge:
             raise ValueError(f"The judge {model!r} does not take images: use a vision-language model.")
         if self.processor.chat_template is None:
             raise ValueError(f"The judge {model!r} has no chat template: use an instruction-tuned model.")
-        self.digit_ids = []
         for digit in DIGITS:
             ids = self.processor.tokenizer(digit, add_special_tokens=False)["input_ids"]
             if len(ids) != 1 or ids[0] == self.processor.tokenizer.unk_token_id:
@@ -129,7 +132,9 @@ class TransformersJudge:
                     f"The judge {model!r} has no single token for the score {digit!r}, so it cannot be used here: "
                     "use a model whose tokenizer keeps digits apart."
                 )
-            self.digit_ids.append(ids[0])
+        digits = {i: digit_of_token(token) for token, i in self.processor.tokenizer.get_vocab().items()}
+        # The tokens of each digit, e.g. of "4" and " 4"
+        self.digit_ids = [[i for i, digit in digits.items() if digit == int(wanted)] for wanted in DIGITS]
 
     @cached_property
     def model(self):
@@ -155,13 +160,22 @@ class TransformersJudge:
         }
         return {"judge": "TransformersJudge", **{name: getattr(self, name) for name in names}, **loaded, **parser}
 
-    def load(self) -> None:
+    def load(self, num_images: int = 2) -> None:
         """
-        Loads the weights and asks for one judgement of two grey squares. Raises `ValueError` if that fails.
+        Loads the weights and asks for one judgement of gray squares.
+
+        Args:
+            num_images (`int`, *optional*, defaults to `2`):
+                Number of squares: as many as the largest case has images, its edit included.
+
+        Raises:
+            `ValueError`: If the model does not answer, e.g. because its reasoning fills `max_new_tokens`.
         """
-        (judgement,) = self([trial_conversation()])
+        (judgement,) = self([trial_conversation(num_images)])
         if not judgement.answered:
-            raise ValueError(f"The judge {self.name!r} cannot judge a trial of two images: {judgement.answer}")
+            raise ValueError(
+                f"The judge {self.name!r} gives no judgements of {num_images} images: {judgement.excerpt}"
+            )
 
     @torch.no_grad()
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
@@ -236,7 +250,15 @@ class TransformersJudge:
         ):
             return self._judge_by_prefix(inputs, read)
         if self.score_mode == "expected":
-            return self._expected(self.model(**inputs, logits_to_keep=1).logits, read)
+            written = self.model.generate(
+                **inputs,
+                max_new_tokens=NUM_ANSWER_TOKENS,
+                do_sample=False,
+                repetition_penalty=1.0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            return self._expected(written.logits[0], written.sequences[:, inputs["input_ids"].shape[1] :], read)
         if self.num_answers > 1:
             return [self._draw(inputs, conversations[0], read[0])]
         tokens = self.model.generate(
@@ -260,27 +282,35 @@ class TransformersJudge:
                 repetition_penalty=1.0,
                 num_return_sequences=self.num_answers,
             )
-        drawn = self._answers(tokens[:, inputs["input_ids"].shape[1] :], [read] * self.num_answers)
-        written = sum(judgement.output_tokens for judgement in drawn)
-        mean = mean_score([judgement.answer for judgement in drawn], self.parse)
-        return replace(mean, input_tokens=read, output_tokens=written)
+        texts, written = self._decoded(tokens[:, inputs["input_ids"].shape[1] :])
+        mean = mean_score(texts, self.parse, self.max_new_tokens)
+        return replace(mean, input_tokens=read, output_tokens=sum(written))
 
-    def _expected(self, logits: torch.Tensor, read: list[int]) -> list[Judgement]:
-        """Scores from the logits of the next token, of shape `(batch, 1, vocabulary)`."""
-        rows = logits[:, -1].float().softmax(-1)[:, self.digit_ids].tolist()
-        return [
-            replace(expected_score(row, self.min_digit_mass), input_tokens=count)
-            for row, count in zip(rows, read, strict=True)
-        ]
+    def _expected(self, logits: torch.Tensor, tokens: torch.Tensor, read: list[int]) -> list[Judgement]:
+        """
+        Scores from the logits of the first token, of shape `(batch, vocabulary)`, and the first tokens of the answers,
+        of shape `(batch, length)`.
+        """
+        probabilities = logits.float().softmax(-1)
+        rows = torch.stack([probabilities[:, ids].sum(-1) for ids in self.digit_ids], dim=1).tolist()
+        judgements = []
+        for row, text, count in zip(rows, self._decoded(tokens)[0], read, strict=True):
+            one = mean_score([text], self.parse, NUM_ANSWER_TOKENS)
+            one = expected_score(row, self.min_digit_mass, text) if one.answered else one
+            judgements.append(replace(one, input_tokens=count))
+        return judgements
 
     def _answers(self, tokens: torch.Tensor, read: list[int]) -> list[Judgement]:
         """Scores from answers, as tokens of shape `(batch, length)`."""
-        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        written = (tokens != self.processor.tokenizer.pad_token_id).sum(-1).tolist()
         return [
-            Judgement(self.parse(text), text, input_tokens=count, output_tokens=new)
-            for text, count, new in zip(texts, read, written, strict=True)
+            replace(mean_score([text], self.parse, self.max_new_tokens), input_tokens=count, output_tokens=new)
+            for text, new, count in zip(*self._decoded(tokens), read, strict=True)
         ]
+
+    def _decoded(self, tokens: torch.Tensor) -> tuple[list[str], list[int]]:
+        """The texts of answers, and how many tokens each has."""
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        return texts, (tokens != self.processor.tokenizer.pad_token_id).sum(-1).tolist()
 
     def _judge_by_prefix(self, inputs: dict[str, torch.Tensor], read: list[int]) -> list[Judgement]:
         """
@@ -319,8 +349,8 @@ class TransformersJudge:
         ).logits
         # Tokens really read: the beginning once
         read = [read[0], *[length - cut for length in read[1:]]]
-        if self.score_mode == "expected":
-            return self._expected(logits, read)
+        first = logits[:, -1]
+        longest = NUM_ANSWER_TOKENS if self.score_mode == "expected" else self.max_new_tokens
 
         ends = model.generation_config.eos_token_id
         ends = torch.as_tensor([] if ends is None else ends, device=ids.device).reshape(-1)
@@ -332,8 +362,11 @@ class TransformersJudge:
             token = logits[:, -1].argmax(-1).masked_fill(done, padding)
             done |= torch.isin(token, ends)
             tokens.append(token)
-            if done.all() or len(tokens) == self.max_new_tokens:
-                return self._answers(torch.stack(tokens, dim=1), read)
+            if done.all() or len(tokens) == longest:
+                written = torch.stack(tokens, dim=1)
+                if self.score_mode == "expected":
+                    return self._expected(first, written, read)
+                return self._answers(written, read)
             step = position + len(tokens) - 1
             logits = model(
                 input_ids=token[:, None], position_ids=step.expand(3, -1)[..., None], past_key_values=cache

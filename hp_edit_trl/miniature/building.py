@@ -174,7 +174,7 @@ class SimulatedWriter:
     def identity(self) -> dict[str, Any]:
         return {"judge": "SimulatedWriter", "name": "miniature", "num_scenes": self.num_scenes, "seed": self.seed}
 
-    def load(self) -> None:
+    def load(self, num_images: int = 2) -> None:
         pass
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
@@ -240,7 +240,7 @@ class SceneJudge:
     def identity(self) -> dict[str, Any]:
         return {"judge": "SceneJudge", "name": "miniature", "score_mode": "integer"}
 
-    def load(self) -> None:
+    def load(self, num_images: int = 2) -> None:
         pass
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:

@@ -152,7 +152,7 @@ class SimulatedJudge:
     def identity(self) -> dict[str, Any]:
         return {"judge": "SimulatedJudge", "name": "miniature", "score_mode": "integer"}
 
-    def load(self) -> None:
+    def load(self, num_images: int = 2) -> None:
         pass
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
@@ -192,7 +192,7 @@ class TargetJudge:
     def identity(self) -> dict[str, Any]:
         return {"judge": "TargetJudge", "name": "miniature", "parse": self.parse.__name__}
 
-    def load(self) -> None:
+    def load(self, num_images: int = 2) -> None:
         pass
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:

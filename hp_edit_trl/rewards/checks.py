@@ -1,5 +1,6 @@
 """The contract of reward functions: they are given copies, and what they return is checked before it is used."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..judges import JudgeTally, shortened
+
+
+logger = logging.getLogger(__name__)
 
 SIGNATURE = "def reward(prompts, completions, **columns) -> list[float | None]  # one per completion"
 
@@ -80,3 +85,37 @@ def own_copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: own_copy(item) for key, item in value.items()}
     return value
+
+
+def failed_rewards(
+    error: Exception, name: str, case_ids: Sequence[Any], tally: JudgeTally, first: bool
+) -> list[float | None]:
+    """
+    What stands for the rewards of a function that raised an error: a missing reward of each completion, counted. In
+    the first call of a run the error is one of the program, and stops it.
+
+    Args:
+        error (`Exception`):
+            The error.
+        name (`str`):
+            Name of the function.
+        case_ids (`Sequence`):
+            Id of the case of each completion.
+        tally ([`JudgeTally`]):
+            Where the failures are counted, under the name of the function and the kind of error.
+        first (`bool`):
+            Whether no call of this run has succeeded yet.
+
+    Raises:
+        `RuntimeError`: If it is the first call.
+    """
+    cases = shortened(", ".join(dict.fromkeys(map(str, case_ids))))
+    reason = f"{type(error).__name__}: {shortened(str(error))}"
+    if first:
+        raise RuntimeError(
+            f"The reward function {name!r} failed for the cases {cases}: {reason}. Correct it, or start again: later "
+            "in a run such an error counts as a missing reward."
+        ) from error
+    logger.warning("The reward function %r failed for the cases %s: %s. They have no reward.", name, cases, reason)
+    tally.fail(f"{name}: {type(error).__name__}", reason, len(case_ids))
+    return [None] * len(case_ids)

@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..judges import Judge, Judgement, describe_judge, load_judge
-from ..judges.base import ScoreMode
+from ..judges import Judge, Judgement, JudgeTally, describe_judge, load_judge
+from ..judges.base import ScoreMode, load_for
 from ..utils.images import read_image
 from .prompts import ScorerPrompt, load_scorer_prompts
 
@@ -80,6 +80,8 @@ class HPScorerReward:
         if task is not None:
             self.check_tasks([task])
         self.judge = load_judge(judge, judge_base_url, score_mode=score_mode)
+        self.tally = JudgeTally()  # of all judgements
+        self.last_tally = JudgeTally()  # of those of the last call
 
     @property
     def description(self) -> str:
@@ -123,9 +125,15 @@ class HPScorerReward:
                 f"{', '.join(self.scorer_prompts)}. Correct the column `task`, or add a prompt with `scorer_prompts=`."
             )
 
-    def load(self) -> None:
-        """Loads the judge and raises an error if it cannot judge. Trainers call this before the first rollout."""
-        self.judge.load()
+    def load(self, num_images: int = 2) -> None:
+        """
+        Loads the judge and raises an error if it cannot judge. Trainers call this before the first rollout.
+
+        Args:
+            num_images (`int`, *optional*, defaults to `2`):
+                Number of images of the largest case: its references and the edit.
+        """
+        load_for(self.judge, num_images)
 
     def judge_edits(
         self,
@@ -156,7 +164,10 @@ class HPScorerReward:
         self.check_tasks([self.task or task for task in tasks])
         columns = zip(prompts, edits, references, tasks, requirements, strict=True)
         conversations = [self.conversation(*case) for case in columns]
-        return self.judge(conversations)
+        judgements = self.judge(conversations)
+        self.last_tally = JudgeTally().add(judgements)
+        self.tally.merge(self.last_tally)
+        return judgements
 
     def __call__(
         self,
@@ -216,7 +227,7 @@ class HPScorerReward:
         )
         for case, prompt, judgement in zip(ids, prompts, judgements, strict=True):
             if judgement.score is None:
-                logger.warning(f"No score for case {case} ({prompt!r}): the judge answered {judgement.answer!r}.")
+                logger.warning(f"No score for case {case} ({prompt!r}): the judge answered {judgement.excerpt!r}.")
         scores = [judgement.score for judgement in judgements]
         known = [score for score in scores if score is not None]
         if log_extra is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -110,6 +112,7 @@ class BaseEditTrainer(_BaseTrainer):
     negative_prompt: str
     sample_num_inference_steps: int
     _bad_cases: set[tuple[int, str]]
+    push_in_progress: PushInProgress | None
     _left_out: dict[str, int]  # number of bad cases that were left out of a dataset, by its fingerprint
 
     # State of the present update, see `_drop_bad_update`, and counts of skipped ones

@@ -110,7 +110,13 @@ class FlowGRPOEditConfig(_BaseConfig):
         on_bad_reward (`str`, *optional*, defaults to `"error"`):
             What to do with a reward that is infinite or NaN: `"error"` stops with the name of the function and the
             case, `"missing"` treats it as `None`.
-
+        max_failed_batches (`int`, *optional*, defaults to `3`):
+            Number of generation batches in a row without a single reward after which the run saves a checkpoint and
+            stops with `ConnectionError`: the judge is gone. A sample has no reward if no function gave it one, or if
+            one failed: it raised an error, or HP-Scorer gave no score.
+        max_missing_rewards (`float`, *optional*, defaults to `0.5`):
+            Largest share of samples without a reward in the last 8 generation batches; above it the run stops in the
+            same way.
         max_skipped_updates (`int`, *optional*, defaults to `3`):
             Number of updates in a row that may be skipped because a loss or a gradient is not finite. One more stops
             the run. Skipped updates leave weights and optimizer as they are and are counted in `skipped_updates`.
@@ -286,6 +292,13 @@ class FlowGRPOEditConfig(_BaseConfig):
         metadata={"help": "What to do with a reward that is infinite or NaN.", "choices": ["error", "missing"]},
     )
 
+    max_failed_batches: int = field(
+        default=3, metadata={"help": "Generation batches in a row without any reward after which the run stops."}
+    )
+    max_missing_rewards: float = field(
+        default=0.5,
+        metadata={"help": "Largest share of missing rewards in the last 8 generation batches; above it it stops."},
+    )
     max_skipped_updates: int = field(
         default=3,
         metadata={"help": "Number of updates in a row that may be skipped because they are not finite."},
@@ -378,6 +391,11 @@ class FlowGRPOEditConfig(_BaseConfig):
                 f"{self.per_device_train_batch_size} * {self.world_size} processes * steps_per_generation="
                 f"{self.steps_per_generation}) must be divisible by num_generations={self.num_generations}: it holds "
                 "whole groups."
+            )
+        if self.max_failed_batches < 1 or not 0 <= self.max_missing_rewards <= 1:
+            raise ValueError(
+                f"max_failed_batches={self.max_failed_batches} must be at least 1, and max_missing_rewards="
+                f"{self.max_missing_rewards} between 0 and 1."
             )
         if self.max_skipped_updates < 0:
             raise ValueError(f"max_skipped_updates={self.max_skipped_updates} must not be negative.")

@@ -31,12 +31,13 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from ..cases import BadCaseError, check_cases, check_references
+from ..cases import BadCaseError, check_cases, check_references, max_references
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
+from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.base import fit_image
 from ..policies import EditConditions, Trajectory, bucketed, check_prompt_lengths, decode, policy_class, rollout
 from ..rewards import HPScorerReward
-from ..rewards.checks import check_rewards, own_copy
+from ..rewards.checks import check_rewards, failed_rewards, own_copy
 from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
@@ -47,6 +48,9 @@ from .lora import check_peft_config, prepare_lora
 
 
 logger = get_logger(__name__)
+
+REWARD_WINDOW = 8  # generation batches that `max_missing_rewards` is taken over
+REFUSED = "refused"  # the kind of failure of a judge whose key is refused
 
 # Takes prompts, completions and the dataset's columns as lists; returns, or awaits, a list[float | None].
 RewardFunc = Callable[..., Any]
@@ -116,7 +120,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
     Raises:
         `ValueError`: If a dataset, an option, a task or the model is not usable. Datasets and options are checked
             before any model is loaded.
-        `ConnectionError`: If a judge on a server gives no judgements.
+        `ConnectionError`: If a judge on a server gives no judgements. `train` raises it too, see `max_failed_batches`.
     """
 
     # The loss of a microbatch is scaled where it is computed, in `training_step`.
@@ -218,7 +222,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             datasets[name] = self._leave_out(dataset, bad)
         for func in self.reward_funcs:
             if isinstance(func, HPScorerReward):
-                func.load()
+                func.load(1 + max(map(max_references, datasets.values())))
         self.policy, self.base_model = load_policy(policy_type, model, args)
         for name, dataset in datasets.items():
             bad = check_prompt_lengths(self.policy, dataset, name, args.on_bad_case)
@@ -263,6 +267,10 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self._completions_upload = completions_scheduler(args)
         self._pending_metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._pending_extra: dict[str, list] = {}
+        self._tally = JudgeTally()
+
+        # Missing rewards, see `_watch_rewards`
+        self._reset_watch()
 
         if any(is_async_callable(func) for func in self.reward_funcs):
             thread, self.async_loop, ready = start_event_loop_in_daemon(name="FlowGRPOEditTrainer-AsyncLoop")
@@ -347,10 +355,17 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
     def train(self, *args: Any, **kwargs: Any):
         # A new run starts with a new generation batch, even if an earlier run of this trainer left samples over.
         self._step, self._buffered_samples = 0, None
+        self._reset_watch()
         output = super().train(*args, **kwargs)
         if self._completions_upload is not None:
             self._completions_upload.trigger()
         return output
+
+    def _reset_watch(self) -> None:
+        self._limit = FailureLimit(self.args.max_failed_batches, self.args.max_missing_rewards, REWARD_WINDOW)
+        self._rewards_work = False  # whether a generation batch was scored without an error
+        self._inside_update = False  # whether gradients are accumulated
+        self._rewards_gone: str | None = None  # why the run has to stop
 
     def _prepare_inputs(self, indices: list[int]) -> list[Sample]:
         # Samples are drawn once for a whole generation batch, shuffled, and handed out microbatch by microbatch, as
@@ -406,13 +421,15 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             )
         with self._timed("decode"):
             images = decode(policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
-        with self._timed("reward"):
-            rewards_per_func = self._calculate_rewards(rows, images)
+        with self._timed("reward"), in_step(self.accelerator):
+            rewards_per_func, failed, tally = self._calculate_rewards(rows, images, in_training=True)
 
         # Advantages are relative to the group, whose samples may lie on several processes.
         self._check_groups([row["id"] for row in rows])
         all_rewards_per_func = gather(rewards_per_func)
-        rewards, advantages, zero_std = self._compute_advantages(all_rewards_per_func)
+        all_failed = gather(failed)
+        self._watch_rewards(all_rewards_per_func, all_failed, tally)
+        rewards, advantages, zero_std = self._compute_advantages(all_rewards_per_func, all_failed)
         local = slice(first, first + len(rows))
 
         self._num_sampled += len(rewards)
@@ -464,8 +481,71 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if not (groups == groups[:, :1]).all():
             raise RuntimeError(f"Samples of different cases ended up in one group; on this process: {case_ids}.")
 
-    def _calculate_rewards(self, rows: list[dict[str, Any]], images: list[Image.Image]) -> torch.Tensor:
-        """Rewards of this process's samples, of shape `(num_samples, num_reward_funcs)`; NaN where not applicable."""
+    def _watch_rewards(self, rewards_per_func: torch.Tensor, failed: torch.Tensor, tally: JudgeTally) -> None:
+        """
+        Stops the run if too many rewards are missing: those of samples that no function gave a reward, or for which
+        one failed. All processes see the same rewards, so that all decide alike.
+
+        At the beginning of an update, a checkpoint is saved as if this batch had not been sampled, so that a resumed
+        run samples it again. Inside of one, the update is finished first, see `_maybe_log_save_evaluate`.
+
+        Args:
+            rewards_per_func (`torch.Tensor`):
+                Rewards of all processes, of shape `(num_samples, num_reward_funcs)`.
+            failed (`torch.Tensor`):
+                Where a function failed, of the same shape.
+            tally ([`JudgeTally`]):
+                The failures of this process by kind.
+
+        Raises:
+            `ConnectionError`: If the run stops.
+        """
+        together = JudgeTally()
+        for one in gather_object([tally]):
+            together.merge(one)
+        missing = (failed.any(1) | rewards_per_func.isnan().all(1)).float().mean().item()
+        if missing and not together.failures:
+            together.fail("no reward", "the reward functions returned None")
+        exceeded = self._limit.add(missing, together)
+        self._rewards_work = True
+        if REFUSED in together.failures:
+            self._rewards_gone = together.reasons[REFUSED]
+        elif exceeded:
+            self._rewards_gone = (
+                f"Too many rewards are missing: {exceeded} generation batches (max_failed_batches="
+                f"{self.args.max_failed_batches}, max_missing_rewards={self.args.max_missing_rewards}). The failures "
+                f"by kind: {self._limit.reasons()}"
+            )
+        if self._rewards_gone is None:
+            return
+        self._rewards_gone += f" Mend the cause and resume from the last checkpoint in {self.args.output_dir}."
+        if not self._inside_update:
+            if self.state.global_step > 0:
+                self._save_checkpoint(self.model, None)
+            raise ConnectionError(self._rewards_gone)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._rewards_gone is not None:
+            self.control.should_save, self.control.should_evaluate = True, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._rewards_gone is not None:
+            raise ConnectionError(self._rewards_gone)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except ConnectionError:  # on all processes
+            self._save_checkpoint(self.model, None)
+            raise
+
+    def _calculate_rewards(
+        self, rows: list[dict[str, Any]], images: list[Image.Image], in_training: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, JudgeTally]:
+        """
+        Rewards of this process's samples, of shape `(num_samples, num_reward_funcs)`, NaN where not applicable; where
+        a function failed, which is another thing than not being applicable, of the same shape; and the failures by
+        kind. In training a refused judge is one of these, so that the run can save a checkpoint before it stops.
+        """
         kwargs: dict[str, Any] = {
             name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")
         }
@@ -476,22 +556,43 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             "log_extra": self._log_extra,
             "log_metric": lambda name, value: self._pending_metrics[name].append((value, len(rows))),
         }
+        ids = [row["id"] for row in rows]
         # Each function gets its own copies, so that one that changes an image does not change it for others.
         outputs: dict[int, list[float | None]] = {}
         waiting: dict[int, Any] = {}
+        raised: set[int] = set()
+        tally = JudgeTally()
         for i, func in enumerate(self.reward_funcs):
             if is_async_callable(func):
                 waiting[i] = asyncio.run_coroutine_threadsafe(func(**own_copy(kwargs)), self.async_loop)
         for i, func in enumerate(self.reward_funcs):
-            if i not in waiting:
-                outputs[i] = func(**own_copy(kwargs))
-        outputs |= {i: future.result() for i, future in waiting.items()}
+            try:
+                outputs[i] = waiting[i].result() if i in waiting else func(**own_copy(kwargs))
+            except JudgeRefusedError as error:
+                if not in_training or not self._rewards_work:
+                    raise
+                tally.fail(REFUSED, str(error), len(rows))
+                outputs[i] = [None] * len(rows)
+                raised.add(i)
+            except Exception as error:
+                name = self.reward_func_names[i]
+                outputs[i] = failed_rewards(error, name, ids, tally, first=not self._rewards_work)
+                raised.add(i)
+            else:
+                if isinstance(func, HPScorerReward):
+                    tally.merge(func.last_tally)
+        self._tally.merge(tally)
 
         columns = [
-            check_rewards(outputs[i], name, [row["id"] for row in rows], self.args.on_bad_reward)
+            check_rewards(outputs[i], name, ids, self.args.on_bad_reward)
             for i, name in enumerate(self.reward_func_names)
         ]
         rewards_per_func = torch.tensor(columns, device=self.accelerator.device).T.contiguous()
+        # HP-Scorer applies to every case: without a score it has failed.
+        failed = [
+            rewards_per_func[:, i].isnan() & (i in raised or isinstance(func, HPScorerReward))
+            for i, func in enumerate(self.reward_funcs)
+        ]
         for column, values in self._pending_extra.items():
             if len(values) != len(rows):
                 raise ValueError(f"log_extra({column!r}, ...) got {len(values)} values for {len(rows)} completions.")
@@ -500,7 +601,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 logger.warning(
                     f"No reward function scored case {row['id']!r} ({row['prompt']!r}); it has no advantage."
                 )
-        return rewards_per_func
+        return rewards_per_func, torch.stack(failed, dim=1), tally
 
     def _log_extra(self, column: str, values: list) -> None:
         self._pending_extra[column] = values
@@ -519,38 +620,48 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             for name, values in collected.items()
         }
 
-    def _total_rewards(self, rewards_per_func: torch.Tensor, group_size: int) -> torch.Tensor:
+    def _total_rewards(
+        self, rewards_per_func: torch.Tensor, group_size: int, failed: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Weighted sums of the rewards, of shape `(num_samples,)`. A function without a single reward in a group does not
         apply there. A sample that lacks the reward of a function that applies has no total, NaN: its sum would not be
-        comparable with the others'. The same holds for a sample to which no function applies.
+        comparable with the others'. The same holds for a sample to which no function applies, or for which one failed.
 
         Args:
             rewards_per_func (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`):
                 Rewards, whole groups one after the other, NaN where missing.
             group_size (`int`):
                 Number of samples of a group.
+            failed (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`, *optional*):
+                Where a function failed. By default nowhere.
         """
         missing = rewards_per_func.isnan().view(-1, group_size, rewards_per_func.shape[1])
         applies = ~missing.all(1, keepdim=True)
         incomplete = ((missing & applies).any(2) | ~applies.any(2)).flatten()
+        if failed is not None:
+            incomplete = incomplete | failed.any(1)
         totals = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
         return totals.masked_fill(incomplete, math.nan)
 
-    def _compute_advantages(self, rewards_per_func: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _compute_advantages(
+        self, rewards_per_func: torch.Tensor, failed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Group-relative advantages (equation 3 of the paper).
 
         Args:
             rewards_per_func (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`):
                 Rewards of the samples of all processes, whole groups one after the other, NaN where not applicable.
+            failed (`torch.Tensor`, *optional*):
+                Where a function failed, see [`_total_rewards`].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(num_samples,)`: the weighted sum of the
             rewards (NaN if one is missing, see [`_total_rewards`]), the advantages, and whether the sample's group has
             no spread or the sample no reward, so that nothing can be learned from it.
         """
-        rewards = self._total_rewards(rewards_per_func, self.num_generations)
+        rewards = self._total_rewards(rewards_per_func, self.num_generations, failed)
         unscored = rewards.isnan()
         groups = rewards.view(-1, self.num_generations)
         centered = (groups - groups.nanmean(1, keepdim=True)).flatten()
@@ -575,6 +686,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             learns = any(s.advantage != 0 or (self.args.beta != 0.0 and s.kl_weight != 0) for s in samples)
             self._drop_bad_update(loss, [sample.case_id for sample in samples], learns)
         self._step += 1
+        self._inside_update = not self.accelerator.sync_gradients
         return loss
 
     def _accumulate_gradients(self, model: nn.Module, samples: list[Sample]) -> torch.Tensor:
@@ -689,11 +801,14 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 cases, images = self._edit_usable(dataset, indices)
             for place in set(range(len(indices))) - cases.keys():
                 local[place]["bad_cases"] = 1
-            if cases:
-                rewards_per_func = self._calculate_rewards([row for row, _ in cases.values()], images)
-                for i, (place, (row, _)) in enumerate(cases.items()):
-                    local[place] |= {"task": row.get("task"), "rewards": rewards_per_func[i].tolist()}
-                    local[place] |= {name: values[i] for name, values in self._pending_extra.items()}
+            with in_step(self.accelerator):
+                if cases:
+                    rows = [row for row, _ in cases.values()]
+                    rewards_per_func, failed, _ = self._calculate_rewards(rows, images)
+                    for i, (place, row) in enumerate(zip(cases, rows, strict=True)):
+                        local[place] |= {"task": row.get("task"), "rewards": rewards_per_func[i].tolist()}
+                        local[place]["failed"] = failed[i].tolist()
+                        local[place] |= {name: values[i] for name, values in self._pending_extra.items()}
             self._pending_extra.clear()
             # The last batch may be filled up with repeated cases to keep the processes level; they are dropped here.
             results += self.accelerator.gather_for_metrics(local, use_gather_object=True)
@@ -705,7 +820,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         for task in {result["task"] for result in results if "rewards" in result}:
             members = [result for result in results if "rewards" in result and result["task"] == task]
             totals = self._total_rewards(
-                torch.tensor([member["rewards"] for member in members]), len(members)
+                torch.tensor([member["rewards"] for member in members]),
+                len(members),
+                torch.tensor([member.pop("failed") for member in members]),
             ).tolist()
             for member, total in zip(members, totals, strict=True):
                 member |= {"reward": total, "frac_reward_missing": float(math.isnan(total))}
@@ -734,11 +851,16 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if "loss" in logs:  # a log of training, not of evaluation
             # All processes log at the same time, so their measurements are combined here.
             local = {name: values.tolist() for name, values in self._sample_stats.items()}
-            gathered = gather_object([(local, self._bad_cases)])
-            names = sorted({name for stats, _ in gathered for name in stats})
-            stats = {name: list(zip(*(s[name] for s, _ in gathered if name in s), strict=True)) for name in names}
+            gathered = gather_object([(local, self._bad_cases, self._tally)])
+            names = sorted({name for stats, _, _ in gathered for name in stats})
+            stats = {name: list(zip(*(s[name] for s, _, _ in gathered if name in s), strict=True)) for name in names}
             means = {name: sum(values[0]) / sum(values[1]) for name, values in stats.items()}
-            bad_cases = set().union(*(bad for _, bad in gathered))
+            bad_cases = set().union(*(bad for _, bad, _ in gathered))
+            tally = JudgeTally()
+            for _, _, one in gathered:
+                tally.merge(one)
+            if tally.judgements or tally.failures:
+                logs |= tally.metrics
             for name, values in self._metrics.items():
                 known = [value for value in values if not math.isnan(value)]
                 if known:
@@ -762,6 +884,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self._metrics.clear()
             self._sample_stats.clear()
             self._bad_cases.clear()
+            self._tally = JudgeTally()
             self._phase_seconds.clear()
         super().log(logs, start_time)
         if "loss" in logs and self._completions:

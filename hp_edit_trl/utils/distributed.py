@@ -26,7 +26,7 @@ def in_step(accelerator: Accelerator) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    kind = OSError if isinstance(failure, OSError) else ValueError
+    kind = next((kind for kind in (ConnectionError, OSError) if isinstance(failure, kind)), ValueError)
     failures = [None if failure is None else (kind, f"{type(failure).__name__}: {failure}")]
     if accelerator.num_processes > 1:
         failures = gather_object(failures)

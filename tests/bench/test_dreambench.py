@@ -45,7 +45,7 @@ class GradeJudge:
     def __init__(self, wrong=()):
         self.texts, self.wrong = [], wrong
 
-    def load(self):
+    def load(self, num_images=2):
         pass
 
     def __call__(self, conversations):

@@ -44,7 +44,7 @@ class PairJudge:
         self.identity = {"judge": "PairJudge", "parse": "parse_pair"}
         self.texts, self.wrong = [], wrong
 
-    def load(self):
+    def load(self, num_images=2):
         pass
 
     def __call__(self, conversations):

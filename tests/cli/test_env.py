@@ -16,4 +16,4 @@ def test_what_a_bug_report_needs(capsys, monkeypatch):
         assert f"- {package}: {version(package)}" in lines
     assert "- Devices: CPU only" in lines
     assert "- Extra `annotate`: no-such-package not installed" in lines
-    assert f"- Extra `server`: openai {version('openai')}" in lines
+    assert f"- Extra `server`: aiohttp {version('aiohttp')}" in lines

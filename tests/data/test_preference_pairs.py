@@ -264,7 +264,7 @@ def test_the_scorer_of_a_task_is_asked_for_before_anything_is_sampled(pipeline, 
     class Judge:
         identity = {"judge": "Judge", "name": "a judge"}
 
-        def load(self):
+        def load(self, num_images=2):
             pass
 
         def __call__(self, conversations):

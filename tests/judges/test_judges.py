@@ -507,8 +507,8 @@ def test_server_retries_bounds_concurrency_and_gives_up_on_single_cases(serve):
 def test_server_timeouts_and_dead_addresses(serve):
     slow = serve(lambda body, n: (time.sleep(1.5), (200, completion("5")))[1])
     (judgement,) = ServerJudge("m", slow.url, timeout=0.2, max_retries=0)([conversation()])
-    assert judgement.score is None and "Timeout" in judgement.answer
-    with pytest.raises(ConnectionError, match=r"'m' at http://127.0.0.1:9/v1 gives no judgements: APIConnectionError"):
+    assert judgement.score is None and judgement.failure == "timeout" and "timeout=0.2 s" in judgement.answer
+    with pytest.raises(ConnectionError, match=r"'m' at http://127.0.0.1:9/v1 gives no judgements of 2 images: conn"):
         ServerJudge("m", "http://127.0.0.1:9/v1").load()
     missing = serve(lambda body, n: (404, {"error": {"message": "model m does not exist"}}))
     with pytest.raises(ConnectionError, match="model m does not exist"):
@@ -516,7 +516,7 @@ def test_server_timeouts_and_dead_addresses(serve):
 
 
 def test_missing_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(ImportError, match=r'pip install "hp-edit-trl\[server\]"'):
         HPScorerReward("m", judge_base_url="http://127.0.0.1:9/v1")
 

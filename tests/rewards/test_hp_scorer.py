@@ -20,7 +20,7 @@ class ScriptedJudge:
     def identity(self):
         return {"judge": "ScriptedJudge"}
 
-    def load(self):
+    def load(self, num_images=2):
         pass
 
     def __call__(self, conversations):

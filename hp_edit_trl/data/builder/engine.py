@@ -29,6 +29,7 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from tqdm import tqdm
 
+from ...judges import JudgeTally
 from ...utils.files import check_unchanged, read_json, write_atomically, write_json
 from ...utils.secrets import redacted
 
@@ -55,6 +56,8 @@ class Stage(Protocol):
             Number of rows per batch. `None` gives it all rows at once, for choices that depend on all of them; such a
             stage reads no images. It may also return `parent`: for each of its rows, the number of the row of the
             batch that it comes from. Its rows then replace those before.
+        tally ([`JudgeTally`] or `None`):
+            What its judge was asked, if it has one.
         settings (`dict`):
             Everything that its results depend on. Results of different settings are not mixed.
     """
@@ -63,6 +66,10 @@ class Stage(Protocol):
     inputs: tuple[str, ...]
     features: Features = Features({})
     batch_size: int | None = None
+
+    @property
+    def tally(self) -> JudgeTally | None:
+        return None
 
     @property
     def settings(self) -> dict[str, Any]: ...

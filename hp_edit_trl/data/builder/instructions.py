@@ -16,7 +16,8 @@ from datasets import Features, Value
 from PIL import Image
 
 from ...cases import prompt_problem
-from ...judges import Judge, Judgement, describe_judge, without_reasoning
+from ...judges import FailureLimit, Judge, Judgement, JudgeTally, describe_judge, without_reasoning
+from ...judges.base import LONGEST_ANSWER
 from ...rewards.prompts import find_prompts, prompt_files, read_header
 from ...utils.config import check_positive
 from ...utils.images import UnreadableImageError, read_image
@@ -29,7 +30,6 @@ from .styles import LANGUAGES, STYLES, Style, styles_by_name
 MIN_LENGTH = {"en": 3, "zh": 4}
 MAX_LENGTH = {"en": 60, "zh": 100}
 
-LONGEST_ANSWER = 20_000  # characters; a model that writes more is stuck in a loop
 EMPTY_WORDS = {"none", "null", "unknown", "something", "object", "无", "没有", "未知", "物体", "某物"}
 
 
@@ -168,6 +168,8 @@ class WriteInstructions(Stage):
         self.max_length = dict(max_length)
         self.batch_size = batch_size
         self.check_feasibility = check_feasibility
+        self.limit = FailureLimit()
+        self.asked = JudgeTally()
         check_positive(batch_size=batch_size)
         for language in LANGUAGES:
             least, most = self.min_length.get(language), self.max_length.get(language)
@@ -187,6 +189,10 @@ class WriteInstructions(Stage):
             )
         if identity.get("max_new_tokens", 64) < 64:
             raise ValueError(f"The answers of the writer ({described}) would be cut off: use max_new_tokens=256.")
+
+    @property
+    def tally(self) -> JudgeTally:
+        return self.asked
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -266,6 +272,7 @@ class WriteInstructions(Stage):
         if not questions:
             return {}
         answers = dict(zip(questions, self.writer(list(questions.values())), strict=True))
+        self.asked.add(answers.values(), scores=False)
         if not any(answer.answered for answer in answers.values()):
             if len(answers) == 1:
                 # The writer may fail on this image alone. If it fails on others too, this raises an error.
@@ -273,9 +280,11 @@ class WriteInstructions(Stage):
             else:
                 raise ConnectionError(
                     f"The writer ({describe_judge(self.writer)}) gave no answer to {len(answers)} questions in a row; "
-                    f"the last error: {list(answers.values())[-1].answer[:300]} Finished batches are kept: run again "
+                    f"the last error: {list(answers.values())[-1].excerpt} Finished batches are kept: run again "
                     "when the writer is back."
                 )
+        # Before the batch is written, so that its questions are asked again
+        self.limit.check(list(answers.values()), "questions", "Finished batches are kept: run again to resume.")
         return answers
 
     def _read(
@@ -352,7 +361,7 @@ def _json_object(judgement: Judgement) -> dict[str, Any]:
     text = without_reasoning(judgement.answer).strip()
     if "<think>" in text:
         raise _Rejected(f"not an object: the reasoning is not closed, {_excerpt(text)}")
-    if len(text) > LONGEST_ANSWER:
+    if len(text) >= LONGEST_ANSWER:  # a judgement is cut off there
         raise _Rejected(f"not an object: {len(text)} characters, {_excerpt(text)}")
     text = re.sub(r"^```\w*\s*|\s*```$", "", text)
     decoder = json.JSONDecoder(strict=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...editors import Editor, empty_device_cache, load_editor
-from ...judges import Judge, load_judge
+from ...judges import Judge, load_early, load_judge
 from ...rewards import HPScorerReward, load_scorer_prompts
 from ...utils.config import check_positive
 from ...utils.distributed import patient_accelerator
@@ -106,10 +106,16 @@ def build_dataset(
             stage = make[name]()
             if stages is not None and name not in stages and not folder.is_finished(stage):
                 raise ValueError(f"The stage {name!r} is not finished in {config.output_dir}: run it first.")
+            if name == "edits" and last >= STAGES.index("scores") and not folder.is_finished(stage):
+                scores = make["scores"]()
+                assert isinstance(scores, ScoreEdits)
+                load_early(scores.scorer.judge)
             reasons = run_stage(folder, stage, accelerator, engine, num_workers, gpus_per_worker)
             kept, all_rows = len(folder.live), len(folder.stages[-1].rows)
             if accelerator.is_main_process:
                 logger.info("%s: %d of %d rows kept; rejected: %s", name, kept, all_rows, dict(reasons))
+            if stage.tally is not None and stage.tally.judgements and accelerator.is_main_process:
+                logger.info("%s: %s", name, stage.tally)
             if kept == 0:
                 raise ValueError(
                     f"The stage {name!r} rejected all of {all_rows} rows ({dict(reasons)}): read the reasons in "

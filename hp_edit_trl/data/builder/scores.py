@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Features, Value
 
 from ...cases import case_images
+from ...judges import FailureLimit, JudgeTally
 from ...rewards import HPScorerReward
 from ...utils.config import check_positive
 from ...utils.images import UnreadableImageError, read_image
@@ -44,6 +45,11 @@ class ScoreEdits(Stage):
         check_positive(batch_size=batch_size)
         self.scorer = scorer
         self.batch_size = batch_size
+        self.limit = FailureLimit()
+
+    @property
+    def tally(self) -> JudgeTally:
+        return self.scorer.tally
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -72,15 +78,17 @@ class ScoreEdits(Stage):
         judged = self.scorer.judge_edits(prompts, edits, references, known_tasks, requirements)
         if judged and not any(judgement.answered for judgement in judged):
             raise ConnectionError(
-                f"The judge gave no answer to any of {len(judged)} edits; the last error: {judged[-1].answer} "
+                f"The judge gave no answer to any of {len(judged)} edits; the last error: {judged[-1].excerpt} "
                 "Finished batches are kept: run again to resume."
             )
+        # Before the batch is written, so that it is judged again
+        self.limit.check(judged, "edits", "Finished batches are kept: run again to resume.")
         scores: list[float | None] = [None] * len(ids)
         answers: list[str | None] = [None] * len(ids)
         for i, judgement in zip(readable, judged, strict=True):
             scores[i], answers[i] = judgement.score, judgement.answer
             if judgement.score is None:
-                logger.warning("No score for case %s: the judge answered %r.", ids[i], judgement.answer[:200])
+                logger.warning("No score for case %s: the judge answered %r.", ids[i], judgement.excerpt)
         scorer_prompts = [self.scorer.scorer_prompt(task) for task in tasks]
         return {
             "score": scores,

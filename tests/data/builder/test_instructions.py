@@ -75,7 +75,7 @@ class Writer:
     def identity(self):
         return {"judge": "Writer", "name": "w", "revision": "r1", "score_mode": "integer", "max_new_tokens": 256}
 
-    def load(self):
+    def load(self, num_images=2):
         self.loaded += 1
 
     def __call__(self, conversations):
@@ -368,7 +368,7 @@ def test_a_batch_without_any_answer_is_an_error_and_no_rows():
 
 def test_a_single_picture_without_an_answer_does_not_stop_a_build_forever():
     class Gone(Writer):
-        def load(self):
+        def load(self, num_images=2):
             raise ConnectionError("nobody there")
 
     batch = batch_of(("bokeh", "en"))
