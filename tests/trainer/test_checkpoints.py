@@ -61,7 +61,7 @@ def test_every_truncation_deletion_and_flipped_bit_is_found_by_name(tmp_path):
         content = (whole / name).read_bytes()
         end = len(content.rstrip())  # the manifest's last line break says nothing
         lengths = sorted({0, 1, end // 3, end // 2, end - 2, end - 1} - {len(content)})
-        damaged = [content[:length] for length in lengths if length >= 0]
+        damaged = [content[:length] for length in lengths if 0 <= length < len(content)]
         for place in np.linspace(0, end - 1, 40, dtype=int) if content else []:
             flipped = bytearray(content)
             flipped[place] ^= 4
@@ -301,12 +301,12 @@ def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path, monke
 
 
 def test_a_run_goes_on_without_a_checkpoint(tmp_path, monkeypatch, caplog):
-    scores = iter([0.1, 0.9, 0.5, 0.4])
+    scores = {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.4}
     trainer = make_trainer(
         tmp_path, on_save_error="continue", eval_strategy="steps", eval_steps=1, metric_for_best_model="reward",
         greater_is_better=True, load_best_model_at_end=True, eval_dataset=DATES,
     )  # fmt: skip
-    monkeypatch.setattr(trainer, "_evaluate", lambda *args, **kwargs: {"eval_reward": next(scores)})
+    monkeypatch.setattr(trainer, "_evaluate", lambda *_: {"eval_reward": scores[trainer.state.global_step]})
     fail_at(trainer, monkeypatch, 2)
     trainer.train()
     assert "goes on without this checkpoint" in caplog.text
