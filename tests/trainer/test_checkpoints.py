@@ -321,6 +321,27 @@ def test_a_run_goes_on_without_a_checkpoint(tmp_path, monkeypatch, caplog):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_a_finished_run_of_which_only_the_best_checkpoint_is_left(tmp_path, monkeypatch):
+    def make():
+        trainer = make_trainer(
+            tmp_path, max_steps=2, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="reward",
+            greater_is_better=True, eval_strategy="steps", eval_steps=1, eval_dataset=DATES,
+        )  # fmt: skip
+        monkeypatch.setattr(trainer, "_evaluate", lambda *_: {"eval_reward": -trainer.state.global_step})
+        return trainer
+
+    first = make()
+    first.train()
+    first.save_model()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    before = content(tmp_path)
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    again.save_model()
+    assert content(tmp_path) == before
+    assert_equal(weights(again), weights(first))
+
+
 def test_a_checkpoint_of_weights_only_says_that_it_is_not_exact(tmp_path, caplog):
     make_trainer(tmp_path, max_steps=1, save_only_model=True).train()
     make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
