@@ -52,7 +52,7 @@ from .model_card import remove_before_after, save_before_after, write_model_card
 
 logger = get_logger(__name__)
 
-SAVED = "_saved.json"  # written when the output folder is complete: its weights, and where they were pushed to
+SAVED = "_saved.json"  # written when the output folder is complete: step, weights, and where they were pushed to
 
 
 def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, args: Any) -> tuple[EditPolicy, str]:
@@ -318,7 +318,8 @@ class BaseEditTrainer(_BaseTrainer):
         if checkpoint is not None:
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
             *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-            if state.global_step >= max_steps:
+            # save_total_limit=1 with load_best_model_at_end leaves only the best checkpoint of a finished run.
+            if max(state.global_step, self._saved_run(checkpoint).get("step", 0)) >= max_steps:
                 return self._restore_finished(checkpoint, state)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -336,15 +337,20 @@ class BaseEditTrainer(_BaseTrainer):
             checkpoint = os.path.join(os.path.dirname(checkpoint), os.path.basename(state.best_model_checkpoint))
             state.best_model_checkpoint = checkpoint
             self._load_best_model()
-        folder = Path(self.args.output_dir)
-        saved, restored = read_json(folder / SAVED) or {}, read_json(Path(checkpoint, MANIFEST)) or {}
-        same = (
-            find_fault(folder, SAVED) is None
-            and saved["files"].get(WEIGHTS) == restored.get("files", {}).get(WEIGHTS)
-            and (not self.args.push_to_hub or saved.get("pushed_to") == self.hub_model_id)
-        )
-        (self._is_saved,) = broadcast_object_list([same])
+        saved = self._saved_run(checkpoint)
+        self._is_saved = bool(saved) and (not self.args.push_to_hub or saved["pushed_to"] == self.hub_model_id)
         return TrainOutput(state.global_step, math.nan, {})
+
+    def _saved_run(self, checkpoint: str) -> dict[str, Any]:
+        """What `save_model` noted, if the output folder holds the weights of this checkpoint."""
+        noted: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            folder, listed = Path(self.args.output_dir), read_json(Path(checkpoint, MANIFEST)) or {"files": {}}
+            if find_fault(folder, SAVED) is None:
+                noted = read_json(folder / SAVED) or {}
+                noted = noted if noted["files"].get(WEIGHTS) == listed["files"].get(WEIGHTS) else {}
+        (noted,) = broadcast_object_list([noted])
+        return noted
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -464,7 +470,8 @@ class BaseEditTrainer(_BaseTrainer):
                 self.create_model_card()
             if self.is_world_process_zero():
                 names = (WEIGHTS, "adapter_config.json", LORA_WEIGHT_NAME_SAFE)
-                write_manifest(folder, names, SAVED, pushed_to=self.hub_model_id if self.args.push_to_hub else None)
+                pushed_to = self.hub_model_id if self.args.push_to_hub else None
+                write_manifest(folder, names, SAVED, step=self.state.global_step, pushed_to=pushed_to)
 
     def push_to_hub(
         self,

@@ -88,9 +88,8 @@ def write_manifest(folder: str | Path, names: Iterable[str], manifest: str = MAN
         _sync(folder / name)
         files[name] = {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
     write_json(folder / manifest, {**values, "files": files})
-    for path in (*folder.rglob("*"), folder):
-        if path.is_dir():
-            _sync(path)
+    for path in {folder, *((folder / name).parent for name in files)}:
+        _sync(path)
 
 
 def find_fault(folder: str | Path, manifest: str = MANIFEST) -> str | None:

@@ -61,7 +61,7 @@ def test_every_truncation_deletion_and_flipped_bit_is_found_by_name(tmp_path):
         content = (whole / name).read_bytes()
         end = len(content.rstrip())  # the manifest's last line break says nothing
         lengths = sorted({0, 1, end // 3, end // 2, end - 2, end - 1} - {len(content)})
-        damaged = [content[:length] for length in lengths if length >= 0]
+        damaged = [content[:length] for length in lengths if 0 <= length < len(content)]
         for place in np.linspace(0, end - 1, 40, dtype=int) if content else []:
             flipped = bytearray(content)
             flipped[place] ^= 4
@@ -301,12 +301,12 @@ def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path, monke
 
 
 def test_a_run_goes_on_without_a_checkpoint(tmp_path, monkeypatch, caplog):
-    scores = iter([0.1, 0.9, 0.5, 0.4])
+    scores = {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.4}
     trainer = make_trainer(
         tmp_path, on_save_error="continue", eval_strategy="steps", eval_steps=1, metric_for_best_model="reward",
         greater_is_better=True, load_best_model_at_end=True, eval_dataset=DATES,
     )  # fmt: skip
-    monkeypatch.setattr(trainer, "_evaluate", lambda *args, **kwargs: {"eval_reward": next(scores)})
+    monkeypatch.setattr(trainer, "_evaluate", lambda *_: {"eval_reward": scores[trainer.state.global_step]})
     fail_at(trainer, monkeypatch, 2)
     trainer.train()
     assert "goes on without this checkpoint" in caplog.text
@@ -319,6 +319,27 @@ def test_a_run_goes_on_without_a_checkpoint(tmp_path, monkeypatch, caplog):
     (tmp_path / "checkpoint-3" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="the best checkpoint, cannot be loaded: adapter_model.safetensors is miss"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_finished_run_of_which_only_the_best_checkpoint_is_left(tmp_path, monkeypatch):
+    def make():
+        trainer = make_trainer(
+            tmp_path, max_steps=2, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="reward",
+            greater_is_better=True, eval_strategy="steps", eval_steps=1, eval_dataset=DATES,
+        )  # fmt: skip
+        monkeypatch.setattr(trainer, "_evaluate", lambda *_: {"eval_reward": -trainer.state.global_step})
+        return trainer
+
+    first = make()
+    first.train()
+    first.save_model()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    before = content(tmp_path)
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    again.save_model()
+    assert content(tmp_path) == before
+    assert_equal(weights(again), weights(first))
 
 
 def test_a_checkpoint_of_weights_only_says_that_it_is_not_exact(tmp_path, caplog):
