@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .secrets import redact_error
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # Pillow calls a JPEG with an appended preview or gain map, as phones write them, an "MPO".
 JPEGS = ("JPEG", "MPO")
+
+LOADING = threading.Lock()
 
 # What turns an image upright, by the number of its EXIF orientation
 TURNS = {
@@ -122,6 +125,20 @@ def raw_mode(image: Image.Image) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or "")
 
 
+def load_whole(image: Image.Image) -> None:
+    """Decodes the pixels of an image. A truncated one raises an error."""
+    if not ImageFile.LOAD_TRUNCATED_IMAGES:
+        image.load()
+        return
+    # Some library in this process has told Pillow to fill up what is missing. Half an image would be trained on.
+    with LOADING:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        try:
+            image.load()
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+
+
 def to_rgb(image: Image.Image, stored: str = "") -> Image.Image:
     """
     Decodes an image: turned upright by its EXIF orientation, 16 bits scaled to 8, converted to sRGB with its color
@@ -142,7 +159,7 @@ def to_rgb(image: Image.Image, stored: str = "") -> Image.Image:
     """
     _check(image)
     stored = stored or raw_mode(image)
-    image.load()
+    load_whole(image)
     alpha = alpha_channel(image, stored)
     colors = _eight_bits(image, stored)
     profile = image.info.get("icc_profile")

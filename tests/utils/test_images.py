@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from hp_edit_trl.utils.images import TooLargeImageError, UnreadableImageError, image_digest, png_bytes, read_image
 from tests.helpers import photo
@@ -210,6 +210,16 @@ def test_orientations_of_files_and_of_opened_images(number):
     for form in (value, opened, opened.copy()):
         assert np.array_equal(np.asarray(read_image(form, "x")), by_hand(np.asarray(PHOTO)))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(opened)))), by_hand(np.asarray(PHOTO)))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000"])
+def test_half_an_image_is_refused_whatever_pillow_was_told(format, monkeypatch):
+    content = stored(photo(64, 64), format)["bytes"]
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(UnreadableImageError):
+        read_image({"bytes": content[: len(content) // 2], "path": None}, "x")
+    assert read_image({"bytes": content, "path": None}, "x").size == (64, 64)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_the_limit_is_pillows(monkeypatch):

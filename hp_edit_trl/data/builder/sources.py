@@ -24,6 +24,7 @@ from ...utils.images import (
     UnreadableImageError,
     alpha_channel,
     image_digest,
+    load_whole,
     open_image,
     png_bytes,
     raw_mode,
@@ -406,7 +407,7 @@ class ImageCheck(Stage):
         if frames > 1:
             raise _Rejected(f"animated: {frames} frames")
         stored = raw_mode(image)
-        image.load()
+        load_whole(image)
         if alpha_channel(image, stored) is not None:
             raise _Rejected("transparent: not all of its pixels are opaque")
 
