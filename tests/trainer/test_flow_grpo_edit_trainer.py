@@ -421,7 +421,7 @@ def test_several_references(make_trainer):
     assert trainer._buffered_samples[0].conditions.reference_sizes == ((64, 64), (96, 48))
 
 
-def test_bad_images(make_trainer):
+def test_bad_cases(make_trainer):
     rows = make_cases(4)
     broken = rows.cast_column("image", Image(decode=False)).map(
         lambda row, i: {"image": {"bytes": row["image"]["bytes"][:-40], "path": None}} if i == 1 else row,
@@ -540,7 +540,7 @@ def test_bad_arguments(make_trainer, tmp_path):
         make_trainer(dataset=cases.to_iterable_dataset())
     with pytest.raises(ValueError, match="eval_dataset has no column 'prompt'"):
         make_trainer(eval_dataset=cases.remove_columns("prompt"))
-    with pytest.raises(ValueError, match="has 6 cases, but one generation batch takes 8"):
+    with pytest.raises(ValueError, match="has 6 usable cases, but one generation batch takes 8"):
         make_trainer(gradient_accumulation_steps=8)
     with pytest.raises(ValueError, match="reward_weights has 2 entries"):
         make_trainer(reward_weights=[1.0, 2.0])
