@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Image, List, Value, load_dataset, loa
 from PIL import Image as PILImage
 
 from .utils.images import UnreadableImageError, read_image
-from .utils.secrets import redact_error
+from .utils.secrets import redact_error, remember_secrets
 
 
 EditKey = tuple[str, str | None]  # id of the case, and editor
@@ -142,10 +142,11 @@ def load_split(path: str, split: str = "train", **options: Any) -> Any:
         `ValueError`: If it has no such split.
     """
     if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
+        remember_secrets([path, options])  # an address may hold a token
         try:
             return load_dataset(path, split=split, **options)
         except Exception as error:  # datasets raises errors of many types
-            redact_error(error)  # an address may hold a token
+            redact_error(error)
             raise
     dataset = load_from_disk(path)
     if isinstance(dataset, DatasetDict):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from ..utils.secrets import redact_error, redacted, remember_secrets, without_known_secrets
+from ..utils.secrets import redact_error, redact_record, redacted, remember_secrets, without_known_secrets
 from .base import (
     DIGITS,
     Judgement,
@@ -124,6 +124,8 @@ class ServerJudge:
             "max_retries": max_retries,
         }
         remember_secrets(self._access)  # a server may repeat its key
+        for client in ("httpx", "openai"):  # they log addresses
+            logging.getLogger(client).addFilter(redact_record)
         self._client  # noqa: B018  # an invalid address fails here
 
     @cached_property

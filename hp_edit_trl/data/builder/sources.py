@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from ...cases import is_text, load_split
 from ...utils.config import check_positive
 from ...utils.images import image_digest, png_bytes, read_image
-from ...utils.secrets import redact_error, redacted
+from ...utils.secrets import redact_error, redacted, remember_secrets
 from .engine import Batch, Stage
 
 
@@ -74,6 +74,7 @@ class Sources:
     def __init__(self, specs: list[dict[str, Any]]):
         if not isinstance(specs, list) or not specs:
             raise ValueError(f"sources={redacted(specs)!r} must be a list of sources, e.g. [{{'folder': 'photos'}}].")
+        remember_secrets(specs)
         self._parts: list[_Folder | _Rows] = []
         for number, spec in enumerate(specs):
             name = f"sources[{number}]"
