@@ -124,7 +124,7 @@ class ServerJudge:
             "max_retries": max_retries,
         }
         remember_secrets(self._access)  # a server may repeat its key
-        for client in ("httpx", "openai"):  # they log addresses
+        for client in ("httpx", "httpx2", "openai._base_client"):  # they log addresses
             logging.getLogger(client).addFilter(redact_record)
         self._client  # noqa: B018  # an invalid address fails here
 
