@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .utils.image_paths import check_image_paths
 from .utils.images import UnreadableImageError, read_image
-from .utils.secrets import redact_error
+from .utils.secrets import redact_error, remember_secrets
 
 
 logger = logging.getLogger(__name__)
@@ -449,10 +449,11 @@ def load_split(path: str, split: str = "train", image_root: str | None = None, *
 
 def _load_split(path: str, split: str, **options: Any) -> Any:
     if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
+        remember_secrets([path, options])  # an address may hold a token
         try:
             return load_dataset(path, split=split, **options)
         except Exception as error:  # datasets raises errors of many types
-            redact_error(error)  # an address may hold a token
+            redact_error(error)
             raise
     dataset = load_from_disk(path)
     if isinstance(dataset, DatasetDict):

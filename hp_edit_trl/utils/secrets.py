@@ -25,7 +25,7 @@ _HARMLESS = re.compile(
 # In the query of an address, shorter names hold secrets as well.
 _QUERY = re.compile(r"([?&;#])([\w.-]+)=([^&\s'\"<>#;]+)")
 _QUERY_NAMES = {"key", "sig", "pass", "code", "policy", "key_pair_id", "awsaccesskeyid", "googleaccessid"}
-_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)([^\s/?#'\"<>]+)@", re.I)
+_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*:/{1,2})([^\s/?#'\"<>]+)@", re.I)
 
 _SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\b(?:sk|pk|rk)-(?=[\w-]*\d)[\w-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
@@ -148,15 +148,21 @@ _make_record = logging.getLogRecordFactory()
 
 def _guarded_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     record = _make_record(*args, **kwargs)
+    redact_record(record)
+    return record
+
+
+def redact_record(record: logging.LogRecord) -> bool:
+    """Removes the secrets from a record of `logging`. A filter: it returns `True`."""
     try:
         message = record.getMessage()
     except Exception:  # the handler reports it
-        return record
+        return True
     if (clean := redacted(message)) != message:
         record.msg, record.args = clean, ()
     if record.exc_info and record.exc_info[1] is not None:
         record.exc_text = redacted("".join(traceback.format_exception(record.exc_info[1])).rstrip())
-    return record
+    return True
 
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:

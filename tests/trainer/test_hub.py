@@ -161,7 +161,8 @@ def test_nothing_that_is_written_shown_or_uploaded_holds_a_secret(outcome):
         for place, secret in PLANTED.items()
         if secret.encode() in content
     }
-    assert leaks == set()
+    shown_lines = [line for line in outcome.output.splitlines() if any(one in line for one in PLANTED.values())]
+    assert leaks == set(), shown_lines
     run = json.loads(files["bench/run/run.json"])
     assert run["command"] == ["hp-edit", "bench", "--api_key", "<redacted>", "--token=<redacted>"]
     assert "Incorrect API key provided: <redacted>" in files["scores/scores.jsonl"].decode()

@@ -31,7 +31,7 @@ from ...utils.images import (
     read_image,
     to_rgb,
 )
-from ...utils.secrets import redact_error, redacted
+from ...utils.secrets import redact_error, redacted, remember_secrets
 from .engine import Batch, Stage
 
 
@@ -83,6 +83,7 @@ class Sources:
     def __init__(self, specs: list[dict[str, Any]]):
         if not isinstance(specs, list) or not specs:
             raise ValueError(f"sources={redacted(specs)!r} must be a list of sources, e.g. [{{'folder': 'photos'}}].")
+        remember_secrets(specs)
         self._parts: list[_Folder | _Rows] = []
         for number, spec in enumerate(specs):
             name = f"sources[{number}]"
