@@ -126,7 +126,7 @@ def test_a_judge_that_dies_half_way_keeps_what_it_scored(tmp_path):
             return super().__call__(conversations)
 
     edits, file = make_edits(12), tmp_path / "scores.jsonl"
-    with pytest.raises(ConnectionError, match="too many edits: 16 in a row.*nobody there.*run it again"):
+    with pytest.raises(ConnectionError, match="too many edits: 8 in a row.*nobody there.*run it again"):
         score_dataset(HPScorerReward(Dies()), edits, tmp_path, chunk_size=8)
     assert sum(line["score"] is not None for line in read_scores(file)) == 8
     judge = RuleJudge()
