@@ -27,7 +27,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .utils.image_paths import check_image_paths
-from .utils.images import UnreadableImageError, read_image
+from .utils.images import FORMATS, UnreadableImageError, read_image
 from .utils.secrets import redact_error, remember_secrets
 
 
@@ -280,10 +280,10 @@ def _pictures(cell: Any) -> Iterator[Any]:
 def _header_size(picture: Any) -> tuple[int, int]:
     if isinstance(picture, pa.Buffer):
         # Nothing is copied. Pillow may seek behind the end, though, which only a copy can take.
-        with contextlib.suppress(Exception), PILImage.open(pa.BufferReader(picture)) as image:
+        with contextlib.suppress(Exception), PILImage.open(pa.BufferReader(picture), formats=FORMATS) as image:
             return image.size
         picture = io.BytesIO(picture.to_pybytes())
-    with PILImage.open(picture) as image:
+    with PILImage.open(picture, formats=FORMATS) as image:
         return image.size
 
 

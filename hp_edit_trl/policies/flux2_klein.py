@@ -55,7 +55,8 @@ class Flux2KleinPolicy(EditPolicy):
 
     def prompt_tokens(self, prompts: list[str]) -> list[list[int]]:
         tokenizer = self.pipeline.tokenizer
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        shown = [without_control_tokens(prompt, tokenizer) for prompt in prompts]
+        chats = [[{"role": "user", "content": prompt}] for prompt in shown]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         return tokenizer(texts)["input_ids"]
 

@@ -56,7 +56,9 @@ class FluxKontextPolicy(EditPolicy):
         return fitted_size(images[0], resolution, 2 * self.pipeline.vae_scale_factor)
 
     def prompt_tokens(self, prompts: list[str]) -> list[list[int]]:
-        return self.pipeline.tokenizer_2(prompts, add_special_tokens=False)["input_ids"]
+        pipeline = self.pipeline
+        texts = [without_control_tokens(prompt, pipeline.tokenizer, pipeline.tokenizer_2) for prompt in prompts]
+        return pipeline.tokenizer_2(texts, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
     def encode(

@@ -62,7 +62,9 @@ class QwenImageEditPlusPolicy(EditPolicy):
 
     def prompt_tokens(self, prompts: list[str]) -> list[list[int]]:
         # Without the template, of which the first 64 tokens are dropped
-        return self.pipeline.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        tokenizer = self.pipeline.tokenizer
+        texts = [without_control_tokens(prompt, tokenizer) for prompt in prompts]
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
     def encode(

@@ -134,7 +134,7 @@ def test_a_judge_on_a_server_that_goes_by_what_it_is_shown(serve, tmp_path):  # 
         text = system["content"][0]["text"]
         pictures = [shown(part) for part in user["content"] if part["type"] == "image_url"]
         if "Instruction 4\n" in text:
-            return 200, completion('<think>perhaps {"score": [9, 9]}')  # cut off
+            return 200, completion('perhaps {"score": [9, 9')  # cut off
         if "Instruction 6\n" in text:
             return 400, {"error": {"message": "refused"}}
         red = pictures[-1][..., 0].mean() / 25.5

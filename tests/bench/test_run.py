@@ -211,7 +211,7 @@ def test_an_editor_that_always_fails_and_a_judge_that_is_gone(tmp_path):
         def __call__(self, conversations):
             return [Judgement(None, "connection refused", answered=False)] * len(conversations)
 
-    with pytest.raises(ConnectionError, match="no answer 8 times in a row; the last time: connection refused"):
+    with pytest.raises(ConnectionError, match="too many questions: 1. in a row.*10 no answer .connection refused"):
         run_benchmark(bench(judge=Gone()), Painter(), tmp_path / "b")
     run = run_benchmark(bench(judge=RuleJudge()), Painter(), tmp_path / "b")
     assert run.results["counts"]["no_score"] == 0

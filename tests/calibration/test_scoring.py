@@ -124,14 +124,14 @@ def test_a_judge_that_dies_half_way_keeps_what_it_scored(tmp_path):
             return super().__call__(conversations)
 
     edits, file = make_edits(12), tmp_path / "scores.jsonl"
-    with pytest.raises(ConnectionError, match="no answer to 8 edits in a row.*nobody there.*run it again"):
+    with pytest.raises(ConnectionError, match="too many edits: 8 in a row.*nobody there.*run it again"):
         score_dataset(HPScorerReward(Dies()), edits, tmp_path, chunk_size=8)
     assert sum(line["score"] is not None for line in read_scores(file)) == 8
     judge = RuleJudge()
     score_dataset(HPScorerReward(judge), edits, tmp_path, chunk_size=8)
     assert judge.asked == 16
     # Small chunks add up, and a few failures between answers do not
-    with pytest.raises(ConnectionError, match="no answer to 9 edits in a row"):
+    with pytest.raises(ConnectionError, match="too many edits: 9 in a row"):
         score_dataset(HPScorerReward(Dies()), edits, tmp_path / "small", chunk_size=3)
 
     class Hiccups(RuleJudge):

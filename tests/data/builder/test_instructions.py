@@ -175,7 +175,7 @@ RUBBISH = [
     (f"{good()}\nor rather\n{good(subject='all')}", "not an object: several"),
     (f"<think>{good()}", "not an object: the reasoning is not closed"), ("<think></think>", "not an object"),
     ("{" * 10_000, "not an object"), ('{"a":' * 3_000, "not an object"), ("[" * 15_000, "not an object"),
-    ("x" * 1_000_000, "not an object: 1000000 characters"), ("9" * 10_000, "not an object"),
+    ("x" * 1_000_000, "not an object: 20000 characters"), ("9" * 10_000, "not an object"),
     ('{"a":' + "9" * 9_000 + "}", "not an object"),
     ("\ufffd\ufffd", "not an object"), ("NaN", "not an object"), ("\x00\x01", "not an object"),
     ("{{{}}}", "field missing"),
@@ -397,9 +397,7 @@ def test_a_server(serve):  # noqa: F811
     stage.load()
     done = stage(batch_of(*cases))
     assert done["reason"][:3] == [None, None, "infeasible: No kite."] and done["reason"][4] is None
-    assert (
-        done["reason"][3].startswith("no answer: BadRequestError") and "this picture is refused" in done["reason"][3]
-    )
+    assert done["reason"][3].startswith("no answer: http 400: ") and "this picture is refused" in done["reason"][3]
     assert done["prompt"] == [None if case[0] == "swap" else GOOD[case]["instruction"] for case in cases]
     assert done["writer"][0].startswith("judge ServerJudge, name vlm, revision r7, ")
     asked = server.requests[1:]  # after the trial
@@ -410,7 +408,7 @@ def test_a_server(serve):  # noqa: F811
     stage = WriteInstructions(ServerJudge("vlm", broken.url, max_new_tokens=256, max_retries=0))
     with pytest.raises(ConnectionError, match="out of order"):
         stage(batch_of(*cases))
-    with pytest.raises(ConnectionError, match="gives no judgements: .*out of order"):
+    with pytest.raises(ConnectionError, match="gives no judgements of 2 images: .*out of order"):
         stage.load()
 
 
