@@ -397,9 +397,7 @@ def test_a_server(serve):  # noqa: F811
     stage.load()
     done = stage(batch_of(*cases))
     assert done["reason"][:3] == [None, None, "infeasible: No kite."] and done["reason"][4] is None
-    assert (
-        done["reason"][3].startswith("no answer: http 400: ") and "this picture is refused" in done["reason"][3]
-    )
+    assert done["reason"][3].startswith("no answer: http 400: ") and "this picture is refused" in done["reason"][3]
     assert done["prompt"] == [None if case[0] == "swap" else GOOD[case]["instruction"] for case in cases]
     assert done["writer"][0].startswith("judge ServerJudge, name vlm, revision r7, ")
     asked = server.requests[1:]  # after the trial
