@@ -10,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,37 @@ def test_expected_mode_scores_nothing_that_is_not_about_to_be_a_score(judge_fold
     (judgement,) = TransformersJudge(judge_folder, "expected")([conversation()])
     assert judgement.score is None
     assert "digits 0 to 5 together have a probability of only 0.01" in judgement.answer
+
+
+def test_expected_mode_reads_no_one_from_a_ten(judge_folder, monkeypatch):
+    judge = TransformersJudge(judge_folder, "expected")
+    one, nought, four, end = (
+        judge.processor.tokenizer.convert_tokens_to_ids(t) for t in ("1", "0", "4", "<|im_end|>")
+    )
+
+    def writes(*tokens):
+        def generate(input_ids, **kwargs):
+            logits = torch.zeros(len(input_ids), judge.model.config.get_text_config().vocab_size)
+            logits[:, tokens[0]] = 20
+            written = torch.tensor([tokens] * len(input_ids))
+            return SimpleNamespace(logits=[logits], sequences=torch.cat([input_ids, written], dim=1))
+
+        monkeypatch.setattr(judge.model, "generate", generate)
+        return judge([conversation()])[0]
+
+    assert writes(one, end).score == pytest.approx(1, abs=0.01)
+    assert writes(four, end).score == pytest.approx(4, abs=0.01)
+    ten = writes(one, nought)
+    assert ten.score is None and ten.answered and "no score: '10'" in ten.answer
+
+
+def test_a_model_in_this_process_that_only_thinks_fails_its_trial(judge_folder, monkeypatch):
+    judge = TransformersJudge(judge_folder)
+    monkeypatch.setattr(judge.processor, "batch_decode", lambda tokens, **kwargs: ["<think>Let me see"] * len(tokens))
+    (judgement,) = judge([conversation()])
+    assert not judgement.answered and judgement.failure == "empty"
+    with pytest.raises(ValueError, match="no judgements of 3 images: .*max_new_tokens=16"):
+        judge.load(3)
 
 
 def test_a_case_that_cannot_be_shown_is_one_missing_score(judge_folder):
