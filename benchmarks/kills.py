@@ -175,11 +175,11 @@ def main(kills: int, seed: int, settings: list[tuple[str, int]]) -> bool:
                     if planned <= 0:
                         codes = wait(children)
                     elif rng.random() < 2 / 3:  # while a checkpoint is being written, at once or some saves later
-                        codes = wait(children, time.monotonic() + rng.uniform(0, seconds))
+                        codes = wait(children, time.monotonic() + rng.uniform(0, 0.5 * seconds))
                         codes = codes or wait(children, time.monotonic() + 2 * seconds, output / "_unfinished")
                         codes = codes or wait(children, time.monotonic() + rng.uniform(0, 0.06))
                     else:
-                        codes = wait(children, time.monotonic() + rng.uniform(0, 1.1 * seconds))
+                        codes = wait(children, time.monotonic() + rng.uniform(0, 0.8 * seconds))
                     if codes is not None:
                         break
                     kill(children)
