@@ -159,7 +159,7 @@ def test_cases_that_go_wrong_are_missing_and_the_rest_goes_on(tmp_path):
     judge = RuleJudge(rule=lambda text, pictures: "hm" if pictures[-1].getpixel((0, 0))[0] == 7 else 4)
     run = run_benchmark(bench(dataset, judge), fussy, tmp_path)
     reasons = {row["id"]: row["reason"] for row in run.cases if row["reason"]}
-    assert reasons.pop("case-5").startswith("unreadable: An image of case 'case-5'")
+    assert reasons.pop("case-5").startswith("bad case: Case 'case-5'")
     assert reasons == {
         "case-1": "editor failed: RuntimeError: too many fingers",
         "case-2": "no edit",
