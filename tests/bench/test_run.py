@@ -175,7 +175,7 @@ def test_cases_that_go_wrong_are_missing_and_the_rest_goes_on(tmp_path):
         "parse_failures": 1, "unparsed_samples": 0, "unanswered": 0,
     }  # fmt: skip
     assert run.results["reasons"] == {
-        "editor failed": 1, "no edit": 2, "unreadable": 1, "no score in the answer": 1
+        "editor failed": 1, "no edit": 2, "bad case": 1, "no score in the answer": 1
     }  # fmt: skip
     overall = next(row for row in run.results["summary"] if row["kind"] == "overall")
     assert overall["value"] is None and overall["missing"] == 5  # two of the tasks have no score at all
