@@ -202,7 +202,7 @@ def test_two_people_rate(browser, tmp_path):
 
     with serving(tmp_path) as (url, servers, start):
         log = (tmp_path / "server.log").read_text()
-        assert "Case 'broken' has an edit that cannot be decoded" in log and "1 of 7 edits are not shown" in log
+        assert "The edit of case 'broken'" in log and "1 of 7 edits are not shown" in log
 
         anna, bert = Tab(browser, url), Tab(browser, url)
         anna.page.wait_for_selector("#enter")
@@ -485,11 +485,8 @@ def campaign(dataset, folder, **options):
 def test_broken_images_are_reported_and_the_rest_is_shown(tmp_path, caplog):
     edits = with_broken(with_broken(make_edits(3), "edit", 1), "image", 4)
     found = campaign(edits, tmp_path)
-    assert "Case 'case-0' has an edit that cannot be decoded" in caplog.text
-    assert (
-        "Case 'case-2' has an image that cannot be decoded" in caplog.text
-        and "2 of 6 edits are not shown" in caplog.text
-    )
+    assert "The edit of case 'case-0' by 'model-two' cannot be decoded" in caplog.text
+    assert "An image of case 'case-2' cannot be decoded" in caplog.text and "2 of 6 edits are not shown" in caplog.text
     assert set(found.session("anna").queue) == {edit_keys(edits)[i] for i in (0, 2, 3, 5)}
     with pytest.raises(ValueError, match="None of the 1 edits can be shown"):
         campaign(edits.select([1]), tmp_path)
