@@ -160,7 +160,7 @@ def test_cases_that_go_wrong_are_missing_and_the_rest_goes_on(tmp_path):
     judge = RuleJudge(rule=lambda text, pictures: "hm" if pictures[-1].getpixel((0, 0))[0] == 7 else 4)
     run = run_benchmark(bench(dataset, judge), fussy, tmp_path)
     reasons = {row["id"]: row["reason"] for row in run.cases if row["reason"]}
-    assert reasons.pop("case-5").startswith("unreadable: An image of case 'case-5'")
+    assert reasons.pop("case-5").startswith("bad case: Case 'case-5'")
     assert reasons == {
         "case-1": "editor failed: RuntimeError: too many fingers",
         "case-2": "no edit",
@@ -176,7 +176,7 @@ def test_cases_that_go_wrong_are_missing_and_the_rest_goes_on(tmp_path):
         "parse_failures": 1, "unparsed_samples": 0, "unanswered": 0,
     }  # fmt: skip
     assert run.results["reasons"] == {
-        "editor failed": 1, "no edit": 2, "unreadable": 1, "no score in the answer": 1
+        "editor failed": 1, "no edit": 2, "bad case": 1, "no score in the answer": 1
     }  # fmt: skip
     overall = next(row for row in run.results["summary"] if row["kind"] == "overall")
     assert overall["value"] is None and overall["missing"] == 5  # two of the tasks have no score at all

@@ -395,4 +395,4 @@ def test_broken_images_are_left_out(tmp_path, caplog):
 
     broken = Dataset.from_list(rows).cast_column("image", ImageFeature()).cast_column("edit", ImageFeature())
     assert len(refiner(tmp_path, data=(broken, ratings)).cases) == 59
-    assert "The edit of case 'case 0' cannot be decoded" in caplog.text
+    assert "Case 'case 0' has an edit that cannot be decoded" in caplog.text

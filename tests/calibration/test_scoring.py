@@ -113,7 +113,7 @@ def test_images_that_cannot_be_read_are_missing_scores(tmp_path, caplog):
     assert [line["score"] is None for line in read_scores(tmp_path / "scores.jsonl")] == [False, True, True, False]
     assert "Case 'case-1' has an edit that cannot be decoded" in summary.unreadable[0]
     assert "Case 'case-2' has no image" in summary.unreadable[1]
-    assert "| images that cannot be decoded | 2 |" in squeezed(summary.table())
+    assert "| bad cases | 2 |" in squeezed(summary.table())
 
 
 def test_a_judge_that_dies_half_way_keeps_what_it_scored(tmp_path):
