@@ -91,6 +91,7 @@ class BaseEditTrainer(_BaseTrainer):
     negative_prompt: str
     sample_num_inference_steps: int
     _bad_cases: set[tuple[int, str]]
+    push_in_progress: PushInProgress | None
 
     # State of the present update, see `_drop_bad_update`, and counts of skipped ones
     _update_is_finite: torch.Tensor | bool = True
