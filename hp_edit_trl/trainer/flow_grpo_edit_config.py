@@ -419,6 +419,7 @@ class FlowGRPOEditConfig(_BaseConfig):
         return redacted(super().to_dict())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.to_json_string()})"
+        options = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
+        return f"{type(self).__name__}({options})"
 
     __str__ = __repr__

@@ -86,9 +86,8 @@ def append_jsonl(file: str | Path, rows: Iterable[dict[str, Any]]) -> None:
             lines.seek(-1, os.SEEK_END)
             if lines.read() != b"\n":
                 lines.write(b"\n")
-        for row in rows:
-            line = without_known_secrets(json.dumps(row, ensure_ascii=False))
-            lines.write(line.encode("utf-8", "replace") + b"\n")
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines.write(without_known_secrets(text).encode("utf-8", "replace"))
         lines.flush()
         os.fsync(lines.fileno())
 
