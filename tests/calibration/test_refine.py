@@ -181,7 +181,7 @@ def test_proposals_are_shown_the_worst_of_the_calibration_cases_alone(tmp_path):
         if not case["held_out"]
     }
     assert sorted((errors[one] for one in shown), reverse=True) == sorted(errors.values(), reverse=True)[:6]
-    assert f"People: {people[shown[0]]:.2g}." in texts[0] and "People wrote: ugly; ugly" in texts[0]
+    assert f"People: {people[shown[0]]:.2g}." in texts[0] and 'People wrote: "ugly"; "ugly"' in texts[0]
     assert sum(part["type"] == "image" for part in first[1]["content"]) == 12
     assert begun in first[0]["content"][0]["text"] and "did not help" not in first[0]["content"][0]["text"]
     assert USELESS in second[0]["content"][0]["text"].split("did not help")[1]
