@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from PIL import Image
+from safetensors.torch import load_file
 
 from hp_edit_trl.miniature import TargetJudge, load_dataset
 from hp_edit_trl.utils.files import read_json, write_text
@@ -167,8 +168,10 @@ def step_of(folder: Path) -> int:
     return max((int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
 
 
-def lora_digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+def same_lora(folder: Path, other: Path) -> bool:
+    """Whether the LoRAs of two runs are equal, bit for bit. The order of the tensors in the files may differ."""
+    one, two = (load_file(path / "adapter_model.safetensors") for path in (folder, other))
+    return one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
 
 
 def soak(folder: Path, processes: int, minutes: float, minutes_between_kills: float, seed: int) -> dict[str, Any]:
@@ -219,9 +222,7 @@ def soak(folder: Path, processes: int, minutes: float, minutes_between_kills: fl
             *(max(files for _, files in part) for part in (middle, final))
         ),
         "longest life (minutes)": round(len(longest) / 60, 1),
-        "LoRA equal, bit for bit, to the undisturbed run's": "yes"
-        if lora_digest(disturbed) == lora_digest(calm)
-        else "NO",
+        "LoRA equal, bit for bit, to the undisturbed run's": "yes" if same_lora(disturbed, calm) else "NO",
     }
 
 

@@ -40,7 +40,7 @@ def test_export_as_a_dataset(tmp_path, capsys):
     assert rated["human_score"][:] == [3.5, None, None, None, 0.0, None, None, None]
     with pytest.raises(SystemExit, match="already exists"):
         cli.main(["export-ratings", str(tmp_path), str(tmp_path / "edits"), "--output_dir", str(tmp_path / "out")])
-    for options in (["--image-url", "x"], ["--public"], ["--format", "label-studio", "--push-to-hub", "a/b"]):
+    for options in (["--image-url", "x"], ["--no-private"], ["--format", "label-studio", "--push-to-hub", "a/b"]):
         command = ["export-ratings", str(tmp_path), str(tmp_path / "edits"), "--output_dir", str(tmp_path / "new")]
         with pytest.raises(SystemExit, match="hp-edit: --"):
             cli.main([*command, *options])
