@@ -10,6 +10,7 @@ from hp_edit_trl import FlowGRPOEditTrainer, HPScorerReward
 from hp_edit_trl.judges import Judgement, JudgeRefusedError
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from tests.helpers import RuleJudge, make_cases, make_config, redness
+from tests.processes import Script
 
 
 @pytest.fixture
@@ -173,3 +174,48 @@ def test_the_trial_has_the_pictures_of_the_largest_case(make_trainer):
     several = cases.map(lambda row: {"images": [row["image"]] * 2}, remove_columns="image")
     make_trainer(HPScorerReward(judge), several)
     assert judge.loaded_with == 3
+
+
+SCRIPT = """
+import sys
+from peft import LoraConfig
+from hp_edit_trl import FlowGRPOEditTrainer
+from hp_edit_trl.judges import JudgeRefusedError
+from hp_edit_trl.miniature.tiny import tiny_pipeline
+from tests.helpers import make_cases, make_config, redness
+
+def reward(completions, trainer_state, **columns):
+    if trainer.accelerator.process_index == 1 and ("evaluation" in sys.argv) == (len(completions) == 1):
+        if trainer_state.global_step == 1:
+            raise KeyError("target")
+        if trainer_state.global_step == 2:
+            raise JudgeRefusedError("the server answered 401")
+    return redness(completions)
+
+trainer = FlowGRPOEditTrainer(
+    model=tiny_pipeline(), reward_funcs=reward, train_dataset=make_cases(), eval_dataset=make_cases(2),
+    args=make_config(sys.argv[1], max_steps=6, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=1,
+                     gradient_accumulation_steps=1, logging_steps=1),
+    peft_config=LoraConfig(r=4, lora_alpha=8),
+)
+try:
+    trainer.train()
+except ConnectionError as error:
+    missing = [log["frac_reward_missing"] for log in trainer.state.log_history if "loss" in log]
+    print(f"rank {trainer.accelerator.process_index} stopped at {trainer.state.global_step} {missing}: {error}")
+"""
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_what_fails_in_one_process_stops_all(tmp_path, where):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    done = Script(script, tmp_path / "out", where, environment=environment, processes=2).wait()
+    assert done.returncode == 0, done.stderr[-3000:]
+    # In training, rank 1 lost its half of the second batch before its judge was refused.
+    missing = "[0.0, 0.5]" if where == "training" else "[0.0, 0.0]"
+    for rank in (0, 1):
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"rank {rank} "))
+        assert f"stopped at 2 {missing}: " in line and "the server answered 401" in line
+    assert (tmp_path / "out" / "checkpoint-2" / "manifest.json").exists()
