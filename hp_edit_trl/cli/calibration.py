@@ -122,8 +122,8 @@ def _export_ratings(args: argparse.Namespace) -> None:
         raise ValueError(f"{out} already exists: choose another --output_dir, or remove it.")
     if (args.image_url is not None or args.rubric_file is not None) and not to_studio:
         raise ValueError("--image_url and --rubric_file are for --format label-studio.")
-    if args.private is not None and args.push_to_hub is None or args.push_to_hub is not None and to_studio:
-        raise ValueError("--push_to_hub is for --format dataset, and --private for --push_to_hub.")
+    if not args.private and args.push_to_hub is None or args.push_to_hub is not None and to_studio:
+        raise ValueError("--push_to_hub is for --format dataset, and --no_private for --push_to_hub.")
     dataset = _load_edits(args)
     if to_studio:
         rubric = load_rubric(args.rubric_file)
@@ -140,7 +140,7 @@ def _export_ratings(args: argparse.Namespace) -> None:
         ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
         rated = ratings_dataset(ratings, dataset)
         if args.push_to_hub is not None:
-            repo_id = create_repository(args.push_to_hub, private=args.private is not False)
+            repo_id = create_repository(args.push_to_hub, private=args.private)
         rated.save_to_disk(out)
         if args.push_to_hub is not None:
             rated.push_to_hub(repo_id)
@@ -236,9 +236,10 @@ def register(commands: Any) -> None:
     )
     command.add_argument("--push_to_hub", metavar="REPO", help="also push the dataset")
     command.add_argument(
-        "--private",
-        action=argparse.BooleanOptionalAction,
-        help="whether the repository must be private; it must by default, because the dataset holds the images",
+        "--no_private",
+        dest="private",
+        action="store_false",
+        help="allow a public repository; by default it must be private, because the dataset holds the images",
     )
     command.set_defaults(run=_export_ratings)
 

@@ -95,7 +95,8 @@ class ServerJudge:
         revision (`str`, *optional*):
             Label that tells models of one name apart. It is recorded with the scores and not sent to the server.
         api_key (`str`, *optional*):
-            Key of a hosted API. By default the environment variable `OPENAI_API_KEY`, or none.
+            Key of a hosted API. By default user and password in `base_url`, or else the environment variable
+            `OPENAI_API_KEY`, or none.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds after which one attempt is given up, from the connection to the last byte of the reply.
         max_retries (`int`, *optional*, defaults to `4`):
@@ -161,7 +162,10 @@ class ServerJudge:
         self.max_new_tokens = max_new_tokens
         self.max_pixels = max_pixels
         self.min_digit_mass = min_digit_mass
-        self._api_key = api_key or os.environ.get("OPENAI_API_KEY")
+        # A request has one authorization: the key that is given, else what the address holds, else the environment's
+        if api_key:
+            address = address._replace(netloc=address.netloc.rpartition("@")[2])
+        self._api_key = api_key or (None if "@" in address.netloc else os.environ.get("OPENAI_API_KEY"))
         remember_secrets({"api_key": self._api_key, "base_url": base_url})
         self._url = urlunsplit(address._replace(path=f"{address.path.rstrip('/')}/chat/completions"))
         # As it is shown: without a password or a key in it
@@ -234,7 +238,7 @@ class ServerJudge:
         import aiohttp
 
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if self._api_key or "@" not in urlsplit(self._url).netloc:
+        if "@" not in urlsplit(self._url).netloc:
             headers["Authorization"] = f"Bearer {self._api_key or 'none'}"
         return aiohttp.ClientSession(
             headers=headers,

@@ -134,22 +134,16 @@ def guard_output(words: Sequence[str] = ()) -> None:
     """
     remember_secrets([sys.argv, list(words)])
     sys.argv[:] = redacted(sys.argv)
-    make_record = logging.getLogRecordFactory()
-    if make_record is _guarded_record:
-        return
-    global _make_record
-    _make_record = make_record
-    logging.setLogRecordFactory(_guarded_record)
     sys.excepthook = _show_error
+    make_record = logging.getLogRecordFactory()  # another library's may have been put around ours: ours goes outside
 
+    def guarded_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        redact_record(record)
+        return record
 
-_make_record = logging.getLogRecordFactory()
-
-
-def _guarded_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-    record = _make_record(*args, **kwargs)
-    redact_record(record)
-    return record
+    if make_record.__qualname__ != guarded_record.__qualname__:
+        logging.setLogRecordFactory(guarded_record)
 
 
 def redact_record(record: logging.LogRecord) -> bool:

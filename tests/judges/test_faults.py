@@ -96,7 +96,7 @@ def test_what_is_sent_asks_for_no_compression_and_names_no_key_in_errors(monkeyp
     assert "accept-encoding: identity" in head and "authorization: bearer sk-secret" in head
     assert head.startswith("post /v1/chat/completions?version=") and "sk-secret" not in judgement.answer
     with pytest.raises(ConnectionError) as caught:
-        ServerJudge("m", "http://me:sk-secret@127.0.0.1:9/v1", api_key="x").load()
+        ServerJudge("m", "http://me:sk-secret@127.0.0.1:9/v1", api_key="x").load()  # not a secret
     assert "sk-secret" not in str(caught.value)
     for url in ("localhost:8000", "ftp://x/v1", "http://", ""):
         with pytest.raises(ValueError, match="is not an address"):
@@ -212,6 +212,6 @@ def test_a_tally_adds_up():
     tally = JudgeTally().add([one, GOOD, Judgement(None, "prose")]).merge(JudgeTally().add([one]))
     assert tally.metrics == {
         "judge/requests": 6, "judge/retries": 4, "judge/seconds_lost": 3.0, "judge/failures": 3,
-        "judge/failures/timeout": 2, "judge/failures/no score": 1,
+        "judge/failures/timeout": 2, "judge/failures/no_score": 1,
     }  # fmt: skip
     assert tally.by_kind() == "2 timeout, 1 no score" and len(tally.by_kind(reasons=True)) < 300

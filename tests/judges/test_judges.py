@@ -273,8 +273,8 @@ def test_what_a_processor_cannot_take_is_one_missing_judgement(judge_folder, mon
         return process(conversations, **options)
 
     monkeypatch.setattr(judge.processor, "apply_chat_template", refuse)
-    with pytest.raises(ValueError, match="cannot judge a trial of two images: StopIteration"):
-        monkeypatch.setattr("hp_edit_trl.judges.transformers.trial_conversation", lambda: conversation("b"))
+    with pytest.raises(ValueError, match="gives no judgements of 2 images: StopIteration"):
+        monkeypatch.setattr("hp_edit_trl.judges.transformers.trial_conversation", lambda num_images: conversation("b"))
         judge.load()
 
 

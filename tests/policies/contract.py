@@ -243,7 +243,7 @@ class PolicyContract:
         if self.several_references:
             self.make_trainer(tmp_path, train_dataset=dataset, max_steps=1).train()
         else:
-            with pytest.raises(ValueError, match=r"Case 'case-3' of train_dataset has 2 reference images.*at most 1"):
+            with pytest.raises(ValueError, match=r"Case 'case-3' has 2 reference images.*at most 1"):
                 self.make_trainer(tmp_path, train_dataset=dataset.select([3, 1]))
 
     @pytest.mark.parametrize("targets", [["to_query"], ["to_q", "to_query"], ".*to_query"])

@@ -1,5 +1,6 @@
 import copy
 import math
+import os
 import shutil
 
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as pipeline_module
@@ -352,7 +353,8 @@ def test_async_rewards_weights_and_logging_hooks(make_trainer):
     # Groups without spread: no advantage and no KL, so nothing moves.
     assert_equal_weights(before, adapter_weights(trainer))
     table = load_dataset("parquet", data_files=f"{trainer.args.output_dir}/completions/*.parquet", split="train")
-    assert len(table) == 8 and table[0]["note"] == "x" and table[0]["completion"].size == table[0]["reference"].size
+    assert len(table) == 8 and table[0]["note"] == "x" and table[0]["completion"].size == (64, 64)
+    assert os.path.exists(os.path.join(trainer.args.output_dir, "completions", table[0]["reference"]))
 
 
 def test_a_reward_of_the_wrong_length(make_trainer):
@@ -556,7 +558,7 @@ def test_bad_arguments(make_trainer, tmp_path):
         make_trainer(dataset=DatasetDict(train=cases))
     with pytest.raises(ValueError, match="'prompt' of train_dataset must hold strings"):
         make_trainer(dataset=cases.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}))
-    with pytest.raises(ValueError, match="Row 1 of train_dataset has no prompt"):
+    with pytest.raises(ValueError, match="Case 'case-1' has no prompt"):
         make_trainer(dataset=cases.map(lambda row, i: {"prompt": None if i == 1 else "x"}, with_indices=True))
     with pytest.raises(ValueError, match="'image' of train_dataset must hold images or their paths"):
         make_trainer(dataset=cases.remove_columns("image").add_column("image", list(range(6))))

@@ -123,10 +123,10 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
 
     def reply(body, count):
-        if count <= 12:
+        if count <= 17:  # the trial, and two generation batches
             return 200, completion(str(count % 6))
         if count % 2:
-            return 401, {"error": {"message": f"Incorrect API key provided: {PLANTED['api_key']}"}}
+            return 400, {"error": {"message": f"Incorrect API key provided: {PLANTED['api_key']}"}}
         return 200, {"no": "completion", "headers": {"Authorization": f"Bearer {PLANTED['api_key']}"}}
 
     server = FakeServer(reply)

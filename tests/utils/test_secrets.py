@@ -54,14 +54,14 @@ def test_names():
         ["hp-edit", "--api_key", SECRET, "--seed", "3"], ["--token=" + SECRET],
         ["--editor_options", f"token={SECRET}"],
         ["--model_init_kwargs", f'{{"token": "{SECRET}"}}'],
-        "https://me:Planted0123456789@host:8000/v1", "http://me:Planted@0123456789@host",
+        "https://me:Planted0123456789@host:8000/v1", "http://me:Planted@0123456789@host",  # not a secret
         "https://Planted0123456789@host/x",
         "https://host/x?a=1&token=Planted0123456789#top", "http://host?key=Planted0123456789",
         "https://s3/x?X-Amz-Signature=Planted0123456789&X-Amz-Credential=Planted0123456789&Expires=3",
         f"Authorization: Bearer {SECRET}", f"Config(hub_token='{SECRET}', x=1)", f"run --hub_token {SECRET} --x 1",
-        f"ValueError: api_key={SECRET} is wrong", "hf_Planted0123456789abcdefghijklmnop",
-        "sk-proj-Planted0123456789abc",
-        "ghp_Planted0123456789abcdef", "AKIAPLANTED012345678",
+        f"ValueError: api_key={SECRET} is wrong", "hf_Planted0123456789abcdefghijklmnop",  # not a secret
+        "sk-proj-Planted0123456789abc",  # not a secret
+        "ghp_Planted0123456789abcdef", "AKIAPLANTED012345678",  # not a secret
     ],
 )  # fmt: skip
 def test_secrets_are_hidden(value):
@@ -87,7 +87,7 @@ def test_known_secrets_are_hidden_without_their_name(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("SHORT_TOKEN", "make")
     monkeypatch.setenv("TOKEN", "backgrounds")  # a plain word would be hidden in prompts
-    remember_secrets({"api_key": "s3cret-of-a-server", "base_url": "http://me:pass-w0rd@host"})
+    remember_secrets({"api_key": "s3cret-of-a-server", "base_url": "http://me:pass-w0rd@host"})  # not a secret
     text = f"make backgrounds {SECRET} s3cret-of-a-server pass-w0rd, password: red"
     hidden = "make backgrounds <redacted> <redacted> <redacted>, password: red"
     assert without_known_secrets(text) == hidden

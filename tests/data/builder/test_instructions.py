@@ -212,9 +212,9 @@ RUBBISH = [
     (good(instruction="\u202eBlur all but the brown dog"), "unreadable characters: U+202E"),
     # length, language, repetition
     (good(instruction="Blur"), "length: 1 words, at least 3 and at most 60"),
-    (good(instruction="the brown dog " * 1_000), "length: 3000 words"),
+    (good(instruction="the brown dog " * 1_000), "bad prompt: has a prompt of 13999 characters"),
     (good(instruction=" ".join(f"word{i}" for i in range(58)) + " the brown dog"), "length: 61 words"),
-    (good(instruction="x" * 10_000), "length: 1 words"),
+    (good(instruction="x" * 10_000), "bad prompt: has a prompt of 10000 characters"),
     (good(instruction="保持棕色的狗清晰，虚化 the brown dog 背景"), "language: it should be English"),
     (good(instruction="Размой фон за собакой"), "language"),
     (good(instruction="背景を ぼかして ください"), "language"), (good(instruction="12 345 6789"), "language"),
