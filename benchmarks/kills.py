@@ -119,8 +119,14 @@ def wait(children: list[int], until: float | None = None, saving: Path | None = 
     codes: dict[int, int] = {}
     while len(codes) < len(children):
         for child in children:
-            if child not in codes and (done := os.waitpid(child, os.WNOHANG))[0]:
-                codes[child] = os.waitstatus_to_exitcode(done[1])
+            if child in codes:
+                continue
+            try:
+                done, status = os.waitpid(child, os.WNOHANG)
+            except ChildProcessError:  # it ended in an earlier call, and well: otherwise that would have returned it
+                done, status = child, 0
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
                 if codes[child]:  # as a launcher does
                     kill([other for other in children if other not in codes])
                     return [codes[child]]

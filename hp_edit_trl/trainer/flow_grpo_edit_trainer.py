@@ -932,7 +932,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         path = os.path.join(checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
         if not os.path.isfile(path):  # `train` has said so
             return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device
+        # torch does not know of "cpu:1", which accelerate may call the device of a process
+        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
         self._step = state["step"]
         if state["samples"] is not None:
             expected = self.args.per_device_train_batch_size * self.steps_per_generation

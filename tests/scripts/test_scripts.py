@@ -77,7 +77,7 @@ def test_pairs_are_mined_and_trained_on(folder, tmp_path, serve, capsys):  # noq
         main([*mining, "--lora", str(tmp_path / "run")])
     # A failure during training keeps its stack trace.
     with pytest.raises(RuntimeError, match="Training failed after step 0"):
-        main([*training, "--output_dir", str(tmp_path / "x"), "--resume_from_checkpoint", "none"])
+        main([*training, "--output_dir", str(tmp_path / "x"), "--resume_from_checkpoint", "nowhere"])
 
 
 def test_a_dataset_that_does_not_fit(folder, tmp_path):

@@ -48,7 +48,7 @@ def run(tmp_path, name, processes, per_device, accumulation, *arguments):
     script, output = tmp_path / "script.py", tmp_path / name
     script.write_text(SCRIPT)
     output.mkdir()
-    environment = {"ACCELERATE_USE_CPU": "true"}
+    environment = {"ACCELERATE_USE_CPU": "true"} if processes == 1 else {}  # by the option `use_cpu` too
     arguments = (output, per_device, accumulation, *arguments)
     done = Script(script, *arguments, environment=environment, processes=processes).wait()
     assert done.returncode == 0, done.stderr[-4000:]
