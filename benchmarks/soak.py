@@ -6,9 +6,10 @@ compares the result with a run that nothing disturbed. Writes the figures into d
     python benchmarks/soak.py --minutes 10 --processes 1     # a short one
 
 The judge is a server on loopback that answers as `miniature.TargetJudge`. One request in ten meets a fault: status
-500, status 429, a connection that is cut, or silence for longer than the judge's timeout. Kills (SIGKILL to all processes) come at exponential times, with a mean of --minutes_between_kills.
-Each start resumes with `resume_from_checkpoint=True`. Then the undisturbed run makes as many updates in one go. Faults
-and kills follow from --seed; at which update a kill falls depends on the machine.
+500, status 429, a connection that is cut, or silence for longer than the judge's timeout. Kills (SIGKILL to all
+processes) come at exponential times, with a mean of --minutes_between_kills. Each start resumes with
+`resume_from_checkpoint=True`. Then the undisturbed run makes as many updates in one go. Faults and kills follow from
+--seed; at which update a kill falls depends on the machine.
 """
 
 import argparse
