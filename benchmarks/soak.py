@@ -251,7 +251,9 @@ def main() -> None:
         ["", *(f"{column['processes']} process{'es' * (column['processes'] > 1)}" for column in columns)],
         [[name, *(column[name] for column in columns)] for name in names],
     )
-    command = f"python benchmarks/soak.py --minutes {args.minutes:g} --seed {args.seed}"
+    command = (
+        f"python benchmarks/soak.py --minutes {args.minutes:g} --minutes_between_kills {args.minutes_between_kills:g}"
+    )
     text = f"`{command}`, {os.cpu_count()} CPU cores, Python {platform.python_version()}:\n\n{table}\n"
     print(text)
     if args.write:

@@ -181,7 +181,7 @@ class ServerJudge:
 
     def load(self, num_images: int = 2) -> None:
         """
-        Asks for one judgement of gray squares, without retries: an address where nobody listens, an unknown model, a
+        Asks for one judgement of gray squares, with at most two retries: an address where nobody listens, an unknown model, a
         wrong key, a model that takes no images or not so many, and one that spends its answer on reasoning all show
         before the work starts. If the server returns no probabilities, `score_mode` becomes `"integer"`.
 
@@ -251,7 +251,7 @@ class ServerJudge:
 
     async def _try(self, conversation: list[dict[str, Any]]) -> Judgement:
         async with self._session() as session:
-            return await self._ask(conversation, session, _Cost(), max_retries=0)
+            return await self._ask(conversation, session, _Cost(), min(2, self.max_retries))
 
     async def _judge(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         places = asyncio.Semaphore(self.max_concurrency)
