@@ -181,9 +181,9 @@ class ServerJudge:
 
     def load(self, num_images: int = 2) -> None:
         """
-        Asks for one judgement of gray squares, with at most two retries: an address where nobody listens, an unknown model, a
-        wrong key, a model that takes no images or not so many, and one that spends its answer on reasoning all show
-        before the work starts. If the server returns no probabilities, `score_mode` becomes `"integer"`.
+        Asks for one judgement of gray squares, with at most two retries: an address where nobody listens, an unknown
+        model, a wrong key, a model that takes no images or not so many, and one that spends its answer on reasoning
+        all show before the work starts. If the server returns no probabilities, `score_mode` becomes `"integer"`.
 
         Args:
             num_images (`int`, *optional*, defaults to `2`):
