@@ -89,7 +89,8 @@ def measure(size: int, cfg: float, batch: int, repeats: int) -> dict[str, float]
     model.eval()
 
     def encode():
-        return [trainer._encode(*case) for case in cases]
+        negative_prompt = trainer.negative_prompt if cfg > 1 else None
+        return [policy.encode(images, row["prompt"], negative_prompt, size) for row, images in cases]
 
     def roll(encoded):
         conditions = [c for c in encoded for _ in range(4)]
