@@ -15,15 +15,14 @@ processes) come at exponential times, with a mean of --minutes_between_kills. Ea
 import argparse
 import base64
 import collections
+import contextlib
 import hashlib
 import io
 import json
 import os
 import platform
 import random
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -36,6 +35,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import psutil
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -137,12 +137,12 @@ def serve(seed: int, counts: collections.Counter) -> tuple[ThreadingHTTPServer, 
 
 
 def start(folder: Path, url: str, processes: int, max_steps: int) -> subprocess.Popen:
-    """Starts the run in a process group of its own."""
-    script = [__file__, "--run", str(folder), url, str(max_steps)]
+    """Starts the run."""
+    script = [__file__, "--worker", str(folder), url, str(max_steps)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), *script]
     with open(folder.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def finish(run: subprocess.Popen) -> None:
@@ -150,16 +150,21 @@ def finish(run: subprocess.Popen) -> None:
         raise RuntimeError(f"A run ended with an error: see the log beside its folder, {run.args}.")
 
 
+def processes_of(run: subprocess.Popen) -> list[psutil.Process]:
+    """The processes of a run: its launcher and its ranks. None if it has ended."""
+    try:
+        launcher = psutil.Process(run.pid)
+        return [launcher, *launcher.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def usage(run: subprocess.Popen) -> tuple[float, int] | None:
     """Resident memory in MiB and open files of the largest process of the run; `None` while it starts or ends."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(process.name)) == run.pid:
-                memory = re.search(r"VmRSS:\s+(\d+)", (process / "status").read_text())
-                found.append((int(memory[1]) / 1024 if memory else 0.0, len(list((process / "fd").iterdir()))))
-        except OSError:  # it has ended
-            continue
+    for process in processes_of(run):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            found.append((process.memory_info().rss / 2**20, process.num_fds()))
     return max(found, default=None)
 
 
@@ -193,7 +198,8 @@ def soak(folder: Path, processes: int, minutes: float, minutes_between_kills: fl
                 raise RuntimeError(f"The run ended by itself: see {disturbed.with_suffix('.log')}.")
             if (now := usage(run)) is not None:
                 lives[-1].append(now)
-        os.killpg(run.pid, signal.SIGKILL)
+        for process in processes_of(run):
+            process.kill()
         run.wait()
         kills += 1
         print(f"{processes} processes: kill {kills} at update {step_of(disturbed)}", flush=True)
@@ -234,10 +240,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/soak"))
     parser.add_argument("--write", action="store_true", help=f"write the figures into docs/{PAGE.name}")
-    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.run:
-        train(args.run[0], args.run[1], int(args.run[2]))
+    if args.worker:
+        train(args.worker[0], args.worker[1], int(args.worker[2]))
         return
     shutil.rmtree(args.output_dir, ignore_errors=True)
     args.output_dir.mkdir(parents=True)
