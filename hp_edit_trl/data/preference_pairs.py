@@ -43,7 +43,7 @@ from ..policies import check_prompt_lengths, policy_class
 from ..rewards import HPScorerReward
 from ..rewards.checks import check_rewards, failed_rewards, own_copy
 from ..utils.config import check_positive
-from ..utils.distributed import patient_accelerator
+from ..utils.distributed import in_step, patient_accelerator
 from ..utils.files import (
     append_jsonl,
     check_unchanged,
@@ -117,9 +117,9 @@ def mine_preference_pairs(
         pipeline, reward_func, dataset, output_dir, num_generations=num_generations, score_name=score_name, **options
     )
     accelerator = patient_accelerator()
-    if accelerator.is_main_process:
-        build_preference_dataset(dataset, output_dir, min_gap=min_gap, min_chosen_score=min_chosen_score)
-    accelerator.wait_for_everyone()
+    with in_step(accelerator):
+        if accelerator.is_main_process:
+            build_preference_dataset(dataset, output_dir, min_gap=min_gap, min_chosen_score=min_chosen_score)
     files = sorted(map(str, (Path(output_dir) / "dataset" / "pairs").glob("*.parquet")))
     return Dataset.from_parquet(files, cache_dir=str(Path(output_dir) / "cache"))
 
@@ -227,9 +227,10 @@ def sample_and_score(
     accelerator = patient_accelerator()
     output_dir = Path(output_dir)
     _begin(output_dir, sampling, scoring, accelerator)
-    if isinstance(reward_func, HPScorerReward):
-        reward_func.load(1 + max_references(dataset))
-    editor.load()
+    with in_step(accelerator):
+        if isinstance(reward_func, HPScorerReward):
+            reward_func.load(1 + max_references(dataset))
+        editor.load()
 
     dataset = without_decoding(dataset)
     scores = read_mined_scores(output_dir)
@@ -249,43 +250,45 @@ def sample_and_score(
     rounds = range(0, len(todo), cases_per_round)
     limit, scored = FailureLimit(in_a_row=3, window=8), 0
     scores_file = output_dir / f"scores-{accelerator.process_index}.jsonl"
-    for start in tqdm(rounds, "Mining", unit="round", disable=not accelerator.is_main_process):
-        rows, references, places = [], [], []
-        for index in todo[start : start + cases_per_round]:
-            row = {"id": index, **dataset[index]}
-            try:
-                images = case_images(row, row["id"])
-                row = decoded(row, dataset.features, row["id"])
-            except (UnreadableImageError, BadCaseError) as error:
-                skip(error)
-                continue
-            rows.append(row | ({"images": images} if row.get("images") is not None else {"image": images[0]}))
-            references.append(images)
-            places.append(folders[index])
-        while rows:
-            try:
-                _sample(editor, rows, references, places, num_generations, seed)
-                break
-            except BadCaseError as error:  # from encoding, before anything is sampled
-                skip(error)
-                usable = [i for i, row in enumerate(rows) if str(row["id"]) != error.case_id]
-                rows, references = [rows[i] for i in usable], [references[i] for i in usable]
-                places = [places[i] for i in usable]
-        samples = [(row, place / f"{k}.png") for row, place in zip(rows, places, strict=True) for k in unscored(place)]
-        if samples:
-            lines, tally = _score(reward_func, samples, score_name, first=start == 0)
-            append_jsonl(scores_file, lines)
-            missing = sum(line["score"] is None for line in lines)
-            scored += len(lines) - missing
-            exceeded = limit.add(missing / len(lines), tally)
-            if exceeded or (start == rounds[-1] and not scored):
-                raise ConnectionError(
-                    f"Too many edits have no score: {exceeded or 'all'} of the rounds failed. The failures by kind: "
-                    f"{limit.reasons()}. Edits and scores are kept in {output_dir}: run it again to resume."
-                )
+    with in_step(accelerator):  # a process that stops tells the others when their shares are done
+        for start in tqdm(rounds, "Mining", unit="round", disable=not accelerator.is_main_process):
+            rows, references, places = [], [], []
+            for index in todo[start : start + cases_per_round]:
+                row = {"id": index, **dataset[index]}
+                try:
+                    images = case_images(row, row["id"])
+                    row = decoded(row, dataset.features, row["id"])
+                except (UnreadableImageError, BadCaseError) as error:
+                    skip(error)
+                    continue
+                rows.append(row | ({"images": images} if row.get("images") is not None else {"image": images[0]}))
+                references.append(images)
+                places.append(folders[index])
+            while rows:
+                try:
+                    _sample(editor, rows, references, places, num_generations, seed)
+                    break
+                except BadCaseError as error:  # from encoding, before anything is sampled
+                    skip(error)
+                    usable = [i for i, row in enumerate(rows) if str(row["id"]) != error.case_id]
+                    rows, references = [rows[i] for i in usable], [references[i] for i in usable]
+                    places = [places[i] for i in usable]
+            samples = [
+                (row, place / f"{k}.png") for row, place in zip(rows, places, strict=True) for k in unscored(place)
+            ]
+            if samples:
+                lines, tally = _score(reward_func, samples, score_name, first=start == 0)
+                append_jsonl(scores_file, lines)
+                missing = sum(line["score"] is None for line in lines)
+                scored += len(lines) - missing
+                exceeded = limit.add(missing / len(lines), tally)
+                if exceeded or (start == rounds[-1] and not scored):
+                    raise ConnectionError(
+                        f"Too many edits have no score: {exceeded or 'all'} of the rounds failed. The failures by "
+                        f"kind: {limit.reasons()}. Edits and scores are kept in {output_dir}: run it again to resume."
+                    )
     if isinstance(reward_func, HPScorerReward):
         logger.info("The judge: %s.", reward_func.tally)
-    accelerator.wait_for_everyone()
 
 
 def _begin(output_dir: Path, sampling: dict[str, Any], scoring: dict[str, Any], accelerator: Accelerator) -> None:
@@ -293,17 +296,17 @@ def _begin(output_dir: Path, sampling: dict[str, Any], scoring: dict[str, Any], 
     file = output_dir / "mining.json"
     before = read_json(file) or {}
     has_scores = any(file.stat().st_size for file in output_dir.glob("scores-*.jsonl"))
-    accelerator.wait_for_everyone()  # before anything is written that another process has yet to read
-    remedy = "choose another output_dir"
-    if before:
-        check_unchanged(f"{output_dir} holds edits", before["sampling"], sampling, remedy)
-    if has_scores:
-        remedy += ", or delete its scores-*.jsonl to score its edits again"
-        check_unchanged(f"{output_dir} holds scores", before.get("scoring", {}), scoring, remedy)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"sampling": sampling, "scoring": scoring})
-    accelerator.wait_for_everyone()
+    with in_step(accelerator):  # nothing is written that another process has yet to read
+        remedy = "choose another output_dir"
+        if before:
+            check_unchanged(f"{output_dir} holds edits", before["sampling"], sampling, remedy)
+        if has_scores:
+            remedy += ", or delete its scores-*.jsonl to score its edits again"
+            check_unchanged(f"{output_dir} holds scores", before.get("scoring", {}), scoring, remedy)
+    with in_step(accelerator):
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"sampling": sampling, "scoring": scoring})
 
 
 def _sample_folders(dataset: Dataset, output_dir: Path) -> list[Path]:

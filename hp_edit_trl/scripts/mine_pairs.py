@@ -122,9 +122,9 @@ ARGUMENTS = (MiningArguments,)
 def main(args: MiningArguments) -> None:
     dataset = load_cases(args, args.dataset_train_split, args.image_root)
     scorer = load_scorer(args)
-    scorer.load()  # fails before anything is sampled
     accelerator = patient_accelerator()
     with in_step(accelerator):
+        scorer.load()  # fails before anything is sampled
         if args.push_to_hub is not None and accelerator.is_main_process:
             repo_id = create_repository(args.push_to_hub, private=args.private)
     pipeline = DiffusionPipeline.from_pretrained(
@@ -153,13 +153,14 @@ def main(args: MiningArguments) -> None:
     )
     folder = Path(args.output_dir) / "dataset"
     accelerator.print(f"{len(pairs)} pairs of {len(dataset)} cases are in {folder}, with all edits and a card.")
-    if args.push_to_hub is not None and accelerator.is_main_process:
-        HfApi().upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            repo_type="dataset",
-            delete_patterns=["pairs/*.parquet", "samples/*.parquet"],  # of an earlier upload
-        )
+    with in_step(accelerator):
+        if args.push_to_hub is not None and accelerator.is_main_process:
+            HfApi().upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                repo_type="dataset",
+                delete_patterns=["pairs/*.parquet", "samples/*.parquet"],  # of an earlier upload
+            )
     accelerator.end_training()
 
 

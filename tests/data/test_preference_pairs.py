@@ -345,3 +345,26 @@ def test_two_processes_mine_the_same(mined, pipeline, cases, tmp_path):
     assert len(lines) == 18  # nothing twice
     pairs = load_dataset(str(tmp_path / "out" / "dataset"), split="train")
     assert contents(pairs) == contents(mined[0])
+
+
+def test_what_fails_in_one_process_stops_mining_in_all(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from accelerate import PartialState\n"
+        "from tests.data.test_preference_pairs import *\n"
+        "class Broken(RuleScorer):\n"
+        "    def __call__(self, **columns):\n"
+        "        if PartialState().process_index == 1:\n"
+        "            raise KeyError('target')\n"
+        "        return super().__call__(**columns)\n"
+        "try:\n"
+        f"    mine(load_pipeline(), load_world('train', 2), {str(tmp_path / 'out')!r}, Broken())\n"
+        "except (RuntimeError, ValueError) as error:\n"
+        "    print(f'rank {PartialState().process_index} stopped: {error}')\n"
+    )
+    done = Script(script, environment={"ACCELERATE_USE_CPU": "true"}, processes=2).wait(60)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert len(lines) == 2 and all("KeyError: 'target'" in line for line in lines)
+    assert "Process 1 failed" in lines[0]
