@@ -1,6 +1,7 @@
 """What a secret is, and how it is kept out of everything that is written, shown or uploaded."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote, quote_plus, unquote
 
 
 HIDDEN = "<redacted>"
@@ -15,15 +17,18 @@ HIDDEN = "<redacted>"
 # The last part of an option's name, a dictionary's key, a header or an environment variable, in lower case with "_"
 _NAME = re.compile(
     r"(^|_)(api_?key|apikey|access_?key(_id)?|private_?key|secret|secrets|secret_?key|token|tokens_?file|password|"
-    r"passwd|passphrase|pwd|credentials?|auth|authorization|bearer|cookie|signature|hf_token|\w+_key)$"
+    r"passwd|passphrase|pwd|credentials?|auth|authorization|bearer|cookie|signature|hf_token|\w+_key|\w+_pass)$"
 )
 # Tokens of text, and keys that sort or find something
 _HARMLESS = re.compile(
     r"(^|_)(pad|eos|bos|unk|mask|sep|cls|image|video|audio|vision|special|prompt|stop|start|end|next|first|last|sort|"
-    r"primary|foreign|public|cache|dataset|index|label|row|case|group|join|metric|score|image|text)_(token|key)$"
+    r"primary|foreign|public|cache|dataset|index|label|row|case|group|join|metric|score|image|text)_(token|key|pass)$"
 )
 # In the query of an address, shorter names hold secrets as well.
-_QUERY = re.compile(r"([?&;#])([\w.-]+)=([^&\s'\"<>#;]+)")
+_QUERY = re.compile(r"([?&;#])([\w.%-]+)(=)([^&\s'\"<>#;]+)")
+# An address inside of another one
+_ENCODED_QUERY = re.compile(r"(%3F|%26|%23|%3B)([\w.-]+)(%3D)((?:(?!%26|%23|%3B)[^&\s'\"<>#;])+)", re.I)
+_ENCODED_USER = re.compile(r"(%3A%2F%2F)((?:(?!%2F|%3F|%23)[^&\s/?#'\"<>])+)%40", re.I)
 _QUERY_NAMES = {"key", "sig", "pass", "code", "policy", "key_pair_id", "awsaccesskeyid", "googleaccessid"}
 _USER = re.compile(r"(\b[a-z][a-z0-9+.-]*:/{1,2})([^\s/?#'\"<>]+)@", re.I)
 
@@ -32,12 +37,18 @@ _SHAPES = re.compile(
     r"|\bglpat-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\bxox[abprs]-[\w-]{10,}|\bnvapi-[\w-]{16,}"
     r"|\bgsk_[A-Za-z0-9]{16,}|\br8_[A-Za-z0-9]{16,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}"
 )
-_SCHEME = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{6,}", re.I)
+_SCHEME = re.compile(
+    r"(?P<header>authorization\W{1,6}b?[\"']?)?\b(?P<scheme>Bearer|Basic)\s+(?P<value>[\w.~+/=-]{6,})", re.I
+)
+_COOKIE = re.compile(r"(\bcookie[\"']?:\s*[\"']?)([^\r\n\"']+)", re.I)
+# A header as a pair: `(b'x-api-key', b'...')`
+_PAIR = re.compile(r"""([(\[]b?["'])([\w-]+)(["'],\s*b?["'])([^"']+)(?=["'][)\]])""")
 # `name=value`, `name: value`, `"name": "value"`, `--name value`
 _ASSIGNED = re.compile(
-    r"(?P<name>(?:--)?[\w.-]*(?:token|tokens_file|key|key_id|secrets?|password|passwd|passphrase|pwd|credentials?|auth|"
+    r"(?P<name>(?:--)?[\w.-]*(?:token|tokens_file|key|key_id|secrets?|password|pass|passwd|passphrase|pwd|credentials?|auth|"
     r"authorization|bearer|cookie|signature))"
-    r"""(?P<sign>["']?\s*[=:]\s*|\s+(?!-))(?P<value>"[^"]*"|'[^']*'|[^\s,;&"'(){}\[\]<>]+)""",
+    r"""(?P<sign>(?:\\*["'])?\s*[=:]\s*(?:\w+\()?|\s+(?!-))"""
+    r"""(?P<value>b?(?P<quote>\\*["'])(?s:.*?)(?P=quote)|["'][^\s"']+|[^\s,;&"'(){}\[\]<>\\]+)""",
     re.I,
 )
 _NO_VALUES = {"none", "null", "true", "false", ""}
@@ -93,7 +104,11 @@ def without_known_secrets(text: str) -> str:
             The text.
     """
     environment = {value for name, value in os.environ.items() if is_secret_name(name) and not os.path.exists(value)}
-    for secret in sorted(filter(_is_distinctive, _known | environment), key=len, reverse=True):
+    secrets = set(filter(_is_distinctive, _known | environment))
+    # As they stand in JSON and in addresses
+    for write in (lambda secret: json.dumps(secret)[1:-1], lambda secret: quote(secret, safe=""), quote, quote_plus):
+        secrets |= {write(secret) for secret in secrets if secret.isprintable() and not secret.isalnum()}
+    for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return text
 
@@ -115,6 +130,10 @@ def redact_error(error: BaseException) -> None:
             continue
         seen.add(id(one))
         waiting += [one.__cause__, one.__context__]
+        if isinstance(one, BaseExceptionGroup):
+            waiting += one.exceptions
+        if notes := getattr(one, "__notes__", None):
+            notes[:] = redacted(list(notes))
         one.args = tuple(redacted(part) for part in one.args)
         for name in ("message", "strerror", "filename"):
             if isinstance(text := getattr(one, name, None), str):
@@ -170,11 +189,10 @@ def _is_distinctive(secret: str) -> bool:
 def _redact(value: Any, secret: bool, found: set[str] | None) -> Any:
     """The value without secrets; `secret` if its name says that it is one. What is hidden is added to `found`."""
     if isinstance(value, dict):
-        return {
-            name: _redact(one, secret or (isinstance(name, str) and is_secret_name(name)), found)
-            for name, one in value.items()
-        }
+        return {name: _redact(one, secret or _is_secret_key(name), found) for name, one in value.items()}
     if type(value) in (list, tuple, set):
+        if type(value) is not set and len(value) == 2 and _is_secret_key(value[0]) and value[0][:1] not in ("-", b"-"):
+            return type(value)([value[0], _redact(value[1], True, found)])  # a header as a pair
         parts, after = [], False  # `after` an option of a command line whose value comes next
         for one in value:
             is_option = isinstance(one, str) and one.startswith("-")
@@ -190,6 +208,11 @@ def _redact(value: Any, secret: bool, found: set[str] | None) -> Any:
     return _redact_text(value, found) if isinstance(value, str) else value
 
 
+def _is_secret_key(name: Any) -> bool:
+    name = name.decode("latin-1") if isinstance(name, bytes) else name
+    return isinstance(name, str) and is_secret_name(name)
+
+
 def _hide(secret: str, found: set[str] | None) -> str:
     if found is not None and secret != HIDDEN:
         found.add(secret)
@@ -203,23 +226,39 @@ def _redact_text(text: str, found: set[str] | None) -> str:
         return f"{match[1]}{HIDDEN}@"
 
     def query(match: re.Match) -> str:
-        if match[2].lower().replace("-", "_") not in _QUERY_NAMES and not is_secret_name(match[2]):
+        name = unquote(match[2])
+        if name.lower().replace("-", "_") not in _QUERY_NAMES and not is_secret_name(name):
             return match[0]
-        return f"{match[1]}{match[2]}={_hide(match[3], found)}"
+        return f"{match[1]}{match[2]}{match[3]}{_hide(match[4], found)}"
+
+    def scheme(match: re.Match) -> str:
+        value = match["value"]
+        if not match["header"] and value.isalpha() and (value.islower() or value.istitle()):
+            return match[0]  # words, as in "basic lighting"
+        return f"{match['header'] or ''}{match['scheme']} {HIDDEN}"
+
+    def pair(match: re.Match) -> str:
+        if not is_secret_name(match[2]):
+            return match[0]
+        return f"{match[1]}{match[2]}{match[3]}{_hide(match[4], found)}"
 
     def assigned(match: re.Match) -> str:
-        value, quote = match["value"], ""
-        if value[0] in "\"'":
-            value, quote = value[1:-1], value[0]
+        value, mark = match["value"], match["quote"] or ""
+        if mark:
+            value = value.removeprefix("b").removeprefix(mark).removesuffix(mark)
         if not match["sign"].strip() and not match["name"].startswith("--"):
             return match[0]
         if value.lower() in _NO_VALUES or value.startswith(HIDDEN) or not is_secret_name(match["name"]):
             return match[0]
-        return f"{match['name']}{match['sign']}{quote}{_hide(value, found)}{quote}"
+        return f"{match['name']}{match['sign']}{mark}{_hide(value, found)}{mark}"
 
     text = without_known_secrets(text)
     text = _USER.sub(user, text)
+    text = _ENCODED_USER.sub(rf"\1{HIDDEN}%40", text)
     text = _QUERY.sub(query, text)
-    text = _SCHEME.sub(rf"\1 {HIDDEN}", text)
+    text = _ENCODED_QUERY.sub(query, text)
+    text = _SCHEME.sub(scheme, text)
+    text = _COOKIE.sub(rf"\1{HIDDEN}", text)
+    text = _PAIR.sub(pair, text)
     text = _SHAPES.sub(lambda match: _hide(match[0], found), text)
     return _ASSIGNED.sub(assigned, text)

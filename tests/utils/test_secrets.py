@@ -132,3 +132,45 @@ def test_the_output_of_a_command(monkeypatch, caplog, capsys):
         sys.excepthook = hook
     shown = caplog.text + capsys.readouterr().err
     assert SECRET not in shown and "failed with <redacted>" in shown and "RuntimeError: answer: <redacted>" in shown
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        r"{\"token\": \"pl4nted-zz\"}",
+        'cut: "token": "pl4nted-zz',
+        "https://h/x?access%5Ftoken=pl4nted-zz",
+        "next=https%3A%2F%2Fh%3Fsig%3Dpl4nted-zz%26a%3D1",
+        "next=https%3A%2F%2Fu%3Apl4nted-zz%40h%2F",
+        "(b'x-api-key', b'pl4nted-zz')",
+        "DB_PASS=pl4nted-zz",
+        "token=b'pl4nted-zz'",
+        "api_key=SecretStr('pl4nted-zz')",
+        "Cookie: a=pl4nted-zz; b=pl4nted-zz",
+        "Authorization: Basic plantedzz pl",
+        [("x-api-key", "pl4nted-zz")],
+        {"headers": [["Authorization", "pl4nted-zz"]]},
+        {b"token": "pl4nted-zz"},
+    ],
+)
+def test_redacts_encoded_cut_and_paired_secrets(value):
+    text = repr(redacted(value))
+    assert "pl4nted" not in text and "plantedzz" not in text and "<redacted>" in text
+
+
+@pytest.mark.parametrize("text", ["basic lighting", "A Basic Kitchen", "the bearer platform", "first_pass=2"])
+def test_leaves_words_that_are_schemes(text):
+    assert redacted(text) == text
+
+
+def test_known_secrets_are_hidden_in_json_and_addresses():
+    remember_secrets({"a_token": 'k9"x y/z+12345678'})
+    for text in ['k9\\"x y/z+12345678', "k9%22x%20y%2Fz%2B12345678", "k9%22x+y%2Fz%2B12345678"]:
+        assert without_known_secrets(text) == "<redacted>"
+
+
+def test_redacts_notes_and_groups_of_errors():
+    inner = ValueError("hub_token=pl4nted-zz")
+    inner.add_note("hub_token=pl4nted-zz")
+    redact_error(ExceptionGroup("several", [inner]))
+    assert inner.args == ("hub_token=<redacted>",) and inner.__notes__ == ["hub_token=<redacted>"]
