@@ -14,6 +14,9 @@ from ..judges import JudgeTally, shortened
 
 logger = logging.getLogger(__name__)
 
+# The squares of larger rewards overflow when a group's standard deviation is computed in single precision.
+LARGEST_REWARD = 1e18
+
 SIGNATURE = "def reward(prompts, completions, **columns) -> list[float | None]  # one per completion"
 
 
@@ -29,17 +32,18 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
         case_ids (`Sequence`):
             Id of the case of each completion, for errors.
         on_bad_reward (`str`, *optional*, defaults to `"error"`):
-            What to do with a reward that is infinite or NaN: `"error"` raises, `"missing"` treats it as `None`.
+            What to do with a reward that is infinite, NaN or above 1e18 (or below -1e18): `"error"` raises,
+            `"missing"` treats it as `None`.
 
     Returns:
         `list[float]`: the rewards, NaN where there is none.
 
     Raises:
         `TypeError`: If it is not a sequence of numbers and `None`.
-        `ValueError`: If it has the wrong length, or a reward is infinite or NaN.
+        `ValueError`: If it has the wrong length, or a reward is infinite, NaN or above 1e18.
     """
     if isinstance(returned, torch.Tensor):
-        returned = returned.detach().cpu().float().numpy()
+        returned = returned.detach().cpu().double().numpy()
     if isinstance(returned, np.ndarray):
         returned = returned.tolist()
     if not isinstance(returned, list | tuple):
@@ -55,16 +59,22 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
     for case_id, value in zip(case_ids, returned, strict=True):
         if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
             value = value.item()
-        if value is not None and not isinstance(value, int | float | np.number):
+        is_number = isinstance(value, int | float | np.integer | np.floating | np.bool_)
+        if value is not None and (not is_number or isinstance(value, np.timedelta64)):  # which NumPy calls an integer
             raise TypeError(
                 f"The reward function {name!r} returned {value!r} for case {case_id!r}, but must return a number or "
                 f"None: {SIGNATURE}."
             )
-        if value is not None and not math.isfinite(value):
+        if value is not None and not abs(value) <= LARGEST_REWARD:  # NaN too
             if on_bad_reward == "error":
+                shown = (
+                    f"{value:.3g}"
+                    if isinstance(value, float | np.floating)
+                    else f"a {type(value).__name__} that is too large"
+                )
                 raise ValueError(
-                    f"The reward function {name!r} returned {value} for case {case_id!r}: return a finite number, or "
-                    "None where there is no reward, or set on_bad_reward='missing'."
+                    f"The reward function {name!r} returned {shown} for case {case_id!r}: return a finite number of "
+                    f"at most {LARGEST_REWARD:g}, or None where there is no reward, or set on_bad_reward='missing'."
                 )
             value = None
         rewards.append(math.nan if value is None else float(value))

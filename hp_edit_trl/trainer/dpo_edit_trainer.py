@@ -22,6 +22,7 @@ from trl.trainer.utils import identity, use_adapter
 from ..cases import BadCaseError, case_images, check_pairs, check_references, pair_images, report_bad_cases
 from ..flow.preference import draw_sigma, flow_error, implicit_reward, preference_loss, safeguard_scale
 from ..policies import EditConditions, EditPolicy, bucketed, check_prompt_lengths, policy_class
+from ..utils.distributed import in_step
 from ..utils.files import write_atomically
 from ..utils.images import UnreadableImageError, image_digest
 from ..utils.seeding import seeded_generator
@@ -257,13 +258,13 @@ class DPOEditTrainer(BaseEditTrainer):
     def _encode_pairs(self, dataset: Dataset, description: str) -> list[str]:
         if dataset._fingerprint in self._encoded:
             return self._encoded[dataset._fingerprint]
-        self._latents_folder.mkdir(parents=True, exist_ok=True)
         process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         rows = range(process, len(dataset), num_processes)
         files: dict[int, str] = {}
         bad: dict[int, str] = {}
         loaded = False
-        with contextlib.ExitStack() as stack:
+        with in_step(self.accelerator), contextlib.ExitStack() as stack:  # e.g. a full disk on one process
+            self._latents_folder.mkdir(parents=True, exist_ok=True)
             for index in tqdm(
                 rows, description, disable=self.args.disable_tqdm or not self.accelerator.is_main_process
             ):

@@ -18,6 +18,7 @@ IDS = ["a", "b", "c"]
         (0, 0.5, None),
         [np.float32(0), torch.tensor(0.5), None],
         [False, np.array(0.5), None],
+        [np.False_, torch.tensor(0.5, dtype=torch.bfloat16), None],
     ],
 )
 def test_sequences_of_numbers_and_none(returned):
@@ -46,6 +47,8 @@ def test_arrays_and_tensors():
         torch.tensor(1.0),
         [1, 2, {"score": 3}],
         [1, 2, 1j],
+        [1, 2, np.complex64(1)],
+        [1, 2, np.timedelta64(1, "s")],
     ],
     ids=lambda returned: type(returned).__name__,
 )
@@ -59,7 +62,9 @@ def test_lengths():
         check_rewards([1, 2], "f", IDS)
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, np.float32("inf"), torch.tensor(math.nan)])
+@pytest.mark.parametrize(
+    "value", [math.inf, -math.inf, math.nan, np.float32("inf"), torch.tensor(math.nan), 1e39, 10**400]
+)
 def test_rewards_that_are_not_finite(value):
     with pytest.raises(ValueError, match="'f' returned .* for case 'b'.*on_bad_reward='missing'"):
         check_rewards([1, value, 3], "f", IDS)

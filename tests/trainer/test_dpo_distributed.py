@@ -143,3 +143,36 @@ def test_two_ranks_resume_exactly(folder, two):
     assert [log for log in logs(again[0]) if "train_loss" not in log] == [
         log for log in logs(two[0]) if "train_loss" not in log
     ]
+
+
+FULL = """
+import sys, torch
+torch.set_num_threads(1)
+from peft import LoraConfig
+from hp_edit_trl import DPOEditTrainer
+from hp_edit_trl.trainer import dpo_edit_trainer
+from tests.trainer.test_dpo_edit_trainer import edit_pipeline, make_config, make_pairs
+
+def write(file, save):
+    if dpo_edit_trainer.PartialState().process_index == 1:
+        raise OSError(28, "No space left on device")
+    save(file)
+
+from accelerate import PartialState
+dpo_edit_trainer.PartialState, dpo_edit_trainer.write_atomically = PartialState, write
+trainer = DPOEditTrainer(model=edit_pipeline(), train_dataset=make_pairs(4), args=make_config(sys.argv[1]),
+                         peft_config=LoraConfig(r=4, lora_alpha=8))
+try:
+    trainer.train()
+except OSError as error:
+    print(f"rank {PartialState().process_index} stopped: {error}")
+"""
+
+
+def test_a_full_disk_of_one_process_stops_the_encoding_in_all(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FULL)
+    done = Script(script, tmp_path / "out", environment={"ACCELERATE_USE_CPU": "true"}, processes=2).wait(60)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert len(lines) == 2 and all("No space left on device" in line for line in lines)
