@@ -90,8 +90,10 @@ def own_copy(value: Any) -> Any:
         return value.copy()
     if isinstance(value, torch.Tensor):
         return value.clone()
-    if isinstance(value, list | tuple):
-        return type(value)(own_copy(item) for item in value)
+    if isinstance(value, list):
+        return [own_copy(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(own_copy(item) for item in value)
     if isinstance(value, dict):
         return {key: own_copy(item) for key, item in value.items()}
     return value
