@@ -108,8 +108,8 @@ class FlowGRPOEditConfig(_BaseConfig):
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function. Defaults to 1.0 for each.
         on_bad_reward (`str`, *optional*, defaults to `"error"`):
-            What to do with a reward that is infinite, NaN or beyond ±1e18: `"error"` stops with the name of the function and the
-            case, `"missing"` treats it as `None`.
+            What to do with a reward that is infinite, NaN or beyond ±1e18: `"error"` stops with the name of the
+            function and the case, `"missing"` treats it as `None`.
         max_failed_batches (`int`, *optional*, defaults to `3`):
             Number of generation batches in a row without a single reward after which the run saves a checkpoint and
             stops with `ConnectionError`: the judge is gone. A sample has no reward if no function gave it one, or if
