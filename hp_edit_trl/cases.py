@@ -40,7 +40,7 @@ EditKey = tuple[str, str | None]  # id of the case, and editor
 # an image up to 1.5 times as narrow: one of 137:1 may be refused. The policies of FLUX pipelines have no such limit.
 MAX_ASPECT_RATIO = 100
 # No text encoder of a policy reads more than 1,024 tokens, which are about 4,000 letters. What the tokens of a shorter
-# instruction come to is for the policy to say, see `check_prompts`.
+# instruction come to is for the policy to say, see `check_prompt_lengths`.
 MAX_PROMPT_CHARACTERS = 4000
 # Bad cases that a message describes; the others are counted.
 NAMED_CASES = 5

@@ -2,17 +2,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
-from trl.trainer.base_config import _BaseConfig
 
-from ..utils.secrets import redacted
+from .base_edit_config import BaseEditConfig
 from .hub import check_hub_options
 
 
 LOSS_TYPES = ["sigmoid", "ipo", "hinge", "sft"]
 
 
-@dataclass
-class DPOEditConfig(_BaseConfig):
+@dataclass(repr=False)
+class DPOEditConfig(BaseEditConfig):
     r"""
     Configuration class for the [`DPOEditTrainer`].
 
@@ -245,13 +244,3 @@ class DPOEditConfig(_BaseConfig):
         for name in ("beta", "logit_std"):
             if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-
-    # Trackers and logs show these.
-    def to_dict(self) -> dict[str, Any]:
-        return redacted(super().to_dict())
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
-        return f"{type(self).__name__}({options})"
-
-    __str__ = __repr__

@@ -2,15 +2,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
-from trl.trainer.base_config import _BaseConfig
 
 from ..flow.dynamics import DYNAMICS
-from ..utils.secrets import redacted
+from .base_edit_config import BaseEditConfig
 from .hub import check_hub_options
 
 
-@dataclass
-class FlowGRPOEditConfig(_BaseConfig):
+@dataclass(repr=False)
+class FlowGRPOEditConfig(BaseEditConfig):
     r"""
     Configuration class for the [`FlowGRPOEditTrainer`].
 
@@ -413,13 +412,3 @@ class FlowGRPOEditConfig(_BaseConfig):
             raise ValueError(
                 "auto_find_batch_size would break groups apart: lower per_device_train_batch_size instead."
             )
-
-    # Trackers and logs show these.
-    def to_dict(self) -> dict[str, Any]:
-        return redacted(super().to_dict())
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
-        return f"{type(self).__name__}({options})"
-
-    __str__ = __repr__

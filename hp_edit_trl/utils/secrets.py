@@ -158,24 +158,23 @@ def guard_output(words: Sequence[str] = ()) -> None:
 
     def guarded_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        redact_record(record)
+        _redact_record(record)
         return record
 
     if make_record.__qualname__ != guarded_record.__qualname__:
         logging.setLogRecordFactory(guarded_record)
 
 
-def redact_record(record: logging.LogRecord) -> bool:
-    """Removes the secrets from a record of `logging`. A filter: it returns `True`."""
+def _redact_record(record: logging.LogRecord) -> None:
+    """Removes the secrets from a record of `logging`."""
     try:
         message = record.getMessage()
     except Exception:  # the handler reports it
-        return True
+        return
     if (clean := redacted(message)) != message:
         record.msg, record.args = clean, ()
     if record.exc_info and record.exc_info[1] is not None:
         record.exc_text = redacted("".join(traceback.format_exception(record.exc_info[1])).rstrip())
-    return True
 
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
