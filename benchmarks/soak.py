@@ -2,8 +2,8 @@
 Trains the miniature for hours with a judge that fails now and then and a process that is killed now and then, and
 compares the result with a run that nothing disturbed. Writes the figures into docs/reliability.md.
 
-    python benchmarks/soak.py                                # two hours, half on one process and half on two
-    python benchmarks/soak.py --minutes 10 --processes 1     # a short one
+    python benchmarks/soak.py                             # an hour on one process, beside it an hour on two
+    python benchmarks/soak.py --minutes 10 --processes 1  # a short one
 
 The judge is a server on loopback that answers as `miniature.TargetJudge`. One request in ten meets a fault: status
 500, status 429, a connection that is cut, or silence for longer than the judge's timeout. Kills (SIGKILL to all
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -234,8 +235,8 @@ def soak(folder: Path, processes: int, minutes: float, minutes_between_kills: fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=120, help="of disturbed training, over all --processes")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes, in turn")
+    parser.add_argument("--minutes", type=float, default=60, help="of disturbed training, for each of --processes")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the runs; they go side by side")
     parser.add_argument("--minutes_between_kills", type=float, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/soak"))
@@ -247,11 +248,15 @@ def main() -> None:
         return
     shutil.rmtree(args.output_dir, ignore_errors=True)
     args.output_dir.mkdir(parents=True)
-    share = args.minutes / len(args.processes)
-    columns = [
-        soak(args.output_dir.resolve(), processes, share, args.minutes_between_kills, args.seed)
-        for processes in args.processes
-    ]
+    with ThreadPoolExecutor(len(args.processes)) as pool:
+        columns = list(
+            pool.map(
+                lambda processes: soak(
+                    args.output_dir.resolve(), processes, args.minutes, args.minutes_between_kills, args.seed
+                ),
+                args.processes,
+            )
+        )
     names = [name for name in columns[0] if name != "processes"]
     table = markdown_table(
         ["", *(f"{column['processes']} process{'es' * (column['processes'] > 1)}" for column in columns)],
