@@ -100,7 +100,7 @@ def measure(trainer, resolution: int, cfg: float, batch: int, peak: float, repea
         torch.cuda.reset_peak_memory_stats()
 
     def roll():
-        with trainer.accelerator.autocast():
+        with trainer._without_casts(), trainer.accelerator.autocast():
             return rollout(
                 policy, model, [conditions] * batch, [seeded_generator(i) for i in range(batch)],
                 num_inference_steps=steps, true_cfg_scale=cfg, batch_size=batch, dynamics="flow_sde", noise_level=1.0,
@@ -116,7 +116,8 @@ def measure(trainer, resolution: int, cfg: float, batch: int, peak: float, repea
         torch.cuda.reset_peak_memory_stats()
 
     def train():
-        trainer._accumulate_gradients(trainer.model_wrapped, [sample])
+        with trainer._without_casts():
+            trainer._accumulate_gradients(trainer.model_wrapped, [sample])
 
     model.train()
     train_seconds = timed(train, device, repeats)

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from ..cases import BadCaseError
+from ..utils.offload import on_device
 
 
 @dataclass
@@ -279,7 +280,7 @@ class EditPolicy(ABC):
         return (sigma.to(latents.device) * scale).expand(len(latents)).to(self.dtype) / 1000
 
     def place(self, device: torch.device | str) -> None:
-        """Chooses the device of the encodings, and moves the encoders there, or to the CPU if they are offloaded."""
+        """Chooses the device of the encodings, and moves the encoders there unless they are offloaded."""
         self.device = torch.device(device)
         for module in self.encoders.values():
             module.to("cpu" if self.offload_encoders else self.device)
@@ -287,18 +288,17 @@ class EditPolicy(ABC):
     @contextmanager
     def loaded(self, *names: str) -> Iterator[None]:
         """
-        Within it the named encoders are on the policy's device. If encoders are offloaded, they go back to the CPU
-        afterwards; wrapped around a loop, that happens once and not in every turn.
+        Within it the named encoders are on the policy's device. If encoders are offloaded, they leave it afterwards;
+        wrapped around a loop, that happens once and not in every turn.
         """
         moved = [name for name in names if self.offload_encoders and name not in self._loaded]
-        for name in moved:
-            self.encoders[name].to(self.device)
         self._loaded |= set(moved)
         try:
-            yield
+            with ExitStack() as stack:
+                for name in moved:
+                    stack.enter_context(on_device(self.encoders[name], self.device))
+                yield
         finally:
-            for name in moved:
-                self.encoders[name].to("cpu")
             self._loaded -= set(moved)
 
 

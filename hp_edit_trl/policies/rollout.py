@@ -10,6 +10,9 @@ from ..flow.dynamics import log_prob, transition
 from .edit_policy import EditConditions, EditPolicy, bucketed
 
 
+DECODED_PIXELS = 512 * 512  # of all images that are decoded together
+
+
 @dataclass
 class Trajectory:
     """
@@ -25,7 +28,7 @@ class Trajectory:
         log_probs (`torch.Tensor` of shape `(len(steps),)`):
             Log-probability of each of those steps under the policy that took it.
         means (`torch.Tensor` of shape `(len(steps), num_tokens, num_channels)`):
-            float32 means that those steps' next latents were drawn around.
+            float32 means that those steps' next latents were drawn around. Empty unless `keep_means` was set.
         final (`torch.Tensor` of shape `(num_tokens, num_channels)`):
             float32 latents at noise level 0.
     """
@@ -51,6 +54,7 @@ def rollout(
     dynamics: str = "ode",
     noise_level: float = 0.0,
     steps: range = range(0),
+    keep_means: bool = False,
 ) -> list[Trajectory]:
     """
     Samples one edit per entry of `conditions`.
@@ -79,6 +83,8 @@ def rollout(
             Noise level of the stochastic steps.
         steps (`range`, *optional*, defaults to `range(0)`):
             The consecutive steps that are stochastic. All others follow the ODE and are not stored.
+        keep_means (`bool`, *optional*, defaults to `False`):
+            Whether the trajectories hold the means of those steps, which take as much memory as the latents.
 
     Returns:
         `list[Trajectory]`, in the order of `conditions`, on the policy's device.
@@ -104,7 +110,8 @@ def rollout(
                 continue
             mean, std = transition(dynamics, latents, velocity, sigmas[step], sigmas[step + 1], noise_level, sigmas[1])
             stored.append(latents)
-            means.append(mean)
+            if keep_means:
+                means.append(mean)
             latents = mean + std * noise()
             log_probs.append(log_prob(dynamics, latents, mean, std))
             if step == steps[-1]:
@@ -115,7 +122,7 @@ def rollout(
                 steps=steps,
                 latents=torch.stack([x[row] for x in stored]) if stored else latents.new_empty((0, *shape)),
                 log_probs=torch.stack([x[row] for x in log_probs]) if stored else latents.new_empty(0),
-                means=torch.stack([x[row] for x in means]) if stored else latents.new_empty((0, *shape)),
+                means=torch.stack([x[row] for x in means]) if means else latents.new_empty((0, *shape)),
                 final=latents[row],
             )
     return [trajectories[index] for index in range(len(conditions))]
@@ -124,10 +131,18 @@ def rollout(
 def decode(
     policy: EditPolicy, latents: list[torch.Tensor], conditions: list[EditConditions], batch_size: int
 ) -> list[Image.Image]:
-    """Decodes final latents to PIL images, batched with others of their size; in the order of `conditions`."""
+    """
+    Decodes final latents to PIL images, in the order of `conditions`. At most `batch_size` images of one size are
+    decoded together, and fewer if they have more than 512² pixels together: the decoder's activations are the largest
+    allocation of a rollout, 1 GiB for each image of 512 x 512 with Qwen-Image-Edit.
+    """
     images: dict[int, Image.Image] = {}
     with policy.loaded("vae"):
         for members in bucketed(conditions, batch_size):
-            decoded = policy.decode(torch.stack([latents[i] for i in members]), conditions[members[0]])
-            images.update(zip(members, decoded, strict=True))
+            first = conditions[members[0]]
+            together = max(1, DECODED_PIXELS // (first.height * first.width))
+            for start in range(0, len(members), together):
+                part = members[start : start + together]
+                decoded = policy.decode(torch.stack([latents[i] for i in part]), first)
+                images.update(zip(part, decoded, strict=True))
     return [images[index] for index in range(len(conditions))]

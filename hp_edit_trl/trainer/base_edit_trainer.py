@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from peft.helpers import disable_input_dtype_casting
 from PIL import Image
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -190,6 +191,13 @@ class BaseEditTrainer(_BaseTrainer):
             return row, images, conditions
         raise BadCaseError("No case of the dataset can be used.")
 
+    def _without_casts(self) -> contextlib.AbstractContextManager[None]:
+        """
+        For passes under autocast, which casts the inputs of a LoRA itself: PEFT's casts of them to float32 change no
+        bit and take time. To be entered around the backward pass too, which may recompute the forward pass.
+        """
+        return disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
+
     def sample_edits(
         self, cases: list[tuple[dict[str, Any], list[Image.Image]]], adapter: bool = True
     ) -> list[Image.Image]:
@@ -217,7 +225,7 @@ class BaseEditTrainer(_BaseTrainer):
         )
         ids = [str(row["id"]) for row, _ in cases]
         seeds = [seeded_generator(args.seed, "eval", case_id).initial_seed() for case_id in ids]
-        with contextlib.nullcontext() if adapter else use_adapter(self.model, None):
+        with self._without_casts(), contextlib.nullcontext() if adapter else use_adapter(self.model, None):
             return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
 
     def _drop_bad_update(self, loss: torch.Tensor, case_ids: list[Any], learns: bool = True) -> None:

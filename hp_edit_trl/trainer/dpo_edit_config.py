@@ -109,6 +109,7 @@ class DPOEditConfig(BaseEditConfig):
     > - `logging_steps`: Defaults to `1` instead of `500`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
+    > - `ddp_timeout`: Defaults to `14400` instead of `1800`, because a process may wait for another one's judge.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`.
     > - `hub_private_repo`: Defaults to `True` instead of `None`, because the model card shows images of the cases.
     """
@@ -130,6 +131,9 @@ class DPOEditConfig(BaseEditConfig):
         default=False, metadata={"help": "Passed to DistributedDataParallel. All trained parameters are used here."}
     )
 
+    ddp_timeout: int = field(
+        default=14400, metadata={"help": "Seconds that processes wait for each other, e.g. for one's judge."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace losses that are not finite in the log. They should be seen."}
     )

@@ -359,7 +359,8 @@ class DPOEditTrainer(BaseEditTrainer):
         )
 
     def training_step(self, model: nn.Module, inputs: list[str], num_items_in_batch=None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._without_casts():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._drop_bad_update(loss, self._microbatch_ids)
         return loss
 
@@ -465,7 +466,7 @@ class DPOEditTrainer(BaseEditTrainer):
         for files in dataloader:
             pairs = [self._load_pair(file) for file in files]
             generators = [seeded_generator(self.args.seed, "eval", pair.id) for pair in pairs]
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self._without_casts(), self.accelerator.autocast():
                 losses, metrics = self._losses(self.model, pairs, generators)
             columns = {"loss": losses, **metrics}
             local = [{name: values[i].item() for name, values in columns.items()} for i in range(len(pairs))]

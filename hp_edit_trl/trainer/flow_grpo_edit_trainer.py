@@ -406,7 +406,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             generation,
             seeded_generator(seed, "window", generation),
         )
-        with self._timed("rollout"), self.accelerator.autocast():
+        with self._timed("rollout"), self._without_casts(), self.accelerator.autocast():
             trajectories = rollout(
                 policy,
                 self.model,
@@ -418,6 +418,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 dynamics=args.dynamics,
                 noise_level=args.noise_level,
                 steps=steps,
+                keep_means=args.normalize_ratio,
             )
         with self._timed("decode"):
             images = decode(policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
@@ -681,7 +682,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self.optimizer.train()
         samples = self._prepare_inputs(inputs)
         model.train()
-        with self._timed("train"):
+        with self._timed("train"), self._without_casts():
             loss = self._accumulate_gradients(model, samples)
             learns = any(s.advantage != 0 or (self.args.beta != 0.0 and s.kl_weight != 0) for s in samples)
             self._drop_bad_update(loss, [sample.case_id for sample in samples], learns)

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 import os
@@ -14,6 +15,7 @@ from peft import LoraConfig
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward, TransformersJudge
 from hp_edit_trl.flow.dynamics import log_prob, transition
 from hp_edit_trl.miniature.tiny import tiny_judge, tiny_pipeline
+from hp_edit_trl.policies import edit_policy
 from tests.helpers import make_cases, make_config, photo, redness
 
 
@@ -512,15 +514,30 @@ def test_statistics_do_not_pile_up_where_nothing_is_logged(make_trainer):
     assert {tuple(stats.shape) for stats in trainer._sample_stats.values()} == {(4,)}
 
 
-def test_offloaded_encoders_move_once_per_phase(make_trainer):
+def test_offloaded_encoders_move_once_per_phase(make_trainer, monkeypatch):
     trainer = make_trainer(offload_encoders=True, max_steps=1)
+    names = {module: name for name, module in trainer.policy.encoders.items()}
     moves = []
-    encoders = trainer.policy.encoders
-    for name, module in encoders.items():
-        module.to = lambda device, name=name: moves.append((name, str(device)))
+    monkeypatch.setattr(edit_policy, "on_device", lambda m, _: moves.append(names[m]) or contextlib.nullcontext())
     trainer.train()
-    there_and_back = [("text_encoder", "cpu"), ("vae", "cpu")] * 2
-    assert moves == [*there_and_back, ("vae", "cpu"), ("vae", "cpu")]
+    assert moves == ["text_encoder", "vae", "vae"]
+
+
+def test_casts_of_the_lora_are_left_out_and_change_no_bit(make_trainer, monkeypatch):
+    results = []
+    for without in (True, False):
+        trainer = make_trainer(
+            pipeline=tiny_pipeline().to(torch.bfloat16), bf16=True, gradient_checkpointing=True, max_steps=2
+        )
+        if not without:
+            monkeypatch.setattr(trainer, "_without_casts", contextlib.nullcontext)
+        types = set()
+        layer = next(m for name, m in trainer.model.named_modules() if name.endswith("to_q.lora_A.default"))
+        layer.register_forward_pre_hook(lambda _, args, types=types: types.add(args[0].dtype))
+        trainer.train()
+        assert types == {torch.bfloat16 if without else torch.float32}
+        results.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
+    assert all(one.equal(other) for one, other in zip(*results, strict=True))
 
 
 def test_the_dtype_may_be_a_name(make_trainer, tmp_path):
