@@ -111,7 +111,7 @@ def measure(trainer, resolution: int, cfg: float, batch: int, peak: float, repea
     rollout_seconds = timed(roll, device, repeats) / batch
     rollout_memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
     trajectory = roll()[0]
-    sample = Sample("case", conditions, trajectory, 1.0, 1.0)
+    sample = Sample("case", 0, conditions, trajectory, 1.0, 1.0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Sample:
     """One edit of a generation batch, with what its update needs."""
 
     case_id: str
+    group: int  # its number in the generation batch
     conditions: EditConditions
     trajectory: Trajectory
     advantage: float
@@ -203,6 +204,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self.num_generations = args.num_generations  # = G in the paper
         self.cases_per_batch = args.generation_batch_size // args.num_generations
         self.steps_per_generation = args.steps_per_generation
+        self.num_trained = args.num_trained_generations or args.num_generations
         self.generate_every = args.steps_per_generation * args.num_iterations  # in microbatches
         self.sde_window_range = (args.sde_window_range[0], args.sde_window_range[1])
         self.epsilon_low = args.epsilon
@@ -316,7 +318,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         return self._get_dataloader(
             dataset=range(len(self.train_dataset)),
             description="Training",
-            batch_size=self._train_batch_size * self.steps_per_generation,
+            batch_size=self.args.generation_batch_size // self.args.world_size,
             sampler_fn=self._get_train_sampler,
             is_training=True,
         )
@@ -364,21 +366,47 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
     def _reset_watch(self) -> None:
         self._limit = FailureLimit(self.args.max_failed_batches, self.args.max_missing_rewards, REWARD_WINDOW)
         self._rewards_work = False  # whether a generation batch was scored without an error
-        self._inside_update = False  # whether gradients are accumulated
+        self._accumulated = 0  # microbatches of the present update that were trained
         self._rewards_gone: str | None = None  # why the run has to stop
 
     def _prepare_inputs(self, indices: list[int]) -> list[Sample]:
-        # Samples are drawn once for a whole generation batch, shuffled, and handed out microbatch by microbatch, as
+        # Samples are drawn once for a whole generation batch, ordered, and handed out microbatch by microbatch, as
         # often as `num_iterations` says.
         generation, microbatch = divmod(self._step, self.generate_every)
         if microbatch == 0 or self._buffered_samples is None:
-            samples = self._generate_and_score(indices, generation)
+            samples = self._choose(self._generate_and_score(indices, generation))
             generator = seeded_generator(self.args.seed, "shuffle", generation, self.accelerator.process_index)
-            order = torch.randperm(len(samples), generator=generator).tolist()
-            self._buffered_samples = [samples[i] for i in order]
+            self._buffered_samples = self._ordered(samples, generator)
         size = self.args.per_device_train_batch_size
         start = size * (microbatch % self.steps_per_generation)
         return self._buffered_samples[start : start + size]
+
+    def _learns(self, sample: Sample) -> bool:
+        """Whether the sample moves the policy. If not, no pass is made for it: its gradient is 0."""
+        return sample.advantage != 0 or (self.args.beta != 0.0 and sample.kl_weight != 0)
+
+    def _choose(self, samples: list[Sample]) -> list[Sample]:
+        """
+        The samples of this process to train on: the `num_trained_generations` with the largest absolute advantages of
+        each group. In place of those that cannot be learned from, the next ones of other groups.
+        """
+        ranks: dict[int, int] = {}
+        taken: dict[int, int] = defaultdict(int)
+        for index in sorted(range(len(samples)), key=lambda i: -abs(samples[i].advantage)):
+            ranks[index] = taken[samples[index].group]
+            taken[samples[index].group] += 1
+        order = sorted(ranks, key=lambda i: (not self._learns(samples[i]), ranks[i] >= self.num_trained))
+        return [samples[i] for i in sorted(order[: len(samples) * self.num_trained // self.num_generations])]
+
+    def _ordered(self, samples: list[Sample], generator: torch.Generator) -> list[Sample]:
+        """Shuffles samples; with `same_latent` groups as a whole. Those without a pass come first in each update."""
+        samples = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
+        if self.args.same_latent:
+            places = {group: i for i, group in enumerate(dict.fromkeys(sample.group for sample in samples))}
+            samples = sorted(samples, key=lambda sample: places[sample.group])
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        updates = [samples[start : start + size] for start in range(0, len(samples), size)]
+        return [sample for update in updates for sample in sorted(update, key=self._learns)]
 
     def _generate_and_score(self, indices: list[int], generation: int) -> list[Sample]:
         args, policy = self.args, self.policy
@@ -406,6 +434,14 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             generation,
             seeded_generator(seed, "window", generation),
         )
+        groups = [(first + i) // self.num_generations for i in range(len(rows))]
+        start_generators = None
+        if args.same_latent:
+            by_group = {
+                group: seeded_generator(seed, "start", generation, str(row["id"]), group)
+                for row, group in zip(rows, groups, strict=True)
+            }
+            start_generators = [by_group[group] for group in groups]
         with self._timed("rollout"), self._without_casts(), self.accelerator.autocast():
             trajectories = rollout(
                 policy,
@@ -418,6 +454,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 dynamics=args.dynamics,
                 noise_level=args.noise_level,
                 steps=steps,
+                start_generators=start_generators,
+                num_finish_steps=args.num_finish_steps,
                 keep_means=args.normalize_ratio,
             )
         with self._timed("decode"):
@@ -468,9 +506,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._pending_extra.clear()
 
         return [
-            Sample(str(row["id"]), condition, trajectory, advantage, 0.0 if flat else 1.0)
-            for row, condition, trajectory, advantage, flat in zip(
-                rows, conditions, trajectories, local_advantages, local_zero_std, strict=True
+            Sample(str(row["id"]), group, condition, trajectory, advantage, 0.0 if flat else 1.0)
+            for row, group, condition, trajectory, advantage, flat in zip(
+                rows, groups, conditions, trajectories, local_advantages, local_zero_std, strict=True
             )
         ]
 
@@ -520,7 +558,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if self._rewards_gone is None:
             return
         self._rewards_gone += f" Mend the cause and resume from the last checkpoint in {self.args.output_dir}."
-        if not self._inside_update:
+        if not self._accumulated:
             if self.state.global_step > 0:
                 self._save_checkpoint(self.model, None)
             raise ConnectionError(self._rewards_gone)
@@ -681,41 +719,95 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if hasattr(self.optimizer, "train"):  # schedule-free optimizers: sample from the weights that are trained
             self.optimizer.train()
         samples = self._prepare_inputs(inputs)
+        # The samples of this update that are in the buffer: a pass may serve several microbatches.
+        size, microbatch = self.args.per_device_train_batch_size, self._step % self.steps_per_generation
+        begin = max(0, microbatch - self._accumulated)
+        end = microbatch - self._accumulated + self.args.gradient_accumulation_steps
+        update = (self._buffered_samples or [])[size * begin : size * end]
         model.train()
         with self._timed("train"), self._without_casts():
-            loss = self._accumulate_gradients(model, samples)
-            learns = any(s.advantage != 0 or (self.args.beta != 0.0 and s.kl_weight != 0) for s in samples)
+            loss = self._accumulate_gradients(model, samples, update)
+            learns = any(map(self._learns, samples))
             self._drop_bad_update(loss, [sample.case_id for sample in samples], learns)
         self._step += 1
-        self._inside_update = not self.accelerator.sync_gradients
+        self._accumulated = 0 if self.accelerator.sync_gradients else self._accumulated + 1
         return loss
 
-    def _accumulate_gradients(self, model: nn.Module, samples: list[Sample]) -> torch.Tensor:
-        # One backward pass per trained step of each bucket of equal sizes: memory holds the activations of one step,
-        # however many there are. Under DDP only the last one synchronizes; the processes may differ in their number.
-        buckets = bucketed([sample.conditions for sample in samples], len(samples))
-        left = sum(len(samples[members[0]].trajectory.steps) for members in buckets)
+    def _passes(
+        self, samples: list[Sample], update: list[Sample]
+    ) -> list[tuple[list[Sample], list[Sample], list[int], range]]:
+        """
+        The passes through the model for a microbatch, in batches of equal sizes. For each batch: the samples whose
+        latents are its inputs, the samples that are trained, the input of each of these, and the steps of the window
+        at which there is a pass.
+
+        With `same_latent` the samples of a group have one input at the first step. One pass serves all those of the
+        update, with the microbatch that has the first of them.
+        """
+        window = len(samples[0].trajectory.steps)
+        learning = [sample for sample in samples if self._learns(sample)]
+        passes = []
+        for members in bucketed([sample.conditions for sample in learning], len(learning)):
+            batch = [learning[i] for i in members]
+            passes.append((batch, batch, list(range(len(batch))), range(1 if self.args.same_latent else 0, window)))
+        if self.args.same_latent:
+            groups: dict[int, list[Sample]] = defaultdict(list)
+            for sample in filter(self._learns, update):
+                groups[sample.group].append(sample)
+            leaders = [sample for sample in learning if groups[sample.group][0] is sample]
+            for members in bucketed([sample.conditions for sample in leaders], len(leaders)):
+                batch = [leaders[i] for i in members]
+                trained = [(sample, row) for row, leader in enumerate(batch) for sample in groups[leader.group]]
+                passes.append((batch, [sample for sample, _ in trained], [row for _, row in trained], range(1)))
+        is_idle = not any(len(steps) for *_, steps in passes)
+        if is_idle and self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            # The other processes wait for a backward pass of this one.
+            idle = replace(samples[0], advantage=0.0, kl_weight=0.0)
+            passes = [([idle], [idle], [0], range(window - 1, window))]
+        return passes
+
+    def _accumulate_gradients(
+        self, model: nn.Module, samples: list[Sample], update: list[Sample] | None = None
+    ) -> torch.Tensor:
+        """
+        Adds the gradients of a microbatch.
+
+        Args:
+            model (`torch.nn.Module`):
+                The model, as Trainer has wrapped it.
+            samples (`list[Sample]`):
+                The microbatch.
+            update (`list[Sample]`, *optional*):
+                All samples of the update, of which the microbatch is a part. Defaults to the microbatch.
+
+        Returns:
+            `torch.Tensor`: the loss, a scalar.
+        """
+        # One backward pass per step of each batch: memory holds the activations of one step, however many there are.
+        # Under DDP only the last one synchronizes; the processes may differ in their number.
+        passes = self._passes(samples, samples if update is None else update)
+        left = sum(len(steps) for *_, steps in passes)
         num_terms = len(samples) * len(samples[0].trajectory.steps) * self.current_gradient_accumulation_steps
         total = torch.zeros((), device=self.accelerator.device)
-        for members in buckets:
-            bucket = [samples[i] for i in members]
-            batch = self.policy.collate([sample.conditions for sample in bucket])
-            path = bucket[0].trajectory
-            latents = torch.stack([sample.trajectory.latents for sample in bucket], dim=1)
-            old_log_probs = torch.stack([sample.trajectory.log_probs for sample in bucket], dim=1)
-            advantages = torch.tensor([sample.advantage for sample in bucket], device=latents.device)
-            kl_weights = torch.tensor([sample.kl_weight for sample in bucket], device=latents.device)
-            clipped_low, clipped_high = [], []
-            for k, step in enumerate(path.steps):
+        for inputs, trained, rows, steps in passes:
+            batch = self.policy.collate([sample.conditions for sample in inputs])
+            path = inputs[0].trajectory
+            before = torch.stack([sample.trajectory.latents for sample in inputs], dim=1)
+            after = torch.stack([sample.trajectory.latents for sample in trained], dim=1)
+            old_log_probs = torch.stack([sample.trajectory.log_probs for sample in trained], dim=1)
+            advantages = torch.tensor([sample.advantage for sample in trained], device=after.device)
+            kl_weights = torch.tensor([sample.kl_weight for sample in trained], device=after.device)
+            for k in steps:
+                step = path.steps[k]
                 left -= 1
                 sync = contextlib.nullcontext() if left == 0 else self.accelerator.no_sync(model)
                 with sync, self.compute_loss_context_manager():
-                    mean, std = self._transition(model, latents[k], path, step, batch)
-                    log_probs = log_prob(self.args.dynamics, latents[k + 1], mean, std)
+                    mean, std = self._transition(model, before[k], path, step, batch)
+                    log_probs = log_prob(self.args.dynamics, after[k + 1], mean[rows], std)
                     log_ratio = log_probs - old_log_probs[k]
                     if self.args.normalize_ratio:
-                        old_mean = torch.stack([sample.trajectory.means[k] for sample in bucket])
-                        ratio = torch.exp(normalized_log_ratio(latents[k + 1], mean, old_mean, std))
+                        old_mean = torch.stack([sample.trajectory.means[k] for sample in trained])
+                        ratio = torch.exp(normalized_log_ratio(after[k + 1], mean[rows], old_mean, std))
                     else:
                         ratio = torch.exp(log_ratio)
                     clipped = torch.clamp(ratio, 1 - self.epsilon_low, 1 + self.epsilon_high)
@@ -724,18 +816,18 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                         losses = losses / (path.sigmas[step] - path.sigmas[step + 1])
                     if self.args.beta != 0.0:
                         with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), None):
-                            mean_ref, _ = self._transition(self.model, latents[k], path, step, batch)
-                        kl = kl_divergence(mean, mean_ref, std)
+                            mean_ref, _ = self._transition(self.model, before[k], path, step, batch)
+                        kl = kl_divergence(mean, mean_ref, std)[rows]
                         losses = losses + self.args.beta * kl_weights * kl
                         self._record("kl", kl)
                     loss = losses.sum() / num_terms
                     self.accelerator.backward(loss)
                 total += loss.detach()
                 self._record(f"logp_diff/step_{step}", log_ratio.abs())
-                clipped_low.append((ratio < 1 - self.epsilon_low) & (advantages < 0))
-                clipped_high.append((ratio > 1 + self.epsilon_high) & (advantages > 0))
-            self._record("clip_low", torch.stack(clipped_low).float().mean(0))
-            self._record("clip_high", torch.stack(clipped_high).float().mean(0))
+                low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+                high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+                self._record("clip_low", low.float().mean().expand(len(low)))
+                self._record("clip_high", high.float().mean().expand(len(high)))
         return total
 
     def _record(self, name: str, values: torch.Tensor) -> None:
@@ -912,6 +1004,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             state["samples"] = [
                 {
                     "case_id": sample.case_id,
+                    "group": sample.group,
                     "conditions": vars(sample.conditions),
                     "trajectory": {
                         **vars(sample.trajectory),
@@ -947,6 +1040,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self._buffered_samples = [
                 Sample(
                     case_id=sample["case_id"],
+                    group=sample["group"],
                     conditions=EditConditions(**sample["conditions"]),
                     trajectory=Trajectory(**{**sample["trajectory"], "steps": range(*sample["trajectory"]["steps"])}),
                     advantage=sample["advantage"],
