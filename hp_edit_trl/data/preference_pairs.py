@@ -367,7 +367,9 @@ def _score(
         )
     except JudgeRefusedError:
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too
         rewards = failed_rewards(error, name, [row["id"] for row in rows], tally, first)
         extra = {} if score_name is None else {score_name: rewards}
     else:

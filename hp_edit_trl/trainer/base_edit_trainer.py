@@ -338,7 +338,7 @@ class BaseEditTrainer(_BaseTrainer):
             state.best_model_checkpoint = checkpoint
             self._load_best_model()
         saved = self._saved_run(checkpoint)
-        self._is_saved = bool(saved) and (not self.args.push_to_hub or saved["pushed_to"] == self.hub_model_id)
+        self._is_saved = bool(saved) and (not self.args.push_to_hub or saved.get("pushed_to") == self.hub_model_id)
         return TrainOutput(state.global_step, math.nan, {})
 
     def _saved_run(self, checkpoint: str) -> dict[str, Any]:
@@ -346,9 +346,10 @@ class BaseEditTrainer(_BaseTrainer):
         noted: dict[str, Any] = {}
         if self.accelerator.is_main_process:
             folder, listed = Path(self.args.output_dir), read_json(Path(checkpoint, MANIFEST)) or {"files": {}}
-            if find_fault(folder, SAVED) is None:
+            if find_fault(folder, SAVED, [WEIGHTS]) is None:
                 noted = read_json(folder / SAVED) or {}
-                noted = noted if noted["files"].get(WEIGHTS) == listed["files"].get(WEIGHTS) else {}
+                same = noted["files"][WEIGHTS] == listed["files"].get(WEIGHTS)
+                noted = noted if same and isinstance(noted.get("step"), int) else {}
         (noted,) = broadcast_object_list([noted])
         return noted
 

@@ -6,9 +6,11 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
@@ -37,7 +39,7 @@ from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.base import fit_image
 from ..policies import EditConditions, Trajectory, bucketed, check_prompt_lengths, decode, policy_class, rollout
 from ..rewards import HPScorerReward
-from ..rewards.checks import check_rewards, failed_rewards, own_copy
+from ..rewards.checks import awaited, check_rewards, failed_rewards, own_copy
 from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
@@ -175,6 +177,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 f"reward_weights has {len(weights)} entries, but there are {len(self.reward_funcs)} reward functions."
             )
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        if not (self.reward_weights.isfinite().all() and self.reward_weights.any()):
+            raise ValueError(f"reward_weights={weights} must be finite, and at least one of them not 0.")
 
         if args.n_gpu > 1:
             raise ValueError(
@@ -385,7 +389,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         seed = args.seed
         self.model.eval()
 
-        # An error about a case on one process stops all of them.
+        # An error on one process, e.g. about a case or of its memory, stops all of them.
         with self._timed("encode"), in_step(self.accelerator), policy.loaded(*policy.encoders):
             cases = {index: self._encode_case(self.train_dataset, index) for index in dict.fromkeys(indices)}
         rows = [cases[index][0] for index in indices]
@@ -406,7 +410,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             generation,
             seeded_generator(seed, "window", generation),
         )
-        with self._timed("rollout"), self.accelerator.autocast():
+        with self._timed("rollout"), in_step(self.accelerator), self.accelerator.autocast():
             trajectories = rollout(
                 policy,
                 self.model,
@@ -419,7 +423,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 noise_level=args.noise_level,
                 steps=steps,
             )
-        with self._timed("decode"):
+        with self._timed("decode"), in_step(self.accelerator):
             images = decode(policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
         with self._timed("reward"), in_step(self.accelerator):
             rewards_per_func, failed, tally = self._calculate_rewards(rows, images, in_training=True)
@@ -503,7 +507,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         together = JudgeTally()
         for one in gather_object([tally]):
             together.merge(one)
-        missing = (failed.any(1) | rewards_per_func.isnan().all(1)).float().mean().item()
+        counted = self.reward_weights != 0
+        missing = (failed[:, counted].any(1) | rewards_per_func[:, counted].isnan().all(1)).float().mean().item()
         if missing and not together.failures:
             together.fail("no reward", "the reward functions returned None")
         exceeded = self._limit.add(missing, together)
@@ -554,7 +559,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             "completions": images,
             "trainer_state": self.state,
             "log_extra": self._log_extra,
-            "log_metric": lambda name, value: self._pending_metrics[name].append((value, len(rows))),
+            # NumPy's numbers could not be written into the trainer's state.
+            "log_metric": lambda name, value: self._pending_metrics[name].append((float(value), len(rows))),
         }
         ids = [row["id"] for row in rows]
         # Each function gets its own copies, so that one that changes an image does not change it for others.
@@ -564,17 +570,19 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         tally = JudgeTally()
         for i, func in enumerate(self.reward_funcs):
             if is_async_callable(func):
-                waiting[i] = asyncio.run_coroutine_threadsafe(func(**own_copy(kwargs)), self.async_loop)
+                waiting[i] = asyncio.run_coroutine_threadsafe(awaited(func, own_copy(kwargs)), self.async_loop)
         for i, func in enumerate(self.reward_funcs):
             try:
-                outputs[i] = waiting[i].result() if i in waiting else func(**own_copy(kwargs))
+                outputs[i] = self._answer(waiting[i]) if i in waiting else func(**own_copy(kwargs))
             except JudgeRefusedError as error:
                 if not in_training or not self._rewards_work:
                     raise
                 tally.fail(REFUSED, str(error), len(rows))
                 outputs[i] = [None] * len(rows)
                 raised.add(i)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit too
                 name = self.reward_func_names[i]
                 outputs[i] = failed_rewards(error, name, ids, tally, first=not self._rewards_work)
                 raised.add(i)
@@ -603,8 +611,15 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 )
         return rewards_per_func, torch.stack(failed, dim=1), tally
 
+    def _answer(self, waiting: Future) -> Any:
+        """What an async function returns. Raises an error if a task that it started has ended the event loop."""
+        while not wait([waiting], timeout=1).done:
+            if not self.async_loop.is_running():
+                raise RuntimeError("a task of an async reward function has ended the event loop, e.g. by sys.exit")
+        return waiting.result()
+
     def _log_extra(self, column: str, values: list) -> None:
-        self._pending_extra[column] = values
+        self._pending_extra[column] = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
 
     def _flush_pending_metrics(self) -> dict[str, float]:
         """
@@ -627,6 +642,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         Weighted sums of the rewards, of shape `(num_samples,)`. A function without a single reward in a group does not
         apply there. A sample that lacks the reward of a function that applies has no total, NaN: its sum would not be
         comparable with the others'. The same holds for a sample to which no function applies, or for which one failed.
+        Functions with a weight of 0, which only measure, decide none of this.
 
         Args:
             rewards_per_func (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`):
@@ -636,12 +652,13 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             failed (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`, *optional*):
                 Where a function failed. By default nowhere.
         """
+        weights = self.reward_weights.to(rewards_per_func.device)
         missing = rewards_per_func.isnan().view(-1, group_size, rewards_per_func.shape[1])
-        applies = ~missing.all(1, keepdim=True)
+        applies = ~missing.all(1, keepdim=True) & (weights != 0)
         incomplete = ((missing & applies).any(2) | ~applies.any(2)).flatten()
         if failed is not None:
-            incomplete = incomplete | failed.any(1)
-        totals = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
+            incomplete = incomplete | (failed & (weights != 0)).any(1)
+        totals = (rewards_per_func * weights).nansum(1)
         return totals.masked_fill(incomplete, math.nan)
 
     def _compute_advantages(
@@ -806,9 +823,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                     rows = [row for row, _ in cases.values()]
                     rewards_per_func, failed, _ = self._calculate_rewards(rows, images)
                     for i, (place, row) in enumerate(zip(cases, rows, strict=True)):
+                        local[place] = {name: values[i] for name, values in self._pending_extra.items()}
                         local[place] |= {"task": row.get("task"), "rewards": rewards_per_func[i].tolist()}
                         local[place]["failed"] = failed[i].tolist()
-                        local[place] |= {name: values[i] for name, values in self._pending_extra.items()}
             self._pending_extra.clear()
             # The last batch may be filled up with repeated cases to keep the processes level; they are dropped here.
             results += self.accelerator.gather_for_metrics(local, use_gather_object=True)
