@@ -68,6 +68,18 @@ def save_errors(what: str | Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def restoring(checkpoint: str | None) -> Iterator[None]:
+    """Context for loading optimizer, scheduler and others: what does not fit the run becomes one `ValueError`."""
+    try:
+        yield
+    except Exception as error:  # these loaders do not check what they are given
+        raise ValueError(
+            f"What {checkpoint} holds of optimizer, scheduler, random numbers and rollouts does not fit this run: "
+            f"{type(error).__name__}: {error}. Resume with the options of the checkpoint, or choose another one."
+        ) from error
+
+
 def files_below(folder: str | Path) -> list[str]:
     """Names of all files in a folder and its subfolders, relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
@@ -197,7 +209,7 @@ def _fault_of_state(file: Path) -> str | None:
     ):
         if not all(isinstance(entry, dict) for entry in entries):
             return f"{file.name} has a {name} of a wrong form"
-    if values["global_step"] < 0 or not math.isfinite(values.get("epoch") or 0):
+    if values["global_step"] < 0 or not 0 <= (values.get("epoch") or 0) < math.inf:
         return f"{file.name} has a step or an epoch that cannot be"
     return None
 

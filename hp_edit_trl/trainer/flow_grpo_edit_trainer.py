@@ -2,6 +2,7 @@ import asyncio
 import atexit
 import contextlib
 import math
+import operator
 import os
 import time
 from collections import defaultdict
@@ -43,6 +44,7 @@ from ..rewards.checks import awaited, check_rewards, failed_rewards, own_copy
 from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
+from .checkpoints import restoring
 from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
 from .hub import completions_scheduler
@@ -559,8 +561,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             "completions": images,
             "trainer_state": self.state,
             "log_extra": self._log_extra,
-            # NumPy's numbers could not be written into the trainer's state.
-            "log_metric": lambda name, value: self._pending_metrics[name].append((float(value), len(rows))),
+            "log_metric": lambda name, value: self._log_metric(name, value, len(rows)),
         }
         ids = [row["id"] for row in rows]
         # Each function gets its own copies, so that one that changes an image does not change it for others.
@@ -580,9 +581,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 tally.fail(REFUSED, str(error), len(rows))
                 outputs[i] = [None] * len(rows)
                 raised.add(i)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # SystemExit too
+            except (Exception, SystemExit) as error:
                 name = self.reward_func_names[i]
                 outputs[i] = failed_rewards(error, name, ids, tally, first=not self._rewards_work)
                 raised.add(i)
@@ -620,6 +619,10 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
 
     def _log_extra(self, column: str, values: list) -> None:
         self._pending_extra[column] = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+
+    def _log_metric(self, name: str, value: float, count: int) -> None:
+        number = float(value)  # numbers of NumPy and torch could not be written into the trainer's state
+        self._pending_metrics[name].append((number, count))
 
     def _flush_pending_metrics(self) -> dict[str, float]:
         """
@@ -946,20 +949,20 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._logged_steps = self.state.global_step
+        with in_step(self.accelerator):
+            self._load_rollouts(checkpoint)
+
+    def _load_rollouts(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
         if not os.path.isfile(path):  # `train` has said so
             return
         device = self.accelerator.device
-        # torch does not know of "cpu:1", which accelerate may call the device of a process
-        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
-        self._step = state["step"]
-        if state["samples"] is not None:
-            expected = self.args.per_device_train_batch_size * self.steps_per_generation
-            if len(state["samples"]) != expected:
-                raise ValueError(
-                    f"{checkpoint} was saved in the middle of a generation batch of {len(state['samples'])} samples "
-                    f"per process, but the arguments give {expected}. Resume with the batch sizes of the checkpoint."
-                )
+        with restoring(checkpoint):
+            # torch does not know of "cpu:1", which accelerate may call the device of a process
+            state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+            self._step = operator.index(state["step"])
+            if state["samples"] is None:
+                return
             self._buffered_samples = [
                 Sample(
                     case_id=sample["case_id"],
@@ -970,3 +973,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 )
                 for sample in state["samples"]
             ]
+        expected = self.args.per_device_train_batch_size * self.steps_per_generation
+        if len(self._buffered_samples) != expected:
+            raise ValueError(
+                f"{checkpoint} was saved in the middle of a generation batch of {len(self._buffered_samples)} samples "
+                f"per process, but the arguments give {expected}. Resume with the batch sizes of the checkpoint."
+            )
