@@ -367,7 +367,7 @@ def _score(
         )
     except JudgeRefusedError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         rewards = failed_rewards(error, name, [row["id"] for row in rows], tally, first)
         extra = {} if score_name is None else {score_name: rewards}
     else:

@@ -43,11 +43,12 @@ from .checkpoints import (
     files_below,
     find_fault,
     move_into_place,
+    restoring,
     save_errors,
     write_manifest,
 )
 from .hub import CARD_PICTURES, MODEL_FILES, copy_published, upload, write_published_state
-from .lora import save_lora
+from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
 
 
@@ -313,7 +314,7 @@ class BaseEditTrainer(_BaseTrainer):
                 Passed to [`~transformers.Trainer.train`].
 
         Raises:
-            `ValueError`: If the checkpoint is not whole.
+            `ValueError`: If the checkpoint is not whole, or holds another LoRA or the state of another optimizer.
         """
         checkpoint = None
         with in_step(self.accelerator):
@@ -321,6 +322,8 @@ class BaseEditTrainer(_BaseTrainer):
                 clean_up(self.args.output_dir)
             if self.accelerator.is_main_process:
                 checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._resume_files())
+                if checkpoint is not None:
+                    check_same_lora(self.accelerator.unwrap_model(self.model), checkpoint)
         (checkpoint,) = broadcast_object_list([checkpoint])
         self._is_saved = False
         if checkpoint is not None:
@@ -330,6 +333,16 @@ class BaseEditTrainer(_BaseTrainer):
             if max(state.global_step, self._saved_run(checkpoint).get("step", 0)) >= max_steps:
                 return self._restore_finished(checkpoint, state)
         return super().train(checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with in_step(self.accelerator), restoring(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not self.optimizer.param_groups[0].keys() >= self.optimizer.defaults.keys():
+                raise ValueError("it is of another kind of optimizer")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with in_step(self.accelerator), restoring(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     # Trainer would train one update more, log, and start trackers.
     def _restore_finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
@@ -346,7 +359,7 @@ class BaseEditTrainer(_BaseTrainer):
             state.best_model_checkpoint = checkpoint
             self._load_best_model()
         saved = self._saved_run(checkpoint)
-        self._is_saved = bool(saved) and (not self.args.push_to_hub or saved["pushed_to"] == self.hub_model_id)
+        self._is_saved = bool(saved) and (not self.args.push_to_hub or saved.get("pushed_to") == self.hub_model_id)
         return TrainOutput(state.global_step, math.nan, {})
 
     def _saved_run(self, checkpoint: str) -> dict[str, Any]:
@@ -354,9 +367,10 @@ class BaseEditTrainer(_BaseTrainer):
         noted: dict[str, Any] = {}
         if self.accelerator.is_main_process:
             folder, listed = Path(self.args.output_dir), read_json(Path(checkpoint, MANIFEST)) or {"files": {}}
-            if find_fault(folder, SAVED) is None:
+            if find_fault(folder, SAVED, [WEIGHTS]) is None:
                 noted = read_json(folder / SAVED) or {}
-                noted = noted if noted["files"].get(WEIGHTS) == listed["files"].get(WEIGHTS) else {}
+                same = noted["files"][WEIGHTS] == listed["files"].get(WEIGHTS)
+                noted = noted if same and isinstance(noted.get("step"), int) else {}
         (noted,) = broadcast_object_list([noted])
         return noted
 

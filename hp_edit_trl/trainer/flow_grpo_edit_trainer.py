@@ -2,13 +2,16 @@ import asyncio
 import atexit
 import contextlib
 import math
+import operator
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
@@ -37,10 +40,11 @@ from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.base import fit_image
 from ..policies import EditConditions, Trajectory, bucketed, check_prompt_lengths, decode, policy_class, rollout
 from ..rewards import HPScorerReward
-from ..rewards.checks import check_rewards, failed_rewards, own_copy
+from ..rewards.checks import awaited, check_rewards, failed_rewards, own_copy
 from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
+from .checkpoints import restoring
 from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
 from .hub import completions_scheduler
@@ -176,6 +180,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 f"reward_weights has {len(weights)} entries, but there are {len(self.reward_funcs)} reward functions."
             )
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        if not (self.reward_weights.isfinite().all() and self.reward_weights.any()):
+            raise ValueError(f"reward_weights={weights} must be finite, and at least one of them not 0.")
 
         if args.n_gpu > 1:
             raise ValueError(
@@ -413,7 +419,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         seed = args.seed
         self.model.eval()
 
-        # An error about a case on one process stops all of them.
+        # An error on one process, e.g. about a case or of its memory, stops all of them.
         with self._timed("encode"), in_step(self.accelerator), policy.loaded(*policy.encoders):
             cases = {index: self._encode_case(self.train_dataset, index) for index in dict.fromkeys(indices)}
         rows = [cases[index][0] for index in indices]
@@ -442,7 +448,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 for row, group in zip(rows, groups, strict=True)
             }
             start_generators = [by_group[group] for group in groups]
-        with self._timed("rollout"), self._without_casts(), self.accelerator.autocast():
+        with self._timed("rollout"), in_step(self.accelerator), self._without_casts(), self.accelerator.autocast():
             trajectories = rollout(
                 policy,
                 self.model,
@@ -458,7 +464,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 num_finish_steps=args.num_finish_steps,
                 keep_means=args.normalize_ratio,
             )
-        with self._timed("decode"):
+        with self._timed("decode"), in_step(self.accelerator):
             images = decode(policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
         with self._timed("reward"), in_step(self.accelerator):
             rewards_per_func, failed, tally = self._calculate_rewards(rows, images, in_training=True)
@@ -542,7 +548,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         together = JudgeTally()
         for one in gather_object([tally]):
             together.merge(one)
-        missing = (failed.any(1) | rewards_per_func.isnan().all(1)).float().mean().item()
+        counted = self.reward_weights != 0
+        missing = (failed[:, counted].any(1) | rewards_per_func[:, counted].isnan().all(1)).float().mean().item()
         if missing and not together.failures:
             together.fail("no reward", "the reward functions returned None")
         exceeded = self._limit.add(missing, together)
@@ -593,7 +600,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             "completions": images,
             "trainer_state": self.state,
             "log_extra": self._log_extra,
-            "log_metric": lambda name, value: self._pending_metrics[name].append((value, len(rows))),
+            "log_metric": lambda name, value: self._log_metric(name, value, len(rows)),
         }
         ids = [row["id"] for row in rows]
         # Each function gets its own copies, so that one that changes an image does not change it for others.
@@ -603,17 +610,17 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         tally = JudgeTally()
         for i, func in enumerate(self.reward_funcs):
             if is_async_callable(func):
-                waiting[i] = asyncio.run_coroutine_threadsafe(func(**own_copy(kwargs)), self.async_loop)
+                waiting[i] = asyncio.run_coroutine_threadsafe(awaited(func, own_copy(kwargs)), self.async_loop)
         for i, func in enumerate(self.reward_funcs):
             try:
-                outputs[i] = waiting[i].result() if i in waiting else func(**own_copy(kwargs))
+                outputs[i] = self._answer(waiting[i]) if i in waiting else func(**own_copy(kwargs))
             except JudgeRefusedError as error:
                 if not in_training or not self._rewards_work:
                     raise
                 tally.fail(REFUSED, str(error), len(rows))
                 outputs[i] = [None] * len(rows)
                 raised.add(i)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 name = self.reward_func_names[i]
                 outputs[i] = failed_rewards(error, name, ids, tally, first=not self._rewards_work)
                 raised.add(i)
@@ -642,8 +649,19 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 )
         return rewards_per_func, torch.stack(failed, dim=1), tally
 
+    def _answer(self, waiting: Future) -> Any:
+        """What an async function returns. Raises an error if a task that it started has ended the event loop."""
+        while not wait([waiting], timeout=1).done:
+            if not self.async_loop.is_running():
+                raise RuntimeError("a task of an async reward function has ended the event loop, e.g. by sys.exit")
+        return waiting.result()
+
     def _log_extra(self, column: str, values: list) -> None:
-        self._pending_extra[column] = values
+        self._pending_extra[column] = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+
+    def _log_metric(self, name: str, value: float, count: int) -> None:
+        number = float(value)  # numbers of NumPy and torch could not be written into the trainer's state
+        self._pending_metrics[name].append((number, count))
 
     def _flush_pending_metrics(self) -> dict[str, float]:
         """
@@ -666,6 +684,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         Weighted sums of the rewards, of shape `(num_samples,)`. A function without a single reward in a group does not
         apply there. A sample that lacks the reward of a function that applies has no total, NaN: its sum would not be
         comparable with the others'. The same holds for a sample to which no function applies, or for which one failed.
+        Functions with a weight of 0, which only measure, decide none of this.
 
         Args:
             rewards_per_func (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`):
@@ -675,12 +694,13 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             failed (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`, *optional*):
                 Where a function failed. By default nowhere.
         """
+        weights = self.reward_weights.to(rewards_per_func.device)
         missing = rewards_per_func.isnan().view(-1, group_size, rewards_per_func.shape[1])
-        applies = ~missing.all(1, keepdim=True)
+        applies = ~missing.all(1, keepdim=True) & (weights != 0)
         incomplete = ((missing & applies).any(2) | ~applies.any(2)).flatten()
         if failed is not None:
-            incomplete = incomplete | failed.any(1)
-        totals = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
+            incomplete = incomplete | (failed & (weights != 0)).any(1)
+        totals = (rewards_per_func * weights).nansum(1)
         return totals.masked_fill(incomplete, math.nan)
 
     def _compute_advantages(
@@ -899,9 +919,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                     rows = [row for row, _ in cases.values()]
                     rewards_per_func, failed, _ = self._calculate_rewards(rows, images)
                     for i, (place, row) in enumerate(zip(cases, rows, strict=True)):
+                        local[place] = {name: values[i] for name, values in self._pending_extra.items()}
                         local[place] |= {"task": row.get("task"), "rewards": rewards_per_func[i].tolist()}
                         local[place]["failed"] = failed[i].tolist()
-                        local[place] |= {name: values[i] for name, values in self._pending_extra.items()}
             self._pending_extra.clear()
             # The last batch may be filled up with repeated cases to keep the processes level; they are dropped here.
             results += self.accelerator.gather_for_metrics(local, use_gather_object=True)
@@ -1023,20 +1043,20 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._logged_steps = self.state.global_step
+        with in_step(self.accelerator):
+            self._load_rollouts(checkpoint)
+
+    def _load_rollouts(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
         if not os.path.isfile(path):  # `train` has said so
             return
         device = self.accelerator.device
-        # torch does not know of "cpu:1", which accelerate may call the device of a process
-        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
-        self._step = state["step"]
-        if state["samples"] is not None:
-            expected = self.args.per_device_train_batch_size * self.steps_per_generation
-            if len(state["samples"]) != expected:
-                raise ValueError(
-                    f"{checkpoint} was saved in the middle of a generation batch of {len(state['samples'])} samples "
-                    f"per process, but the arguments give {expected}. Resume with the batch sizes of the checkpoint."
-                )
+        with restoring(checkpoint):
+            # torch does not know of "cpu:1", which accelerate may call the device of a process
+            state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+            self._step = operator.index(state["step"])
+            if state["samples"] is None:
+                return
             self._buffered_samples = [
                 Sample(
                     case_id=sample["case_id"],
@@ -1048,3 +1068,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 )
                 for sample in state["samples"]
             ]
+        expected = self.args.per_device_train_batch_size * self.steps_per_generation
+        if len(self._buffered_samples) != expected:
+            raise ValueError(
+                f"{checkpoint} was saved in the middle of a generation batch of {len(self._buffered_samples)} samples "
+                f"per process, but the arguments give {expected}. Resume with the batch sizes of the checkpoint."
+            )

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -157,6 +159,42 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     """The layers of a model that have a LoRA, by their names in the transformer."""
     modules = model.get_base_model().named_modules()
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+
+def check_same_lora(model: PeftModel, checkpoint: str | Path) -> None:
+    """
+    Checks that a checkpoint holds the LoRA that a run trains: PEFT would load weights of the same shapes whatever
+    their alpha, and leave weights that are missing as they are.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model of the run.
+        checkpoint (`str` or `Path`):
+            Folder of the checkpoint.
+
+    Raises:
+        `ValueError`: If a module has another rank or another scale, or only one of them has it.
+    """
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: list(weight.shape) for name, weight in weights.items()}
+    try:
+        with safe_open(Path(checkpoint, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        config = json.loads(Path(checkpoint, CONFIG_NAME).read_text(encoding="utf-8"))
+        scales = {name: rank_and_alpha(name, config) for name in lora_layers(model)}
+        other = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)] or [
+            name
+            for name, layer in lora_layers(model).items()
+            if not math.isclose(scales[name][1] / scales[name][0], layer.scaling["default"], rel_tol=1e-6)
+        ]
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"The LoRA of {checkpoint} cannot be read: {type(error).__name__}: {error}") from error
+    if other:
+        raise ValueError(
+            f"{checkpoint} holds another LoRA than the peft_config of this run gives: {other[0]!r} and "
+            f"{len(other) - 1} more differ in rank or alpha, or only one of them has it. Resume with the peft_config "
+            "of the checkpoint."
+        )
 
 
 def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:

@@ -74,7 +74,7 @@ def read_json(file: str | Path) -> dict[str, Any] | None:
     """Reads a JSON object. Returns `None` if there is no such file, or it does not hold a complete object."""
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -100,7 +100,7 @@ def read_jsonl(file: str | Path) -> Iterator[tuple[int, Any, bytes]]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
             yield number, value if isinstance(value, dict) else None, line
 
