@@ -1,7 +1,9 @@
 """Rolling a policy out: from conditions to final latents and, for the trained steps, what training needs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from PIL import Image
@@ -44,7 +46,7 @@ class Trajectory:
 
 
 @torch.no_grad()
-def rollout(
+def rollout_batches(
     policy: EditPolicy,
     model: nn.Module,
     conditions: list[EditConditions],
@@ -59,9 +61,9 @@ def rollout(
     start_generators: list[torch.Generator] | None = None,
     num_finish_steps: int | None = None,
     keep_means: bool = False,
-) -> list[Trajectory]:
+) -> Iterator[tuple[list[int], list[Trajectory]]]:
     """
-    Samples one edit per entry of `conditions`.
+    Samples one edit per entry of `conditions`, batch by batch.
 
     Samples are batched with others of exactly their sizes. All randomness of a sample comes from its own generator, so
     a sample does not depend on which others share its batch.
@@ -98,8 +100,9 @@ def rollout(
         keep_means (`bool`, *optional*, defaults to `False`):
             Whether the trajectories hold the means of the stochastic steps, which take as much memory as the latents.
 
-    Returns:
-        `list[Trajectory]`, in the order of `conditions`, on the policy's device.
+    Yields:
+        `tuple[list[int], list[Trajectory]]`: the places of a batch's samples in `conditions`, and their trajectories,
+        on the policy's device.
     """
     start_generators = generators if start_generators is None else start_generators
     leaders: dict[torch.Generator, int] = {}  # the first sample that has the generator
@@ -130,7 +133,6 @@ def rollout(
         velocity = policy.velocity(model, latents, sigmas[begin], batch, true_cfg_scale) if steps else latents
         first_steps.update(zip(members, zip(latents, velocity, strict=True), strict=True))
 
-    trajectories: dict[int, Trajectory] = {}
     for members in bucketed(conditions, batch_size):
         first = conditions[members[0]]
         batch = policy.collate([conditions[index] for index in members])
@@ -155,16 +157,29 @@ def rollout(
             latents = follow_ode(latents, resampled(rest, num_finish_steps), batch, second_order=True)
         else:
             latents = follow_ode(latents, rest, batch)
-        for row, index in enumerate(members):
-            trajectories[index] = Trajectory(
-                sigmas=sigmas,
-                steps=steps,
-                latents=torch.stack([x[row] for x in stored]) if steps else latents.new_empty((0, *latents.shape[1:])),
-                log_probs=torch.stack([x[row] for x in log_probs]) if steps else latents.new_empty(0),
-                means=torch.stack([x[row] for x in means]) if means else latents.new_empty((0, *latents.shape[1:])),
-                final=latents[row],
-            )
-    return [trajectories[index] for index in range(len(conditions))]
+        none = latents.new_empty((0, *latents.shape[1:]))
+        yield (
+            members,
+            [
+                Trajectory(
+                    sigmas=sigmas,
+                    steps=steps,
+                    latents=torch.stack([x[row] for x in stored]) if steps else none,
+                    log_probs=torch.stack([x[row] for x in log_probs]) if steps else latents.new_empty(0),
+                    means=torch.stack([x[row] for x in means]) if means else none,
+                    final=latents[row],
+                )
+                for row in range(len(members))
+            ],
+        )
+
+
+def rollout(*args: Any, **kwargs: Any) -> list[Trajectory]:
+    """Samples as [`rollout_batches`] does, with its arguments. Returns all trajectories in the order of the cases."""
+    trajectories: dict[int, Trajectory] = {}
+    for members, batch in rollout_batches(*args, **kwargs):
+        trajectories.update(zip(members, batch, strict=True))
+    return [trajectories[index] for index in range(len(trajectories))]
 
 
 def _noise(generator: torch.Generator, conditions: EditConditions) -> torch.Tensor:

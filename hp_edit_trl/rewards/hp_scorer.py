@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..judges import Judge, Judgement, JudgeTally, describe_judge, load_judge
+from ..judges import CachedJudge, Judge, Judgement, JudgeTally, ServerJudge, describe_judge, load_judge
 from ..judges.base import ScoreMode, load_for
 from ..utils.images import read_image
 from .prompts import ScorerPrompt, load_scorer_prompts
@@ -88,6 +88,12 @@ class HPScorerReward:
         """Judge, prompts and task in one line: scores of scorers with different descriptions should not be mixed."""
         prompts = ", ".join(sorted({prompt.revision for prompt in self.scorer_prompts.values()}))
         return f"{self.judge_description}, prompts {prompts}, task {self.task or 'of the case'}"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the judge is on a server, so that this machine can do other work while it judges."""
+        judge = self.judge.judge if isinstance(self.judge, CachedJudge) else self.judge
+        return isinstance(judge, ServerJudge)
 
     @property
     def judge_description(self) -> str:

@@ -6,8 +6,8 @@ import operator
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,15 @@ from ..cases import BadCaseError, check_cases, check_references, max_references
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.base import fit_image
-from ..policies import EditConditions, Trajectory, bucketed, check_prompt_lengths, decode, policy_class, rollout
+from ..policies import (
+    EditConditions,
+    Trajectory,
+    bucketed,
+    check_prompt_lengths,
+    decode,
+    policy_class,
+    rollout_batches,
+)
 from ..rewards import HPScorerReward
 from ..rewards.checks import awaited, check_rewards, failed_rewards, own_copy
 from ..utils.distributed import in_step
@@ -71,6 +79,23 @@ class Sample:
     advantage: float
     # 0 if all rewards of the group are equal: then its KL must not move the policy either.
     kl_weight: float
+
+
+def judged(scorer: HPScorerReward, arguments: dict[str, Any]) -> tuple[list[float | None], JudgeTally]:
+    """The rewards of a scorer, and the tally of its judgements."""
+    return scorer(**arguments), scorer.last_tally
+
+
+@contextlib.contextmanager
+def cancelled_on_error(begun: list[tuple[list[int], dict[int, Future]]]) -> Iterator[None]:
+    """Calls of reward functions that have not started are given up if the context ends with an error."""
+    try:
+        yield
+    except BaseException:
+        for _, futures in begun:
+            for future in futures.values():
+                future.cancel()
+        raise
 
 
 class FlowGRPOEditTrainer(BaseEditTrainer):
@@ -274,12 +299,15 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if args.log_completions_hub_repo is not None and self.is_world_process_zero():
             self._completions_upload = completions_scheduler(args)
         self._pending_metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        self._logged_extra: list[tuple[str, list, list[int]]] = []  # column, values, places of the samples
         self._pending_extra: dict[str, list] = {}
         self._tally = JudgeTally()
 
         # Missing rewards, see `_watch_rewards`
         self._reset_watch()
 
+        # Where reward functions wait for others
+        self._threads = {func: ThreadPoolExecutor(1) for func in self.reward_funcs if isinstance(func, HPScorerReward)}
         if any(is_async_callable(func) for func in self.reward_funcs):
             thread, self.async_loop, ready = start_event_loop_in_daemon(name="FlowGRPOEditTrainer-AsyncLoop")
             ready.wait()
@@ -448,26 +476,41 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 for row, group in zip(rows, groups, strict=True)
             }
             start_generators = [by_group[group] for group in groups]
-        with self._timed("rollout"), in_step(self.accelerator), self._without_casts(), self.accelerator.autocast():
-            trajectories = rollout(
-                policy,
-                self.model,
-                conditions,
-                generators,
-                num_inference_steps=args.num_inference_steps,
-                true_cfg_scale=self.true_cfg_scale,
-                batch_size=args.rollout_batch_size,
-                dynamics=args.dynamics,
-                noise_level=args.noise_level,
-                steps=steps,
-                start_generators=start_generators,
-                num_finish_steps=args.num_finish_steps,
-                keep_means=args.normalize_ratio,
-            )
-        with self._timed("decode"), in_step(self.accelerator):
-            images = decode(policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
+        batches = rollout_batches(
+            policy,
+            self.model,
+            conditions,
+            generators,
+            num_inference_steps=args.num_inference_steps,
+            true_cfg_scale=self.true_cfg_scale,
+            batch_size=args.rollout_batch_size,
+            dynamics=args.dynamics,
+            noise_level=args.noise_level,
+            steps=steps,
+            start_generators=start_generators,
+            num_finish_steps=args.num_finish_steps,
+            keep_means=args.normalize_ratio,
+        )
+        trajectories: dict[int, Trajectory] = {}
+        images: dict[int, Image.Image] = {}
+        begun: list[tuple[list[int], dict[int, Future]]] = []
+        with in_step(self.accelerator), policy.loaded("vae"), cancelled_on_error(begun):
+            while len(images) < len(rows):
+                with self._timed("rollout"), self._without_casts(), self.accelerator.autocast():
+                    members, paths = next(batches)
+                with self._timed("decode"):
+                    shapes = [conditions[i] for i in members]
+                    edits = decode(policy, [path.final for path in paths], shapes, args.rollout_batch_size)
+                trajectories.update(zip(members, paths, strict=True))
+                images.update(zip(members, edits, strict=True))
+                # Groups of which this batch had the last edit
+                for group in dict.fromkeys(groups[i] for i in members):
+                    places = [i for i in range(len(rows)) if groups[i] == group]
+                    if all(i in images for i in places):
+                        begun.append((places, self._begin_rewards(rows, images, places)))
         with self._timed("reward"), in_step(self.accelerator):
-            rewards_per_func, failed, tally = self._calculate_rewards(rows, images, in_training=True)
+            edits = [images[i] for i in range(len(rows))]
+            rewards_per_func, failed, tally = self._calculate_rewards(rows, edits, begun, in_training=True)
 
         # Advantages are relative to the group, whose samples may lie on several processes.
         self._check_groups([row["id"] for row in rows])
@@ -503,7 +546,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                         "id": str(rows[i]["id"]),
                         "prompt": rows[i]["prompt"],
                         "reference": fit_image(cases[indices[i]][1][0], args.resolution**2),
-                        "completion": fit_image(images[i], args.resolution**2),
+                        "completion": fit_image(edits[i], args.resolution**2),
                         **dict(zip(self.reward_func_names, rewards_per_func[i].tolist(), strict=True)),
                         "advantage": local_advantages[i],
                         **{column: values[i] for column, values in self._pending_extra.items()},
@@ -514,7 +557,13 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         return [
             Sample(str(row["id"]), group, condition, trajectory, advantage, 0.0 if flat else 1.0)
             for row, group, condition, trajectory, advantage, flat in zip(
-                rows, groups, conditions, trajectories, local_advantages, local_zero_std, strict=True
+                rows,
+                groups,
+                conditions,
+                [trajectories[i] for i in range(len(rows))],
+                local_advantages,
+                local_zero_std,
+                strict=True,
             )
         ]
 
@@ -584,70 +633,109 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self._save_checkpoint(self.model, None)
             raise
 
-    def _calculate_rewards(
-        self, rows: list[dict[str, Any]], images: list[Image.Image], in_training: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, JudgeTally]:
-        """
-        Rewards of this process's samples, of shape `(num_samples, num_reward_funcs)`, NaN where not applicable; where
-        a function failed, which is another thing than not being applicable, of the same shape; and the failures by
-        kind. In training a refused judge is one of these, so that the run can save a checkpoint before it stops.
-        """
-        kwargs: dict[str, Any] = {
-            name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")
-        }
-        kwargs |= {
-            "prompts": [row["prompt"] for row in rows],
-            "completions": images,
+    def _reward_arguments(
+        self, rows: list[dict[str, Any]], images: Mapping[int, Image.Image], places: list[int]
+    ) -> dict[str, Any]:
+        """The arguments of a reward function for the samples at some places. Each function gets copies of its own."""
+        chosen = [rows[i] for i in places]
+        columns = {name: [row.get(name) for row in chosen] for name in rows[0] if name not in ("prompt", "completion")}
+        columns |= {"prompts": [row["prompt"] for row in chosen], "completions": [images[i] for i in places]}
+        return own_copy(columns) | {
             "trainer_state": self.state,
-            "log_extra": self._log_extra,
-            "log_metric": lambda name, value: self._log_metric(name, value, len(rows)),
+            "log_extra": lambda column, values: self._log_extra(column, values, places),
+            "log_metric": lambda name, value: self._log_metric(name, value, len(places)),
         }
-        ids = [row["id"] for row in rows]
-        # Each function gets its own copies, so that one that changes an image does not change it for others.
-        outputs: dict[int, list[float | None]] = {}
-        waiting: dict[int, Any] = {}
-        raised: set[int] = set()
-        tally = JudgeTally()
+
+    def _begin_rewards(
+        self, rows: list[dict[str, Any]], images: Mapping[int, Image.Image], places: list[int]
+    ) -> dict[int, Future]:
+        """
+        Calls those reward functions that wait for others: async ones, and scorers with a judge on a server. They work
+        while the next edits are sampled. Returns what they will return, by the number of the function.
+        """
+        begun: dict[int, Future] = {}
         for i, func in enumerate(self.reward_funcs):
             if is_async_callable(func):
-                waiting[i] = asyncio.run_coroutine_threadsafe(awaited(func, own_copy(kwargs)), self.async_loop)
-        for i, func in enumerate(self.reward_funcs):
-            try:
-                outputs[i] = self._answer(waiting[i]) if i in waiting else func(**own_copy(kwargs))
-            except JudgeRefusedError as error:
-                if not in_training or not self._rewards_work:
-                    raise
-                tally.fail(REFUSED, str(error), len(rows))
-                outputs[i] = [None] * len(rows)
-                raised.add(i)
-            except (Exception, SystemExit) as error:
-                name = self.reward_func_names[i]
-                outputs[i] = failed_rewards(error, name, ids, tally, first=not self._rewards_work)
-                raised.add(i)
-            else:
-                if isinstance(func, HPScorerReward):
-                    tally.merge(func.last_tally)
+                arguments = self._reward_arguments(rows, images, places)
+                begun[i] = asyncio.run_coroutine_threadsafe(awaited(func, arguments), self.async_loop)
+            elif isinstance(func, HPScorerReward) and func.is_remote:
+                arguments = self._reward_arguments(rows, images, places)
+                begun[i] = self._threads[func].submit(judged, func, arguments)
+        return begun
+
+    def _calculate_rewards(
+        self,
+        rows: list[dict[str, Any]],
+        images: list[Image.Image],
+        begun: list[tuple[list[int], dict[int, Future]]] | None = None,
+        in_training: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, JudgeTally]:
+        """
+        Rewards of this process's samples.
+
+        Args:
+            rows (`list[dict]`):
+                The row of each sample.
+            images (`list[PIL.Image.Image]`):
+                The edits.
+            begun (`list[tuple[list[int], dict[int, Future]]]`, *optional*):
+                Places of samples, and what [`_begin_rewards`] has returned for them. All samples must be in one. By
+                default all are begun here.
+            in_training (`bool`, *optional*, defaults to `False`):
+                Whether a judge that refuses its key is a failure like others, so that the run can save a checkpoint
+                before it stops.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, JudgeTally]`: the rewards, of shape `(num_samples, num_reward_funcs)`,
+            NaN where not applicable; where a function failed, which is another thing, of the same shape; and the
+            failures by kind.
+        """
+        edits, everything = dict(enumerate(images)), list(range(len(rows)))
+        if begun is None:
+            begun = [(everything, self._begin_rewards(rows, edits, everything))]
+        rewards_per_func = torch.full((len(rows), len(self.reward_funcs)), math.nan)
+        failed = torch.zeros_like(rewards_per_func, dtype=torch.bool)
+        tally = JudgeTally()
+        for i, (name, func) in enumerate(zip(self.reward_func_names, self.reward_funcs, strict=True)):
+            for places, futures in begun if i in begun[0][1] else [(everything, {})]:
+                ids = [rows[place]["id"] for place in places]
+                raised = False
+                try:
+                    if i in futures:
+                        returned = self._answer(futures[i])
+                    else:
+                        arguments = self._reward_arguments(rows, edits, places)
+                        returned = judged(func, arguments) if isinstance(func, HPScorerReward) else func(**arguments)
+                    if isinstance(func, HPScorerReward):
+                        returned, judgements = returned
+                        tally.merge(judgements)
+                except JudgeRefusedError as error:
+                    if not in_training or not self._rewards_work:
+                        raise
+                    tally.fail(REFUSED, str(error), len(places))
+                    returned, raised = [None] * len(places), True
+                except (Exception, SystemExit) as error:
+                    returned, raised = failed_rewards(error, name, ids, tally, first=not self._rewards_work), True
+                values = torch.tensor(check_rewards(returned, name, ids, self.args.on_bad_reward))
+                rewards_per_func[places, i] = values
+                # HP-Scorer applies to every case: without a score it has failed.
+                failed[places, i] = values.isnan() & (raised or isinstance(func, HPScorerReward))
         self._tally.merge(tally)
 
-        columns = [
-            check_rewards(outputs[i], name, ids, self.args.on_bad_reward)
-            for i, name in enumerate(self.reward_func_names)
-        ]
-        rewards_per_func = torch.tensor(columns, device=self.accelerator.device).T.contiguous()
-        # HP-Scorer applies to every case: without a score it has failed.
-        failed = [
-            rewards_per_func[:, i].isnan() & (i in raised or isinstance(func, HPScorerReward))
-            for i, func in enumerate(self.reward_funcs)
-        ]
-        for column, values in self._pending_extra.items():
-            if len(values) != len(rows):
-                raise ValueError(f"log_extra({column!r}, ...) got {len(values)} values for {len(rows)} completions.")
+        for column, extra, places in self._logged_extra:
+            if len(extra) != len(places):
+                raise ValueError(f"log_extra({column!r}, ...) got {len(extra)} values for {len(places)} completions.")
+            filled = self._pending_extra.setdefault(column, [None] * len(rows))
+            for place, value in zip(places, extra, strict=True):
+                filled[place] = value
+        self._logged_extra.clear()
         for row, unscored in zip(rows, rewards_per_func.isnan().all(1).tolist(), strict=True):
             if unscored:
                 logger.warning(
                     f"No reward function scored case {row['id']!r} ({row['prompt']!r}); it has no advantage."
                 )
-        return rewards_per_func, torch.stack(failed, dim=1), tally
+        device = self.accelerator.device
+        return rewards_per_func.to(device), failed.to(device), tally
 
     def _answer(self, waiting: Future) -> Any:
         """What an async function returns. Raises an error if a task that it started has ended the event loop."""
@@ -656,8 +744,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 raise RuntimeError("a task of an async reward function has ended the event loop, e.g. by sys.exit")
         return waiting.result()
 
-    def _log_extra(self, column: str, values: list) -> None:
-        self._pending_extra[column] = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+    def _log_extra(self, column: str, values: list, places: list[int]) -> None:
+        values = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+        self._logged_extra.append((column, values, places))
 
     def _log_metric(self, name: str, value: float, count: int) -> None:
         number = float(value)  # numbers of NumPy and torch could not be written into the trainer's state
@@ -672,8 +761,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             for name, values in metrics.items():
                 collected[name] += values
         self._pending_metrics.clear()
+        # An exact sum: calls that work at the same time come in any order.
         return {
-            name: sum(value * count for value, count in values) / sum(count for _, count in values)
+            name: math.fsum(value * count for value, count in values) / sum(count for _, count in values)
             for name, values in collected.items()
         }
 

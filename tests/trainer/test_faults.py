@@ -115,8 +115,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_named(make_trainer, monkeyp
     seen = []
     accumulate = trainer._accumulate_gradients
 
-    def spoil(model, samples):
-        loss = accumulate(model, samples)
+    def spoil(model, *samples):
+        loss = accumulate(model, *samples)
         seen.append(weights(trainer))
         if trainer.state.global_step == 1 and len(seen) % 2:  # one microbatch of the second update
             if where == "loss":
@@ -141,8 +141,8 @@ def test_a_run_whose_updates_stay_broken_stops_with_its_last_good_checkpoint(mak
     )
     accumulate = trainer._accumulate_gradients
 
-    def spoil(model, samples):
-        loss = accumulate(model, samples)
+    def spoil(model, *samples):
+        loss = accumulate(model, *samples)
         return loss * math.nan if trainer.state.global_step >= 2 else loss
 
     monkeypatch.setattr(trainer, "_accumulate_gradients", spoil)
