@@ -327,6 +327,7 @@ def _score_edits(
                 shown.append(edit if edit.size == size else edit.resize(size, Image.Resampling.LANCZOS))
             lines: list[dict[str, Any]] = []
             untried: list[Judgement] = []
+            again: list[Judgement] = []
             for case, score in zip(batch, benchmark.score(batch, references, shown), strict=True):
                 if score.reason is not None:
                     logger.warning("Case %s: %s", case["id"], score.reason)
@@ -343,10 +344,11 @@ def _score_edits(
                 lines.append(line | {"reason": score.reason, "judgements": judgements})
                 tally.add(score.judgements.values())
                 # A case without an answer in an earlier run may be of a kind that never gets one.
-                untried += score.judgements.values() if case["id"] not in before else []
+                (again if case["id"] in before else untried).extend(score.judgements.values())
             append_jsonl(folder / f"scores-{rank}.jsonl", lines)
             progress.update(len(batch))
-            limit.check(untried, "questions", f"Finished scores are kept in {folder}: run it again to resume.")
+            remedy = f"Finished scores are kept in {folder}: run it again to resume."
+            limit.check(untried, "questions", remedy, again)
     logger.log(logging.WARNING if tally.retries or tally.failures else logging.INFO, "The judge: %s.", tally)
 
 

@@ -50,8 +50,8 @@ class Judgement:
             Number of answers without a score among those that were averaged.
         failure (`str`, *optional*):
             The kind of failure, if there was no answer: `"timeout"`, `"connection"`, `"rate limit"`, `"http 500"` (or
-            another status), `"too large"`, `"encoding"`, `"redirect"`, `"empty"`, `"malformed"`, `"image"` (it cannot
-            be shown to the judge) or, if the judge does not say, `"no answer"`.
+            another status), `"refused"` (the key), `"too large"`, `"encoding"`, `"redirect"`, `"empty"`,
+            `"malformed"`, `"image"` (it cannot be shown to the judge) or, if the judge does not say, `"no answer"`.
         requests (`int`, *optional*, defaults to `0`):
             Number of requests to a server.
         retries (`int`, *optional*, defaults to `0`):
