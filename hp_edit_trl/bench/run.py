@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 
 THUMBNAIL = 768  # longest side of a reference image in a results folder
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "datasets", "pillow")
-LONGEST_ID = 230  # a file's name may have 255 characters, with the suffix of a temporary file
 ROW_COLUMNS = {
     "id", "prompt", "requirement", "references", "edit", "width", "height", "resized", "reshaped", "reason", "answers",
     "human",
@@ -181,12 +180,6 @@ def _check_cases(cases: Dataset, benchmark: Benchmark) -> dict[str, str]:
         for row, value in enumerate(cases[column]):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{column} of row {row} of {benchmark.title} is {value!r}, but must be a text.")
-    for row, case_id in enumerate(cases["id"]):
-        if len(file_name(case_id)) > LONGEST_ID:
-            raise ValueError(
-                f"The id of row {row} of {benchmark.title} is too long for a file name: {case_id[:40]!r}... Use ids "
-                f"of up to {LONGEST_ID} characters; a character beyond ASCII counts as 6 or more."
-            )
     return {cases[row]["id"]: problem for row, problem in bad.items()}
 
 
