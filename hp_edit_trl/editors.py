@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 from trl.trainer.utils import get_callable_name
 
+from .judges import shortened
 from .lora_formats import lora_file
 from .policies import EditPolicy, bucketed, decode, rollout
 from .policies.edit_policy import fitted_size
@@ -38,6 +39,8 @@ from .utils.texts import without_control_tokens
 
 
 logger = logging.getLogger(__name__)
+
+LONGEST_REASON = 1000  # characters of an error of an editor in logs and results
 
 
 @runtime_checkable
@@ -468,8 +471,9 @@ def edit_cases(
     except Exception as error:  # an editor of the user's own may raise anything
         redact_error(error)  # an API's address or answer may hold a key
         if len(references) == 1:
-            logger.warning("No edit of case %s: %s: %s", ids[0], type(error).__name__, error)
-            return [None], [f"editor failed: {type(error).__name__}: {error}"]
+            reason = shortened(f"{type(error).__name__}: {error}", LONGEST_REASON)
+            logger.warning("No edit of case %s: %s", ids[0], reason)
+            return [None], [f"editor failed: {reason}"]
         cases = zip(references, prompts, ids, seeds, strict=True)
         alone = [edit_cases(editor, [images], [prompt], [case_id], [seed]) for images, prompt, case_id, seed in cases]
         return [edits[0] for edits, _ in alone], [reasons[0] for _, reasons in alone]

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from PIL import Image
 
 from ..utils.images import read_image
+from ..utils.texts import is_blank
 
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
@@ -79,7 +80,7 @@ class Judgement:
         # Half a character, which servers cut off at times, cannot be written to any file.
         answer = self.answer.encode("utf-8", "replace").decode()
         object.__setattr__(self, "answer", shortened(answer, LONGEST_ANSWER))
-        if self.score is None and not answer.strip():
+        if self.score is None and is_blank(answer):
             object.__setattr__(self, "answered", False)
             object.__setattr__(self, "failure", self.failure or "empty")
         elif not self.answered and self.failure is None:
@@ -134,7 +135,7 @@ def without_reasoning(answer: str) -> str:
 
 def is_empty(answer: str) -> bool:
     """Whether an answer holds nothing, or nothing but reasoning, closed or cut off."""
-    return not without_reasoning(answer).partition("<think>")[0].strip()
+    return is_blank(without_reasoning(answer).partition("<think>")[0])
 
 
 def load_for(judge: Judge, num_images: int) -> None:

@@ -165,7 +165,7 @@ def test_the_trial_has_as_many_images_as_the_largest_case():
             ServerJudge("m", server.url).load(4)
 
 
-@pytest.mark.parametrize("content", ["", None, "<think>Let me see", "<think>4</think>"])
+@pytest.mark.parametrize("content", ["", None, "<think>Let me see", "<think>4</think>", " \n\u200b\ufeff\u3164"])
 def test_a_model_that_only_thinks_fails_its_trial(content):
     with FaultyServer(http(200, completion(content))) as server:
         with pytest.raises(
