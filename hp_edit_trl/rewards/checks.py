@@ -62,8 +62,8 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
         is_number = isinstance(value, int | float | np.integer | np.floating | np.bool_)
         if value is not None and (not is_number or isinstance(value, np.timedelta64)):  # which NumPy calls an integer
             raise TypeError(
-                f"The reward function {name!r} returned {shortened(repr(value))} for case {case_id!r}, but must return "
-                f"a number or None: {SIGNATURE}."
+                f"The reward function {name!r} returned {shortened(repr(value))} for case {case_id!r}, but must "
+                f"return a number or None: {SIGNATURE}."
             )
         if value is not None and not abs(value) <= LARGEST_REWARD:  # NaN too
             if on_bad_reward == "error":
