@@ -14,7 +14,6 @@ import contextlib
 import copy
 import io
 import logging
-import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from tqdm.auto import tqdm
 from .utils.image_paths import check_image_paths
 from .utils.images import FORMATS, UnreadableImageError, read_image
 from .utils.secrets import redact_error, remember_secrets
+from .utils.texts import is_blank
 
 
 logger = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ def prompt_problem(prompt: Any) -> str | None:
     if not prompt.strip():
         return f"has a{'n empty' if not prompt else ' blank'} prompt: {remedy}"
     # Controls, separators, and characters that only format others, have none, or are private
-    if all(unicodedata.category(letter)[0] in "CZ" for letter in prompt):
+    if is_blank(prompt):
         return f"has a prompt without a visible character, {prompt[:20]!r}: {remedy}"
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         return (

@@ -32,7 +32,7 @@ from .base import (
     shortened,
     trial_conversation,
 )
-from .failures import JudgeRefusedError
+from .failures import REFUSED, JudgeRefusedError
 
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,8 @@ class ServerJudge:
                 self.score_mode = "integer"
                 judgement = self._run(self._try(trial))
         except _Failure as failure:
+            if failure.kind == REFUSED:
+                raise JudgeRefusedError(str(failure)) from None
             raise ConnectionError(
                 f"The judge {self.name!r} at {self._shown_url} gives no judgements of {num_images} images: "
                 f"{failure.kind}: {failure}"
@@ -213,10 +215,8 @@ class ServerJudge:
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         """
-        Judges conversations, see [`Judge`].
-
-        Raises:
-            `ConnectionError`: If the server refuses the key (401 or 403).
+        Judges conversations, see [`Judge`]. If the server refuses the key (401 or 403), no further request is sent:
+        the remaining judgements are missing, of the kind `"refused"`.
         """
         return self._run(self._judge(conversations)) if conversations else []
 
@@ -256,23 +256,32 @@ class ServerJudge:
     async def _judge(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         places = asyncio.Semaphore(self.max_concurrency)
 
-        async def judge(conversation: list[dict[str, Any]], session) -> Judgement:
+        judged: dict[int, Judgement] = {}
+
+        async def judge(index: int, session) -> None:
             async with places:
                 start, cost = time.perf_counter(), _Cost()
                 try:
-                    judgement = await self._ask(conversation, session, cost, self.max_retries)
+                    judgement = await self._ask(conversations[index], session, cost, self.max_retries)
                 except _Failure as failure:
                     reason = f"{failure.kind}: {failure}"
                     judgement = Judgement(None, reason, answered=False, failure=failure.kind)
-                return replace(judgement, seconds=time.perf_counter() - start, **vars(cost))
+                judged[index] = replace(judgement, seconds=time.perf_counter() - start, **vars(cost))
+                if judgement.failure == REFUSED:
+                    raise JudgeRefusedError(judgement.answer)  # cancels the other requests
 
+        refused = None
         async with self._session() as session:
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(judge(conversation, session)) for conversation in conversations]
+                    for index in range(len(conversations)):
+                        group.create_task(judge(index, session))
             except ExceptionGroup as several:
-                raise several.exceptions[0] from None
-        return [task.result() for task in tasks]
+                refused = several.exceptions[0]
+                if not isinstance(refused, JudgeRefusedError):
+                    raise refused from None
+        rest = Judgement(None, str(refused), answered=False, failure=REFUSED)
+        return [judged.get(index, rest) for index in range(len(conversations))]
 
     async def _ask(self, conversation: list[dict[str, Any]], session, cost: _Cost, max_retries: int) -> Judgement:
         messages = await asyncio.to_thread(self._messages, conversation)
@@ -302,7 +311,7 @@ class ServerJudge:
         return replace(judgement, input_tokens=read, output_tokens=written)
 
     async def _request(self, session, body: bytes, cost: _Cost, max_retries: int) -> dict[str, Any]:
-        """A server's reply, after retries. Raises `_Failure` if there is none, or `JudgeRefusedError`."""
+        """A server's reply, after retries. Raises `_Failure` if there is none."""
         for attempt in range(max_retries + 1):
             start = time.perf_counter()
             cost.requests += 1
@@ -369,9 +378,10 @@ class ServerJudge:
     def _raise_for_status(self, status: int, headers, text: str) -> None:
         reason = f"the server answered {status}: {shortened(without_known_secrets(_error_message(text)))}"
         if status in (401, 403):
-            raise JudgeRefusedError(
+            raise _Failure(
+                REFUSED,
                 f"The judge {self.name!r} at {self._shown_url} cannot be used: {reason}. Set the key of the API, with "
-                "api_key= or the environment variable OPENAI_API_KEY."
+                "api_key= or the environment variable OPENAI_API_KEY.",
             )
         if status == 429:
             raise _Failure("rate limit", reason, retry=True, pause=_pause(headers.get("Retry-After")))

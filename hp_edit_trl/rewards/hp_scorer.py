@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..judges import CachedJudge, Judge, Judgement, JudgeTally, ServerJudge, describe_judge, load_judge
 from ..judges.base import ScoreMode, load_for
+from ..judges.failures import check_not_refused
 from ..utils.images import read_image
 from .prompts import ScorerPrompt, load_scorer_prompts
 
@@ -212,6 +213,8 @@ class HPScorerReward:
         Raises:
             [`UnreadableImageError`]: If an image cannot be read. All images are read by
                 [`~hp_edit_trl.utils.images.read_image`], and may also be paths.
+            [`~hp_edit_trl.judges.JudgeRefusedError`]: If a server refuses the judge's key. It holds the rewards of
+                the samples that were judged before.
 
         Returns:
             `list[float | None]`: the rewards in (0, 1), `None` where there is no score.
@@ -242,4 +245,6 @@ class HPScorerReward:
             log_metric("hp_score_failed", 1 - len(known) / count)
             if known:
                 log_metric("hp_score", sum(known) / len(known))
-        return [None if score is None else 1 / (1 + math.exp(self.beta - self.alpha * score)) for score in scores]
+        rewards = [None if score is None else 1 / (1 + math.exp(self.beta - self.alpha * score)) for score in scores]
+        check_not_refused(judgements, rewards=rewards)
+        return rewards

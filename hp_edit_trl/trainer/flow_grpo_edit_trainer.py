@@ -38,6 +38,7 @@ from ..cases import BadCaseError, check_cases, check_references, max_references
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.base import fit_image
+from ..judges.failures import REFUSED
 from ..policies import (
     EditConditions,
     Trajectory,
@@ -62,7 +63,6 @@ from .lora import check_peft_config, prepare_lora
 logger = get_logger(__name__)
 
 REWARD_WINDOW = 8  # generation batches that `max_missing_rewards` is taken over
-REFUSED = "refused"  # the kind of failure of a judge whose key is refused
 
 # Takes prompts, completions and the dataset's columns as lists; returns, or awaits, a list[float | None].
 RewardFunc = Callable[..., Any]

@@ -417,7 +417,7 @@ def test_results_are_those_of_the_rows(tmp_path, monkeypatch):
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize("case_id", ["../x", "..", "a/b", "第三 个?*", "x" * 230, "%2e"])
+@pytest.mark.parametrize("case_id", ["../x", "..", "a/b", "第三 个?*", "x" * 230, "Third" * 99, "%2e"])
 def test_any_id_is_a_file_in_the_folder(tmp_path, case_id):
     odd = make_cases(2).to_list()
     odd[0]["id"] = case_id
@@ -428,15 +428,6 @@ def test_any_id_is_a_file_in_the_folder(tmp_path, case_id):
     assert len(list((run.folder / "edits").iterdir())) == 2
     again = run_benchmark(bench(cases), FolderEditor(run.folder / "edits"), tmp_path / "again")
     assert [row["hp_score"] for row in again.cases] == [row["hp_score"] for row in run.cases]
-
-
-def test_an_id_that_is_too_long_for_a_file_is_refused(tmp_path):
-    odd = make_cases(2).to_list()
-    odd[1]["id"] = "第" * 30
-    cases = make_cases(2).from_list(odd, features=make_cases(2).features)
-    with pytest.raises(ValueError, match="The id of row 1 of RealPref-Bench is too long for a file name: '第第"):
-        run_benchmark(bench(cases), Painter(), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 HUB = """

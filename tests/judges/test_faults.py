@@ -3,14 +3,13 @@
 import asyncio
 import json
 import logging
-import re
 import resource
 import time
 from pathlib import Path
 
 import pytest
 
-from hp_edit_trl.judges import CachedJudge, FailureLimit, Judgement, JudgeTally, ServerJudge
+from hp_edit_trl.judges import CachedJudge, FailureLimit, Judgement, JudgeRefusedError, JudgeTally, ServerJudge
 from hp_edit_trl.judges.base import LONGEST_ANSWER, digit_of_token, expected_score
 from hp_edit_trl.judges.server import _pause
 from tests.helpers import photo
@@ -33,9 +32,12 @@ def test_a_fault_of_the_server_is_a_missing_score_with_its_kind(fault, tmp_path)
         cached = CachedJudge(judge, tmp_path / "cache")
         start = time.perf_counter()
         if fault.stops:
-            with pytest.raises(ConnectionError, match=re.escape(server.url) + ".*api_key= or .* OPENAI_API_KEY"):
-                cached([chat(), chat("Another")])
-            with pytest.raises(ConnectionError, match="cannot be used: the server answered 40"):
+            cannot = f"refused: The judge 'm' at {server.url} cannot be used: the server answered 40"
+            judged = cached([chat(), chat("Another")])
+            assert all(one.answer.startswith(cannot) and one.failure == "refused" for one in judged)
+            with pytest.raises(JudgeRefusedError, match="api_key= or .* OPENAI_API_KEY. Run again.$"):
+                FailureLimit().check([GOOD], "edits", "Run again.", judged)
+            with pytest.raises(JudgeRefusedError, match="^The judge 'm' at .*: the server answered 40"):
                 judge.load()
             return
         (judgement,) = cached([chat()])
@@ -64,6 +66,23 @@ class _either:
 
     def __exit__(self, kind, *args):
         return kind is None or issubclass(kind, ConnectionError)
+
+
+def test_a_key_that_is_refused_on_the_way_loses_no_answer(tmp_path):
+    replies = [http(200, completion("3")), http(200, completion("4")), error(401)]
+    count = iter(range(99))
+
+    def serve(connection):
+        connection.sendall(replies[min(next(count), 2)])
+
+    with FaultyServer(serve) as server:
+        judge = CachedJudge(ServerJudge("m", server.url, max_concurrency=1), tmp_path / "cache")
+        judged = judge([chat(str(i)) for i in range(9)])
+        assert [one.score for one in judged] == [3, 4] + [None] * 7 and len(server.requests) == 3
+        assert {one.failure for one in judged[2:]} == {"refused"}
+        server.serve = http(200, completion("5"))
+        assert [one.score for one in judge([chat(str(i)) for i in range(9)])] == [3, 4] + [5] * 7
+        assert len(server.requests) == 10
 
 
 def test_the_table_of_the_documentation_has_a_row_for_each_fault():
@@ -146,7 +165,7 @@ def test_the_trial_has_as_many_images_as_the_largest_case():
             ServerJudge("m", server.url).load(4)
 
 
-@pytest.mark.parametrize("content", ["", None, "<think>Let me see", "<think>4</think>"])
+@pytest.mark.parametrize("content", ["", None, "<think>Let me see", "<think>4</think>", " \n\u200b\ufeff\u3164"])
 def test_a_model_that_only_thinks_fails_its_trial(content):
     with FaultyServer(http(200, completion(content))) as server:
         with pytest.raises(
