@@ -308,7 +308,7 @@ class BaseEditTrainer(_BaseTrainer):
         Raises:
             `ValueError`: If the checkpoint is not whole, or holds another LoRA or the state of another optimizer.
         """
-        checkpoint = None
+        checkpoint, skipped = None, None
         with in_step(self.accelerator):
             if self.args.should_save:
                 clean_up(self.args.output_dir)
@@ -316,7 +316,9 @@ class BaseEditTrainer(_BaseTrainer):
                 checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._resume_files())
                 if checkpoint is not None:
                     check_same_lora(self.accelerator.unwrap_model(self.model), checkpoint)
-        (checkpoint,) = broadcast_object_list([checkpoint])
+                    skipped = (read_json(Path(checkpoint, MANIFEST)) or {}).get("skipped_updates")
+        checkpoint, skipped = broadcast_object_list([checkpoint, skipped])
+        self._skipped_updates, self._skipped_in_a_row = skipped or (0, 0)
         self._is_saved = False
         if checkpoint is not None:
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
@@ -408,7 +410,8 @@ class BaseEditTrainer(_BaseTrainer):
             with in_step(self.accelerator), save_errors(place):
                 if self.args.should_save:
                     self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-                    write_manifest(unfinished, names)
+                    skipped = (self._skipped_updates, self._skipped_in_a_row)
+                    write_manifest(unfinished, names, skipped_updates=skipped)
                     move_into_place(unfinished, place)
         except OSError as error:
             self.state.best_model_checkpoint = best_checkpoint
