@@ -618,7 +618,10 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         return waiting.result()
 
     def _log_extra(self, column: str, values: list) -> None:
-        self._pending_extra[column] = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+        values = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+        if not isinstance(values, list | tuple):
+            raise TypeError(f"log_extra({column!r}, ...) takes a list, a value for each completion.")
+        self._pending_extra[column] = values
 
     def _log_metric(self, name: str, value: float, count: int) -> None:
         number = float(value)  # numbers of NumPy and torch could not be written into the trainer's state
