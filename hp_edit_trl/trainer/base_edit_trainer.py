@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft.helpers import disable_input_dtype_casting
 from PIL import Image
-from transformers import TrainerState
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import GreedyLR, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import PushInProgress
@@ -282,18 +283,33 @@ class BaseEditTrainer(_BaseTrainer):
             self._skipped_in_a_row = 0
         self._update_is_finite, self._update_learns, self._update_cases = True, False, ()
 
+    def _metric_for_best_model(self, metrics: dict[str, float], use: str) -> float | None:
+        """The metric that decides, with a warning if an evaluation has none, e.g. because nothing was scored."""
+        name = str(self.args.metric_for_best_model)
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if math.isfinite(metrics.get(name, math.nan)):
+            return metrics[name]
+        logger.warning(
+            f"Step {self.state.global_step} is not a candidate for {use}: its evaluation has no {name}. It has: "
+            f"{', '.join(metrics)}."
+        )
+        return None
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        name = self.args.metric_for_best_model
-        if name is not None:
-            name = name if name.startswith("eval_") else f"eval_{name}"
-            if not math.isfinite(metrics.get(name, math.nan)):
-                logger.warning(
-                    f"Step {self.state.global_step} is not a candidate for the best model: its evaluation has no "
-                    f"{name}."
-                )
-                return False
+        wanted = self.args.metric_for_best_model is not None
+        if wanted and self._metric_for_best_model(metrics, "the best model") is None:
+            return False
         self._best_before = self.state.best_metric, self.state.best_global_step
         return super()._determine_best_metric(metrics, trial)
+
+    # Trainer would stop at an evaluation without the metric that its scheduler goes by.
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR) and not skip_scheduler:
+            value = self._metric_for_best_model(metrics, "the scheduler")
+            if value is not None:
+                self.lr_scheduler.step(value)
+        return metrics
 
     def _resume_files(self) -> list[str]:
         """Names of the files that an exact resume needs besides the weights, of all processes."""
@@ -316,7 +332,7 @@ class BaseEditTrainer(_BaseTrainer):
         Raises:
             `ValueError`: If the checkpoint is not whole, or holds another LoRA or the state of another optimizer.
         """
-        checkpoint = None
+        checkpoint, skipped = None, None
         with in_step(self.accelerator):
             if self.args.should_save:
                 clean_up(self.args.output_dir)
@@ -324,7 +340,9 @@ class BaseEditTrainer(_BaseTrainer):
                 checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._resume_files())
                 if checkpoint is not None:
                     check_same_lora(self.accelerator.unwrap_model(self.model), checkpoint)
-        (checkpoint,) = broadcast_object_list([checkpoint])
+                    skipped = (read_json(Path(checkpoint, MANIFEST)) or {}).get("skipped_updates")
+        checkpoint, skipped = broadcast_object_list([checkpoint, skipped])
+        self._skipped_updates, self._skipped_in_a_row = skipped or (0, 0)
         self._is_saved = False
         if checkpoint is not None:
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
@@ -416,7 +434,8 @@ class BaseEditTrainer(_BaseTrainer):
             with in_step(self.accelerator), save_errors(place):
                 if self.args.should_save:
                     self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-                    write_manifest(unfinished, names)
+                    skipped = (self._skipped_updates, self._skipped_in_a_row)
+                    write_manifest(unfinished, names, skipped_updates=skipped)
                     move_into_place(unfinished, place)
         except OSError as error:
             self.state.best_model_checkpoint = best_checkpoint

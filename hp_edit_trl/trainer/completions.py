@@ -76,7 +76,8 @@ def log_completions_table(
     for name in names:
         values = [row.get(name) for row in rows]
         if name not in images and not _is_column(values):
-            values = [None if value is None else str(value) for value in values]
+            # Half a character, which models write at times, cannot be stored.
+            values = [None if value is None else str(value).encode("utf-8", "replace").decode() for value in values]
         for row, value in zip(rows, values, strict=True):
             row[name] = value
 

@@ -746,6 +746,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
 
     def _log_extra(self, column: str, values: list, places: list[int]) -> None:
         values = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+        if not isinstance(values, list | tuple):
+            raise TypeError(f"log_extra({column!r}, ...) takes a list, a value for each completion.")
         self._logged_extra.append((column, values, places))
 
     def _log_metric(self, name: str, value: float, count: int) -> None:
