@@ -528,7 +528,8 @@ def test_all_references_are_shown_and_large_pictures_scaled_down(tmp_path):
 
 def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):
     make_edits(2).save_to_disk(tmp_path / "edits")
-    monkeypatch.delitem(sys.modules, "hp_edit_trl.calibration.page")
+    monkeypatch.delitem(sys.modules, page.__name__)
+    monkeypatch.delattr(page.__name__)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as end:
         cli.main(["annotate", str(tmp_path / "edits")])
