@@ -49,7 +49,7 @@ def run(*arguments, **options):
 
 @pytest.mark.slow
 def test_embedded_default(tmp_path):
-    few = {"cwd": str(tmp_path), "most": 40}
+    few = {"cwd": str(tmp_path), "most": 24}
     done = run("--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--log_completions", **few)
     assert done.returncode == 0, done.stderr[-4000:]
     output = tmp_path / "outputs" / "qwen-edit-embedded"
@@ -62,7 +62,7 @@ def test_embedded_default(tmp_path):
     assert {f"[{n} cases of {split}]" for n, split in ((1000, "train"), (96, "validation"), (400, "test"))} < set(
         done.stdout.splitlines()
     )
-    assert "| all | 40 |" in done.stdout and (output / "scores.csv").exists() and (output / "hard_cases.png").exists()
+    assert "| all | 24 |" in done.stdout and (output / "scores.csv").exists() and (output / "hard_cases.png").exists()
     # It resumes where it stopped. Its scores have been seen.
     resume = ("--max_steps", "4", "--resume_from_checkpoint", str(output / "checkpoint-3"))
     with mock.patch("hp_edit_trl.miniature.evaluate_before_after") as evaluate:
