@@ -182,18 +182,18 @@ class Progress(TrainerCallback):
 
 
 def run_arm(
-    arm: Arm, seed: int, config: Path, num_cases: int, folder: Path, num_test_cases: int = 400
+    arm: Arm, seed: int, config: Path, num_cases: int, folder: Path, num_test_cases: int, num_validation_cases: int
 ) -> dict[str, Any]:
     """Trains one arm with one seed and scores it on the test cases, unless the same run has finished already."""
     output_dir = folder / f"{arm.name.replace(' ', '_').replace('/', '-')}-{seed}"
     file = output_dir / "result.json"
-    key = fingerprint(arm, seed, num_cases, num_test_cases, config.read_bytes())
+    key = fingerprint(arm, seed, num_cases, num_test_cases, num_validation_cases, config.read_bytes())
     result = read_json(file)
     if result is not None and result["key"] == key:
         return result
     torch.set_num_threads(1)
     where = environment()
-    train, validation = load_dataset("train", num_cases), load_dataset("validation", 100)
+    train, validation = load_dataset("train", num_cases), load_dataset("validation", num_validation_cases)
     # Seed 1, because the recipes were chosen with the first test cases of seed 0
     test = load_dataset("test", num_test_cases, 1)
     shared = yaml.safe_load(config.read_text())
@@ -258,6 +258,7 @@ def run_arm(
 def run_experiment(
     name: str, arms: Sequence[Arm], seeds: Sequence[int], config: Path, output_dir: Path, num_cases: int = 1500,
     processes: int = 2, runs_dir: Path = Path("outputs/experiments"), num_test_cases: int = 400,
+    num_validation_cases: int = 100,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """
     Runs every arm with every seed, one core each, and writes the results as `name.json`, `name.csv`,
@@ -283,6 +284,8 @@ def run_experiment(
             Folder for the runs.
         num_test_cases (`int`, *optional*, defaults to `400`):
             Number of test cases.
+        num_validation_cases (`int`, *optional*, defaults to `100`):
+            Number of validation cases.
 
     Returns:
         `list[dict]`: the result of each run.
@@ -297,7 +300,7 @@ def run_experiment(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hp_edit_trl.trainer.flow_grpo_edit_trainer", "hp_edit_trl.miniature"])
     with ProcessPoolExecutor(processes, mp_context=context) as executor:
-        rest = config, num_cases, folder, num_test_cases
+        rest = config, num_cases, folder, num_test_cases, num_validation_cases
         jobs = [executor.submit(run_arm, arm, seed, *rest) for seed in seeds for arm in arms]
         for job in tqdm(as_completed(jobs), name, total=len(jobs)):
             runs.append(job.result())

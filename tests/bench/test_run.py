@@ -1,8 +1,5 @@
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +14,6 @@ from hp_edit_trl.ratings import Rating
 from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, make_cases, photo
 from tests.processes import Script
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def bench(dataset=None, judge=None, **kwargs):
@@ -450,8 +444,5 @@ assert runs[0].settings["benchmark"]["dataset"] == "someone/RealPref-Bench"
 @pytest.mark.slow
 def test_results_carry_the_commit_of_the_cases(tmp_path):
     with fake_hub() as hub:
-        env = {**os.environ, **hub.env, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(
-            [sys.executable, "-c", HUB, str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, text=True
-        )
+        done = Script("-c", HUB, tmp_path, cwd=tmp_path, environment=hub.env).wait()
     assert done.returncode == 0, done.stderr[-3000:]

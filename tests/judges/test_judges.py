@@ -1,10 +1,8 @@
 import base64
 import io
 import json
-import os
 import pickle
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +26,7 @@ from hp_edit_trl.judges import CachedJudge, Judgement, parse_score
 from hp_edit_trl.judges.base import expected_score
 from hp_edit_trl.miniature.tiny import CHAT_TEMPLATE, tiny_judge, tiny_text_encoder, tiny_tokenizer
 from tests.helpers import photo
+from tests.processes import Script
 
 
 @pytest.mark.parametrize(
@@ -559,28 +558,17 @@ def test_transformers_serve(judge_folder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [
-        str(Path(sys.executable).parent / "transformers"),
-        "serve",
-        judge_folder,
-        "--device",
-        "cpu",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    command = ["serve", judge_folder, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    process = Script("-c", "from transformers.cli.transformers import main; main()", *command, environment=environment)
     try:
-        for _ in range(240):
-            assert process.poll() is None, (tmp_path / "log").read_text()
+        while process.ranks[0].is_alive():
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=2).close()
                 break
             except OSError:
-                time.sleep(0.5)
+                time.sleep(0.1)
+        assert process.ranks[0].is_alive(), process.printed("stderr")
         reward = HPScorerReward(judge_folder, judge_base_url=f"http://127.0.0.1:{port}/v1")
         reward.load()
         server, local = reward.judge, TransformersJudge(judge_folder, "integer", max_new_tokens=16)
@@ -596,7 +584,7 @@ def test_transformers_serve(judge_folder, tmp_path):
         assert [judgement.answer for judgement in expected(chats)] == answers
         assert all(judgement.input_tokens > 0 for judgement in expected(chats))
     finally:
-        process.terminate()
+        process.kill()
         process.wait(30)
 
 

@@ -2,12 +2,14 @@
 
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from experiments import make_trainer
 
 from hp_edit_trl.miniature import RuleScorer, edit_dataset, load_dataset, score_edits
+from hp_edit_trl.policies.qwen_image_edit import QwenImageEditPlusPolicy
 from hp_edit_trl.utils.statistics import paired_difference
 
 
@@ -15,8 +17,23 @@ CONFIG = Path(__file__).parents[2] / "examples" / "miniature" / "experiment.yaml
 GROUP = 12
 
 
+@pytest.fixture(scope="module", autouse=True)
+def encoded_once():
+    """The test cases are encoded once for all evaluations: the encoders are not trained."""
+    encode, known = QwenImageEditPlusPolicy.encode, {}
+
+    def remember(self, images, prompt, *args):
+        key = (*[image.tobytes() for image in images], prompt, *args)
+        if key not in known:
+            known[key] = encode(self, images, prompt, *args)
+        return known[key]
+
+    with mock.patch.object(QwenImageEditPlusPolicy, "encode", remember):
+        yield
+
+
 def trainer_of(reward, folder):
-    options = {"max_steps": 40, "save_strategy": "no"}
+    options = {"max_steps": 20, "save_strategy": "no", "disable_tqdm": True}
     return make_trainer(CONFIG, options, folder, 0, reward, load_dataset("train", 400))
 
 

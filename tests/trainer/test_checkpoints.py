@@ -7,8 +7,6 @@ import logging
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +31,9 @@ from hp_edit_trl.trainer.checkpoints import (
     write_manifest,
 )
 from tests.helpers import END, make_cases, make_config, photo, redness
+from tests.processes import Script
 
 
-ROOT = Path(__file__).parents[2]
 NEEDED = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
 
 
@@ -404,12 +402,8 @@ trainer.train()
 
 @pytest.mark.slow
 def test_a_failure_of_one_rank_is_one_of_all(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT + END)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    command.append(str(tmp_path / "out"))
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    done = Script("-c", SCRIPT + END, tmp_path / "out", environment=environment, processes=2).wait()
     assert done.returncode == 0, done.stderr[-4000:]
     assert "checkpoint-1 could not be saved" in done.stderr or "Process 1 failed" in done.stderr
     names = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())

@@ -32,7 +32,10 @@ def test_an_experiment_writes_its_results_and_resumes(config, tmp_path):
         Arm("pairs", {"beta": 500.0}, method="dpo"),
         Arm("base", method="none"),
     ]
-    where = {"output_dir": tmp_path / "results", "runs_dir": tmp_path / "runs", "num_cases": 16, "num_test_cases": 24}
+    where = {
+        "output_dir": tmp_path / "results", "runs_dir": tmp_path / "runs", "num_cases": 16, "num_test_cases": 16,
+        "num_validation_cases": 8,
+    }  # fmt: skip
     runs = run_experiment("trial", arms, [3], config, **where)
     assert [(run["arm"], run["seed"]) for run in runs] == [(arm.name, 3) for arm in arms]
     assert runs[0]["train_cases"] == 16 and 0 < runs[1]["train_cases"] < 16
@@ -44,7 +47,7 @@ def test_an_experiment_writes_its_results_and_resumes(config, tmp_path):
     record = json.loads((tmp_path / "results" / "trial.json").read_text())
     assert record["runs"] == runs and record["config"]["max_steps"] == 1
     assert all(run["commit"] and {"versions", "machine"} <= set(run["environment"]) for run in record["runs"])
-    assert all(len(run["scores"]) == 24 for run in runs) and all(run["cpu_seconds"] > 0 for run in runs[:3])
+    assert all(len(run["scores"]) == 16 for run in runs) and all(run["cpu_seconds"] > 0 for run in runs[:3])
     with (tmp_path / "results" / "trial_curves.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 7
     with (tmp_path / "results" / "trial.csv").open() as file:
