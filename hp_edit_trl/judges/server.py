@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -14,6 +15,8 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+
+from PIL import Image
 
 from ..utils.secrets import redacted, remember_secrets, without_known_secrets
 from ..utils.texts import without_control_tokens
@@ -251,18 +254,18 @@ class ServerJudge:
 
     async def _try(self, conversation: list[dict[str, Any]]) -> Judgement:
         async with self._session() as session:
-            return await self._ask(conversation, session, _Cost(), min(2, self.max_retries))
+            return await self._ask(conversation, session, _Cost(), min(2, self.max_retries), {})
 
     async def _judge(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         places = asyncio.Semaphore(self.max_concurrency)
-
+        encoded: dict[tuple, asyncio.Task[str]] = {}
         judged: dict[int, Judgement] = {}
 
         async def judge(index: int, session) -> None:
             async with places:
                 start, cost = time.perf_counter(), _Cost()
                 try:
-                    judgement = await self._ask(conversations[index], session, cost, self.max_retries)
+                    judgement = await self._ask(conversations[index], session, cost, self.max_retries, encoded)
                 except _Failure as failure:
                     reason = f"{failure.kind}: {failure}"
                     judgement = Judgement(None, reason, answered=False, failure=failure.kind)
@@ -283,8 +286,18 @@ class ServerJudge:
         rest = Judgement(None, str(refused), answered=False, failure=REFUSED)
         return [judged.get(index, rest) for index in range(len(conversations))]
 
-    async def _ask(self, conversation: list[dict[str, Any]], session, cost: _Cost, max_retries: int) -> Judgement:
-        messages = await asyncio.to_thread(self._messages, conversation)
+    async def _ask(
+        self,
+        conversation: list[dict[str, Any]],
+        session,
+        cost: _Cost,
+        max_retries: int,
+        encoded: dict[tuple, asyncio.Task[str]],
+    ) -> Judgement:
+        messages = []
+        for message in conversation:
+            content = [await self._as_openai(part, encoded) for part in message["content"]]
+            messages.append({"role": message["role"], "content": content})
         options: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": 0}
         if self.score_mode == "expected":
             options |= {"max_tokens": NUM_ANSWER_TOKENS, "logprobs": True, "top_logprobs": 20}
@@ -389,19 +402,24 @@ class ServerJudge:
         pause = _pause(headers.get("Retry-After")) if retry else None
         raise _Failure(f"http {status}", reason, retry=retry, pause=pause)
 
-    def _messages(self, conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {"role": message["role"], "content": [self._as_openai(part) for part in message["content"]]}
-            for message in conversation
-        ]
-
-    def _as_openai(self, part: dict[str, Any]) -> dict[str, Any]:
+    async def _as_openai(self, part: dict[str, Any], encoded: dict[tuple, asyncio.Task[str]]) -> dict[str, Any]:
         if part["type"] != "image":
             return {**part, "text": without_control_tokens(part["text"])}
+        # The edits of a case share its references. By content, because each edit may come with copies of its own.
+        key = await asyncio.to_thread(_content, part["image"])
+        if key not in encoded:
+            encoded[key] = asyncio.create_task(asyncio.to_thread(self._data_url, part["image"]))
+        return {"type": "image_url", "image_url": {"url": await encoded[key]}}
+
+    def _data_url(self, image: Image.Image) -> str:
         buffer = io.BytesIO()
-        fit_image(part["image"], self.max_pixels).save(buffer, "PNG", compress_level=1)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        fit_image(image, self.max_pixels).save(buffer, "PNG", compress_level=1)
+        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _content(image: Image.Image) -> tuple:
+    """What tells an image from others."""
+    return image.mode, image.size, tuple(image.getpalette() or ()), hashlib.sha256(image.tobytes()).digest()
 
 
 def _answers(reply: dict[str, Any]) -> list[str]:

@@ -425,6 +425,24 @@ def test_server_is_sent_large_pictures_scaled_down(serve):
     assert sizes == [(64, 32), (32, 32)]
 
 
+def test_an_image_that_several_conversations_show_is_encoded_once(serve, monkeypatch):
+    server = serve(lambda body, n: (200, completion("4")))
+    judge = ServerJudge("m", server.url)
+    encoded, encode = [], judge._data_url
+    monkeypatch.setattr(judge, "_data_url", lambda image: encoded.append(image) or encode(image))
+    scorer = HPScorerReward(judge)
+    source, edits = photo(32, 32, 0), [photo(32, 32, seed) for seed in (1, 2, 3)]
+    conversations = [scorer.conversation("x", edit, [source.copy()]) for edit in edits]
+    assert [judgement.score for judgement in judge(conversations)] == [4, 4, 4]
+    assert len(encoded) == 4
+    for request, edit in zip(sorted(server.requests, key=str), sorted(edits, key=encode), strict=True):
+        urls = [part["image_url"]["url"] for part in request["messages"][1]["content"] if part["type"] == "image_url"]
+        assert urls == [encode(source), encode(edit)]
+        # What edits of a case have in common comes first: a server can keep it.
+        parts = [part.get("text") or "image" for part in request["messages"][1]["content"]]
+        assert parts == ["Image A:", "image", "Image B:", "image"]
+
+
 def test_server_expected_mode(serve):
     probabilities = {"4": 0.5, " 4": 0.1, "3": 0.2, "The": 0.2}
     server = serve(lambda body, n: (200, completion("4", top_logprobs(probabilities))))
