@@ -327,7 +327,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         for option in (
             "learning_rate", "num_generations", "generation_batch_size", "num_iterations", "resolution",
             "num_inference_steps", "true_cfg_scale", "guidance_scale", "dynamics", "noise_level", "sde_window_size",
-            "sde_window_range", "sde_window_mode", "epsilon", "beta", "scale_rewards", "seed",
+            "sde_window_range", "sde_window_mode", "same_latent", "num_finish_steps", "num_trained_generations",
+            "epsilon", "beta", "scale_rewards", "seed",
         ):  # fmt: skip
             settings[f"`{option}`"] = str(getattr(self.args, option))
         return settings | {"`true_cfg_scale`": str(self.true_cfg_scale)}  # the pipeline's, if `args` has none
