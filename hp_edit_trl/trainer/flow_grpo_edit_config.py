@@ -401,7 +401,7 @@ class FlowGRPOEditConfig(BaseEditConfig):
         # Trainer's default is the loss, for `load_best_model_at_end` and some schedulers
         if self.metric_for_best_model in ("loss", "eval_loss", "eval_", ""):
             raise ValueError(
-                "load_best_model_at_end=True, and the schedulers that go by evaluations, need metric_for_best_model: an "
+                "load_best_model_at_end=True, and schedulers that go by evaluations, need metric_for_best_model: an "
                 "evaluation has no loss. Use e.g. 'reward', with greater_is_better=True."
             )
         if self.log_completions_hub_repo is not None and not self.log_completions:

@@ -87,9 +87,9 @@ def test_a_sample_without_one_of_its_rewards_is_left_out_of_its_group(make_train
     trainer.reward_weights = torch.tensor([0.0, 1.0])
     rewards, advantages, flat = trainer._compute_advantages(group, failed=group.isnan())
     assert rewards.tolist() == pytest.approx([0.50, 0.51, 0.52, 0.51]) and not flat.any()
-    for weights in ([0.0, 0.0], [1.0, NAN]):
+    for useless in ([0.0, 0.0], [1.0, NAN]):
         with pytest.raises(ValueError, match="reward_weights=.* must be finite, and at least one of them not 0"):
-            make_trainer([redness, redness], reward_weights=weights)
+            make_trainer([redness, redness], reward_weights=useless)
 
 
 def test_a_missing_reward_does_not_move_an_evaluation(make_trainer):
