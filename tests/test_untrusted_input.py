@@ -27,6 +27,7 @@ ROWS = {
     "a dataset that is loaded by name has the address": "utils.test_image_paths.test_more_is_asked_for",
     "a `Dataset` of the user's own Python": "test_untrusted_input.test_paths_of_the_users_own_are_read",
     "the id of a case is a path": "test_editors.test_an_id_is_no_path_to_another_folder",
+    "ids that are long": "utils.test_files.test_different_names_stay_different_and_plain_ones_as_they_are",
     "the task of a scorer prompt is a path": "calibration.test_refine.test_a_task_is_no_path_to_another_folder",
     "the task of a scorer prompt is no text": "rewards.test_prompts.test_bad_folders",
     "the folder of a benchmark's run": "bench.test_report.test_a_gallery_shows_no_file_of_another_folder",

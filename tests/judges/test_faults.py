@@ -93,6 +93,7 @@ def test_the_table_of_the_documentation_has_a_row_for_each_fault():
     others = {
         "nobody listens at the address",
         "a judge that is gone in the middle of a run",
+        "a judge that is mended",
         "an answer without a score",
     }
     assert set(rows[1:]) == {fault.name for fault in FAULTS} | others
