@@ -40,6 +40,7 @@ ROWS = {
         "calibration.test_guard.test_guesses_of_an_address_become_slow_and_others_are_let_in",
     "wrong passwords from many":
         "calibration.test_guard.test_guesses_from_many_addresses_become_slow_but_the_right_password_works",
+    "another website": "calibration.test_guard.test_a_website_of_others_cannot_rate_or_guess",
     "a dataset is pushed": "test_untrusted_input.test_a_dataset_is_not_pushed_to_a_public_repository",
     "a secret in a file": "test_untrusted_input.test_a_planted_secret_is_found",
     "no network while": "test_untrusted_input.test_an_audit_without_a_network_does_not_fail",

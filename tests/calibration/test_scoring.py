@@ -131,9 +131,7 @@ def test_a_judge_that_dies_half_way_keeps_what_it_scored(tmp_path):
 
     edits, file = make_edits(12), tmp_path / "scores.jsonl"
     for kept in (3, 6):  # also of edits that were tried before, all that was answered is kept
-        with pytest.raises(
-            JudgeRefusedError, match="^the server answered 401 Earlier scores are kept in .*scores.json"
-        ):
+        with pytest.raises(JudgeRefusedError, match="^the server answered 401 Earlier scores are kept in"):
             score_dataset(HPScorerReward(Refuses()), edits, tmp_path / "refused", chunk_size=8)
         assert sum(line["score"] is not None for line in read_scores(tmp_path / "refused")) == kept
     with pytest.raises(ConnectionError, match="too many edits: 8 in a row.*nobody there.*run it again"):
