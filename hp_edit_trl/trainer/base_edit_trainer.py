@@ -48,7 +48,7 @@ from .checkpoints import (
     save_errors,
     write_manifest,
 )
-from .hub import CARD_PICTURES, MODEL_FILES, copy_published, upload, write_published_state
+from .hub import CARD_PICTURES, MODEL_FILES, card_pictures, copy_published, upload, write_published_state
 from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
 
@@ -564,7 +564,7 @@ class BaseEditTrainer(_BaseTrainer):
         options |= {"revision": revision} if revision is not None else {}
         # Pictures of an earlier commit that the card does not show any more are deleted.
         options |= {"delete_patterns": list(CARD_PICTURES), "run_as_future": not blocking}
-        files = [*MODEL_FILES, *(CARD_PICTURES if args.num_sample_edits else ())]
+        files = [*MODEL_FILES, *(card_pictures(folder) if args.num_sample_edits else ())]
         return upload(args.output_dir, args, self.hub_model_id, files, commit_message, **options)
 
     def save_sample_edits(self, num_cases: int | None = None) -> None:
