@@ -3,6 +3,7 @@ Scripts in processes of their own, as a user starts them. They are forked from a
 already, because imports take eight seconds of each process.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -51,6 +52,7 @@ def _read_hub_settings() -> None:
 
 
 def _run(command: list[str], cwd: str, environment: dict[str, str], output: str) -> None:
+    gc.freeze()  # a collection would copy the server's memory
     os.environ.update(environment)
     os.chdir(cwd)
     os.setsid()
