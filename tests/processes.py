@@ -38,8 +38,10 @@ def _read_hub_settings() -> None:
     huggingface_hub and datasets read the environment when they are imported, and other modules copy what they have
     read. Here they read it again.
     """
-    for name in ("huggingface_hub.constants", "datasets.config"):
-        settings = importlib.import_module(name)
+    import datasets.config
+    import huggingface_hub.constants
+
+    for settings in (huggingface_hub.constants, datasets.config):
         before = {name: value for name, value in vars(settings).items() if isinstance(value, str | bool | Path)}
         now = vars(importlib.reload(settings))
         changed = {name: (old, now[name]) for name, old in before.items() if now[name] != old}
@@ -47,7 +49,6 @@ def _read_hub_settings() -> None:
             for name, (old, new) in changed.items():
                 if vars(module).get(name) == old:
                     setattr(module, name, new)
-    huggingface_hub = importlib.import_module("huggingface_hub")
     huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
 
 
