@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
@@ -32,6 +33,7 @@ from hp_edit_trl.utils.tables import markdown_table
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- written by benchmarks/waiting.py -->\n", "<!-- end -->\n"
 CASES, GENERATIONS, BATCH = 6, 16, 8
+BUSY = 1.5  # seconds that a batch takes
 SERVERS = {"1 s per request": (1.0, 0.0), "3 s per request": (3.0, 0.0), "6 requests per second": (0.5, 1 / 6)}
 
 
@@ -123,13 +125,14 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--busy", type=float, default=1.5, help="seconds that a batch takes")
+    parser.add_argument("--faster", type=float, default=1.0, help="divide all times by it")
     parser.add_argument("--write", action="store_true", help="write table and picture into docs/")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     rows, shown = [], {}
     for name, (seconds, pause) in SERVERS.items():
-        after = measure(AfterwardsReward, seconds, pause, args.busy)
-        while_sampling = measure(HPScorerReward, seconds, pause, args.busy)
+        times = [x / args.faster for x in (seconds, pause, BUSY)]
+        after, while_sampling = measure(AfterwardsReward, *times), measure(HPScorerReward, *times)
         sampling = while_sampling["total"] - while_sampling["waits"]
         rows.append([name, *(f"{x:.1f}" for x in (sampling, after["waits"], while_sampling["waits"]))])
         if name == "3 s per request":

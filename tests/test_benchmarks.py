@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
         ),
         (["judging.py", "--cases", "1", "--edits", "2", "--size", "64"], "| expected | shared |"),
         (["kills.py", "--kills", "2", "--trainers", "DPO", "--processes", "1"], "| DPO | 1 |"),
+        (["waiting.py", "--faster", "100"], "| 3 s per request"),
         (["rollout_and_training.py", "--repeats", "1", "--quick"], "| 64 px, CFG 4, batch 4 |"),
     ],
 )
