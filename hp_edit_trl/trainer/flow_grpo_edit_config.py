@@ -90,7 +90,7 @@ class FlowGRPOEditConfig(BaseEditConfig):
             differ by the noise of the window alone.
         num_finish_steps (`int`, *optional*):
             Number of steps in which a rollout is finished after the window, with a method of second order. Defaults to
-            the remaining steps of the schedule. 2 or 3 instead of 5 or 6 change the scores little.
+            the remaining steps of the schedule.
 
         > Parameters that control evaluation
 
