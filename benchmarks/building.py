@@ -157,6 +157,9 @@ class Started:
         self.stage.load()
         self.file.write_text(repr(time.time()))
 
+    def check(self, again: bool) -> None:
+        self.stage.check(again)
+
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         return self.stage(batch)
 

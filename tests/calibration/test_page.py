@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from hp_edit_trl.ratings import append_rating, ratings_file, read_ratings
 from hp_edit_trl.utils.images import read_image
 from tests.calibration.helpers import make_edits, make_rating, with_broken, with_references
 from tests.helpers import photo
-from tests.processes import Script
 
 
 ROOT = Path(__file__).parents[2]
@@ -64,12 +64,17 @@ def serving(folder, *options, env=None):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
+    # Not forked: a tab that is open must see another server after a restart.
+    command = [sys.executable, "-m", "hp_edit_trl.cli", "annotate", "edits", "--port", str(port), *options]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("HP_EDIT", "GRADIO"))}
+    log = (folder / "server.log").open("a")
+
     def start():
-        command = ["hp_edit_trl.cli", "annotate", "edits", "--port", str(port), *options]
-        server = Script("-m", *command, cwd=folder, environment=env)
-        while "Rate edits at" not in server.printed("stdout"):
-            assert server.ranks[0].is_alive(), server.printed("stderr")
-            time.sleep(0.02)
+        server = subprocess.Popen(
+            command, cwd=folder, env={**outside, "PYTHONPATH": str(ROOT), **(env or {})}, stdout=subprocess.PIPE,
+            stderr=log, text=True,
+        )  # fmt: skip
+        assert "Rate edits at" in server.stdout.readline(), (folder / "server.log").read_text()
         return server
 
     servers = [start()]
@@ -78,6 +83,7 @@ def serving(folder, *options, env=None):
     finally:
         servers[-1].kill()
         servers[-1].wait()
+        log.close()
 
 
 class Tab:
@@ -197,7 +203,7 @@ def test_two_people_rate(browser, tmp_path):
         written[name] += 1
 
     with serving(tmp_path) as (url, servers, start):
-        log = servers[-1].printed("stderr")
+        log = (tmp_path / "server.log").read_text()
         assert "The edit of case 'broken'" in log and "1 of 7 edits are not shown" in log
 
         anna, bert = Tab(browser, url), Tab(browser, url)
@@ -270,7 +276,7 @@ def test_two_people_rate(browser, tmp_path):
         bert.page.locator("#comment textarea").fill("The shadow is missing")
         shot(bert, tmp_path, "rating")
         # The server is killed in the middle of everything, and a line is cut off
-        servers[-1].kill()
+        servers[-1].send_signal(signal.SIGKILL)
         servers[-1].wait()
         file = ratings_file(tmp_path / "ratings", "anna")
         with file.open("ab") as lines:
@@ -280,7 +286,7 @@ def test_two_people_rate(browser, tmp_path):
         anna.page.wait_for_timeout(500)
         assert anna.token() == before
         servers.append(start())
-        assert "not a complete rating" in servers[-1].printed("stderr")
+        assert "not a complete rating" in (tmp_path / "server.log").read_text()
         bert.page.reload()
         bert.settle()
         note(anna, "anna", 2)

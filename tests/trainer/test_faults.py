@@ -113,7 +113,7 @@ def test_a_missing_reward_does_not_move_an_evaluation(make_trainer):
     assert metrics["eval_rewards/answers/mean"] == 1.0 and metrics["eval_rewards/bonus/mean"] == 1.0
     assert metrics["eval_of_numpy"] == 0.5 and json.dumps(metrics)  # as in the trainer's state
     with pytest.raises(TypeError, match="log_extra.'x', ...* takes a list"):
-        trainer._log_extra("x", 0.5)
+        trainer._log_extra("x", 0.5, [0])
 
 
 def test_infinite_rewards_stop_the_run_or_are_missing(make_trainer):

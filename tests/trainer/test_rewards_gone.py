@@ -172,7 +172,11 @@ def test_a_reward_function_that_raises(make_trainer, caplog):
 
 def test_an_event_loop_that_has_ended_is_not_waited_for(make_trainer):
     with asyncio.Runner() as runner, pytest.raises(RuntimeError, match="has ended the event loop"):
-        FlowGRPOEditTrainer._answer(SimpleNamespace(async_loop=runner.get_loop()), Future())
+
+        async def reward(**columns):
+            pass
+
+        FlowGRPOEditTrainer._answer(SimpleNamespace(async_loop=runner.get_loop(), reward_funcs=[reward]), 0, Future())
 
 
 def test_the_trial_has_the_pictures_of_the_largest_case(make_trainer):

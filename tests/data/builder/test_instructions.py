@@ -177,7 +177,7 @@ RUBBISH = [
     ("{" * 10_000, "not an object"), ('{"a":' * 3_000, "not an object"), ("[" * 15_000, "not an object"),
     ("x" * 1_000_000, "not an object: 20000 characters"), ("9" * 10_000, "not an object"),
     ('{"a":' + "9" * 9_000 + "}", "not an object"),
-    ("\ufffd\ufffd", "not an object"), ("NaN", "not an object"), ("\x00\x01", "not an object"),
+    ("\ufffd\ufffd", "not an object"), ("NaN", "not an object"), ("\x00\x01", "no answer"),
     ("{{{}}}", "field missing"),
     # an object that is another one
     ('{"Instruction": "Blur all but the dog", "subject": "the dog"}', "field missing: 'instruction' is not there"),

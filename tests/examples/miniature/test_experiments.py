@@ -42,7 +42,9 @@ def test_an_experiment_writes_its_results_and_resumes(config, tmp_path):
     assert all(0 < run["score"] < 5 for run in runs) and [len(run["curve"]) for run in runs] == [2, 2, 2, 1]
     assert runs[3]["score"] == runs[3]["before"] == runs[0]["before"] != runs[2]["score"]
     # DPO has mined its pairs when it starts: 16 cases * 5 edits * 3 steps.
-    assert [point["thousand_passes"] for point in runs[2]["curve"]] == [0.24, 0.256]
+    start, end = (point["thousand_passes"] for point in runs[2]["curve"])
+    assert start == 0.24 and end == pytest.approx(start + runs[2]["training_passes"] / 1000)
+    assert runs[2]["training_passes"] % 4 == 0 < runs[2]["training_passes"]  # two edits, by policy and reference
     assert runs[2]["curve"][0]["cpu_seconds"] > 0
     record = json.loads((tmp_path / "results" / "trial.json").read_text())
     assert record["runs"] == runs and record["config"]["max_steps"] == 1
