@@ -47,10 +47,11 @@ def test_judges_work_while_the_next_edits_are_sampled(tmp_path):
         trainer.policy.decode = decode_and_look
         trainer.train()
         assert overlapped[:2] == [False, True]
-        assert len(server.requests) == trials + 8
+        assert len(server.requests) >= trials + 8  # more if a connection was lost
     assert [len(ids) for ids in calls] == [4, 4] and len({*calls[0]}) == len({*calls[1]}) == 1
     log = trainer.state.log_history[0]
-    assert log["hp_score"] == 4 and log["judge/requests"] == 8 and log["frac_reward_missing"] == 0
+    assert log["hp_score"] == 4 and log["frac_reward_missing"] == 0
+    assert log["judge/requests"] - log["judge/retries"] == 8
 
 
 def test_it_changes_no_result(tmp_path, capsys):
