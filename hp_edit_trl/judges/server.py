@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import hashlib
 import io
 import json
 import logging
@@ -19,6 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from PIL import Image
 
+from ..utils.images import image_digest
 from ..utils.secrets import redacted, remember_secrets, without_known_secrets
 from ..utils.texts import without_control_tokens
 from .base import (
@@ -264,7 +264,7 @@ class ServerJudge:
 
     async def _judge(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         places = asyncio.Semaphore(self.max_concurrency)
-        encoded: dict[tuple, asyncio.Task[str]] = {}
+        encoded: dict[bytes, asyncio.Task[str]] = {}
         judged: dict[int, Judgement] = {}
 
         async def judge(index: int, session) -> None:
@@ -298,7 +298,7 @@ class ServerJudge:
         session,
         cost: _Cost,
         max_retries: int,
-        encoded: dict[tuple, asyncio.Task[str]],
+        encoded: dict[bytes, asyncio.Task[str]],
     ) -> Judgement:
         messages = []
         for message in conversation:
@@ -409,11 +409,11 @@ class ServerJudge:
         pause = _pause(headers.get("Retry-After")) if retry else None
         raise _Failure(f"http {status}", reason, retry=retry, pause=pause)
 
-    async def _as_openai(self, part: dict[str, Any], encoded: dict[tuple, asyncio.Task[str]]) -> dict[str, Any]:
+    async def _as_openai(self, part: dict[str, Any], encoded: dict[bytes, asyncio.Task[str]]) -> dict[str, Any]:
         if part["type"] != "image":
             return {**part, "text": without_control_tokens(part["text"])}
         # The edits of a case share its references. By content, because each edit may come with copies of its own.
-        key = await asyncio.to_thread(_content, part["image"])
+        key = await asyncio.to_thread(image_digest, part["image"])
         if key not in encoded:
             encoded[key] = asyncio.create_task(asyncio.to_thread(self._data_url, part["image"]))
         return {"type": "image_url", "image_url": {"url": await encoded[key]}}
@@ -422,11 +422,6 @@ class ServerJudge:
         buffer = io.BytesIO()
         fit_image(image, self.max_pixels).save(buffer, "PNG", compress_level=1)
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _content(image: Image.Image) -> tuple:
-    """What tells an image from others."""
-    return image.mode, image.size, tuple(image.getpalette() or ()), hashlib.sha256(image.tobytes()).digest()
 
 
 def _answers(reply: dict[str, Any]) -> list[str]:

@@ -120,25 +120,21 @@ def rollout_batches(
             last = velocity, sigma_next - sigma
         return latents
 
-    # Latents at the first stochastic step and the prediction there, for each start
+    # Latents at the first stochastic step and the prediction there, by the number of the leader
     first_steps: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    distinct = list(leaders.values())
-    for places in bucketed([conditions[index] for index in distinct], batch_size):
-        members = [distinct[place] for place in places]
-        first = conditions[members[0]]
-        batch = policy.collate([conditions[index] for index in members])
-        sigmas = policy.sigmas(num_inference_steps, first)
-        latents = torch.stack([_noise(start_generators[index], first) for index in members]).to(policy.device)
-        latents = follow_ode(latents, sigmas[: begin + 1], batch)
-        velocity = policy.velocity(model, latents, sigmas[begin], batch, true_cfg_scale) if steps else latents
-        first_steps.update(zip(members, zip(latents, velocity, strict=True), strict=True))
-
     for members in bucketed(conditions, batch_size):
         first = conditions[members[0]]
         batch = policy.collate([conditions[index] for index in members])
         sigmas = policy.sigmas(num_inference_steps, first)
-        starts = [first_steps[leaders[start_generators[index]]] for index in members]
-        latents, velocity = (torch.stack(part) for part in zip(*starts, strict=True))
+        starts = [leaders[start_generators[index]] for index in members]
+        new = [index for index in dict.fromkeys(starts) if index not in first_steps]
+        if new:
+            before = batch if new == members else policy.collate([conditions[index] for index in new])
+            latents = torch.stack([_noise(start_generators[index], first) for index in new]).to(policy.device)
+            latents = follow_ode(latents, sigmas[: begin + 1], before)
+            velocity = policy.velocity(model, latents, sigmas[begin], before, true_cfg_scale) if steps else latents
+            first_steps.update(zip(new, zip(latents, velocity, strict=True), strict=True))
+        latents, velocity = (torch.stack(part) for part in zip(*(first_steps[i] for i in starts), strict=True))
         stored: list[torch.Tensor] = [latents]
         log_probs: list[torch.Tensor] = []
         means: list[torch.Tensor] = []

@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 UNFINISHED = "_unfinished"
 
 WEIGHTS = "adapter_model.safetensors"
+ESSENTIAL = (TRAINER_STATE_NAME, WEIGHTS)  # without which a folder is no checkpoint
 
 # Files that are read when a run resumes, if they are there: none of them may be left out of a manifest.
 READ = ("adapter_config.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "rollouts_*.pt")
@@ -128,9 +129,7 @@ def write_manifest(folder: str | Path, names: Iterable[str], manifest: str = MAN
         _sync(path)
 
 
-def find_fault(
-    folder: str | Path, manifest: str = MANIFEST, essential: Iterable[str] = (TRAINER_STATE_NAME, WEIGHTS)
-) -> str | None:
+def find_fault(folder: str | Path, manifest: str = MANIFEST, essential: Iterable[str] = ESSENTIAL) -> str | None:
     """
     Checks the files of a folder against its manifest, byte by byte, and a trainer's state among them.
 
@@ -319,9 +318,8 @@ def checkpoint_to_resume(
         problem = find_fault(folder)
         unlisted = folder.is_dir() and not (folder / MANIFEST).is_file()
         if unlisted:  # saved by something else, or the list was deleted
-            essential = (TRAINER_STATE_NAME, WEIGHTS)
-            missing = [name for name in essential if not (folder / name).is_file()]
-            there = [name for name in (*essential, *needed) if (folder / name).is_file()]
+            missing = [name for name in ESSENTIAL if not (folder / name).is_file()]
+            there = [name for name in (*ESSENTIAL, *needed) if (folder / name).is_file()]
             problem = (
                 next((f"{name} is missing" for name in missing), None)
                 or next((f"{name} is truncated or damaged" for name in there if not can_be_read(folder / name)), None)

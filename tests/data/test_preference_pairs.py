@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import time
@@ -379,6 +380,6 @@ def test_what_fails_in_one_process_stops_mining_in_all(tmp_path):
     )
     done = Script(script, environment={"ACCELERATE_USE_CPU": "true"}, processes=2).wait(60)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    lines = sorted(re.findall(r"rank \d stopped.*", done.stdout))  # another library may print on the same line
     assert len(lines) == 2 and all("KeyError: 'target'" in line for line in lines)
     assert "Process 1 failed" in lines[0]

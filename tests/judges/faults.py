@@ -33,8 +33,8 @@ def logprobs(*positions: dict[str, float]) -> dict[str, Any]:
 def http(status: int, body: bytes | str | Any, headers: str = "", kind: str = "application/json") -> bytes:
     """A whole reply."""
     data = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
-    head = f"HTTP/1.1 {status} Status\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n{headers}\r\n"
-    return head.encode() + data
+    head = f"HTTP/1.1 {status} Status\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
+    return f"{head}Connection: close\r\n{headers}\r\n".encode() + data
 
 
 def error(status: int, message: str = "out of order", headers: str = "") -> bytes:
@@ -171,6 +171,13 @@ FAULTS = [
 ]
 
 
+def _received(connection: socket.socket) -> bytes:
+    data = connection.recv(2**16)
+    if not data:
+        raise ConnectionError("the judge has hung up")
+    return data
+
+
 class FaultyServer:
     """A server on loopback that does one of the faults to every request."""
 
@@ -194,13 +201,13 @@ class FaultyServer:
             try:
                 data = b""
                 while b"\r\n\r\n" not in data:
-                    data += connection.recv(2**16)
+                    data += _received(connection)
                 head, _, body = data.partition(b"\r\n\r\n")
                 length = next(
                     int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
                 )
                 while len(body) < length:
-                    body += connection.recv(2**16)
+                    body += _received(connection)
                 self.requests.append((head, body))
                 if isinstance(self.serve, bytes):
                     connection.sendall(self.serve)
