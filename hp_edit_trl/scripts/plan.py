@@ -5,7 +5,6 @@ it does not fit. No GPU and no weights are needed.
     hp-edit plan --config recipe.yaml --gpu h100 --num_processes 8
 """
 
-import json
 import warnings
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
@@ -24,7 +23,7 @@ from ..trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
 from ..trainer.plan import plan_training
 from ..trainer.rehearsal import alone
-from ..utils.files import write_atomically
+from ..utils.files import write_json
 from . import dpo, grpo
 from .utils import ScriptParser
 
@@ -116,6 +115,45 @@ def num_processes(launch: Namespace | None) -> int:
     return int((config or {}).get("num_processes") or 1)
 
 
+def parse(words: list[str]) -> tuple[dict[str, Any], str | None]:
+    """
+    The arguments of [`~hp_edit_trl.trainer.plan.plan_training`] that a command line stands for, and the file that the
+    plan is written to.
+
+    Args:
+        words (`list[str]`):
+            The command line after the name of the command.
+    """
+    name, words = choose_trainer(words)
+    arguments, trainer_type = TRAINERS[name]
+    parser = PlanParser("plan", (*arguments, PlanArguments))
+    options, launch = parser.parse(words)
+    options |= {"use_cpu": True, "tf32": None, "report_to": "none", "push_to_hub": False}
+    if options.get("fp16"):  # sizes are those of bfloat16, which a CPU has too
+        options |= {"fp16": False, "bf16": True, "dtype": options["dtype"] or "float32"}
+    with alone(num_processes(launch)):
+        script_args, training_args, model_args, plan_args = parser.parse_dict(options)
+    kwargs = training_args.model_init_kwargs or {}
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision, "dtype": model_args.dtype, **kwargs
+    }  # fmt: skip
+    given: dict[str, Any] = dict(vars(plan_args))
+    output = given.pop("output")
+    if name == "grpo":
+        given["num_answers"] = script_args.num_answers
+        if script_args.judge_base_url is None:
+            given |= {"judge": script_args.judge, "judge_revision": script_args.judge_revision}
+    return {
+        "trainer_type": trainer_type,
+        "model": model_args.model_name_or_path,
+        "args": training_args,
+        "options": loading_options(training_args),
+        "peft_config": get_peft_config(model_args),
+        "num_processes": num_processes(launch),
+        **given,
+    }, output
+
+
 def plan(words: list[str]) -> bool:
     """
     Runs `hp-edit plan`.
@@ -127,40 +165,15 @@ def plan(words: list[str]) -> bool:
     Returns:
         `bool`: whether the run fits the card.
     """
-    name, words = choose_trainer(words)
-    arguments, trainer_type = TRAINERS[name]
-    parser = PlanParser("plan", (*arguments, PlanArguments))
-    options, launch = parser.parse(words)
-    options |= {"use_cpu": True, "tf32": None, "report_to": "none", "push_to_hub": False}
-    if options.get("fp16"):  # sizes are those of bfloat16, which a CPU has too
-        options |= {"fp16": False, "bf16": True, "dtype": options["dtype"] or "float32"}
     diffusers.utils.logging.disable_progress_bar()
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
-    with alone(num_processes(launch)), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        script_args, training_args, model_args, plan_args = parser.parse_dict(options)
-        kwargs = training_args.model_init_kwargs or {}
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision, "dtype": model_args.dtype, **kwargs
-        }  # fmt: skip
-        given = dict(vars(plan_args))
-        output = given.pop("output")
-        if name == "grpo":
-            given["num_answers"] = script_args.num_answers
-            if script_args.judge_base_url is None:
-                given |= {"judge": script_args.judge, "judge_revision": script_args.judge_revision}
-        made = plan_training(
-            trainer_type,
-            model_args.model_name_or_path,
-            training_args,
-            loading_options(training_args),
-            get_peft_config(model_args),
-            **given,
-        )
+        arguments, output = parse(words)
+        made = plan_training(**arguments)
     print(made)
     if output is not None:
-        text = json.dumps(made.to_dict(), indent=2) + "\n"
-        write_atomically(Path(output), lambda file: Path(file).write_text(text, encoding="utf-8"))
+        write_json(output, made.to_dict())
         print(f"The plan is in {output}.")
     return made.fits

@@ -51,7 +51,7 @@ CARDS = {
     "l4": Card("NVIDIA L4", 22.5, 121e12),
 }
 
-# What the caching allocator and CUDA take beyond the tensors: context and workspaces of the libraries, and fragmentation.
+# What is taken beyond the tensors: CUDA's context, workspaces of the libraries, and fragmentation of the allocator.
 WORKSPACES = 2**30
 FRAGMENTATION = 0.05
 
@@ -162,6 +162,7 @@ def plan_training(
     options: dict[str, Any],
     peft_config: LoraConfig | None = None,
     *,
+    num_processes: int | None = None,
     gpu: str = "h100",
     gpu_memory: float | None = None,
     utilization: float = 0.4,
@@ -174,8 +175,8 @@ def plan_training(
     judge_revision: str | None = None,
 ) -> Plan:
     """
-    Plans a training run: a dry run of the trainer's own code at full size, on any machine. Weights are neither read nor
-    allocated.
+    Plans a training run: a dry run of the trainer's own code at full size, on any machine. Weights are neither read
+    nor allocated.
 
     Args:
         trainer_type (`type`):
@@ -188,6 +189,8 @@ def plan_training(
             What the pipeline is loaded with, see `loading_options`.
         peft_config ([`~peft.LoraConfig`], *optional*):
             The LoRA to train. Defaults to the trainer's.
+        num_processes (`int`, *optional*):
+            Number of processes. Defaults to that of this launch.
         gpu (`str`, *optional*, defaults to `"h100"`):
             The card, see [`parse_card`].
         gpu_memory (`float`, *optional*):
@@ -220,15 +223,16 @@ def plan_training(
             raise ValueError(f"{name}={value} must not be negative.")
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1.")
-    num_processes = args.world_size
+    num_processes = args.world_size if num_processes is None else num_processes
     with alone(num_processes):
         rehearsal = Rehearsal(
             trainer_type, model, options, peft_config, judge, judge_revision, num_references, prompt_tokens
         )
         figures = rehearsal.measure(args)
-        phases = _judged(figures["phases"], card)
-        advice = {} if all(phase["fits"] for phase in phases.values()) else _advice(rehearsal, args, card, phases)
-    update = _update(figures, args, card, utilization, num_answers)
+        phases = judged(figures["phases"], card)
+        update = _update(figures, args, card, utilization, num_answers)
+        run = _run_figures(figures, update, args, card, utilization, num_cases, price_per_gpu_hour)
+        advised = {} if all(phase["fits"] for phase in phases.values()) else advice(rehearsal, args, card, phases)
     encoders = {name: size for name, size in figures["weights"].items() if name != "adapter"}
     files = sum(encoders.values())
     converted = (
@@ -248,7 +252,7 @@ def plan_training(
         num_processes=num_processes,
         utilization=utilization,
         settings={
-            **{name: getattr(args, name) for name in names if hasattr(args, name)},
+            **{name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names if hasattr(args, name)},
             "num_references": num_references,
             "prompt_tokens": prompt_tokens,
         },
@@ -256,24 +260,24 @@ def plan_training(
         phases=phases,
         host={"page_cache": files, "per_process": files if converted else 0},
         update=update,
-        run=_run_figures(figures, update, args, card, utilization, num_cases, price_per_gpu_hour),
+        run=run,
         checkpoint={
             name: size * (num_processes if name == "rollouts" else 1) for name, size in figures["files"].items()
         },
-        advice=advice,
+        advice=advised,
         versions={name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
     )
 
 
-def _judged(phases: dict[str, dict[str, Any]], card: Card) -> dict[str, dict[str, Any]]:
+def judged(phases: dict[str, dict[str, Any]], card: Card) -> dict[str, dict[str, Any]]:
     """The phases in their order, with what they need on a card, and whether they fit."""
-    judged = {}
+    result = {}
     for name in PHASES:
         if name in phases:
             peak, parts = phases[name]["peak"], {k: v for k, v in phases[name]["parts"].items() if v > 0}
             needed = round(peak * (1 + FRAGMENTATION)) + WORKSPACES
-            judged[name] = {"peak": peak, "parts": parts, "needed": needed, "fits": needed <= card.memory * 2**30}
-    return judged
+            result[name] = {"peak": peak, "parts": parts, "needed": needed, "fits": needed <= card.memory * 2**30}
+    return result
 
 
 def _flops(counts: dict[str, int]) -> int:
@@ -343,7 +347,7 @@ def _run_figures(
     }
 
 
-def _advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Options with which the run fits, found by planning it again with each change."""
     changes: dict[str, Any] = {}
     while not all(phase["fits"] for phase in phases.values()):
@@ -369,7 +373,7 @@ def _advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[
         for name, value in change.items():
             setattr(args, name, value)
         changes |= change
-        phases = _judged(rehearsal.measure(args, light=True)["phases"], card)
+        phases = judged(rehearsal.measure(args, light=True)["phases"], card)
     needed = max(phase["needed"] for phase in phases.values())
     return {
         "options": changes,
@@ -406,10 +410,12 @@ def plan_text(plan: Plan) -> str:
         table.add_row(name, *parts, _size(phase["peak"]), _size(phase["needed"]), "" if phase["fits"] else "too much")
     console.print(table)
     console.print(
-        f"'adapter' with gradients, DDP's copies of them, and optimizer; 'needed' with {_size(WORKSPACES)} GiB for CUDA "
+        "'adapter' with gradients, DDP's copies of them, and optimizer; 'needed' with "
+        f"{_size(WORKSPACES)} GiB for CUDA "
         f"and {FRAGMENTATION:.0%} for fragmentation.\n"
         f"Weights in GiB: {', '.join(f'{name} {_size(size)}' for name, size in plan.weights.items())}.\n"
-        f"Loading, CPU memory of a node: {_size(plan.host['page_cache'])} GiB of page cache that its processes share, and "
+        f"Loading, CPU memory of a node: {_size(plan.host['page_cache'])} GiB of page cache that its processes share, "
+        "and "
         f"{_size(plan.host['per_process'])} GiB for each process.\n"
         f"A checkpoint: {_size(sum(plan.checkpoint.values()))} GiB "
         f"({', '.join(f'{name} {_size(size)}' for name, size in plan.checkpoint.items() if size)})."

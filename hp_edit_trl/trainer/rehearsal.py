@@ -39,8 +39,8 @@ FEW = 2  # blocks of each kind in a run that is extrapolated from: the first and
 @contextlib.contextmanager
 def alone(num_processes: int) -> Iterator[None]:
     """
-    Within it configurations and trainers are those of one of so many processes, on the CPU and without a connection to
-    the others, whatever this process is otherwise.
+    Within it configurations and trainers are those of one of so many processes, on the CPU and without a connection
+    to the others, whatever this process is otherwise.
     """
     kinds = (PartialState, AcceleratorState, GradientState)
     saved = [dict(kind._shared_state) for kind in kinds]
@@ -71,8 +71,8 @@ def _component(model: str, name: str, library: str, class_name: str, options: di
 
 def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> DiffusionPipeline:
     """
-    A pipeline whose weights have no bytes. Only configurations, tokenizers and processors are read. To be called within
-    a [`~hp_edit_trl.utils.dry_run.DryRun`].
+    A pipeline whose weights have no bytes. Only configurations, tokenizers and processors are read. To be called
+    within a [`~hp_edit_trl.utils.dry_run.DryRun`].
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
@@ -158,7 +158,7 @@ class Rehearsal:
         self.peft_config = peft_config
         self.num_references = num_references
         self.dry = DryRun()
-        with self.dry:
+        with torch.random.fork_rng(devices=[]), self.dry:
             self.pipeline = empty_pipeline(model, options)
             self.judge = None if judge is None else _empty_judge(judge, judge_revision)
         policy_type = policy_class(self.pipeline)
@@ -174,8 +174,8 @@ class Rehearsal:
 
     def measure(self, args: FlowGRPOEditConfig | DPOEditConfig, light: bool = False, few: int = FEW) -> dict[str, Any]:
         """
-        What a run with these arguments takes, as numbers in nested dictionaries. Blocks of a kind take the same, so that
-        runs with few of them tell what many take.
+        What a run with these arguments takes, as numbers in nested dictionaries. Blocks of a kind take the same, so
+        that runs with few of them tell what many take.
 
         Args:
             args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):

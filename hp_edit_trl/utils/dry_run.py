@@ -19,14 +19,16 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-# The card is another CPU to torch: tensors of the two cannot meet in one operation, as with a GPU, and autograd needs no
-# driver.
+# The card is another CPU to torch: tensors of the two cannot meet in one operation, as with a GPU, and autograd needs
+# no driver.
 HOST, CARD = torch.device("cpu"), torch.device("cpu", 1)
 
-KNOWN = 2**16  # largest number of elements of a tensor whose values are computed as well
+# Largest number of elements of a tensor whose values are computed as well
+KNOWN, KNOWN_FLOATS = 2**16, 2**8
 NUMBERS = 8  # largest number of elements of a result that is taken to be ones if nothing is known of it
 BLOCK = 512  # CUDA's allocator hands out multiples of it
 
+EMPTY = (aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided)
 FILLS = (aten.normal_, aten.uniform_, aten.zero_)  # they take time where weights are initialized
 
 FLOPS = {
@@ -245,7 +247,7 @@ class DryRun(Meter):
             return args[0].fake_device
         if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
             return self._faked(args[0], HOST)
-        if func.overloadpacket in FILLS and isinstance(args[0], FakeTensor) and args[0].numel() > KNOWN:
+        if func.overloadpacket in FILLS and isinstance(args[0], FakeTensor) and _values(args[0]) is None:
             return args[0]
         flat, spec = tree_flatten((args, kwargs))
         known = True
@@ -268,10 +270,12 @@ class DryRun(Meter):
         self._fake.fake_tensor_converter.meta_converter.tensor_memo.clear()
         self._note(func, args, kwargs, out)
         outs = list(_tensors(out))
-        if known and (func.is_view or all(o.numel() <= KNOWN for o in outs)):
+        if func.overloadpacket in EMPTY:
+            known = not outs[0].is_floating_point()
+        if known and (func.is_view or all(_is_small(o) for o in outs)):
             for o, values in zip(outs, _tensors(_computed(func, args, kwargs)), strict=True):
                 o.known = values  # in-place operations change the values themselves
-        elif not known:
+        else:
             for o in outs:
                 if func._schema.is_mutable:
                     o.known = None
@@ -283,7 +287,7 @@ class DryRun(Meter):
     def _faked(self, tensor: torch.Tensor, device: torch.device) -> FakeTensor:
         """A tensor without bytes in place of one that has some."""
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        if tensor.numel() <= KNOWN or not tensor.is_floating_point():
+        if _is_small(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             with unset_fake_temporarily():
                 fake.known = tensor.detach()
         self._add(fake, "activations")
@@ -326,6 +330,10 @@ class _Functions(TorchFunctionMode):
         if name in FLOAT32_RESULT and kwargs.get("dtype") is None and args[0].dtype in HALF:
             kwargs = {**kwargs, "dtype": torch.float32}
         return func(*args, **kwargs)
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    return tensor.numel() <= (KNOWN_FLOATS if tensor.is_floating_point() or tensor.is_complex() else KNOWN)
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
