@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from importlib.metadata import version
 from typing import Any
 
@@ -243,6 +244,7 @@ def plan_training(
         "gradient_checkpointing", "offload_encoders", "bf16", "num_generations", "num_inference_steps",
         "sde_window_size", "true_cfg_scale", "beta", "num_iterations", "optim",
     )  # fmt: skip
+    chosen = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return Plan(
         trainer=trainer_type._name,
         model=redacted(model)
@@ -252,7 +254,7 @@ def plan_training(
         num_processes=num_processes,
         utilization=utilization,
         settings={
-            **{name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names if hasattr(args, name)},
+            **{name: value.value if isinstance(value, Enum) else value for name, value in chosen.items()},
             "num_references": num_references,
             "prompt_tokens": prompt_tokens,
         },

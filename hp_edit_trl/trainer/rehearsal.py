@@ -112,8 +112,8 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
         return DiffusionPipeline.from_pretrained(model, **{**options, **modules})
     except (OSError, ValueError, AttributeError, ImportError, TypeError, KeyError) as error:
         raise ValueError(
-            f"model={model!r} cannot be planned: its model_index.json and each component's configuration, tokenizer or "
-            f"processor are needed, but no weights ({type(error).__name__}: {error})."
+            f"model={model!r} cannot be planned: its model_index.json and each component's configuration, tokenizer "
+            f"or processor are needed, but no weights ({type(error).__name__}: {error})."
         ) from error
 
 
@@ -227,6 +227,11 @@ class Rehearsal:
         trainer.accelerator.state.device = CARD
         with dry.measured("placing") as phase:
             model.to(CARD)
+            for module in model.modules():  # tables that modules move in their first pass
+                for name, table in vars(module).items():
+                    if isinstance(table, torch.Tensor):
+                        setattr(module, name, table.to(CARD))
+                        dry.hold("transformer", getattr(module, name))
             policy.place(CARD)
             dry.hold("transformer", [t for t in _weights(model.get_base_model()) if not t.requires_grad])
             dry.hold("adapter", trained)
@@ -300,7 +305,8 @@ class Rehearsal:
             features |= {"chosen": ImageFeature(), "rejected": ImageFeature()}
         dataset = Dataset.from_dict(columns, Features(features))
         rewards = {"reward_funcs": _reward} if is_grpo else {}
-        return self.trainer_type(pipeline, args=args, train_dataset=dataset, peft_config=self.peft_config, **rewards)
+        datasets = {"train_dataset": dataset, "eval_dataset": dataset if args.eval_strategy != "no" else None}
+        return self.trainer_type(pipeline, args=args, peft_config=self.peft_config, **datasets, **rewards)
 
     def _replay(self, trainer: Any) -> None:
         """What runs without gradients takes the same each time that its shapes are the same: it is run once."""

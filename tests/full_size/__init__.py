@@ -1,8 +1,12 @@
 """Folders of pipelines at their published sizes, without weights: what `hp-edit plan` reads."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import (
     CLIPTokenizer,
@@ -16,15 +20,48 @@ from hp_edit_trl.miniature.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_konte
 
 
 CONFIGS = Path(__file__).parent
-NAMES = sorted(file.stem for file in CONFIGS.glob("*.json"))
+# Layers of the text encoders in dry runs; FLUX.2-klein reads the 27th.
+SHORT = {
+    "qwen_image_edit": 2, "qwen_image_edit_2509": 2, "qwen_image_edit_2511": 2, "flux_kontext": 2,
+    "flux2_klein_4b": 28, "flux2_klein_9b": 28,
+}  # fmt: skip
 
 
-def full_size_folder(name: str, folder: Path) -> str:
+def _described(name: str, short: bool) -> dict[str, Any]:
+    described = json.loads((CONFIGS / f"{name}.json").read_text())
+    if short:
+        for component in {"text_encoder", "text_encoder_2"} & set(described):
+            config = described[component]
+            part = config.get("text_config", config)
+            part["num_layers" if config["model_type"] == "t5" else "num_hidden_layers"] = SHORT[name]
+            if "vision_config" in config:
+                config["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0]}
+    return described
+
+
+def _text_bytes(name: str, short: bool) -> int:
+    total = 0
+    described = _described(name, short)
+    for component in {"text_encoder", "text_encoder_2"} & set(described):
+        kind = getattr(transformers, described[component]["architectures"][0])
+        text = re.sub(r'"<\|[a-z_]+\|>"', "0", json.dumps(described[component]))
+        config = transformers.AutoConfig.for_model(**json.loads(text))
+        with torch.device("meta"):
+            total += sum(2 * parameter.numel() for parameter in kind(config).parameters())
+    return total
+
+
+def left_out_bytes(name: str) -> int:
+    """Bytes in bfloat16 of the layers of the text encoders that a short folder leaves out."""
+    return _text_bytes(name, False) - _text_bytes(name, True)
+
+
+def full_size_folder(name: str, folder: Path, short: bool = True) -> str:
     """
     Writes the configurations of a model into a folder, with small tokenizers in place of its own: its texts have other
-    tokens, but its weights and passes have the published sizes.
+    tokens, but its weights and passes have the published sizes; unless `short`, also those of its text encoders.
     """
-    described = json.loads((CONFIGS / f"{name}.json").read_text())
+    described = _described(name, short)
     index = described["model_index.json"]
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE

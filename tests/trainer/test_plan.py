@@ -68,6 +68,7 @@ def measured(tmp_path_factory) -> tuple[Meter, Plan, dict, dict]:
     with meter:
         modules = [trainer.model, *trainer.policy.encoders.values()]
         meter.hold("weights", [[*module.parameters(), *module.buffers()] for module in modules])
+        meter.hold("tables", [list(vars(module).values()) for module in trainer.model.modules()])
         trainer.train()
         with meter.measured("evaluation"):
             trainer.sample_edits([trainer._read_case(cases, 0), trainer._read_case(cases, 1)])
