@@ -9,7 +9,7 @@ import warnings
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import diffusers
 import transformers
@@ -76,7 +76,7 @@ class PlanArguments:
 class PlanParser(ScriptParser):
     """[`ScriptParser`] of `hp-edit plan`, which needs no dataset."""
 
-    NEEDED: ClassVar = {"model_name_or_path": ScriptParser.NEEDED["model_name_or_path"]}
+    NEEDED = {"model_name_or_path": ScriptParser.NEEDED["model_name_or_path"]}
 
 
 def choose_trainer(words: list[str]) -> tuple[str, list[str]]:

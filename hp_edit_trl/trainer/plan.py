@@ -157,7 +157,7 @@ class Plan:
 
 
 def plan_training(
-    trainer_type: type,
+    trainer_type: Any,
     model: str | DiffusionPipeline,
     args: FlowGRPOEditConfig | DPOEditConfig,
     options: dict[str, Any],
@@ -354,6 +354,7 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
     changes: dict[str, Any] = {}
     while not all(phase["fits"] for phase in phases.values()):
         failing = {name for name, phase in phases.items() if not phase["fits"]}
+        change: dict[str, Any]
         if "training" in failing and not args.gradient_checkpointing:
             change = {"gradient_checkpointing": True}
         elif "training" in failing and args.per_device_train_batch_size > 1 and "placing" not in failing:
@@ -371,6 +372,7 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
             break
         args = copy.copy(args)
         if "per_device_train_batch_size" in change and isinstance(args, FlowGRPOEditConfig):
+            assert args.steps_per_generation
             args.steps_per_generation *= args.per_device_train_batch_size // change["per_device_train_batch_size"]
         for name, value in change.items():
             setattr(args, name, value)
@@ -392,7 +394,8 @@ def _size(number: float) -> str:
 
 def plan_text(plan: Plan) -> str:
     """The plan as tables, for a terminal."""
-    console = Console(file=io.StringIO(), width=110, highlight=False)
+    text = io.StringIO()
+    console = Console(file=text, width=110, highlight=False)
     settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items() if value is not None)
     console.print(
         f"{plan.trainer} of {plan.model} on {plan.num_processes} x {plan.gpu['name']} ({plan.gpu['memory']:g} GiB). "
@@ -450,7 +453,7 @@ def plan_text(plan: Plan) -> str:
         console.print("\nIt fits the card.")
     else:
         console.print(f"\nIt does not fit the card. {advice_text(plan.advice)}")
-    return console.file.getvalue()
+    return text.getvalue()
 
 
 def advice_text(advice: dict[str, Any]) -> str:

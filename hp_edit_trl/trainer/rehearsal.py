@@ -57,13 +57,17 @@ def alone(num_processes: int) -> Iterator[None]:
             kind._shared_state.update(state)
 
 
+def _is(kind: Any, parent: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, parent)
+
+
 def _component(model: str, name: str, library: str, class_name: str, options: dict[str, Any]) -> nn.Module | None:
     """A component of a pipeline that has weights, without reading them; `None` if it has none."""
-    kind = getattr(importlib.import_module(library), class_name)
+    kind: Any = getattr(importlib.import_module(library), class_name)
     hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
-    if isinstance(kind, type) and issubclass(kind, ModelMixin):
+    if _is(kind, ModelMixin):
         return kind.from_config(kind.load_config(model, subfolder=name, **hub)).to(options["dtype"]).eval()
-    if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+    if _is(kind, PreTrainedModel):
         config = AutoConfig.from_pretrained(model, subfolder=name, **hub)
         return kind._from_config(config, dtype=options["dtype"]).eval()
     return None
@@ -84,7 +88,7 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
         `ValueError`: If something is missing, or the weights are quantized.
     """
     if not isinstance(model, str):
-        components = dict(model.components)
+        components: dict[str, Any] = dict(model.components)
         for name, module in components.items():
             if not isinstance(module, nn.Module):
                 continue
@@ -93,7 +97,8 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
             if isinstance(module, PreTrainedModel):
                 empty = type(module)._from_config(copy.deepcopy(module.config), dtype=module.dtype)
             else:
-                empty = type(module).from_config(dict(module.config)).to(module.dtype)
+                kind: Any = type(module)
+                empty = kind.from_config(dict(model.components[name].config)).to(module.dtype)
             components[name] = empty.eval()
         settings = {k: v for k, v in model.config.items() if k not in components and not k.startswith("_")}
         pipeline = type(model)(**components, **settings)
@@ -107,7 +112,7 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
             name: module
             for name, value in index.items()
             if isinstance(value, list | tuple) and value[0] is not None
-            if (module := _component(model, name, *value, options)) is not None
+            if (module := _component(model, name, value[0], value[1], options)) is not None
         }
         return DiffusionPipeline.from_pretrained(model, **{**options, **modules})
     except (OSError, ValueError, AttributeError, ImportError, TypeError, KeyError) as error:
@@ -355,7 +360,7 @@ class Rehearsal:
     def _follow_grpo(self, trainer: Any, trained: list[nn.Parameter], light: bool) -> dict[str, int]:
         args, dry, group = trainer.args, self.dry, trainer.num_generations
         names = {"encode": "encoding", "decode": "decoding", "train": "training"}
-        trainer._timed = lambda phase: dry.measured(names.get(phase, phase))
+        trainer._timed = lambda phase: dry.measured(names[phase] if phase in names else phase)
         count = args.per_device_train_batch_size * trainer.steps_per_generation
         few = math.ceil(max(args.rollout_batch_size, args.per_device_train_batch_size) / group) * group
         few = few if few < count and count % group == 0 else count

@@ -249,6 +249,7 @@ class DryRun(Meter):
             return self._faked(args[0], HOST)
         if func.overloadpacket in FILLS and isinstance(args[0], FakeTensor) and _values(args[0]) is None:
             return args[0]
+        flat: list[Any]
         flat, spec = tree_flatten((args, kwargs))
         known = True
         for i, value in enumerate(flat):
@@ -263,7 +264,7 @@ class DryRun(Meter):
         if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
             args = (args[0], [place for index in args[1] for place in self._places(index)], *args[2:])
         if known and torch.Tag.dynamic_output_shape in func.tags:
-            device = next(value.fake_device for value in flat if isinstance(value, torch.Tensor))
+            device = next(value.device for value in flat if isinstance(value, torch.Tensor))
             return tree_map_only(torch.Tensor, lambda t: self._faked(t, device), _computed(func, args, kwargs))
         out = func(*args, **kwargs)
         # It keeps weak references to its tensors, with which torch cannot swap them in `Module.to`.
@@ -284,9 +285,9 @@ class DryRun(Meter):
                         o.known = torch.ones(o.shape, dtype=o.dtype)
         return out
 
-    def _faked(self, tensor: torch.Tensor, device: torch.device) -> FakeTensor:
+    def _faked(self, tensor: torch.Tensor, device: torch.device) -> Any:
         """A tensor without bytes in place of one that has some."""
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        fake: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         if _is_small(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             with unset_fake_temporarily():
                 fake.known = tensor.detach()
@@ -295,7 +296,7 @@ class DryRun(Meter):
 
     def _places(self, index: Any) -> list[Any]:
         """The index, or what stands for it if it is a mask: the places where it is true, one tensor per dimension."""
-        if not isinstance(index, torch.Tensor) or index.dtype not in (torch.bool, torch.uint8):
+        if getattr(index, "dtype", None) not in (torch.bool, torch.uint8):
             return [index]
         with unset_fake_temporarily():
             places = index.known.nonzero(as_tuple=True)
@@ -336,7 +337,7 @@ def _is_small(tensor: torch.Tensor) -> bool:
     return tensor.numel() <= (KNOWN_FLOATS if tensor.is_floating_point() or tensor.is_complex() else KNOWN)
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+def _tensors(values: Any) -> Iterator[Any]:
     if isinstance(values, torch.Tensor):
         yield values
     else:

@@ -25,11 +25,18 @@ def config(tmp_path, text: str) -> str:
 
 def test_a_card_that_is_too_small(folder, tmp_path, capsys):
     output = tmp_path / "plan.json"
-    options = (
-        "resolution: 32\nnum_generations: 2\nnum_inference_steps: 3\nsde_window_size: 1\ngradient_accumulation_steps: 2\n"
-        "rollout_batch_size: 1\noffload_encoders: true\nnum_sample_edits: 0\njudge_base_url: http://localhost:1/v1\n"
-        "max_steps: 10\n"
-    )
+    options = """\
+resolution: 32
+num_generations: 2
+num_inference_steps: 3
+sde_window_size: 1
+gradient_accumulation_steps: 2
+rollout_batch_size: 1
+offload_encoders: true
+num_sample_edits: 0
+judge_base_url: http://localhost:1/v1
+max_steps: 10
+"""
     words = ["plan", "--config", config(tmp_path, options), "--model_name_or_path", folder, "--output", str(output)]
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--gpu", "rtx4090", "--gpu_memory", "0.9", "--price-per-gpu-hour", "1"])
