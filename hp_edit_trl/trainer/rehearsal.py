@@ -360,7 +360,7 @@ class Rehearsal:
     def _follow_grpo(self, trainer: Any, trained: list[nn.Parameter], light: bool) -> dict[str, int]:
         args, dry, group = trainer.args, self.dry, trainer.num_generations
         names = {"encode": "encoding", "decode": "decoding", "train": "training"}
-        trainer._timed = lambda phase: dry.measured(names[phase] if phase in names else phase)
+        trainer._timed = lambda phase: dry.measured(str(names.get(phase, phase)))
         count = args.per_device_train_batch_size * trainer.steps_per_generation
         few = math.ceil(max(args.rollout_batch_size, args.per_device_train_batch_size) / group) * group
         few = few if few < count and count % group == 0 else count
