@@ -9,11 +9,13 @@ import hashlib
 import inspect
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from urllib.parse import quote
 
 import torch
 from accelerate import PartialState
@@ -22,6 +24,7 @@ from PIL import Image
 from torch import nn
 from trl.trainer.utils import get_callable_name
 
+from .judges import shortened
 from .lora_formats import lora_file
 from .policies import EditPolicy, bucketed, decode, rollout
 from .policies.edit_policy import fitted_size
@@ -36,6 +39,8 @@ from .utils.texts import without_control_tokens
 
 
 logger = logging.getLogger(__name__)
+
+LONGEST_REASON = 1000  # characters of an error of an editor in logs and results
 
 
 @runtime_checkable
@@ -288,7 +293,8 @@ class PolicyEditor:
 class FolderEditor:
     """
     A folder of finished edits: files named by the id of their case, e.g. `0f3a….png`. Characters that file names do
-    not allow are percent-encoded as in URLs, e.g. `a%2Fb.png` for `a/b`. Files may be links to others.
+    not allow are percent-encoded as in URLs, e.g. `a%2Fb.png` for `a/b`; the names of
+    [`~hp_edit_trl.utils.files.file_name`] are found as well. Files may be links to others.
 
     Args:
         folder (`str` or `Path`):
@@ -324,11 +330,13 @@ class FolderEditor:
         self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
         edits: list[Image.Image | None] = []
+        names = set(os.listdir(self.folder))  # some file systems would find "A.png" under the name "a.png"
         for case_id in ids:
-            # An id may be the name itself, unless that would be the path of a file elsewhere.
-            stems = [case_id] * (case_id == os.path.basename(case_id)) + [file_name(case_id)]
-            paths = [self.folder / f"{stem}{suffix}" for stem in stems for suffix in self.SUFFIXES]
-            files = [path for path in paths if path.is_file()]
+            # An id may be the name itself, unless that would be the path of a file elsewhere, or the name of another.
+            is_name = case_id == os.path.basename(case_id) and not re.search("%|=[0-9a-f]{16}$", case_id)
+            stems = [case_id] * is_name + [file_name(case_id), quote(case_id, safe="", errors="surrogatepass")]
+            found = [name for stem in stems for suffix in self.SUFFIXES if (name := f"{stem}{suffix}") in names]
+            files = [self.folder / name for name in found if (self.folder / name).is_file()]
             if not files:
                 edits.append(None)
                 continue
@@ -463,8 +471,9 @@ def edit_cases(
     except Exception as error:  # an editor of the user's own may raise anything
         redact_error(error)  # an API's address or answer may hold a key
         if len(references) == 1:
-            logger.warning("No edit of case %s: %s: %s", ids[0], type(error).__name__, error)
-            return [None], [f"editor failed: {type(error).__name__}: {error}"]
+            reason = shortened(f"{type(error).__name__}: {error}", LONGEST_REASON)
+            logger.warning("No edit of case %s: %s", ids[0], reason)
+            return [None], [f"editor failed: {reason}"]
         cases = zip(references, prompts, ids, seeds, strict=True)
         alone = [edit_cases(editor, [images], [prompt], [case_id], [seed]) for images, prompt, case_id, seed in cases]
         return [edits[0] for edits, _ in alone], [reasons[0] for _, reasons in alone]

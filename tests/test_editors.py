@@ -9,6 +9,7 @@ from PIL import Image
 from hp_edit_trl.editors import FolderEditor, FunctionEditor, PipelineEditor, PolicyEditor, as_editor, edit_cases
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import policy_class
+from hp_edit_trl.utils.files import file_name
 from tests.helpers import photo
 
 
@@ -91,6 +92,12 @@ def test_an_id_is_no_path_to_another_folder(tmp_path):
     edits = FolderEditor(folder)([REFERENCES[0]] * len(ids), ["x"] * len(ids), ids, [0] * len(ids))
     assert same(edits[0], IMAGES[0]) and same(edits[-1], IMAGES[1])  # %2E.%2Fown.png is a name in the folder
     assert edits[1:-1] == [None] * 7
+    # Two ids never find one file: `a%2Fb` is not `a/b`, nor is `A` the other `a`.
+    for name in ("a%2Fb", "A", file_name("Long" * 99)):
+        IMAGES[1].save(folder / f"{name}.png")
+    ids = ["a/b", "a%2Fb", "a%252Fb", "A", "Long" * 99, "long" * 99, file_name("Long" * 99)]
+    edits = FolderEditor(folder)([REFERENCES[0]] * len(ids), ["x"] * len(ids), ids, [0] * len(ids))
+    assert [edit is not None for edit in edits] == [True, False, False, True, True, False, False]
 
 
 def test_a_pipeline_reads_control_tokens_as_text():

@@ -1,8 +1,5 @@
 import json
-import os
 import re
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -26,6 +23,7 @@ from hp_edit_trl.miniature.tiny import tiny_klein_pipeline, tiny_kontext_pipelin
 from hp_edit_trl.policies import policy_class
 from hp_edit_trl.trainer.lora import prepare_lora, save_lora
 from tests.helpers import photo
+from tests.processes import Script
 
 
 MAKERS = {"qwen": tiny_pipeline, "kontext": tiny_kontext_pipeline, "klein": tiny_klein_pipeline}
@@ -361,9 +359,7 @@ def test_the_commands(saved, tmp_path, capsys, monkeypatch):
     main(["merge-lora", str(saved["qwen"] / "base"), lora, "--output_dir", "merged"])
     weights = load_file(tmp_path / "merged" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    done = subprocess.run(
-        [sys.executable, "-m", "hp_edit_trl.cli", "export-lora", "x.safetensors", "--output_dir=o", "--format=kohya"],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    command = ["-m", "hp_edit_trl.cli", "export-lora", "x.safetensors", "--output_dir=o", "--format=kohya"]
+    done = Script(*command, cwd=tmp_path).wait()
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("hp-edit: x.safetensors is neither")

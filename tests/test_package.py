@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hp_edit_trl
+from tests.processes import Script
 
 
 ROOT = Path(__file__).parents[1]
@@ -144,16 +145,15 @@ def test_the_wheel_holds_the_prompts_and_the_miniature(tmp_path):
     assert not any(name.startswith(("tests/", "benchmarks/", "examples/")) for name in names)
     weights = [info for info in zipfile.ZipFile(wheel).infolist() if "/miniature/weights/" in info.filename]
     assert weights and sum(info.compress_size for info in weights) < 15e6
-    # Unpacked elsewhere, away from the repository, both load.
+    # Unpacked elsewhere, away from the repository, both load. The process forgets the package that it has imported.
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
     code = (
+        f"import sys; sys.path[:] = [{str(target)!r}, *(path for path in sys.path if path != {str(ROOT)!r})]\n"
+        "for name in [name for name in sys.modules if name.split('.')[0] == 'hp_edit_trl']: del sys.modules[name]\n"
         "import hp_edit_trl; from hp_edit_trl.miniature import load_pipeline; load_pipeline();"
         "print(hp_edit_trl.__file__, len(hp_edit_trl.load_scorer_prompts()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(target), "PATH": ""},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = Script("-c", code, cwd=tmp_path).wait()
     assert done.returncode == 0, done.stderr
     assert str(target) in done.stdout and done.stdout.split()[-1] == "9"

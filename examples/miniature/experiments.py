@@ -23,6 +23,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
+from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -118,8 +119,8 @@ def hard_cases(config: Path, num_cases: int, folder: Path) -> tuple[list[int], f
 
 class Progress(TrainerCallback):
     """
-    Records the validation score against the work done so far: transformer passes in thousands of images (backward
-    passes are not counted), and CPU seconds of this process, without those of the evaluation.
+    Records the validation score against the work done so far: transformer passes in thousands of images, which are
+    counted (backward passes are not), and CPU seconds of this process, without those of the evaluation.
 
     Args:
         trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
@@ -128,8 +129,6 @@ class Progress(TrainerCallback):
             The validation cases.
         every (`int`):
             Number of updates between two evaluations.
-        passes_per_update (`float`):
-            Transformer passes of an update, in images.
         passes (`float`, *optional*, defaults to `0.0`):
             Transformer passes before training.
         seconds (`float`, *optional*, defaults to `0.0`):
@@ -141,22 +140,29 @@ class Progress(TrainerCallback):
         trainer: FlowGRPOEditTrainer | DPOEditTrainer,
         dataset: Dataset,
         every: int,
-        passes_per_update: float,
         passes: float = 0.0,
         seconds: float = 0.0,
     ):
         self.trainer, self.dataset, self.every = trainer, dataset, every
-        self.passes_per_update, self.passes, self.seconds = passes_per_update, passes, seconds
+        self.passes, self.seconds = passes, seconds
+        self.counted = {"sampling": 0, "training": 0}
+        self.evaluates = False
         self.curve: list[dict[str, float]] = []
         self.started = time.process_time()
+        trainer.policy.pipeline.transformer.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.evaluates:
+            self.counted["training" if transformer.training else "sampling"] += len(kwargs["hidden_states"])
 
     def evaluate(self, step: int) -> None:
+        self.evaluates = True
         scores = score_edits(edit_dataset(self.trainer.sample_edits, self.dataset), self.dataset)
-        passes = self.passes + step * self.passes_per_update
+        self.evaluates = False
         self.curve.append(
             {
                 "step": step,
-                "thousand_passes": passes / 1000,
+                "thousand_passes": (self.passes + sum(self.counted.values())) / 1000,
                 "cpu_seconds": round(self.seconds, 1),
                 "score": float(np.mean(scores)),
             }
@@ -176,18 +182,18 @@ class Progress(TrainerCallback):
 
 
 def run_arm(
-    arm: Arm, seed: int, config: Path, num_cases: int, folder: Path, num_test_cases: int = 400
+    arm: Arm, seed: int, config: Path, num_cases: int, folder: Path, num_test_cases: int, num_validation_cases: int
 ) -> dict[str, Any]:
     """Trains one arm with one seed and scores it on the test cases, unless the same run has finished already."""
     output_dir = folder / f"{arm.name.replace(' ', '_').replace('/', '-')}-{seed}"
     file = output_dir / "result.json"
-    key = fingerprint(arm, seed, num_cases, num_test_cases, config.read_bytes())
+    key = fingerprint(arm, seed, num_cases, num_test_cases, num_validation_cases, config.read_bytes())
     result = read_json(file)
     if result is not None and result["key"] == key:
         return result
     torch.set_num_threads(1)
     where = environment()
-    train, validation = load_dataset("train", num_cases), load_dataset("validation", 100)
+    train, validation = load_dataset("train", num_cases), load_dataset("validation", num_validation_cases)
     # Seed 1, because the recipes were chosen with the first test cases of seed 0
     test = load_dataset("test", num_test_cases, 1)
     shared = yaml.safe_load(config.read_text())
@@ -209,16 +215,10 @@ def run_arm(
         seconds += time.process_time() - started
         options["latents_cache_dir"] = str(output_dir / "mining" / "latents")
         trainer = make_trainer(config, options, output_dir, seed, None, pairs)
-        # Chosen and rejected edit, by policy and reference model
-        passes_per_update = 4.0 * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     else:
         trainer = make_trainer(config, options, output_dir, seed, scorer, train)
-        args = trainer.args
-        assert args.num_inference_steps is not None
-        passes_per_image = args.num_inference_steps / args.num_iterations + args.sde_window_size
-        passes_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * passes_per_image
     every = arm.options.get("eval_steps", shared["eval_steps"])
-    progress = Progress(trainer, validation, every, passes_per_update, passes, seconds)
+    progress = Progress(trainer, validation, every, passes, seconds)
     if arm.method == "none":
         progress.evaluate(0)
     else:
@@ -240,6 +240,8 @@ def run_arm(
         "share_of_5": float(np.mean(np.array(after) >= 4.5)),
         **{task: float(np.mean([s for t, s in zip(test["task"], after, strict=True) if t == task])) for task in TASKS},
         "train_cases": len(train),
+        "sampling_passes": progress.counted["sampling"],
+        "training_passes": progress.counted["training"],
         "clip_fraction": float(np.mean(clipped)) if clipped else 0.0,
         "cpu_seconds": round(progress.seconds, 1),
         "wall_seconds": round(wall_seconds, 1),
@@ -256,6 +258,7 @@ def run_arm(
 def run_experiment(
     name: str, arms: Sequence[Arm], seeds: Sequence[int], config: Path, output_dir: Path, num_cases: int = 1500,
     processes: int = 2, runs_dir: Path = Path("outputs/experiments"), num_test_cases: int = 400,
+    num_validation_cases: int = 100,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """
     Runs every arm with every seed, one core each, and writes the results as `name.json`, `name.csv`,
@@ -281,6 +284,8 @@ def run_experiment(
             Folder for the runs.
         num_test_cases (`int`, *optional*, defaults to `400`):
             Number of test cases.
+        num_validation_cases (`int`, *optional*, defaults to `100`):
+            Number of validation cases.
 
     Returns:
         `list[dict]`: the result of each run.
@@ -295,7 +300,7 @@ def run_experiment(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hp_edit_trl.trainer.flow_grpo_edit_trainer", "hp_edit_trl.miniature"])
     with ProcessPoolExecutor(processes, mp_context=context) as executor:
-        rest = config, num_cases, folder, num_test_cases
+        rest = config, num_cases, folder, num_test_cases, num_validation_cases
         jobs = [executor.submit(run_arm, arm, seed, *rest) for seed in seeds for arm in arms]
         for job in tqdm(as_completed(jobs), name, total=len(jobs)):
             runs.append(job.result())

@@ -372,8 +372,9 @@ def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, comp
     vae = torch.load(folder / "vae.pt")["vae"]
     encoder = hashlib.sha256(b"".join(vae[name].numpy().tobytes() for name in sorted(vae) if "decoder" not in name))
     key = encoder.hexdigest()[:8]  # latents of different encoders are not mixed
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+    # A plain fork would inherit torch's threads
+    forkserver = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(processes, forkserver, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         shards = executor.map(
             encode_shard, itertools.repeat(folder), numbers, itertools.repeat(size), itertools.repeat(key)
         )

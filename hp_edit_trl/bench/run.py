@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 
 THUMBNAIL = 768  # longest side of a reference image in a results folder
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "datasets", "pillow")
-LONGEST_ID = 230  # a file's name may have 255 characters, with the suffix of a temporary file
 ROW_COLUMNS = {
     "id", "prompt", "requirement", "references", "edit", "width", "height", "resized", "reshaped", "reason", "answers",
     "human",
@@ -181,12 +180,6 @@ def _check_cases(cases: Dataset, benchmark: Benchmark) -> dict[str, str]:
         for row, value in enumerate(cases[column]):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{column} of row {row} of {benchmark.title} is {value!r}, but must be a text.")
-    for row, case_id in enumerate(cases["id"]):
-        if len(file_name(case_id)) > LONGEST_ID:
-            raise ValueError(
-                f"The id of row {row} of {benchmark.title} is too long for a file name: {case_id[:40]!r}... Use ids "
-                f"of up to {LONGEST_ID} characters; a character beyond ASCII counts as 6 or more."
-            )
     return {cases[row]["id"]: problem for row, problem in bad.items()}
 
 
@@ -327,6 +320,7 @@ def _score_edits(
                 shown.append(edit if edit.size == size else edit.resize(size, Image.Resampling.LANCZOS))
             lines: list[dict[str, Any]] = []
             untried: list[Judgement] = []
+            again: list[Judgement] = []
             for case, score in zip(batch, benchmark.score(batch, references, shown), strict=True):
                 if score.reason is not None:
                     logger.warning("Case %s: %s", case["id"], score.reason)
@@ -343,10 +337,11 @@ def _score_edits(
                 lines.append(line | {"reason": score.reason, "judgements": judgements})
                 tally.add(score.judgements.values())
                 # A case without an answer in an earlier run may be of a kind that never gets one.
-                untried += score.judgements.values() if case["id"] not in before else []
+                (again if case["id"] in before else untried).extend(score.judgements.values())
             append_jsonl(folder / f"scores-{rank}.jsonl", lines)
             progress.update(len(batch))
-            limit.check(untried, "questions", f"Finished scores are kept in {folder}: run it again to resume.")
+            remedy = f"Finished scores are kept in {folder}: run it again to resume."
+            limit.check(untried, "questions", remedy, again)
     logger.log(logging.WARNING if tally.retries or tally.failures else logging.INFO, "The judge: %s.", tally)
 
 

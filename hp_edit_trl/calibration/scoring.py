@@ -173,11 +173,9 @@ def score_dataset(
             made = unreadable | judged
             append_jsonl(file, [_line(scorer, keys[i], tasks[i], shas[keys[i]], made[i]) for i in chunk])
             progress.update(len(chunk))
-            limit.check(
-                [judgement for i, judgement in judged.items() if keys[i] not in tried],
-                "edits",
-                f"Earlier scores are kept in {file}: run it again to resume.",
-            )
+            untried = [judgement for i, judgement in judged.items() if keys[i] not in tried]
+            again = [judgement for i, judgement in judged.items() if keys[i] in tried]
+            limit.check(untried, "edits", f"Earlier scores are kept in {file}: run it again to resume.", again)
     summary.seconds = perf_counter() - start
     return summary
 

@@ -39,6 +39,7 @@ from ..cases import (
 )
 from ..editors import PolicyEditor
 from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
+from ..judges.failures import REFUSED
 from ..policies import check_prompt_lengths, policy_class
 from ..rewards import HPScorerReward
 from ..rewards.checks import check_rewards, failed_rewards, own_copy
@@ -279,6 +280,8 @@ def sample_and_score(
             if samples:
                 lines, tally = _score(reward_func, samples, score_name, first=start == 0)
                 append_jsonl(scores_file, lines)
+                if REFUSED in tally.failures:
+                    raise JudgeRefusedError(f"{tally.reasons[REFUSED]} Edits and scores are kept in {output_dir}.")
                 missing = sum(line["score"] is None for line in lines)
                 scored += len(lines) - missing
                 exceeded = limit.add(missing / len(lines), tally)
@@ -365,9 +368,11 @@ def _score(
             log_metric=lambda name, value: None,
             **own_copy(columns),
         )
-    except JudgeRefusedError:
-        raise
-    except Exception as error:
+    except JudgeRefusedError as error:
+        rewards = error.rewards or [None] * len(rows)
+        extra = {} if score_name is None else {score_name: rewards, **extra}
+        tally.fail(REFUSED, str(error))
+    except (Exception, SystemExit) as error:
         rewards = failed_rewards(error, name, [row["id"] for row in rows], tally, first)
         extra = {} if score_name is None else {score_name: rewards}
     else:

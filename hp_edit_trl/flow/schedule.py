@@ -34,3 +34,22 @@ def pipeline_sigmas(
     fresh = FlowMatchEulerDiscreteScheduler.from_config(config)
     fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
     return fresh.sigmas.to("cpu", torch.float32)
+
+
+def resampled(sigmas: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """
+    A schedule with fewer steps that begins and ends at the same noise levels: those at equal distances along the given
+    one, between whose levels it interpolates linearly.
+
+    Args:
+        sigmas (`torch.Tensor` of shape `(n,)`):
+            Noise levels.
+        num_steps (`int`):
+            Number of steps between them.
+
+    Returns:
+        `torch.Tensor` of shape `(num_steps + 1,)`.
+    """
+    places = np.linspace(0, len(sigmas) - 1, num_steps + 1)
+    levels = np.interp(places, np.arange(len(sigmas)), sigmas.numpy())
+    return torch.from_numpy(levels).to(sigmas.dtype)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from PIL import Image
 
 from ..utils.images import read_image
+from ..utils.texts import is_blank
 
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
@@ -50,8 +51,8 @@ class Judgement:
             Number of answers without a score among those that were averaged.
         failure (`str`, *optional*):
             The kind of failure, if there was no answer: `"timeout"`, `"connection"`, `"rate limit"`, `"http 500"` (or
-            another status), `"too large"`, `"encoding"`, `"redirect"`, `"empty"`, `"malformed"`, `"image"` (it cannot
-            be shown to the judge) or, if the judge does not say, `"no answer"`.
+            another status), `"refused"` (the key), `"too large"`, `"encoding"`, `"redirect"`, `"empty"`,
+            `"malformed"`, `"image"` (it cannot be shown to the judge) or, if the judge does not say, `"no answer"`.
         requests (`int`, *optional*, defaults to `0`):
             Number of requests to a server.
         retries (`int`, *optional*, defaults to `0`):
@@ -79,7 +80,7 @@ class Judgement:
         # Half a character, which servers cut off at times, cannot be written to any file.
         answer = self.answer.encode("utf-8", "replace").decode()
         object.__setattr__(self, "answer", shortened(answer, LONGEST_ANSWER))
-        if self.score is None and not answer.strip():
+        if self.score is None and is_blank(answer):
             object.__setattr__(self, "answered", False)
             object.__setattr__(self, "failure", self.failure or "empty")
         elif not self.answered and self.failure is None:
@@ -134,7 +135,7 @@ def without_reasoning(answer: str) -> str:
 
 def is_empty(answer: str) -> bool:
     """Whether an answer holds nothing, or nothing but reasoning, closed or cut off."""
-    return not without_reasoning(answer).partition("<think>")[0].strip()
+    return is_blank(without_reasoning(answer).partition("<think>")[0])
 
 
 def load_for(judge: Judge, num_images: int) -> None:

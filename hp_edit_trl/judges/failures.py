@@ -3,6 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .base import Judgement
 
@@ -10,9 +11,38 @@ from .base import Judgement
 # Failures of single cases: the judge cannot be shown their images, or answered without a score.
 OF_THE_CASE = ("image", "no score")
 
+REFUSED = "refused"  # the kind of failure of a server that does not accept the key
+
 
 class JudgeRefusedError(ConnectionError):
-    """A server refused the key of a judge. No other case would fare better, so a run stops at once."""
+    """
+    A server refused the key of a judge. No other case would fare better, so a run stops at once.
+
+    Args:
+        message (`str`):
+            The message.
+        rewards (`list[float | None]`, *optional*):
+            Of a reward function: the rewards of the samples that were judged before, `None` for the others.
+    """
+
+    def __init__(self, message: str, rewards: list[float | None] | None = None):
+        super().__init__(message)
+        self.rewards = rewards
+
+
+def is_judge_failure(judgement: Judgement) -> bool:
+    """Whether there is no answer, and the case itself is not known to be the cause: another attempt may succeed."""
+    return not judgement.answered and judgement.failure not in OF_THE_CASE
+
+
+def check_not_refused(judgements: Iterable[Judgement], remedy: str = "", rewards: Any = None) -> None:
+    """
+    Raises [`JudgeRefusedError`] if a server refused its key for one of the judgements. Call it when the others are
+    written down.
+    """
+    for one in judgements:
+        if one.failure == REFUSED:
+            raise JudgeRefusedError(f"{one.answer.removeprefix(f'{REFUSED}: ')} {remedy}".strip(), rewards)
 
 
 @dataclass
@@ -141,7 +171,7 @@ class FailureLimit:
             tally.merge(one)
         return tally.by_kind(reasons=True)
 
-    def check(self, judgements: Sequence[Judgement], what: str, remedy: str) -> None:
+    def check(self, judgements: Sequence[Judgement], what: str, remedy: str, tried: Sequence[Judgement] = ()) -> None:
         """
         Adds judgements. Those that failed because of their case count as successes: the judge is there.
 
@@ -152,13 +182,18 @@ class FailureLimit:
                 What they are of, for the error, e.g. `"edits"`.
             remedy (`str`):
                 End of the error: what is kept, and how to resume.
+            tried (`Sequence[Judgement]`, *optional*, defaults to `()`):
+                Further judgements, of cases that got no answer in an earlier run either. They may be of a kind that
+                never gets one, and do not count.
 
         Raises:
+            [`JudgeRefusedError`]: If a server refused its key.
             `ConnectionError`: If a limit is exceeded.
         """
+        check_not_refused([*judgements, *tried], remedy)
         exceeded = None
         for one in judgements:
-            failed = not one.answered and one.failure not in OF_THE_CASE
+            failed = is_judge_failure(one)
             exceeded = self.add(float(failed), JudgeTally().add([one]) if failed else None) or exceeded
         if exceeded:
             raise ConnectionError(

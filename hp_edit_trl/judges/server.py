@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -14,6 +15,9 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
+
+from PIL import Image
 
 from ..utils.secrets import redacted, remember_secrets, without_known_secrets
 from ..utils.texts import without_control_tokens
@@ -32,7 +36,7 @@ from .base import (
     shortened,
     trial_conversation,
 )
-from .failures import JudgeRefusedError
+from .failures import REFUSED, JudgeRefusedError
 
 
 logger = logging.getLogger(__name__)
@@ -204,6 +208,8 @@ class ServerJudge:
                 self.score_mode = "integer"
                 judgement = self._run(self._try(trial))
         except _Failure as failure:
+            if failure.kind == REFUSED:
+                raise JudgeRefusedError(str(failure)) from None
             raise ConnectionError(
                 f"The judge {self.name!r} at {self._shown_url} gives no judgements of {num_images} images: "
                 f"{failure.kind}: {failure}"
@@ -213,10 +219,8 @@ class ServerJudge:
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         """
-        Judges conversations, see [`Judge`].
-
-        Raises:
-            `ConnectionError`: If the server refuses the key (401 or 403).
+        Judges conversations, see [`Judge`]. If the server refuses the key (401 or 403), no further request is sent:
+        the remaining judgements are missing, of the kind `"refused"`.
         """
         return self._run(self._judge(conversations)) if conversations else []
 
@@ -243,39 +247,63 @@ class ServerJudge:
         return aiohttp.ClientSession(
             headers=headers,
             auto_decompress=False,
-            trust_env=True,
+            trust_env=False,  # a ~/.netrc would take the place of the key; proxies are looked up below
             timeout=aiohttp.ClientTimeout(total=None),  # that of `asyncio.timeout` bounds all of an attempt
             connector=aiohttp.TCPConnector(limit=self.max_concurrency),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
+    def _proxy(self) -> str | None:
+        """The proxy that the environment names for the server."""
+        address = urlsplit(self._url)
+        return None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
+
     async def _try(self, conversation: list[dict[str, Any]]) -> Judgement:
         async with self._session() as session:
-            return await self._ask(conversation, session, _Cost(), min(2, self.max_retries))
+            return await self._ask(conversation, session, _Cost(), min(2, self.max_retries), {})
 
     async def _judge(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         places = asyncio.Semaphore(self.max_concurrency)
+        encoded: dict[tuple, asyncio.Task[str]] = {}
+        judged: dict[int, Judgement] = {}
 
-        async def judge(conversation: list[dict[str, Any]], session) -> Judgement:
+        async def judge(index: int, session) -> None:
             async with places:
                 start, cost = time.perf_counter(), _Cost()
                 try:
-                    judgement = await self._ask(conversation, session, cost, self.max_retries)
+                    judgement = await self._ask(conversations[index], session, cost, self.max_retries, encoded)
                 except _Failure as failure:
                     reason = f"{failure.kind}: {failure}"
                     judgement = Judgement(None, reason, answered=False, failure=failure.kind)
-                return replace(judgement, seconds=time.perf_counter() - start, **vars(cost))
+                judged[index] = replace(judgement, seconds=time.perf_counter() - start, **vars(cost))
+                if judgement.failure == REFUSED:
+                    raise JudgeRefusedError(judgement.answer)  # cancels the other requests
 
+        refused = None
         async with self._session() as session:
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(judge(conversation, session)) for conversation in conversations]
+                    for index in range(len(conversations)):
+                        group.create_task(judge(index, session))
             except ExceptionGroup as several:
-                raise several.exceptions[0] from None
-        return [task.result() for task in tasks]
+                refused = several.exceptions[0]
+                if not isinstance(refused, JudgeRefusedError):
+                    raise refused from None
+        rest = Judgement(None, str(refused), answered=False, failure=REFUSED)
+        return [judged.get(index, rest) for index in range(len(conversations))]
 
-    async def _ask(self, conversation: list[dict[str, Any]], session, cost: _Cost, max_retries: int) -> Judgement:
-        messages = await asyncio.to_thread(self._messages, conversation)
+    async def _ask(
+        self,
+        conversation: list[dict[str, Any]],
+        session,
+        cost: _Cost,
+        max_retries: int,
+        encoded: dict[tuple, asyncio.Task[str]],
+    ) -> Judgement:
+        messages = []
+        for message in conversation:
+            content = [await self._as_openai(part, encoded) for part in message["content"]]
+            messages.append({"role": message["role"], "content": content})
         options: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": 0}
         if self.score_mode == "expected":
             options |= {"max_tokens": NUM_ANSWER_TOKENS, "logprobs": True, "top_logprobs": 20}
@@ -302,7 +330,7 @@ class ServerJudge:
         return replace(judgement, input_tokens=read, output_tokens=written)
 
     async def _request(self, session, body: bytes, cost: _Cost, max_retries: int) -> dict[str, Any]:
-        """A server's reply, after retries. Raises `_Failure` if there is none, or `JudgeRefusedError`."""
+        """A server's reply, after retries. Raises `_Failure` if there is none."""
         for attempt in range(max_retries + 1):
             start = time.perf_counter()
             cost.requests += 1
@@ -323,7 +351,8 @@ class ServerJudge:
 
         try:
             async with asyncio.timeout(self.timeout):
-                async with session.post(self._url, data=body, allow_redirects=False) as response:
+                post = session.post(self._url, data=body, allow_redirects=False, proxy=self._proxy())
+                async with post as response:
                     status, headers = response.status, response.headers
                     self._check_headers(status, headers)
                     text = await self._read(response)
@@ -369,9 +398,10 @@ class ServerJudge:
     def _raise_for_status(self, status: int, headers, text: str) -> None:
         reason = f"the server answered {status}: {shortened(without_known_secrets(_error_message(text)))}"
         if status in (401, 403):
-            raise JudgeRefusedError(
+            raise _Failure(
+                REFUSED,
                 f"The judge {self.name!r} at {self._shown_url} cannot be used: {reason}. Set the key of the API, with "
-                "api_key= or the environment variable OPENAI_API_KEY."
+                "api_key= or the environment variable OPENAI_API_KEY.",
             )
         if status == 429:
             raise _Failure("rate limit", reason, retry=True, pause=_pause(headers.get("Retry-After")))
@@ -379,19 +409,24 @@ class ServerJudge:
         pause = _pause(headers.get("Retry-After")) if retry else None
         raise _Failure(f"http {status}", reason, retry=retry, pause=pause)
 
-    def _messages(self, conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {"role": message["role"], "content": [self._as_openai(part) for part in message["content"]]}
-            for message in conversation
-        ]
-
-    def _as_openai(self, part: dict[str, Any]) -> dict[str, Any]:
+    async def _as_openai(self, part: dict[str, Any], encoded: dict[tuple, asyncio.Task[str]]) -> dict[str, Any]:
         if part["type"] != "image":
             return {**part, "text": without_control_tokens(part["text"])}
+        # The edits of a case share its references. By content, because each edit may come with copies of its own.
+        key = await asyncio.to_thread(_content, part["image"])
+        if key not in encoded:
+            encoded[key] = asyncio.create_task(asyncio.to_thread(self._data_url, part["image"]))
+        return {"type": "image_url", "image_url": {"url": await encoded[key]}}
+
+    def _data_url(self, image: Image.Image) -> str:
         buffer = io.BytesIO()
-        fit_image(part["image"], self.max_pixels).save(buffer, "PNG", compress_level=1)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        fit_image(image, self.max_pixels).save(buffer, "PNG", compress_level=1)
+        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _content(image: Image.Image) -> tuple:
+    """What tells an image from others."""
+    return image.mode, image.size, tuple(image.getpalette() or ()), hashlib.sha256(image.tobytes()).digest()
 
 
 def _answers(reply: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from .flux2_klein import Flux2KleinPolicy
 from .flux_kontext import FluxKontextPolicy
 from .long_prompts import check_prompt_lengths
 from .qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
-from .rollout import Trajectory, decode, rollout
+from .rollout import Trajectory, decode, rollout, rollout_batches
 
 
 # The pipelines that can be trained, by the class name in their `model_index.json`.
@@ -64,4 +64,5 @@ __all__ = [
     "decode",
     "policy_class",
     "rollout",
+    "rollout_batches",
 ]

@@ -1,12 +1,16 @@
 """Rolling a policy out: from conditions to final latents and, for the trained steps, what training needs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
 from ..flow.dynamics import log_prob, transition
+from ..flow.schedule import resampled
 from .edit_policy import EditConditions, EditPolicy, bucketed
 
 
@@ -42,7 +46,7 @@ class Trajectory:
 
 
 @torch.no_grad()
-def rollout(
+def rollout_batches(
     policy: EditPolicy,
     model: nn.Module,
     conditions: list[EditConditions],
@@ -54,10 +58,12 @@ def rollout(
     dynamics: str = "ode",
     noise_level: float = 0.0,
     steps: range = range(0),
+    start_generators: list[torch.Generator] | None = None,
+    num_finish_steps: int | None = None,
     keep_means: bool = False,
-) -> list[Trajectory]:
+) -> Iterator[tuple[list[int], list[Trajectory]]]:
     """
-    Samples one edit per entry of `conditions`.
+    Samples one edit per entry of `conditions`, batch by batch.
 
     Samples are batched with others of exactly their sizes. All randomness of a sample comes from its own generator, so
     a sample does not depend on which others share its batch.
@@ -83,49 +89,101 @@ def rollout(
             Noise level of the stochastic steps.
         steps (`range`, *optional*, defaults to `range(0)`):
             The consecutive steps that are stochastic. All others follow the ODE and are not stored.
+        start_generators (`list[torch.Generator]`, *optional*):
+            CPU generators of the noise that the samples start from. Samples of a case that have the same one share
+            it, and what they have in common is computed once: the steps before the first stochastic one, and the
+            prediction there. By default `generators`.
+        num_finish_steps (`int`, *optional*):
+            Number of steps after the stochastic ones, if it is smaller than the number of those left: they lead
+            through the same noise levels with an Adams-Bashforth method of second order. By default those of the
+            schedule, by Euler's method.
         keep_means (`bool`, *optional*, defaults to `False`):
-            Whether the trajectories hold the means of those steps, which take as much memory as the latents.
+            Whether the trajectories hold the means of the stochastic steps, which take as much memory as the latents.
 
-    Returns:
-        `list[Trajectory]`, in the order of `conditions`, on the policy's device.
+    Yields:
+        `tuple[list[int], list[Trajectory]]`: the places of a batch's samples in `conditions`, and their trajectories,
+        on the policy's device.
     """
-    trajectories: dict[int, Trajectory] = {}
+    start_generators = generators if start_generators is None else start_generators
+    leaders: dict[torch.Generator, int] = {}  # the first sample that has the generator
+    for index, generator in enumerate(start_generators):
+        leaders.setdefault(generator, index)
+    begin, end = (steps.start, steps.stop) if steps else (num_inference_steps, num_inference_steps)
+
+    def follow_ode(latents, sigmas, batch, second_order=False) -> torch.Tensor:
+        last: tuple[torch.Tensor, torch.Tensor] | None = None  # prediction and length of the step before
+        for sigma, sigma_next in pairwise(sigmas):
+            velocity = slope = policy.velocity(model, latents, sigma, batch, true_cfg_scale)
+            if second_order and last is not None:
+                slope = velocity + (velocity - last[0]) * ((sigma_next - sigma) / (2 * last[1])).to(velocity.device)
+            latents, _ = transition("ode", latents, slope, sigma, sigma_next, 0.0, 1.0)
+            last = velocity, sigma_next - sigma
+        return latents
+
+    # Latents at the first stochastic step and the prediction there, for each start
+    first_steps: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    distinct = list(leaders.values())
+    for places in bucketed([conditions[index] for index in distinct], batch_size):
+        members = [distinct[place] for place in places]
+        first = conditions[members[0]]
+        batch = policy.collate([conditions[index] for index in members])
+        sigmas = policy.sigmas(num_inference_steps, first)
+        latents = torch.stack([_noise(start_generators[index], first) for index in members]).to(policy.device)
+        latents = follow_ode(latents, sigmas[: begin + 1], batch)
+        velocity = policy.velocity(model, latents, sigmas[begin], batch, true_cfg_scale) if steps else latents
+        first_steps.update(zip(members, zip(latents, velocity, strict=True), strict=True))
+
     for members in bucketed(conditions, batch_size):
         first = conditions[members[0]]
-        shape = (first.num_tokens, first.num_channels)
-
-        def noise(members=members, shape=shape) -> torch.Tensor:
-            return torch.stack([torch.randn(shape, generator=generators[i]) for i in members]).to(policy.device)
-
-        batch = policy.collate([conditions[i] for i in members])
+        batch = policy.collate([conditions[index] for index in members])
         sigmas = policy.sigmas(num_inference_steps, first)
-        latents = noise()
-        stored: list[torch.Tensor] = []
+        starts = [first_steps[leaders[start_generators[index]]] for index in members]
+        latents, velocity = (torch.stack(part) for part in zip(*starts, strict=True))
+        stored: list[torch.Tensor] = [latents]
         log_probs: list[torch.Tensor] = []
         means: list[torch.Tensor] = []
-        for step in range(num_inference_steps):
-            velocity = policy.velocity(model, latents, sigmas[step], batch, true_cfg_scale)
-            if step not in steps:
-                latents, _ = transition("ode", latents, velocity, sigmas[step], sigmas[step + 1], 0.0, sigmas[1])
-                continue
+        for step in steps:
+            if step > begin:
+                velocity = policy.velocity(model, latents, sigmas[step], batch, true_cfg_scale)
             mean, std = transition(dynamics, latents, velocity, sigmas[step], sigmas[step + 1], noise_level, sigmas[1])
+            noise = torch.stack([_noise(generators[index], first) for index in members]).to(policy.device)
+            latents = mean + std * noise
             stored.append(latents)
+            log_probs.append(log_prob(dynamics, latents, mean, std))
             if keep_means:
                 means.append(mean)
-            latents = mean + std * noise()
-            log_probs.append(log_prob(dynamics, latents, mean, std))
-            if step == steps[-1]:
-                stored.append(latents)
-        for row, index in enumerate(members):
-            trajectories[index] = Trajectory(
-                sigmas=sigmas,
-                steps=steps,
-                latents=torch.stack([x[row] for x in stored]) if stored else latents.new_empty((0, *shape)),
-                log_probs=torch.stack([x[row] for x in log_probs]) if stored else latents.new_empty(0),
-                means=torch.stack([x[row] for x in means]) if means else latents.new_empty((0, *shape)),
-                final=latents[row],
-            )
-    return [trajectories[index] for index in range(len(conditions))]
+        rest = sigmas[end:]
+        if num_finish_steps is not None and num_finish_steps < len(rest) - 1:
+            latents = follow_ode(latents, resampled(rest, num_finish_steps), batch, second_order=True)
+        else:
+            latents = follow_ode(latents, rest, batch)
+        none = latents.new_empty((0, *latents.shape[1:]))
+        yield (
+            members,
+            [
+                Trajectory(
+                    sigmas=sigmas,
+                    steps=steps,
+                    latents=torch.stack([x[row] for x in stored]) if steps else none,
+                    log_probs=torch.stack([x[row] for x in log_probs]) if steps else latents.new_empty(0),
+                    means=torch.stack([x[row] for x in means]) if means else none,
+                    final=latents[row],
+                )
+                for row in range(len(members))
+            ],
+        )
+
+
+def rollout(*args: Any, **kwargs: Any) -> list[Trajectory]:
+    """Samples as [`rollout_batches`] does, with its arguments. Returns all trajectories in the order of the cases."""
+    trajectories: dict[int, Trajectory] = {}
+    for members, batch in rollout_batches(*args, **kwargs):
+        trajectories.update(zip(members, batch, strict=True))
+    return [trajectories[index] for index in range(len(trajectories))]
+
+
+def _noise(generator: torch.Generator, conditions: EditConditions) -> torch.Tensor:
+    return torch.randn((conditions.num_tokens, conditions.num_channels), generator=generator)
 
 
 def decode(

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,7 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
         `TypeError`: If it is not a sequence of numbers and `None`.
         `ValueError`: If it has the wrong length, or a reward is infinite, NaN or above 1e18.
     """
-    if isinstance(returned, torch.Tensor):
-        returned = returned.detach().cpu().double().numpy()
-    if isinstance(returned, np.ndarray):
-        returned = returned.tolist()
+    returned = _as_python(returned, name)
     if not isinstance(returned, list | tuple):
         raise TypeError(
             f"The reward function {name!r} returned a {type(returned).__name__}, but must return a list: {SIGNATURE}."
@@ -58,12 +56,12 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
     rewards = []
     for case_id, value in zip(case_ids, returned, strict=True):
         if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
-            value = value.item()
+            value = _as_python(value, name)
         is_number = isinstance(value, int | float | np.integer | np.floating | np.bool_)
         if value is not None and (not is_number or isinstance(value, np.timedelta64)):  # which NumPy calls an integer
             raise TypeError(
-                f"The reward function {name!r} returned {value!r} for case {case_id!r}, but must return a number or "
-                f"None: {SIGNATURE}."
+                f"The reward function {name!r} returned {reprlib.repr(value)} for case {case_id!r}, but must return a "
+                f"number or None: {SIGNATURE}."
             )
         if value is not None and not abs(value) <= LARGEST_REWARD:  # NaN too
             if on_bad_reward == "error":
@@ -79,6 +77,19 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
             value = None
         rewards.append(math.nan if value is None else float(value))
     return rewards
+
+
+def _as_python(value: Any, name: str) -> Any:
+    """Tensors and arrays as numbers or lists of them; masked values as `None`."""
+    if not isinstance(value, torch.Tensor | np.ndarray):
+        return value
+    try:
+        return None if value is np.ma.masked else value.tolist()
+    except (RuntimeError, TypeError) as error:  # sparse tensors, tensors without values and others
+        raise TypeError(
+            f"The reward function {name!r} returned a {type(value).__name__} whose values cannot be read ({error}): "
+            f"{SIGNATURE}."
+        ) from error
 
 
 def own_copy(value: Any) -> Any:
@@ -99,16 +110,29 @@ def own_copy(value: Any) -> Any:
     return value
 
 
+async def awaited(func: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """
+    What an async reward function returns. An error that would end the thread of the event loop, so that nobody ever
+    got an answer, e.g. of `sys.exit`, is raised as a `RuntimeError`.
+    """
+    try:
+        return await func(**arguments)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
 def failed_rewards(
-    error: Exception, name: str, case_ids: Sequence[Any], tally: JudgeTally, first: bool
+    error: BaseException, name: str, case_ids: Sequence[Any], tally: JudgeTally, first: bool
 ) -> list[float | None]:
     """
     What stands for the rewards of a function that raised an error: a missing reward of each completion, counted. In
     the first call of a run the error is one of the program, and stops it.
 
     Args:
-        error (`Exception`):
-            The error.
+        error (`BaseException`):
+            The error, `SystemExit` included.
         name (`str`):
             Name of the function.
         case_ids (`Sequence`):

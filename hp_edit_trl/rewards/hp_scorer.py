@@ -7,8 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..judges import Judge, Judgement, JudgeTally, describe_judge, load_judge
+from ..judges import CachedJudge, Judge, Judgement, JudgeTally, ServerJudge, describe_judge, load_judge
 from ..judges.base import ScoreMode, load_for
+from ..judges.failures import check_not_refused
 from ..utils.images import read_image
 from .prompts import ScorerPrompt, load_scorer_prompts
 
@@ -88,6 +89,12 @@ class HPScorerReward:
         """Judge, prompts and task in one line: scores of scorers with different descriptions should not be mixed."""
         prompts = ", ".join(sorted({prompt.revision for prompt in self.scorer_prompts.values()}))
         return f"{self.judge_description}, prompts {prompts}, task {self.task or 'of the case'}"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the judge is on a server, so that this machine can do other work while it judges."""
+        judge = self.judge.judge if isinstance(self.judge, CachedJudge) else self.judge
+        return isinstance(judge, ServerJudge)
 
     @property
     def judge_description(self) -> str:
@@ -206,6 +213,8 @@ class HPScorerReward:
         Raises:
             [`UnreadableImageError`]: If an image cannot be read. All images are read by
                 [`~hp_edit_trl.utils.images.read_image`], and may also be paths.
+            [`~hp_edit_trl.judges.JudgeRefusedError`]: If a server refuses the judge's key. It holds the rewards of
+                the samples that were judged before.
 
         Returns:
             `list[float | None]`: the rewards in (0, 1), `None` where there is no score.
@@ -236,4 +245,6 @@ class HPScorerReward:
             log_metric("hp_score_failed", 1 - len(known) / count)
             if known:
                 log_metric("hp_score", sum(known) / len(known))
-        return [None if score is None else 1 / (1 + math.exp(self.beta - self.alpha * score)) for score in scores]
+        rewards = [None if score is None else 1 / (1 + math.exp(self.beta - self.alpha * score)) for score in scores]
+        check_not_refused(judgements, rewards=rewards)
+        return rewards

@@ -17,7 +17,8 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft.helpers import disable_input_dtype_casting
 from PIL import Image
-from transformers import TrainerState
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import GreedyLR, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import PushInProgress
@@ -44,11 +45,12 @@ from .checkpoints import (
     files_below,
     find_fault,
     move_into_place,
+    restoring,
     save_errors,
     write_manifest,
 )
-from .hub import CARD_PICTURES, MODEL_FILES, copy_published, upload, write_published_state
-from .lora import save_lora
+from .hub import CARD_PICTURES, MODEL_FILES, card_pictures, copy_published, upload, write_published_state
+from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
 from .plan import Plan, plan_training
 
@@ -313,18 +315,33 @@ class BaseEditTrainer(_BaseTrainer):
             self._skipped_in_a_row = 0
         self._update_is_finite, self._update_learns, self._update_cases = True, False, ()
 
+    def _metric_for_best_model(self, metrics: dict[str, float], use: str) -> float | None:
+        """The metric that decides, with a warning if an evaluation has none, e.g. because nothing was scored."""
+        name = str(self.args.metric_for_best_model)
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if math.isfinite(metrics.get(name, math.nan)):
+            return metrics[name]
+        logger.warning(
+            f"Step {self.state.global_step} is not a candidate for {use}: its evaluation has no {name}. It has: "
+            f"{', '.join(metrics)}."
+        )
+        return None
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        name = self.args.metric_for_best_model
-        if name is not None:
-            name = name if name.startswith("eval_") else f"eval_{name}"
-            if not math.isfinite(metrics.get(name, math.nan)):
-                logger.warning(
-                    f"Step {self.state.global_step} is not a candidate for the best model: its evaluation has no "
-                    f"{name}."
-                )
-                return False
+        wanted = self.args.metric_for_best_model is not None
+        if wanted and self._metric_for_best_model(metrics, "the best model") is None:
+            return False
         self._best_before = self.state.best_metric, self.state.best_global_step
         return super()._determine_best_metric(metrics, trial)
+
+    # Trainer would stop at an evaluation without the metric that its scheduler goes by.
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR) and not skip_scheduler:
+            value = self._metric_for_best_model(metrics, "the scheduler")
+            if value is not None:
+                self.lr_scheduler.step(value)
+        return metrics
 
     def _resume_files(self) -> list[str]:
         """Names of the files that an exact resume needs besides the weights, of all processes."""
@@ -345,15 +362,19 @@ class BaseEditTrainer(_BaseTrainer):
                 Passed to [`~transformers.Trainer.train`].
 
         Raises:
-            `ValueError`: If the checkpoint is not whole.
+            `ValueError`: If the checkpoint is not whole, or holds another LoRA or the state of another optimizer.
         """
-        checkpoint = None
+        checkpoint, skipped = None, None
         with in_step(self.accelerator):
             if self.args.should_save:
                 clean_up(self.args.output_dir)
             if self.accelerator.is_main_process:
                 checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._resume_files())
-        (checkpoint,) = broadcast_object_list([checkpoint])
+                if checkpoint is not None:
+                    check_same_lora(self.accelerator.unwrap_model(self.model), checkpoint)
+                    skipped = (read_json(Path(checkpoint, MANIFEST)) or {}).get("skipped_updates")
+        checkpoint, skipped = broadcast_object_list([checkpoint, skipped])
+        self._skipped_updates, self._skipped_in_a_row = skipped or (0, 0)
         self._is_saved = False
         if checkpoint is not None:
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
@@ -362,6 +383,16 @@ class BaseEditTrainer(_BaseTrainer):
             if max(state.global_step, self._saved_run(checkpoint).get("step", 0)) >= max_steps:
                 return self._restore_finished(checkpoint, state)
         return super().train(checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with in_step(self.accelerator), restoring(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not self.optimizer.param_groups[0].keys() >= self.optimizer.defaults.keys():
+                raise ValueError("it is of another kind of optimizer")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with in_step(self.accelerator), restoring(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     # Trainer would train one update more, log, and start trackers.
     def _restore_finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
@@ -378,7 +409,7 @@ class BaseEditTrainer(_BaseTrainer):
             state.best_model_checkpoint = checkpoint
             self._load_best_model()
         saved = self._saved_run(checkpoint)
-        self._is_saved = bool(saved) and (not self.args.push_to_hub or saved["pushed_to"] == self.hub_model_id)
+        self._is_saved = bool(saved) and (not self.args.push_to_hub or saved.get("pushed_to") == self.hub_model_id)
         return TrainOutput(state.global_step, math.nan, {})
 
     def _saved_run(self, checkpoint: str) -> dict[str, Any]:
@@ -386,9 +417,10 @@ class BaseEditTrainer(_BaseTrainer):
         noted: dict[str, Any] = {}
         if self.accelerator.is_main_process:
             folder, listed = Path(self.args.output_dir), read_json(Path(checkpoint, MANIFEST)) or {"files": {}}
-            if find_fault(folder, SAVED) is None:
+            if find_fault(folder, SAVED, [WEIGHTS]) is None:
                 noted = read_json(folder / SAVED) or {}
-                noted = noted if noted["files"].get(WEIGHTS) == listed["files"].get(WEIGHTS) else {}
+                same = noted["files"][WEIGHTS] == listed["files"].get(WEIGHTS)
+                noted = noted if same and isinstance(noted.get("step"), int) else {}
         (noted,) = broadcast_object_list([noted])
         return noted
 
@@ -434,7 +466,8 @@ class BaseEditTrainer(_BaseTrainer):
             with in_step(self.accelerator), save_errors(place):
                 if self.args.should_save:
                     self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-                    write_manifest(unfinished, names)
+                    skipped = (self._skipped_updates, self._skipped_in_a_row)
+                    write_manifest(unfinished, names, skipped_updates=skipped)
                     move_into_place(unfinished, place)
         except OSError as error:
             self.state.best_model_checkpoint = best_checkpoint
@@ -563,7 +596,7 @@ class BaseEditTrainer(_BaseTrainer):
         options |= {"revision": revision} if revision is not None else {}
         # Pictures of an earlier commit that the card does not show any more are deleted.
         options |= {"delete_patterns": list(CARD_PICTURES), "run_as_future": not blocking}
-        files = [*MODEL_FILES, *(CARD_PICTURES if args.num_sample_edits else ())]
+        files = [*MODEL_FILES, *(card_pictures(folder) if args.num_sample_edits else ())]
         return upload(args.output_dir, args, self.hub_model_id, files, commit_message, **options)
 
     def save_sample_edits(self, num_cases: int | None = None) -> None:

@@ -4,16 +4,18 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -28,6 +30,28 @@ UNFINISHED = "_unfinished"
 
 WEIGHTS = "adapter_model.safetensors"
 
+# Files that are read when a run resumes, if they are there: none of them may be left out of a manifest.
+READ = ("adapter_config.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "rollouts_*.pt")
+
+# Types of a trainer's state in its file; without a step it is none
+STATE_TYPES: dict[str, Any] = {
+    "global_step": int,
+    "epoch": int | float | None,
+    "max_steps": int,
+    "logging_steps": int | float,
+    "eval_steps": int | float,
+    "save_steps": int | float,
+    "train_batch_size": int | None,
+    "num_train_epochs": int | float,
+    "num_input_tokens_seen": int,
+    "total_flos": int | float,
+    "log_history": list | None,
+    "best_metric": int | float | None,
+    "best_global_step": int | None,
+    "best_model_checkpoint": str | None,
+    "stateful_callbacks": dict | None,
+}
+
 
 @contextlib.contextmanager
 def save_errors(what: str | Path) -> Iterator[None]:
@@ -41,6 +65,18 @@ def save_errors(what: str | Path) -> Iterator[None]:
         raise OSError(
             f"{what} could not be saved: {type(error).__name__}: {' '.join(str(error).split())}. Earlier checkpoints "
             "are kept. If the disk is full, free space; then resume with resume_from_checkpoint=True."
+        ) from error
+
+
+@contextlib.contextmanager
+def restoring(checkpoint: str | None) -> Iterator[None]:
+    """Context for loading optimizer, scheduler and others: what does not fit the run becomes one `ValueError`."""
+    try:
+        yield
+    except Exception as error:  # these loaders do not check what they are given
+        raise ValueError(
+            f"What {checkpoint} holds of optimizer, scheduler, random numbers and rollouts does not fit this run: "
+            f"{type(error).__name__}: {error}. Resume with the options of the checkpoint, or choose another one."
         ) from error
 
 
@@ -92,31 +128,48 @@ def write_manifest(folder: str | Path, names: Iterable[str], manifest: str = MAN
         _sync(path)
 
 
-def find_fault(folder: str | Path, manifest: str = MANIFEST) -> str | None:
+def find_fault(
+    folder: str | Path, manifest: str = MANIFEST, essential: Iterable[str] = (TRAINER_STATE_NAME, WEIGHTS)
+) -> str | None:
     """
-    Checks the files of a folder against its manifest, byte by byte.
+    Checks the files of a folder against its manifest, byte by byte, and a trainer's state among them.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+        manifest (`str`, *optional*, defaults to `"manifest.json"`):
+            Name of the list of its files.
+        essential (`Iterable[str]`, *optional*, defaults to `("trainer_state.json", "adapter_model.safetensors")`):
+            Files that must be listed.
 
     Returns:
         `str`, *optional*: the first fault, by file name, e.g. `"optimizer.pt is truncated (100 of 5,120 bytes)"`.
         `None` if the folder is whole.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        return "there is no such folder"
-    if not (folder / manifest).is_file():
-        return f"{manifest} is missing, which is written last"
-    listed = (read_json(folder / manifest) or {}).get("files")
-    if (
-        not listed
-        or not isinstance(listed, dict)
-        or not all(
-            isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-            for entry in listed.values()
-        )
-    ):
-        return f"{manifest} is damaged"
-    try:  # sizes first, which costs nothing
-        for name, entry in listed.items():
+    try:
+        if not folder.is_dir():
+            return "there is no such folder"
+        if not (folder / manifest).is_file():
+            return f"{manifest} is missing, which is written last"
+        listed = (read_json(folder / manifest) or {}).get("files")
+        if (
+            not listed
+            or not isinstance(listed, dict)
+            or not all(
+                isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
+                for entry in listed.values()
+            )
+        ):
+            return f"{manifest} is damaged"
+        for name in listed:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                return f"{manifest} lists {name!r}, which is not in the folder"
+        read = [file.name for pattern in READ for file in folder.glob(pattern)] if manifest == MANIFEST else []
+        for name in (*essential, *read):
+            if name not in listed:
+                return f"{name} is not listed in {manifest}"
+        for name, entry in listed.items():  # sizes first, which costs nothing
             if not (folder / name).is_file():
                 return f"{name} is missing"
             size = (folder / name).stat().st_size
@@ -127,6 +180,37 @@ def find_fault(folder: str | Path, manifest: str = MANIFEST) -> str | None:
                 return f"{name} has changed since it was saved"
     except (OSError, ValueError) as error:
         return f"a file cannot be read ({error})"
+    return _fault_of_state(folder / TRAINER_STATE_NAME) if TRAINER_STATE_NAME in listed else None
+
+
+def _fault_of_state(file: Path) -> str | None:
+    """What is wrong with the file of a trainer's state, if something is."""
+    values = read_json(file)
+    if values is None:
+        return f"{file.name} is truncated or damaged"
+    if "global_step" not in values:
+        return f"{file.name} has no global_step"
+    unknown = sorted(values.keys() - TrainerState.__dataclass_fields__.keys())
+    if unknown:
+        return f"{file.name} has {unknown[0]!r}, which this version of transformers does not know"
+    for name, kind in STATE_TYPES.items():
+        value = values.get(name, 0)
+        if name in values and (isinstance(value, bool) or not isinstance(value, kind)):
+            return f"{file.name} has a {name} of a wrong type ({type(value).__name__})"
+    callbacks = [
+        state
+        for states in (values.get("stateful_callbacks") or {}).values()
+        for state in (states if isinstance(states, list) else [states])
+    ]
+    parts = [state.get(part, {}) for state in callbacks if isinstance(state, dict) for part in ("args", "attributes")]
+    for name, entries in (
+        ("log_history", values.get("log_history") or []),
+        ("stateful_callbacks", [*callbacks, *parts]),
+    ):
+        if not all(isinstance(entry, dict) for entry in entries):
+            return f"{file.name} has a {name} of a wrong form"
+    if values["global_step"] < 0 or not 0 <= (values.get("epoch") or 0) < math.inf:
+        return f"{file.name} has a step or an epoch that cannot be"
     return None
 
 
@@ -238,8 +322,10 @@ def checkpoint_to_resume(
             essential = (TRAINER_STATE_NAME, WEIGHTS)
             missing = [name for name in essential if not (folder / name).is_file()]
             there = [name for name in (*essential, *needed) if (folder / name).is_file()]
-            problem = next((f"{name} is missing" for name in missing), None) or next(
-                (f"{name} is truncated or damaged" for name in there if not can_be_read(folder / name)), None
+            problem = (
+                next((f"{name} is missing" for name in missing), None)
+                or next((f"{name} is truncated or damaged" for name in there if not can_be_read(folder / name)), None)
+                or _fault_of_state(folder / TRAINER_STATE_NAME)
             )
         if problem is not None:
             newest, _ = newest_whole(folder.absolute().parent)

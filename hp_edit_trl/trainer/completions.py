@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -31,6 +32,15 @@ def _save_reference(image: Image.Image, folder: Path) -> str:
     if not (folder / name).exists():
         write_atomically(folder / name, functools.partial(Path.write_bytes, data=_webp(image)))
     return name
+
+
+def _is_column(values: list[Any]) -> bool:
+    """Whether values, which a reward function may have logged, can be stored as a column of a table."""
+    try:
+        pyarrow.array(values)
+    except Exception:  # pyarrow raises errors of many kinds for objects that it does not know
+        return False
+    return len({type(value) for value in values if value is not None}) <= 1
 
 
 def log_completions_table(
@@ -65,8 +75,9 @@ def log_completions_table(
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
         values = [row.get(name) for row in rows]
-        if len({type(value) for value in values if value is not None}) > 1:  # a column of a table has one type
-            values = [None if value is None else str(value) for value in values]
+        if name not in images and not _is_column(values):
+            # Half a character, which models write at times, cannot be stored.
+            values = [None if value is None else str(value).encode("utf-8", "replace").decode() for value in values]
         for row, value in zip(rows, values, strict=True):
             row[name] = value
 

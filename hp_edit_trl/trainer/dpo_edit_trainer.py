@@ -373,7 +373,8 @@ class DPOEditTrainer(BaseEditTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: list[str], return_outputs: bool = False, num_items_in_batch=None
     ) -> torch.Tensor:
-        pairs = [self._load_pair(file) for file in inputs]
+        with in_step(self.accelerator):
+            pairs = [self._load_pair(file) for file in inputs]
         generators = [seeded_generator(self.args.seed, "train", self.epoch, pair.id) for pair in pairs]
         self._microbatch_ids = [pair.id for pair in pairs]
         losses, metrics = self._losses(model, pairs, generators)
@@ -470,9 +471,9 @@ class DPOEditTrainer(BaseEditTrainer):
             self.optimizer.eval()
         results: list[dict[str, float]] = []
         for files in dataloader:
-            pairs = [self._load_pair(file) for file in files]
-            generators = [seeded_generator(self.args.seed, "eval", pair.id) for pair in pairs]
-            with torch.no_grad(), self._without_casts(), self.accelerator.autocast():
+            with in_step(self.accelerator), torch.no_grad(), self._without_casts(), self.accelerator.autocast():
+                pairs = [self._load_pair(file) for file in files]
+                generators = [seeded_generator(self.args.seed, "eval", pair.id) for pair in pairs]
                 losses, metrics = self._losses(self.model, pairs, generators)
             columns = {"loss": losses, **metrics}
             local = [{name: values[i].item() for name, values in columns.items()} for i in range(len(pairs))]

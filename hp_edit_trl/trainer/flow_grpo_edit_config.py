@@ -45,11 +45,17 @@ class FlowGRPOEditConfig(BaseEditConfig):
 
         num_generations (`int`, *optional*, defaults to `16`):
             Number of edits per case to sample (G, *field*).
+        num_trained_generations (`int`, *optional*):
+            Number of them that are trained on, on average over the cases of a process: those with the largest absolute
+            advantages ([PODS](https://huggingface.co/papers/2504.13818) selects alike). Defaults to all. With fewer,
+            each process samples whole groups.
         generation_batch_size (`int`, *optional*):
             Number of edits sampled at a time over all processes. Defaults to `per_device_train_batch_size *
-            num_processes * steps_per_generation`. Must be divisible by `num_generations`.
+            num_processes * steps_per_generation * num_generations / num_trained_generations`. Must be divisible by
+            `num_generations`.
         steps_per_generation (`int`, *optional*):
-            Number of microbatches that a generation batch is split into. Defaults to `gradient_accumulation_steps`.
+            Number of microbatches that the trained edits of a generation batch are split into. Defaults to
+            `gradient_accumulation_steps`.
         rollout_batch_size (`int`, *optional*, defaults to `4`):
             Largest number of edits that are denoised or decoded together on a device.
         resolution (`int`, *optional*, defaults to `512`):
@@ -78,6 +84,13 @@ class FlowGRPOEditConfig(BaseEditConfig):
             steps, or as many as the window needs (*field*). The last step is never stochastic.
         sde_window_mode (`str`, *optional*, defaults to `"random"`):
             `"fixed"`, `"random"` or `"sliding"`: where the window lies in each generation batch (*field*).
+        same_latent (`bool`, *optional*, defaults to `False`):
+            Let the edits of a case start from the same noise. The steps before the window and the prediction at its
+            first step are then computed once per case and process, in sampling and in training. Edits of a group
+            differ by the noise of the window alone.
+        num_finish_steps (`int`, *optional*):
+            Number of steps in which a rollout is finished after the window, with a method of second order. Defaults to
+            the remaining steps of the schedule. 2 or 3 instead of 5 or 6 change the scores little.
 
         > Parameters that control evaluation
 
@@ -210,6 +223,9 @@ class FlowGRPOEditConfig(BaseEditConfig):
 
     # Parameters that control sampling
     num_generations: int = field(default=16, metadata={"help": "Number of edits per case to sample (G)."})
+    num_trained_generations: int | None = field(
+        default=None, metadata={"help": "Number of them that are trained on, those with the largest advantages."}
+    )
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Number of edits sampled at a time over all processes."}
     )
@@ -262,6 +278,13 @@ class FlowGRPOEditConfig(BaseEditConfig):
             "help": "Where the window lies in each generation batch.",
             "choices": ["fixed", "random", "sliding"],
         },
+    )
+    same_latent: bool = field(
+        default=False, metadata={"help": "Let the edits of a case start from the same noise, which saves passes."}
+    )
+    num_finish_steps: int | None = field(
+        default=None,
+        metadata={"help": "Number of steps of second order after the window. Defaults to the schedule's own."},
     )
 
     # Parameters that control evaluation
@@ -344,7 +367,7 @@ class FlowGRPOEditConfig(BaseEditConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
         for name in (
             "rollout_batch_size", "resolution", "num_iterations", "sde_window_size", "num_completions_to_log",
-            "true_cfg_scale", "eval_num_inference_steps",
+            "true_cfg_scale", "eval_num_inference_steps", "num_finish_steps",
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -375,25 +398,37 @@ class FlowGRPOEditConfig(BaseEditConfig):
                 f"must lie within [0, {last}), because the last step is never stochastic, and hold the window."
             )
 
+        sampled, trained = self.num_generations, self.num_trained_generations
+        trained = sampled if trained is None else trained
+        if not 1 <= trained <= sampled:
+            raise ValueError(f"num_trained_generations={trained} must be between 1 and num_generations={sampled}.")
         per_step = self.per_device_train_batch_size * self.world_size
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             raise ValueError("generation_batch_size and steps_per_generation cannot both be set.")
         if self.generation_batch_size is not None:
-            if self.generation_batch_size % per_step:
+            if self.generation_batch_size * trained % (sampled * per_step):
+                part = f"{trained}/{sampled} of " if trained < sampled else ""
                 raise ValueError(
-                    f"generation_batch_size={self.generation_batch_size} must be divisible by "
+                    f"{part}generation_batch_size={self.generation_batch_size} must be divisible by "
                     f"per_device_train_batch_size * num_processes = {per_step}."
                 )
-            self.steps_per_generation = self.generation_batch_size // per_step
+            self.steps_per_generation = self.generation_batch_size * trained // (sampled * per_step)
         else:
             self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
-            self.generation_batch_size = per_step * self.steps_per_generation
-        if self.generation_batch_size % self.num_generations:
+            self.generation_batch_size = per_step * self.steps_per_generation * sampled // trained
+        # The edits to train on are chosen by each process among its own, so that all have the same number.
+        whole = sampled if trained == sampled else sampled * self.world_size
+        if (
+            self.generation_batch_size % whole
+            or self.generation_batch_size * trained != per_step * self.steps_per_generation * sampled
+        ):
             raise ValueError(
                 f"The generation batch of {self.generation_batch_size} edits (per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} * {self.world_size} processes * steps_per_generation="
-                f"{self.steps_per_generation}) must be divisible by num_generations={self.num_generations}: it holds "
-                "whole groups."
+                f"{self.steps_per_generation}"
+                + (f" * {sampled} / {trained} of which are trained on" if trained < sampled else "")
+                + f") must be divisible by num_generations={sampled}: it holds whole groups"
+                + (" on each process." if trained < sampled else ".")
             )
         if self.max_failed_batches < 1 or not 0 <= self.max_missing_rewards <= 1:
             raise ValueError(
@@ -402,10 +437,11 @@ class FlowGRPOEditConfig(BaseEditConfig):
             )
         if self.max_skipped_updates < 0:
             raise ValueError(f"max_skipped_updates={self.max_skipped_updates} must not be negative.")
-        if self.load_best_model_at_end and self.metric_for_best_model in ("loss", "eval_loss"):
+        # Trainer's default is the loss, for `load_best_model_at_end` and some schedulers
+        if self.metric_for_best_model in ("loss", "eval_loss", "eval_", ""):
             raise ValueError(
-                "load_best_model_at_end=True needs metric_for_best_model: an evaluation has no loss. Use e.g. "
-                "'reward', with greater_is_better=True."
+                "load_best_model_at_end=True, and schedulers that go by evaluations, need metric_for_best_model: an "
+                "evaluation has no loss. Use e.g. 'reward', with greater_is_better=True."
             )
         if self.log_completions_hub_repo is not None and not self.log_completions:
             raise ValueError(

@@ -2,13 +2,16 @@ import asyncio
 import atexit
 import contextlib
 import math
+import operator
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
@@ -35,12 +38,22 @@ from ..cases import BadCaseError, check_cases, check_references, max_references
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.base import fit_image
-from ..policies import EditConditions, Trajectory, bucketed, check_prompt_lengths, decode, policy_class, rollout
+from ..judges.failures import REFUSED
+from ..policies import (
+    EditConditions,
+    Trajectory,
+    bucketed,
+    check_prompt_lengths,
+    decode,
+    policy_class,
+    rollout_batches,
+)
 from ..rewards import HPScorerReward
-from ..rewards.checks import check_rewards, failed_rewards, own_copy
+from ..rewards.checks import awaited, check_rewards, failed_rewards, own_copy
 from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
+from .checkpoints import restoring
 from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
 from .hub import completions_scheduler
@@ -50,7 +63,6 @@ from .lora import check_peft_config, prepare_lora
 logger = get_logger(__name__)
 
 REWARD_WINDOW = 8  # generation batches that `max_missing_rewards` is taken over
-REFUSED = "refused"  # the kind of failure of a judge whose key is refused
 
 # Takes prompts, completions and the dataset's columns as lists; returns, or awaits, a list[float | None].
 RewardFunc = Callable[..., Any]
@@ -61,11 +73,29 @@ class Sample:
     """One edit of a generation batch, with what its update needs."""
 
     case_id: str
+    group: int  # its number in the generation batch
     conditions: EditConditions
     trajectory: Trajectory
     advantage: float
     # 0 if all rewards of the group are equal: then its KL must not move the policy either.
     kl_weight: float
+
+
+def judged(scorer: HPScorerReward, arguments: dict[str, Any]) -> tuple[list[float | None], JudgeTally]:
+    """The rewards of a scorer, and the tally of its judgements."""
+    return scorer(**arguments), scorer.last_tally
+
+
+@contextlib.contextmanager
+def cancelled_on_error(begun: list[tuple[list[int], dict[int, Future]]]) -> Iterator[None]:
+    """Calls of reward functions that have not started are given up if the context ends with an error."""
+    try:
+        yield
+    except BaseException:
+        for _, futures in begun:
+            for future in futures.values():
+                future.cancel()
+        raise
 
 
 class FlowGRPOEditTrainer(BaseEditTrainer):
@@ -175,6 +205,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 f"reward_weights has {len(weights)} entries, but there are {len(self.reward_funcs)} reward functions."
             )
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        if not (self.reward_weights.isfinite().all() and self.reward_weights.any()):
+            raise ValueError(f"reward_weights={weights} must be finite, and at least one of them not 0.")
 
         if args.n_gpu > 1:
             raise ValueError(
@@ -203,6 +235,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self.num_generations = args.num_generations  # = G in the paper
         self.cases_per_batch = args.generation_batch_size // args.num_generations
         self.steps_per_generation = args.steps_per_generation
+        self.num_trained = args.num_trained_generations or args.num_generations
         self.generate_every = args.steps_per_generation * args.num_iterations  # in microbatches
         self.sde_window_range = (args.sde_window_range[0], args.sde_window_range[1])
         self.epsilon_low = args.epsilon
@@ -266,12 +299,15 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if args.log_completions_hub_repo is not None and self.is_world_process_zero():
             self._completions_upload = completions_scheduler(args)
         self._pending_metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        self._logged_extra: list[tuple[str, list, list[int]]] = []  # column, values, places of the samples
         self._pending_extra: dict[str, list] = {}
         self._tally = JudgeTally()
 
         # Missing rewards, see `_watch_rewards`
         self._reset_watch()
 
+        # Where reward functions wait for others
+        self._threads = {func: ThreadPoolExecutor(1) for func in self.reward_funcs if isinstance(func, HPScorerReward)}
         if any(is_async_callable(func) for func in self.reward_funcs):
             thread, self.async_loop, ready = start_event_loop_in_daemon(name="FlowGRPOEditTrainer-AsyncLoop")
             ready.wait()
@@ -291,7 +327,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         for option in (
             "learning_rate", "num_generations", "generation_batch_size", "num_iterations", "resolution",
             "num_inference_steps", "true_cfg_scale", "guidance_scale", "dynamics", "noise_level", "sde_window_size",
-            "sde_window_range", "sde_window_mode", "epsilon", "beta", "scale_rewards", "seed",
+            "sde_window_range", "sde_window_mode", "same_latent", "num_finish_steps", "num_trained_generations",
+            "epsilon", "beta", "scale_rewards", "seed",
         ):  # fmt: skip
             settings[f"`{option}`"] = str(getattr(self.args, option))
         return settings | {"`true_cfg_scale`": str(self.true_cfg_scale)}  # the pipeline's, if `args` has none
@@ -316,7 +353,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         return self._get_dataloader(
             dataset=range(len(self.train_dataset)),
             description="Training",
-            batch_size=self._train_batch_size * self.steps_per_generation,
+            batch_size=self.args.generation_batch_size // self.args.world_size,
             sampler_fn=self._get_train_sampler,
             is_training=True,
         )
@@ -364,28 +401,54 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
     def _reset_watch(self) -> None:
         self._limit = FailureLimit(self.args.max_failed_batches, self.args.max_missing_rewards, REWARD_WINDOW)
         self._rewards_work = False  # whether a generation batch was scored without an error
-        self._inside_update = False  # whether gradients are accumulated
+        self._accumulated = 0  # microbatches of the present update that were trained
         self._rewards_gone: str | None = None  # why the run has to stop
 
     def _prepare_inputs(self, indices: list[int]) -> list[Sample]:
-        # Samples are drawn once for a whole generation batch, shuffled, and handed out microbatch by microbatch, as
+        # Samples are drawn once for a whole generation batch, ordered, and handed out microbatch by microbatch, as
         # often as `num_iterations` says.
         generation, microbatch = divmod(self._step, self.generate_every)
         if microbatch == 0 or self._buffered_samples is None:
-            samples = self._generate_and_score(indices, generation)
+            samples = self._choose(self._generate_and_score(indices, generation))
             generator = seeded_generator(self.args.seed, "shuffle", generation, self.accelerator.process_index)
-            order = torch.randperm(len(samples), generator=generator).tolist()
-            self._buffered_samples = [samples[i] for i in order]
+            self._buffered_samples = self._ordered(samples, generator)
         size = self.args.per_device_train_batch_size
         start = size * (microbatch % self.steps_per_generation)
         return self._buffered_samples[start : start + size]
+
+    def _learns(self, sample: Sample) -> bool:
+        """Whether the sample moves the policy. If not, no pass is made for it: its gradient is 0."""
+        return sample.advantage != 0 or (self.args.beta != 0.0 and sample.kl_weight != 0)
+
+    def _choose(self, samples: list[Sample]) -> list[Sample]:
+        """
+        The samples of this process to train on: the `num_trained_generations` with the largest absolute advantages of
+        each group. In place of those that cannot be learned from, the next ones of other groups.
+        """
+        ranks: dict[int, int] = {}
+        taken: dict[int, int] = defaultdict(int)
+        for index in sorted(range(len(samples)), key=lambda i: -abs(samples[i].advantage)):
+            ranks[index] = taken[samples[index].group]
+            taken[samples[index].group] += 1
+        order = sorted(ranks, key=lambda i: (not self._learns(samples[i]), ranks[i] >= self.num_trained))
+        return [samples[i] for i in sorted(order[: len(samples) * self.num_trained // self.num_generations])]
+
+    def _ordered(self, samples: list[Sample], generator: torch.Generator) -> list[Sample]:
+        """Shuffles samples; with `same_latent` groups as a whole. Those without a pass come first in each update."""
+        samples = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
+        if self.args.same_latent:
+            places = {group: i for i, group in enumerate(dict.fromkeys(sample.group for sample in samples))}
+            samples = sorted(samples, key=lambda sample: places[sample.group])
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        updates = [samples[start : start + size] for start in range(0, len(samples), size)]
+        return [sample for update in updates for sample in sorted(update, key=self._learns)]
 
     def _generate_and_score(self, indices: list[int], generation: int) -> list[Sample]:
         args, policy = self.args, self.policy
         seed = args.seed
         self.model.eval()
 
-        # An error about a case on one process stops all of them.
+        # An error on one process, e.g. about a case or of its memory, stops all of them.
         with self._timed("encode"), in_step(self.accelerator), policy.loaded(*policy.encoders):
             cases = {index: self._encode_case(self.train_dataset, index) for index in dict.fromkeys(indices)}
         rows = [cases[index][0] for index in indices]
@@ -406,24 +469,49 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             generation,
             seeded_generator(seed, "window", generation),
         )
-        with self._timed("rollout"), self._without_casts(), self.accelerator.autocast():
-            trajectories = rollout(
-                policy,
-                self.model,
-                conditions,
-                generators,
-                num_inference_steps=args.num_inference_steps,
-                true_cfg_scale=self.true_cfg_scale,
-                batch_size=args.rollout_batch_size,
-                dynamics=args.dynamics,
-                noise_level=args.noise_level,
-                steps=steps,
-                keep_means=args.normalize_ratio,
-            )
-        with self._timed("decode"):
-            images = decode(policy, [t.final for t in trajectories], conditions, args.rollout_batch_size)
+        groups = [(first + i) // self.num_generations for i in range(len(rows))]
+        start_generators = None
+        if args.same_latent:
+            by_group = {
+                group: seeded_generator(seed, "start", generation, str(row["id"]), group)
+                for row, group in zip(rows, groups, strict=True)
+            }
+            start_generators = [by_group[group] for group in groups]
+        batches = rollout_batches(
+            policy,
+            self.model,
+            conditions,
+            generators,
+            num_inference_steps=args.num_inference_steps,
+            true_cfg_scale=self.true_cfg_scale,
+            batch_size=args.rollout_batch_size,
+            dynamics=args.dynamics,
+            noise_level=args.noise_level,
+            steps=steps,
+            start_generators=start_generators,
+            num_finish_steps=args.num_finish_steps,
+            keep_means=args.normalize_ratio,
+        )
+        trajectories: dict[int, Trajectory] = {}
+        images: dict[int, Image.Image] = {}
+        begun: list[tuple[list[int], dict[int, Future]]] = []
+        with in_step(self.accelerator), policy.loaded("vae"), cancelled_on_error(begun):
+            while len(images) < len(rows):
+                with self._timed("rollout"), self._without_casts(), self.accelerator.autocast():
+                    members, paths = next(batches)
+                with self._timed("decode"):
+                    shapes = [conditions[i] for i in members]
+                    edits = decode(policy, [path.final for path in paths], shapes, args.rollout_batch_size)
+                trajectories.update(zip(members, paths, strict=True))
+                images.update(zip(members, edits, strict=True))
+                # Groups of which this batch had the last edit
+                for group in dict.fromkeys(groups[i] for i in members):
+                    places = [i for i in range(len(rows)) if groups[i] == group]
+                    if all(i in images for i in places):
+                        begun.append((places, self._begin_rewards(rows, images, places)))
         with self._timed("reward"), in_step(self.accelerator):
-            rewards_per_func, failed, tally = self._calculate_rewards(rows, images, in_training=True)
+            edits = [images[i] for i in range(len(rows))]
+            rewards_per_func, failed, tally = self._calculate_rewards(rows, edits, begun, in_training=True)
 
         # Advantages are relative to the group, whose samples may lie on several processes.
         self._check_groups([row["id"] for row in rows])
@@ -459,7 +547,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                         "id": str(rows[i]["id"]),
                         "prompt": rows[i]["prompt"],
                         "reference": fit_image(cases[indices[i]][1][0], args.resolution**2),
-                        "completion": fit_image(images[i], args.resolution**2),
+                        "completion": fit_image(edits[i], args.resolution**2),
                         **dict(zip(self.reward_func_names, rewards_per_func[i].tolist(), strict=True)),
                         "advantage": local_advantages[i],
                         **{column: values[i] for column, values in self._pending_extra.items()},
@@ -468,9 +556,15 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._pending_extra.clear()
 
         return [
-            Sample(str(row["id"]), condition, trajectory, advantage, 0.0 if flat else 1.0)
-            for row, condition, trajectory, advantage, flat in zip(
-                rows, conditions, trajectories, local_advantages, local_zero_std, strict=True
+            Sample(str(row["id"]), group, condition, trajectory, advantage, 0.0 if flat else 1.0)
+            for row, group, condition, trajectory, advantage, flat in zip(
+                rows,
+                groups,
+                conditions,
+                [trajectories[i] for i in range(len(rows))],
+                local_advantages,
+                local_zero_std,
+                strict=True,
             )
         ]
 
@@ -504,7 +598,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         together = JudgeTally()
         for one in gather_object([tally]):
             together.merge(one)
-        missing = (failed.any(1) | rewards_per_func.isnan().all(1)).float().mean().item()
+        counted = self.reward_weights != 0
+        missing = (failed[:, counted].any(1) | rewards_per_func[:, counted].isnan().all(1)).float().mean().item()
         if missing and not together.failures:
             together.fail("no reward", "the reward functions returned None")
         exceeded = self._limit.add(missing, together)
@@ -520,7 +615,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if self._rewards_gone is None:
             return
         self._rewards_gone += f" Mend the cause and resume from the last checkpoint in {self.args.output_dir}."
-        if not self._inside_update:
+        if not self._accumulated:
             if self.state.global_step > 0:
                 self._save_checkpoint(self.model, None)
             raise ConnectionError(self._rewards_gone)
@@ -539,73 +634,127 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self._save_checkpoint(self.model, None)
             raise
 
-    def _calculate_rewards(
-        self, rows: list[dict[str, Any]], images: list[Image.Image], in_training: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, JudgeTally]:
-        """
-        Rewards of this process's samples, of shape `(num_samples, num_reward_funcs)`, NaN where not applicable; where
-        a function failed, which is another thing than not being applicable, of the same shape; and the failures by
-        kind. In training a refused judge is one of these, so that the run can save a checkpoint before it stops.
-        """
-        kwargs: dict[str, Any] = {
-            name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")
-        }
-        kwargs |= {
-            "prompts": [row["prompt"] for row in rows],
-            "completions": images,
+    def _reward_arguments(
+        self, rows: list[dict[str, Any]], images: Mapping[int, Image.Image], places: list[int]
+    ) -> dict[str, Any]:
+        """The arguments of a reward function for the samples at some places. Each function gets copies of its own."""
+        chosen = [rows[i] for i in places]
+        columns = {name: [row.get(name) for row in chosen] for name in rows[0] if name not in ("prompt", "completion")}
+        columns |= {"prompts": [row["prompt"] for row in chosen], "completions": [images[i] for i in places]}
+        return own_copy(columns) | {
             "trainer_state": self.state,
-            "log_extra": self._log_extra,
-            "log_metric": lambda name, value: self._pending_metrics[name].append((value, len(rows))),
+            "log_extra": lambda column, values: self._log_extra(column, values, places),
+            "log_metric": lambda name, value: self._log_metric(name, value, len(places)),
         }
-        ids = [row["id"] for row in rows]
-        # Each function gets its own copies, so that one that changes an image does not change it for others.
-        outputs: dict[int, list[float | None]] = {}
-        waiting: dict[int, Any] = {}
-        raised: set[int] = set()
-        tally = JudgeTally()
+
+    def _begin_rewards(
+        self, rows: list[dict[str, Any]], images: Mapping[int, Image.Image], places: list[int]
+    ) -> dict[int, Future]:
+        """
+        Calls those reward functions that wait for others: async ones, and scorers with a judge on a server. They work
+        while the next edits are sampled. Returns what they will return, by the number of the function.
+        """
+        begun: dict[int, Future] = {}
         for i, func in enumerate(self.reward_funcs):
             if is_async_callable(func):
-                waiting[i] = asyncio.run_coroutine_threadsafe(func(**own_copy(kwargs)), self.async_loop)
-        for i, func in enumerate(self.reward_funcs):
-            try:
-                outputs[i] = waiting[i].result() if i in waiting else func(**own_copy(kwargs))
-            except JudgeRefusedError as error:
-                if not in_training or not self._rewards_work:
-                    raise
-                tally.fail(REFUSED, str(error), len(rows))
-                outputs[i] = [None] * len(rows)
-                raised.add(i)
-            except Exception as error:
-                name = self.reward_func_names[i]
-                outputs[i] = failed_rewards(error, name, ids, tally, first=not self._rewards_work)
-                raised.add(i)
-            else:
-                if isinstance(func, HPScorerReward):
-                    tally.merge(func.last_tally)
+                arguments = self._reward_arguments(rows, images, places)
+                begun[i] = asyncio.run_coroutine_threadsafe(awaited(func, arguments), self.async_loop)
+            elif isinstance(func, HPScorerReward) and func.is_remote:
+                arguments = self._reward_arguments(rows, images, places)
+                begun[i] = self._threads[func].submit(judged, func, arguments)
+        return begun
+
+    def _calculate_rewards(
+        self,
+        rows: list[dict[str, Any]],
+        images: list[Image.Image],
+        begun: list[tuple[list[int], dict[int, Future]]] | None = None,
+        in_training: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, JudgeTally]:
+        """
+        Rewards of this process's samples.
+
+        Args:
+            rows (`list[dict]`):
+                The row of each sample.
+            images (`list[PIL.Image.Image]`):
+                The edits.
+            begun (`list[tuple[list[int], dict[int, Future]]]`, *optional*):
+                Places of samples, and what [`_begin_rewards`] has returned for them. All samples must be in one. By
+                default all are begun here.
+            in_training (`bool`, *optional*, defaults to `False`):
+                Whether a judge that refuses its key is a failure like others, so that the run can save a checkpoint
+                before it stops.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, JudgeTally]`: the rewards, of shape `(num_samples, num_reward_funcs)`,
+            NaN where not applicable; where a function failed, which is another thing, of the same shape; and the
+            failures by kind.
+        """
+        edits, everything = dict(enumerate(images)), list(range(len(rows)))
+        if begun is None:
+            begun = [(everything, self._begin_rewards(rows, edits, everything))]
+        rewards_per_func = torch.full((len(rows), len(self.reward_funcs)), math.nan)
+        failed = torch.zeros_like(rewards_per_func, dtype=torch.bool)
+        tally = JudgeTally()
+        for i, (name, func) in enumerate(zip(self.reward_func_names, self.reward_funcs, strict=True)):
+            for places, futures in begun if i in begun[0][1] else [(everything, {})]:
+                ids = [rows[place]["id"] for place in places]
+                raised = False
+                try:
+                    if i in futures:
+                        returned = self._answer(i, futures[i])
+                    else:
+                        arguments = self._reward_arguments(rows, edits, places)
+                        returned = judged(func, arguments) if isinstance(func, HPScorerReward) else func(**arguments)
+                    if isinstance(func, HPScorerReward):
+                        returned, judgements = returned
+                        tally.merge(judgements)
+                except JudgeRefusedError as error:
+                    if not in_training or not self._rewards_work:
+                        raise
+                    tally.fail(REFUSED, str(error), len(places))
+                    returned, raised = [None] * len(places), True
+                except (Exception, SystemExit) as error:
+                    returned, raised = failed_rewards(error, name, ids, tally, first=not self._rewards_work), True
+                values = torch.tensor(check_rewards(returned, name, ids, self.args.on_bad_reward))
+                rewards_per_func[places, i] = values
+                # HP-Scorer applies to every case: without a score it has failed.
+                failed[places, i] = values.isnan() & (raised or isinstance(func, HPScorerReward))
         self._tally.merge(tally)
 
-        columns = [
-            check_rewards(outputs[i], name, ids, self.args.on_bad_reward)
-            for i, name in enumerate(self.reward_func_names)
-        ]
-        rewards_per_func = torch.tensor(columns, device=self.accelerator.device).T.contiguous()
-        # HP-Scorer applies to every case: without a score it has failed.
-        failed = [
-            rewards_per_func[:, i].isnan() & (i in raised or isinstance(func, HPScorerReward))
-            for i, func in enumerate(self.reward_funcs)
-        ]
-        for column, values in self._pending_extra.items():
-            if len(values) != len(rows):
-                raise ValueError(f"log_extra({column!r}, ...) got {len(values)} values for {len(rows)} completions.")
+        for column, extra, places in self._logged_extra:
+            if len(extra) != len(places):
+                raise ValueError(f"log_extra({column!r}, ...) got {len(extra)} values for {len(places)} completions.")
+            filled = self._pending_extra.setdefault(column, [None] * len(rows))
+            for place, value in zip(places, extra, strict=True):
+                filled[place] = value
+        self._logged_extra.clear()
         for row, unscored in zip(rows, rewards_per_func.isnan().all(1).tolist(), strict=True):
             if unscored:
                 logger.warning(
                     f"No reward function scored case {row['id']!r} ({row['prompt']!r}); it has no advantage."
                 )
-        return rewards_per_func, torch.stack(failed, dim=1), tally
+        device = self.accelerator.device
+        return rewards_per_func.to(device), failed.to(device), tally
 
-    def _log_extra(self, column: str, values: list) -> None:
-        self._pending_extra[column] = values
+    def _answer(self, i: int, waiting: Future) -> Any:
+        """What a function that was begun returns. Raises an error if a task of it has ended the event loop."""
+        if is_async_callable(self.reward_funcs[i]):
+            while not wait([waiting], timeout=1).done:
+                if not self.async_loop.is_running():
+                    raise RuntimeError("a task of an async reward function has ended the event loop, e.g. by sys.exit")
+        return waiting.result()
+
+    def _log_extra(self, column: str, values: list, places: list[int]) -> None:
+        values = values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+        if not isinstance(values, list | tuple):
+            raise TypeError(f"log_extra({column!r}, ...) takes a list, a value for each completion.")
+        self._logged_extra.append((column, values, places))
+
+    def _log_metric(self, name: str, value: float, count: int) -> None:
+        number = float(value)  # numbers of NumPy and torch could not be written into the trainer's state
+        self._pending_metrics[name].append((number, count))
 
     def _flush_pending_metrics(self) -> dict[str, float]:
         """
@@ -616,8 +765,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             for name, values in metrics.items():
                 collected[name] += values
         self._pending_metrics.clear()
+        # An exact sum: calls that work at the same time come in any order.
         return {
-            name: sum(value * count for value, count in values) / sum(count for _, count in values)
+            name: math.fsum(value * count for value, count in values) / sum(count for _, count in values)
             for name, values in collected.items()
         }
 
@@ -628,6 +778,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         Weighted sums of the rewards, of shape `(num_samples,)`. A function without a single reward in a group does not
         apply there. A sample that lacks the reward of a function that applies has no total, NaN: its sum would not be
         comparable with the others'. The same holds for a sample to which no function applies, or for which one failed.
+        Functions with a weight of 0, which only measure, decide none of this.
 
         Args:
             rewards_per_func (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`):
@@ -637,12 +788,13 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             failed (`torch.Tensor` of shape `(num_samples, num_reward_funcs)`, *optional*):
                 Where a function failed. By default nowhere.
         """
+        weights = self.reward_weights.to(rewards_per_func.device)
         missing = rewards_per_func.isnan().view(-1, group_size, rewards_per_func.shape[1])
-        applies = ~missing.all(1, keepdim=True)
+        applies = ~missing.all(1, keepdim=True) & (weights != 0)
         incomplete = ((missing & applies).any(2) | ~applies.any(2)).flatten()
         if failed is not None:
-            incomplete = incomplete | failed.any(1)
-        totals = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(1)
+            incomplete = incomplete | (failed & (weights != 0)).any(1)
+        totals = (rewards_per_func * weights).nansum(1)
         return totals.masked_fill(incomplete, math.nan)
 
     def _compute_advantages(
@@ -681,41 +833,95 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         if hasattr(self.optimizer, "train"):  # schedule-free optimizers: sample from the weights that are trained
             self.optimizer.train()
         samples = self._prepare_inputs(inputs)
+        # The samples of this update that are in the buffer: a pass may serve several microbatches.
+        size, microbatch = self.args.per_device_train_batch_size, self._step % self.steps_per_generation
+        begin = max(0, microbatch - self._accumulated)
+        end = microbatch - self._accumulated + self.args.gradient_accumulation_steps
+        update = (self._buffered_samples or [])[size * begin : size * end]
         model.train()
         with self._timed("train"), self._without_casts():
-            loss = self._accumulate_gradients(model, samples)
-            learns = any(s.advantage != 0 or (self.args.beta != 0.0 and s.kl_weight != 0) for s in samples)
+            loss = self._accumulate_gradients(model, samples, update)
+            learns = any(map(self._learns, samples))
             self._drop_bad_update(loss, [sample.case_id for sample in samples], learns)
         self._step += 1
-        self._inside_update = not self.accelerator.sync_gradients
+        self._accumulated = 0 if self.accelerator.sync_gradients else self._accumulated + 1
         return loss
 
-    def _accumulate_gradients(self, model: nn.Module, samples: list[Sample]) -> torch.Tensor:
-        # One backward pass per trained step of each bucket of equal sizes: memory holds the activations of one step,
-        # however many there are. Under DDP only the last one synchronizes; the processes may differ in their number.
-        buckets = bucketed([sample.conditions for sample in samples], len(samples))
-        left = sum(len(samples[members[0]].trajectory.steps) for members in buckets)
+    def _passes(
+        self, samples: list[Sample], update: list[Sample]
+    ) -> list[tuple[list[Sample], list[Sample], list[int], range]]:
+        """
+        The passes through the model for a microbatch, in batches of equal sizes. For each batch: the samples whose
+        latents are its inputs, the samples that are trained, the input of each of these, and the steps of the window
+        at which there is a pass.
+
+        With `same_latent` the samples of a group have one input at the first step. One pass serves all those of the
+        update, with the microbatch that has the first of them.
+        """
+        window = len(samples[0].trajectory.steps)
+        learning = [sample for sample in samples if self._learns(sample)]
+        passes = []
+        for members in bucketed([sample.conditions for sample in learning], len(learning)):
+            batch = [learning[i] for i in members]
+            passes.append((batch, batch, list(range(len(batch))), range(1 if self.args.same_latent else 0, window)))
+        if self.args.same_latent:
+            groups: dict[int, list[Sample]] = defaultdict(list)
+            for sample in filter(self._learns, update):
+                groups[sample.group].append(sample)
+            leaders = [sample for sample in learning if groups[sample.group][0] is sample]
+            for members in bucketed([sample.conditions for sample in leaders], len(leaders)):
+                batch = [leaders[i] for i in members]
+                trained = [(sample, row) for row, leader in enumerate(batch) for sample in groups[leader.group]]
+                passes.append((batch, [sample for sample, _ in trained], [row for _, row in trained], range(1)))
+        is_idle = not any(len(steps) for *_, steps in passes)
+        if is_idle and self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            # The other processes wait for a backward pass of this one.
+            idle = replace(samples[0], advantage=0.0, kl_weight=0.0)
+            passes = [([idle], [idle], [0], range(window - 1, window))]
+        return passes
+
+    def _accumulate_gradients(
+        self, model: nn.Module, samples: list[Sample], update: list[Sample] | None = None
+    ) -> torch.Tensor:
+        """
+        Adds the gradients of a microbatch.
+
+        Args:
+            model (`torch.nn.Module`):
+                The model, as Trainer has wrapped it.
+            samples (`list[Sample]`):
+                The microbatch.
+            update (`list[Sample]`, *optional*):
+                All samples of the update, of which the microbatch is a part. Defaults to the microbatch.
+
+        Returns:
+            `torch.Tensor`: the loss, a scalar.
+        """
+        # One backward pass per step of each batch: memory holds the activations of one step, however many there are.
+        # Under DDP only the last one synchronizes; the processes may differ in their number.
+        passes = self._passes(samples, samples if update is None else update)
+        left = sum(len(steps) for *_, steps in passes)
         num_terms = len(samples) * len(samples[0].trajectory.steps) * self.current_gradient_accumulation_steps
         total = torch.zeros((), device=self.accelerator.device)
-        for members in buckets:
-            bucket = [samples[i] for i in members]
-            batch = self.policy.collate([sample.conditions for sample in bucket])
-            path = bucket[0].trajectory
-            latents = torch.stack([sample.trajectory.latents for sample in bucket], dim=1)
-            old_log_probs = torch.stack([sample.trajectory.log_probs for sample in bucket], dim=1)
-            advantages = torch.tensor([sample.advantage for sample in bucket], device=latents.device)
-            kl_weights = torch.tensor([sample.kl_weight for sample in bucket], device=latents.device)
-            clipped_low, clipped_high = [], []
-            for k, step in enumerate(path.steps):
+        for inputs, trained, rows, steps in passes:
+            batch = self.policy.collate([sample.conditions for sample in inputs])
+            path = inputs[0].trajectory
+            before = torch.stack([sample.trajectory.latents for sample in inputs], dim=1)
+            after = torch.stack([sample.trajectory.latents for sample in trained], dim=1)
+            old_log_probs = torch.stack([sample.trajectory.log_probs for sample in trained], dim=1)
+            advantages = torch.tensor([sample.advantage for sample in trained], device=after.device)
+            kl_weights = torch.tensor([sample.kl_weight for sample in trained], device=after.device)
+            for k in steps:
+                step = path.steps[k]
                 left -= 1
                 sync = contextlib.nullcontext() if left == 0 else self.accelerator.no_sync(model)
                 with sync, self.compute_loss_context_manager():
-                    mean, std = self._transition(model, latents[k], path, step, batch)
-                    log_probs = log_prob(self.args.dynamics, latents[k + 1], mean, std)
+                    mean, std = self._transition(model, before[k], path, step, batch)
+                    log_probs = log_prob(self.args.dynamics, after[k + 1], mean[rows], std)
                     log_ratio = log_probs - old_log_probs[k]
                     if self.args.normalize_ratio:
-                        old_mean = torch.stack([sample.trajectory.means[k] for sample in bucket])
-                        ratio = torch.exp(normalized_log_ratio(latents[k + 1], mean, old_mean, std))
+                        old_mean = torch.stack([sample.trajectory.means[k] for sample in trained])
+                        ratio = torch.exp(normalized_log_ratio(after[k + 1], mean[rows], old_mean, std))
                     else:
                         ratio = torch.exp(log_ratio)
                     clipped = torch.clamp(ratio, 1 - self.epsilon_low, 1 + self.epsilon_high)
@@ -724,18 +930,18 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                         losses = losses / (path.sigmas[step] - path.sigmas[step + 1])
                     if self.args.beta != 0.0:
                         with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), None):
-                            mean_ref, _ = self._transition(self.model, latents[k], path, step, batch)
-                        kl = kl_divergence(mean, mean_ref, std)
+                            mean_ref, _ = self._transition(self.model, before[k], path, step, batch)
+                        kl = kl_divergence(mean, mean_ref, std)[rows]
                         losses = losses + self.args.beta * kl_weights * kl
                         self._record("kl", kl)
                     loss = losses.sum() / num_terms
                     self.accelerator.backward(loss)
                 total += loss.detach()
                 self._record(f"logp_diff/step_{step}", log_ratio.abs())
-                clipped_low.append((ratio < 1 - self.epsilon_low) & (advantages < 0))
-                clipped_high.append((ratio > 1 + self.epsilon_high) & (advantages > 0))
-            self._record("clip_low", torch.stack(clipped_low).float().mean(0))
-            self._record("clip_high", torch.stack(clipped_high).float().mean(0))
+                low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+                high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+                self._record("clip_low", low.float().mean().expand(len(low)))
+                self._record("clip_high", high.float().mean().expand(len(high)))
         return total
 
     def _record(self, name: str, values: torch.Tensor) -> None:
@@ -807,9 +1013,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                     rows = [row for row, _ in cases.values()]
                     rewards_per_func, failed, _ = self._calculate_rewards(rows, images)
                     for i, (place, row) in enumerate(zip(cases, rows, strict=True)):
+                        local[place] = {name: values[i] for name, values in self._pending_extra.items()}
                         local[place] |= {"task": row.get("task"), "rewards": rewards_per_func[i].tolist()}
                         local[place]["failed"] = failed[i].tolist()
-                        local[place] |= {name: values[i] for name, values in self._pending_extra.items()}
             self._pending_extra.clear()
             # The last batch may be filled up with repeated cases to keep the processes level; they are dropped here.
             results += self.accelerator.gather_for_metrics(local, use_gather_object=True)
@@ -912,6 +1118,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             state["samples"] = [
                 {
                     "case_id": sample.case_id,
+                    "group": sample.group,
                     "conditions": vars(sample.conditions),
                     "trajectory": {
                         **vars(sample.trajectory),
@@ -930,23 +1137,24 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._logged_steps = self.state.global_step
+        with in_step(self.accelerator):
+            self._load_rollouts(checkpoint)
+
+    def _load_rollouts(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, f"rollouts_{self.accelerator.process_index}.pt")
         if not os.path.isfile(path):  # `train` has said so
             return
         device = self.accelerator.device
-        # torch does not know of "cpu:1", which accelerate may call the device of a process
-        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
-        self._step = state["step"]
-        if state["samples"] is not None:
-            expected = self.args.per_device_train_batch_size * self.steps_per_generation
-            if len(state["samples"]) != expected:
-                raise ValueError(
-                    f"{checkpoint} was saved in the middle of a generation batch of {len(state['samples'])} samples "
-                    f"per process, but the arguments give {expected}. Resume with the batch sizes of the checkpoint."
-                )
+        with restoring(checkpoint):
+            # torch does not know of "cpu:1", which accelerate may call the device of a process
+            state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+            self._step = operator.index(state["step"])
+            if state["samples"] is None:
+                return
             self._buffered_samples = [
                 Sample(
                     case_id=sample["case_id"],
+                    group=sample["group"],
                     conditions=EditConditions(**sample["conditions"]),
                     trajectory=Trajectory(**{**sample["trajectory"], "steps": range(*sample["trajectory"]["steps"])}),
                     advantage=sample["advantage"],
@@ -954,3 +1162,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 )
                 for sample in state["samples"]
             ]
+        expected = self.args.per_device_train_batch_size * self.steps_per_generation
+        if len(self._buffered_samples) != expected:
+            raise ValueError(
+                f"{checkpoint} was saved in the middle of a generation batch of {len(self._buffered_samples)} samples "
+                f"per process, but the arguments give {expected}. Resume with the batch sizes of the checkpoint."
+            )

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -39,7 +41,8 @@ def check_peft_config(peft_config: LoraConfig | None) -> None:
     Raises:
         `TypeError`: If it is not a `LoraConfig`.
         `ValueError`: If it has dropout, trains biases, trains whole modules besides the LoRA, its initialization
-            changes the base model, it is a variant that only PEFT can load (e.g. DoRA), or a pattern is not valid.
+            changes the base model, it is a variant that only PEFT can load (e.g. DoRA), nothing would be trained, or
+            a rank, an alpha or a pattern is not valid.
     """
     if peft_config is None:
         return
@@ -52,9 +55,10 @@ def check_peft_config(peft_config: LoraConfig | None) -> None:
         )
     if peft_config.bias != "none":
         raise ValueError(f"bias={peft_config.bias!r} must be 'none': diffusers does not load biases with a LoRA.")
-    if peft_config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+    initialization = peft_config.init_lora_weights
+    if not isinstance(initialization, bool) and initialization not in ("gaussian", "orthogonal"):
         raise ValueError(
-            f"init_lora_weights={peft_config.init_lora_weights!r} may change the weights of the base model, which the "
+            f"init_lora_weights={initialization!r} may change the weights of the base model, which the "
             "LoRA would then not fit: use True or 'gaussian'."
         )
     if peft_config.modules_to_save:
@@ -69,12 +73,29 @@ def check_peft_config(peft_config: LoraConfig | None) -> None:
             raise ValueError(
                 f"{field.name}={value!r} must be {default!r}: other tools cannot load the LoRA that this makes."
             )
-    for option in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(peft_config, option) or {}:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{option}: {pattern!r} is not a regular expression ({error}).") from error
+    if peft_config.inference_mode:
+        raise ValueError("inference_mode=True must be False: nothing would be trained.")
+    ranks, alphas = peft_config.rank_pattern or {}, peft_config.alpha_pattern or {}
+    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
+        raise ValueError("rank_pattern and alpha_pattern must be dictionaries of patterns and their values.")
+    for name, rank in {"r": peft_config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in ranks.items()}}.items():
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{name}={rank!r} must be a whole number of at least 1.")
+    of_patterns = {f"alpha_pattern[{key!r}]": alpha for key, alpha in alphas.items()}
+    for name, alpha in {"lora_alpha": peft_config.lora_alpha, **of_patterns}.items():
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+            raise ValueError(f"{name}={alpha!r} must be a number above 0.")
+    # As PEFT uses them
+    expressions = {f"rank_pattern: {key!r}": rf"(.*\.)?({key})$" for key in ranks}
+    expressions |= {f"alpha_pattern: {key!r}": rf"(.*\.)?({key})$" for key in alphas}
+    for option in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(peft_config, option), str):
+            expressions[f"{option}: {value!r}"] = value
+    for name, expression in expressions.items():
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"{name} is not a regular expression ({error}).") from error
 
 
 def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model: str, seed: int) -> PeftModel:
@@ -109,6 +130,11 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
     config.task_type = None  # PEFT's task types are for language models
     if config.target_modules is None:
         config.target_modules = policy.lora_target_modules
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+        raise ValueError(
+            "layers_to_transform needs target_modules as a list of names: by default those of a "
+            f"{type(transformer).__name__} are a regular expression."
+        )
     if config.exclude_modules is None:
         config.exclude_modules = policy.lora_exclude_modules
     if not isinstance(config.target_modules, str):
@@ -123,7 +149,7 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
         torch.manual_seed(seed)
         try:
             model = get_peft_model(transformer, config)
-        except ValueError as error:
+        except (ValueError, TypeError, re.error) as error:
             raise ValueError(
                 f"No LoRA with target_modules={config.target_modules!r} can be put on a {type(transformer).__name__}: "
                 f"{str(error).strip()} Leave target_modules out for the modules that the policy names."
@@ -157,6 +183,42 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     """The layers of a model that have a LoRA, by their names in the transformer."""
     modules = model.get_base_model().named_modules()
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+
+def check_same_lora(model: PeftModel, checkpoint: str | Path) -> None:
+    """
+    Checks that a checkpoint holds the LoRA that a run trains: PEFT would load weights of the same shapes whatever
+    their alpha, and leave weights that are missing as they are.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model of the run.
+        checkpoint (`str` or `Path`):
+            Folder of the checkpoint.
+
+    Raises:
+        `ValueError`: If a module has another rank or another scale, or only one of them has it.
+    """
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: list(weight.shape) for name, weight in weights.items()}
+    try:
+        with safe_open(Path(checkpoint, SAFETENSORS_WEIGHTS_NAME), "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        config = json.loads(Path(checkpoint, CONFIG_NAME).read_text(encoding="utf-8"))
+        scales = {name: rank_and_alpha(name, config) for name in lora_layers(model)}
+        other = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)] or [
+            name
+            for name, layer in lora_layers(model).items()
+            if not math.isclose(scales[name][1] / scales[name][0], layer.scaling["default"], rel_tol=1e-6)
+        ]
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"The LoRA of {checkpoint} cannot be read: {type(error).__name__}: {error}") from error
+    if other:
+        raise ValueError(
+            f"{checkpoint} holds another LoRA than the peft_config of this run gives: {other[0]!r} and "
+            f"{len(other) - 1} more differ in rank or alpha, or only one of them has it. Resume with the peft_config "
+            "of the checkpoint."
+        )
 
 
 def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:

@@ -4,8 +4,10 @@ are left out of texts, see [`~hp_edit_trl.utils.secrets.without_known_secrets`].
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,25 @@ from urllib.parse import quote
 from .secrets import redacted, without_known_secrets
 
 
+LONGEST_NAME = 150  # characters; most file systems allow 255, with suffixes and those of temporary files
+# Devices of Windows, with any suffix
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
 def file_name(name: str) -> str:
     """
     A name as (part of) a file name: characters that file names do not allow are percent-encoded as in URLs, and so is
-    a dot at the beginning. It never leads to another folder, and different names stay different.
+    a dot at the beginning and the first letter of a device of Windows. It never leads to another folder, and different
+    names stay different: those that are empty, long or have capital letters, which some file systems ignore, end in a
+    hash, e.g. `A=559aead08264d579`.
     """
     encoded = quote(name, safe="", errors="surrogatepass")
-    return f"%2E{encoded[1:]}" if encoded.startswith(".") else encoded
+    if encoded.startswith(".") or _DEVICE.match(encoded):
+        encoded = f"%{ord(encoded[0]):02X}{encoded[1:]}"
+    if 0 < len(encoded) <= LONGEST_NAME and not re.search("[A-Z]", name):
+        return encoded
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{encoded[:LONGEST_NAME]}={digest[:16]}"
 
 
 def is_below(path: str | Path, folder: str | Path) -> bool:
@@ -74,7 +88,7 @@ def read_json(file: str | Path) -> dict[str, Any] | None:
     """Reads a JSON object. Returns `None` if there is no such file, or it does not hold a complete object."""
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -100,7 +114,7 @@ def read_jsonl(file: str | Path) -> Iterator[tuple[int, Any, bytes]]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
             yield number, value if isinstance(value, dict) else None, line
 

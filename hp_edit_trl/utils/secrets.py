@@ -16,13 +16,15 @@ HIDDEN = "<redacted>"
 
 # The last part of an option's name, a dictionary's key, a header or an environment variable, in lower case with "_"
 _NAME = re.compile(
-    r"(^|_)(api_?key|apikey|access_?key(_id)?|private_?key|secret|secrets|secret_?key|token|tokens_?file|password|"
-    r"passwd|passphrase|pwd|credentials?|auth|authorization|bearer|cookie|signature|hf_token|\w+_key|\w+_pass)$"
+    r"(^|_)(api_?keys?|access_?keys?(_id)?|private_?keys?|secret|secrets|secret_?keys?|token|tokens_?file|pwd|"
+    r"(api|access|auth|hf|hub|refresh|secret|session)_?tokens?|credentials?|auth|authorization|bearer|cookie|signature|"
+    r"\w+_key|\w+_pass)$|(passwords?|passwd|passphrase)$"
 )
 # Tokens of text, and keys that sort or find something
 _HARMLESS = re.compile(
     r"(^|_)(pad|eos|bos|unk|mask|sep|cls|image|video|audio|vision|special|prompt|stop|start|end|next|first|last|sort|"
-    r"primary|foreign|public|cache|dataset|index|label|row|case|group|join|metric|score|image|text)_(token|key|pass)$"
+    r"primary|foreign|public|cache|dataset|index|label|row|case|group|join|metric|score|image|text|num|n|max|min|hot|"
+    r"answer|query|value|column|field|unique|partition|shard|item|dict|map)_(token|key|pass)$"
 )
 # In the query of an address, shorter names hold secrets as well.
 _QUERY = re.compile(r"([?&;#])([\w.%-]+)(=)([^&\s'\"<>#;]+)")
@@ -30,27 +32,51 @@ _QUERY = re.compile(r"([?&;#])([\w.%-]+)(=)([^&\s'\"<>#;]+)")
 _ENCODED_QUERY = re.compile(r"(%3F|%26|%23|%3B)([\w.-]+)(%3D)((?:(?!%26|%23|%3B)[^&\s'\"<>#;])+)", re.I)
 _ENCODED_USER = re.compile(r"(%3A%2F%2F)((?:(?!%2F|%3F|%23)[^&\s/?#'\"<>])+)%40", re.I)
 _QUERY_NAMES = {"key", "sig", "pass", "code", "policy", "key_pair_id", "awsaccesskeyid", "googleaccessid"}
-_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*:/{1,2})([^\s/?#'\"<>]+)@", re.I)
+# A password may hold "/", "?", "#" and "@" as they are; a port does not.
+_USER = re.compile(
+    r"(\b[a-z][a-z0-9+.-]{0,20}:/{1,2})([^\s/?#@:'\"<>]*:(?!\d{1,5}[/?#])[^\s'\"<>]{0,500}|[^\s/?#'\"<>]+)@", re.I
+)
 
 _SHAPES = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\b(?:sk|pk|rk)-(?=[\w-]*\d)[\w-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
+    r"\bhf_[A-Za-z0-9]{16,}|\b(?:sk|pk|rk)-(?=[\w-]{0,40}\d)[\w-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|\bgithub_pat_\w{20,}|\bnpm_[A-Za-z0-9]{20,}|\bpypi-[\w-]{16,}|\bSG\.[\w-]{16,}\.[\w-]{16,}|\bya29\.[\w-]{16,}"
+    r"|\bdop_v1_\w{20,}|(?<=hooks\.slack\.com/services/)[\w/]+"
+    r"|-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[^-]{0,10000}"
     r"|\bglpat-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\bxox[abprs]-[\w-]{10,}|\bnvapi-[\w-]{16,}"
-    r"|\bgsk_[A-Za-z0-9]{16,}|\br8_[A-Za-z0-9]{16,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}"
+    r"|\bgsk_[A-Za-z0-9]{16,}|\br8_[A-Za-z0-9]{16,}|(?<![\w-])eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}"
 )
 _SCHEME = re.compile(
     r"(?P<header>authorization\W{1,6}b?[\"']?)?\b(?P<scheme>Bearer|Basic)\s+(?P<value>[\w.~+/=-]{6,})", re.I
 )
-_COOKIE = re.compile(r"(\bcookie[\"']?:\s*[\"']?)([^\r\n\"']+)", re.I)
+_AUTHORIZATION = re.compile(r"(authorization[\"']?\s{0,9}[:=,]\s{0,9}b?[\"']?[\w-]{1,40}[ ]+)([^\s\"',;}]+)", re.I)
+_COOKIE = re.compile(r"(\bcookie[\"']?\s{0,9}[:=]\s{0,9}[\"']?)([\w!#$%&*.^|~+-]{1,200}=[^\r\n\"']*)", re.I)
 # A header as a pair: `(b'x-api-key', b'...')`
 _PAIR = re.compile(r"""([(\[]b?["'])([\w-]+)(["'],\s*b?["'])([^"']+)(?=["'][)\]])""")
-# `name=value`, `name: value`, `"name": "value"`, `--name value`
-_ASSIGNED = re.compile(
-    r"(?P<name>(?:--)?[\w.-]*(?:token|tokens_file|key|key_id|secrets?|password|pass|passwd|passphrase|pwd|credentials?|auth|"
-    r"authorization|bearer|cookie|signature))"
-    r"""(?P<sign>(?:\\*["'])?\s*[=:]\s*(?:\w+\()?|\s+(?!-))"""
-    r"""(?P<value>b?(?P<quote>\\*["'])(?s:.*?)(?P=quote)|["'][^\s"']+|[^\s,;&"'(){}\[\]<>\\]+)""",
+# In a sentence: "the token is ...", "Incorrect API key provided: ..."
+_SENTENCE = re.compile(
+    r"\b(?P<name>(?:(?:api|access|secret|private|auth|your)[ -]key|token|password|passphrase|secret|credential)s?)"
+    r"(?P<sign>(?:\s(?:is|was|provided|given|used|reads|of))*:?\s+|:)(?P<quote>[\"'`]?)(?P<value>[^\s\"'`,;<>(){}\[\]]{6,})",
     re.I,
 )
+# What may be said of a token or a password
+_STATE = re.compile(
+    r"\w+(ed|ing|id|able|ible|ive|ly|ent)|not|too|wrong|empty|unknown|longer|shorter|correct|incorrect|always|never|unset",
+    re.I,
+)
+# `name=value`, `name: value`, `"name": "value"`, `--name value`. It begins where a word does, so that a word of
+# megabytes, as an encoded image is one, takes no quadratic time; for the same reason lengths are bounded.
+_ASSIGNED = re.compile(
+    r"(?<![\w.-])(?P<name>(?:api|access|secret|private|auth)[ ]key|(?:--)?[\w.-]*(?:tokens?|tokens_file|keys?|key_id|"
+    r"secrets?|passwords?|pass|passwd|passphrase|pwd|credentials?|auth|authorization|bearer|cookie|signature))"
+    r"""(?P<sign>(?:\\{0,9}["'])?\s{0,99}[=:]\s{0,99}(?:\w{1,99}\()?|\s{1,99}(?!-))"""
+    r"""(?P<value>b?(?P<quote>\\{0,9}["'])(?s:.{0,4000}?)(?P=quote)|["'][^\s"']+|[^\s,;&"'(){}\[\]<>\\]+)""",
+    re.I,
+)
+_BEGINNINGS = (
+    "hf_", "sk-", "pk-", "rk-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "npm_", "pypi-", "sg.", "ya29.",
+    "dop_v1_", "hooks.slack.com", "private key-", "glpat-", "akia", "aiza", "xox", "nvapi-", "gsk_", "r8_", "eyj",
+)  # fmt: skip
+_WORDS = ("token", "key", "secret", "pass", "pwd", "credential", "auth", "bearer", "cookie", "signature")
 _NO_VALUES = {"none", "null", "true", "false", ""}
 
 _known: set[str] = set()
@@ -61,7 +87,7 @@ def is_secret_name(name: str) -> bool:
     Whether an option, key, header or environment variable of this name holds a secret: `hub_token`, `api_key`,
     `HP_EDIT_PASSWORD`, `X-Api-Key`, but not `pad_token`.
     """
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip().lstrip("-")).lower().replace("-", "_").replace(".", "_")
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|[-. ]", "_", name.strip().lstrip("-")).lower()
     return bool(_NAME.search(name)) and not _HARMLESS.search(name)
 
 
@@ -188,6 +214,8 @@ def _is_distinctive(secret: str) -> bool:
 def _redact(value: Any, secret: bool, found: set[str] | None) -> Any:
     """The value without secrets; `secret` if its name says that it is one. What is hidden is added to `found`."""
     if isinstance(value, dict):
+        if "value" in value and any(_is_secret_key(value.get(name)) for name in ("name", "key", "header")):
+            value = value | {"value": _redact(value["value"], True, found)}
         return {name: _redact(one, secret or _is_secret_key(name), found) for name, one in value.items()}
     if type(value) in (list, tuple, set):
         if type(value) is not set and len(value) == 2 and _is_secret_key(value[0]) and value[0][:1] not in ("-", b"-"):
@@ -236,6 +264,16 @@ def _redact_text(text: str, found: set[str] | None) -> str:
             return match[0]  # words, as in "basic lighting"
         return f"{match['header'] or ''}{match['scheme']} {HIDDEN}"
 
+    def sentence(match: re.Match) -> str:
+        value = match["value"].rstrip(".:!?")
+        is_word = value.isalpha() and (value.islower() or value.istitle())
+        said = re.search(r"\s(is|was)\b", match["sign"]) and not _STATE.fullmatch(value)
+        is_mixed = re.search("[A-Za-z]", value) and re.search(r"\d|[a-z][A-Z]", value) and "=" not in value.rstrip("=")
+        if HIDDEN.strip("<>") in value or not (said if is_word else is_mixed):
+            return match[0]
+        start = match.start("value") - match.start()
+        return f"{match[0][:start]}{_hide(value, found)}{match[0][start + len(value) :]}"
+
     def pair(match: re.Match) -> str:
         if not is_secret_name(match[2]):
             return match[0]
@@ -249,15 +287,29 @@ def _redact_text(text: str, found: set[str] | None) -> str:
             return match[0]
         if value.lower() in _NO_VALUES or value.startswith(HIDDEN) or not is_secret_name(match["name"]):
             return match[0]
+        name = match["name"].lower()
+        if name.endswith("signature") and not re.fullmatch(r"(?=.*\d)[\w+/=%.-]{8,}", value):  # of a function
+            return match[0]
+        if name == "cookie" and "=" not in match["sign"] and not mark:  # a cake
+            return match[0]
         return f"{match['name']}{match['sign']}{mark}{_hide(value, found)}{mark}"
 
     text = without_known_secrets(text)
-    text = _USER.sub(user, text)
-    text = _ENCODED_USER.sub(rf"\1{HIDDEN}%40", text)
-    text = _QUERY.sub(query, text)
-    text = _ENCODED_QUERY.sub(query, text)
-    text = _SCHEME.sub(scheme, text)
-    text = _COOKIE.sub(rf"\1{HIDDEN}", text)
-    text = _PAIR.sub(pair, text)
-    text = _SHAPES.sub(lambda match: _hide(match[0], found), text)
-    return _ASSIGNED.sub(assigned, text)
+    # Most texts hold none of the words that a pattern needs, and are not searched for it.
+    for pattern, replacement, needed in (
+        (_USER, user, ("@",)),
+        (_ENCODED_USER, rf"\1{HIDDEN}%40", ("%40",)),
+        (_QUERY, query, ("=",)),
+        (_ENCODED_QUERY, query, ("%3d",)),
+        (_SCHEME, scheme, ("bearer", "basic")),
+        (_AUTHORIZATION, rf"\1{HIDDEN}", ("authorization",)),
+        (_COOKIE, rf"\1{HIDDEN}", ("cookie",)),
+        (_PAIR, pair, ("(", "[")),
+        (_SHAPES, lambda match: _hide(match[0], found), _BEGINNINGS),
+        (_ASSIGNED, assigned, _WORDS),
+        (_SENTENCE, sentence, _WORDS),
+    ):
+        lower = text.lower()
+        if any(word in lower for word in needed):
+            text = pattern.sub(replacement, text)
+    return text

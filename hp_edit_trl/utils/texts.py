@@ -8,12 +8,14 @@ from typing import Any
 
 # What chat templates and tokenizers of common models treat as control: `<|im_end|>`, `<end_of_turn>`, `</s>`, `[INST]`
 CONTROL = re.compile(
-    r"<[|｜][^<>\s]{1,64}[|｜]>"
-    r"|</?(?:(?:start|end|begin)_of|im|img|image|video|audio|vision|tool|fim|extra_id|fake_token|row)_\w+>"
-    r"|</?(?:s|pad|unk|bos|eos|sop|eop|cls|sep|mask|think|tools|image|img|global-img|video|audio|ref|quad|box|slice"
+    r"<[|｜][^<>\s]{1,64}>|<[^<>\s]{1,64}[|｜]>|\[[|｜][^\[\]\s]{1,64}[|｜]\]"
+    r"|</?(?:start|end|begin|im|img|image|video|audio|vision|tool|fim|extra_id|fake_token|row|arg)_\w+>"
+    r"|<(?:ctrl|loc|seg|custom|reserved)_?\d+>|<0x[0-9a-f]{2}>|<\w{1,40}_TOKEN>"
+    r"|</?(?:[\w-]{1,40}:)?(?:tool_call|function|invoke|parameter|observation)(?:[\s=][^<>]{0,64})?>"
+    r"|</?(?:s|pad|unk|bos|eos|sop|eop|cls|sep|mask|think|tools|image|img|global-img|video|audio|ref|quad|box|point|slice"
     r"|unused\d+)>"
     r"|<</?SYS>>"
-    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|IMG|IMG_\w+|CLS|SEP|MASK|gMASK|sMASK|PAD|UNK|BOS|EOS)\]",
+    r"|\[/?(?:INST|B_INST|E_INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|IMG|IMG_\w+|CLS|SEP|MASK|gMASK|sMASK|PAD|UNK|BOS|EOS)\]",
     re.IGNORECASE,
 )
 
@@ -44,8 +46,20 @@ def without_control_tokens(text: str, *tokenizers: Any) -> str:
     return text
 
 
+# Letters and marks that are shown as nothing: fillers of Hangul, variation selectors, joiners
+_FILLERS = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
+
 def _is_invisible(letter: str) -> bool:
-    return unicodedata.category(letter) in ("Cc", "Cf") and letter not in "\t\n\r"
+    hidden = unicodedata.category(letter) in ("Cc", "Cf") or _FILLERS.match(letter)
+    return bool(hidden) and letter not in "\t\n\r"
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it is empty, or holds only spaces, control characters and other invisible ones."""
+    return all(letter.isspace() or unicodedata.category(letter)[0] in "CZ" or _is_invisible(letter) for letter in text)
 
 
 def _special_tokens(tokenizer: Any) -> re.Pattern | None:

@@ -4,9 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +19,9 @@ from tests.bench.test_run import bench
 from tests.calibration.test_page import browser  # noqa: F401
 from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, make_cases
+from tests.processes import Script
 
 
-ROOT = Path(__file__).parents[2]
 NASTY = "Make it </script><b>bold</b> & 变红 <!--"
 NAMES = ("base_model", "tuned & better 50%", "第三")
 
@@ -362,10 +359,7 @@ else:
 @pytest.mark.slow
 def test_results_in_a_model_card(tmp_path):
     with fake_hub() as hub:
-        env = {**os.environ, **hub.env, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(
-            [sys.executable, "-c", CARD, str(tmp_path / "run")], env=env, cwd=tmp_path, capture_output=True, text=True
-        )
+        done = Script("-c", CARD, tmp_path / "run", cwd=tmp_path, environment=hub.env).wait()
     assert done.returncode == 0, done.stderr[-3000:]
 
 

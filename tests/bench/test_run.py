@@ -1,8 +1,5 @@
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +14,6 @@ from hp_edit_trl.ratings import Rating
 from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, make_cases, photo
 from tests.processes import Script
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def bench(dataset=None, judge=None, **kwargs):
@@ -417,7 +411,7 @@ def test_results_are_those_of_the_rows(tmp_path, monkeypatch):
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize("case_id", ["../x", "..", "a/b", "第三 个?*", "x" * 230, "%2e"])
+@pytest.mark.parametrize("case_id", ["../x", "..", "a/b", "第三 个?*", "x" * 230, "Third" * 99, "%2e"])
 def test_any_id_is_a_file_in_the_folder(tmp_path, case_id):
     odd = make_cases(2).to_list()
     odd[0]["id"] = case_id
@@ -428,15 +422,6 @@ def test_any_id_is_a_file_in_the_folder(tmp_path, case_id):
     assert len(list((run.folder / "edits").iterdir())) == 2
     again = run_benchmark(bench(cases), FolderEditor(run.folder / "edits"), tmp_path / "again")
     assert [row["hp_score"] for row in again.cases] == [row["hp_score"] for row in run.cases]
-
-
-def test_an_id_that_is_too_long_for_a_file_is_refused(tmp_path):
-    odd = make_cases(2).to_list()
-    odd[1]["id"] = "第" * 30
-    cases = make_cases(2).from_list(odd, features=make_cases(2).features)
-    with pytest.raises(ValueError, match="The id of row 1 of RealPref-Bench is too long for a file name: '第第"):
-        run_benchmark(bench(cases), Painter(), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 HUB = """
@@ -459,8 +444,5 @@ assert runs[0].settings["benchmark"]["dataset"] == "someone/RealPref-Bench"
 @pytest.mark.slow
 def test_results_carry_the_commit_of_the_cases(tmp_path):
     with fake_hub() as hub:
-        env = {**os.environ, **hub.env, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(
-            [sys.executable, "-c", HUB, str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, text=True
-        )
+        done = Script("-c", HUB, tmp_path, cwd=tmp_path, environment=hub.env).wait()
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,11 +3,7 @@
 import base64
 import io
 import json
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 from datasets import Image, load_dataset, load_from_disk
@@ -18,9 +14,7 @@ from hp_edit_trl.calibration import from_label_studio, label_studio_config, load
 from hp_edit_trl.ratings import add_ratings, append_rating, ratings_file, read_ratings
 from tests.calibration.helpers import RATINGS, make_edits, pixels, with_broken, with_references
 from tests.fake_hub import fake_hub
-
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import Script
 
 
 def export(tmp_path, edits, ratings, *options):
@@ -54,12 +48,8 @@ def test_to_the_hub_and_back(tmp_path):
     for rating in RATINGS:
         append_rating(ratings_file(tmp_path, rating.annotator), rating)
     with fake_hub() as hub:
-        outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        env = {**outside, **hub.env, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "hp_edit_trl.cli", "export-ratings", ".", "edits", "--output_dir", "out"]
-        done = subprocess.run(
-            [*command, "--push-to-hub", "someone/rated"], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
+        command = ["-m", "hp_edit_trl.cli", "export-ratings", ".", "edits", "--output_dir", "out"]
+        done = Script(*command, "--push-to-hub", "someone/rated", cwd=tmp_path, environment=hub.env).wait()
         assert done.returncode == 0, done.stderr[-3000:]
         files = hub.files("someone/rated", "dataset")
         assert "datasets/someone/rated" in hub.private

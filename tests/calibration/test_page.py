@@ -8,10 +8,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from hp_edit_trl.ratings import append_rating, ratings_file, read_ratings
 from hp_edit_trl.utils.images import read_image
 from tests.calibration.helpers import make_edits, make_rating, with_broken, with_references
 from tests.helpers import photo
+from tests.processes import Script
 
 
 ROOT = Path(__file__).parents[2]
@@ -63,16 +63,13 @@ def serving(folder, *options, env=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "hp_edit_trl.cli", "annotate", "edits", "--port", str(port), *options]
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(("HP_EDIT", "GRADIO"))}
-    log = (folder / "server.log").open("a")
 
     def start():
-        server = subprocess.Popen(
-            command, cwd=folder, env={**outside, "PYTHONPATH": str(ROOT), **(env or {})}, stdout=subprocess.PIPE,
-            stderr=log, text=True,
-        )  # fmt: skip
-        assert "Rate edits at" in server.stdout.readline(), (folder / "server.log").read_text()
+        command = ["hp_edit_trl.cli", "annotate", "edits", "--port", str(port), *options]
+        server = Script("-m", *command, cwd=folder, environment=env)
+        while "Rate edits at" not in server.printed("stdout"):
+            assert server.ranks[0].is_alive(), server.printed("stderr")
+            time.sleep(0.02)
         return server
 
     servers = [start()]
@@ -81,7 +78,6 @@ def serving(folder, *options, env=None):
     finally:
         servers[-1].kill()
         servers[-1].wait()
-        log.close()
 
 
 class Tab:
@@ -201,7 +197,7 @@ def test_two_people_rate(browser, tmp_path):
         written[name] += 1
 
     with serving(tmp_path) as (url, servers, start):
-        log = (tmp_path / "server.log").read_text()
+        log = servers[-1].printed("stderr")
         assert "The edit of case 'broken'" in log and "1 of 7 edits are not shown" in log
 
         anna, bert = Tab(browser, url), Tab(browser, url)
@@ -274,7 +270,7 @@ def test_two_people_rate(browser, tmp_path):
         bert.page.locator("#comment textarea").fill("The shadow is missing")
         shot(bert, tmp_path, "rating")
         # The server is killed in the middle of everything, and a line is cut off
-        servers[-1].send_signal(signal.SIGKILL)
+        servers[-1].kill()
         servers[-1].wait()
         file = ratings_file(tmp_path / "ratings", "anna")
         with file.open("ab") as lines:
@@ -284,7 +280,7 @@ def test_two_people_rate(browser, tmp_path):
         anna.page.wait_for_timeout(500)
         assert anna.token() == before
         servers.append(start())
-        assert "not a complete rating" in (tmp_path / "server.log").read_text()
+        assert "not a complete rating" in servers[-1].printed("stderr")
         bert.page.reload()
         bert.settle()
         note(anna, "anna", 2)
@@ -530,14 +526,11 @@ def test_all_references_are_shown_and_large_pictures_scaled_down(tmp_path):
     assert error < 2
 
 
-def test_without_gradio_the_extra_is_named(tmp_path):
+def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):
     make_edits(2).save_to_disk(tmp_path / "edits")
-    (tmp_path / "gradio.py").write_text("raise ImportError('no gradio here')")
-    command = [sys.executable, "-m", "hp_edit_trl.cli", "annotate", str(tmp_path / "edits")]
-    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == (
-        'hp-edit: The rating page needs Gradio: pip install "hp-edit-trl[annotate]"'
-    )
-    assert "Traceback" not in done.stderr
+    monkeypatch.delitem(sys.modules, page.__name__)
+    monkeypatch.delattr(page.__name__)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["annotate", str(tmp_path / "edits")])
+    assert end.value.code == 'hp-edit: The rating page needs Gradio: pip install "hp-edit-trl[annotate]"'

@@ -1,9 +1,6 @@
 """Loading against the schema: what fits is cast, what does not is named by row and column."""
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +25,7 @@ from hp_edit_trl.rewards import load_scorer_prompts
 from tests.data.builder.toy_build import encoded
 from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, make_config, photo
+from tests.processes import Script
 
 
 ROOT = Path(__file__).parents[2]
@@ -268,9 +266,7 @@ def test_to_the_hub_and_back_private_pinned_streamed_and_offline(tmp_path):
     with fake_hub() as hub:
 
         def run(code, *args, **env):
-            env = {**os.environ, **hub.env, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", **env}
-            command = [sys.executable, "-c", code, *map(str, args)]
-            return subprocess.run(command, env=env, capture_output=True, text=True)
+            return Script("-c", code, *args, environment={**hub.env, **env}).wait()
 
         pushed = run(PUSH, tmp_path / "first", tmp_path / "second", ROOT / "prompts")
         assert pushed.returncode == 0, pushed.stderr

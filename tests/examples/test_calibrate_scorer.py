@@ -12,7 +12,7 @@ from tests.examples.test_train_qwen_edit import run, run_here
 @pytest.mark.slow
 def test_agreement_is_what_the_raters_noise_makes_it_and_refinement_finds_the_question(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--cases_per_task", "36", "--num_resamples", "200"]
-    done = run(*arguments, cwd=tmp_path, script="calibrate_scorer.py")
+    done = run(*arguments, cwd=str(tmp_path), script="calibrate_scorer.py")
     assert done.returncode == 0, done.stderr[-4000:]
     out = done.stdout
     measured = {line.split(":")[0]: line for line in out.splitlines() if "Pearson" in line and "noise" in line}

@@ -19,17 +19,19 @@ def test_mining(tmp_path):
 
 @pytest.mark.slow
 def test_embedded_default(tmp_path):
-    options = ("--num_cases", "40", "--eval_steps", "2", "--save_steps", "2")
-    done = run("--max_steps", "2", *options, cwd=tmp_path, script="train_qwen_edit_dpo.py")
+    options = ("--num_cases", "24", "--eval_steps", "2", "--save_steps", "2")
+    few = {"cwd": str(tmp_path), "script": "train_qwen_edit_dpo.py", "most": 24}
+    done = run("--max_steps", "2", *options, **few)
     assert done.returncode == 0, done.stderr[-4000:]
     output = tmp_path / "outputs" / "qwen-edit-dpo-embedded"
     state = QwenImageLoraLoaderMixin.lora_state_dict(str(output))
     assert any(key.endswith("to_q.lora_B.weight") and value.abs().max() > 0 for key, value in state.items())
-    assert "Diffusion-DPO" in (output / "README.md").read_text() and "| all | 400 |" in done.stdout
+    assert "Diffusion-DPO" in (output / "README.md").read_text() and "| all | 24 |" in done.stdout
+    assert "[400 cases of test]" in done.stdout
     # It resumes where it stopped.
     resume = ("--max_steps", "3", "--resume_from_checkpoint", str(output / "checkpoint-2"))
     with mock.patch("hp_edit_trl.miniature.evaluate_before_after") as evaluate:
-        run_here(*resume, *options, cwd=tmp_path, script="train_qwen_edit_dpo.py")
+        run_here(*resume, *options, **few)
     assert evaluate.call_args.args[0].state.global_step == 3
 
 

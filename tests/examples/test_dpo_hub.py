@@ -1,8 +1,5 @@
 """Pairs and the LoRA trained on them, to the Hub and back. The Hub is a local one; the clients are the real ones."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ from hp_edit_trl import miniature
 from hp_edit_trl.miniature.policy import WEIGHTS
 from tests.fake_hub import fake_hub
 from tests.judges.test_judges import serve  # noqa: F401
+from tests.processes import Script
 from tests.scripts.test_scripts import any_score
 
 
@@ -46,10 +44,7 @@ def test_pairs_and_lora_go_to_the_hub_and_come_back(tmp_path, serve):  # noqa: F
         "--push_to_hub", "someone/pairs",
     ]  # fmt: skip
     with fake_hub() as hub:
-        outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment = {**outside, **hub.env, "OMP_NUM_THREADS": "2"}
-        command = [sys.executable, "-c", SCRIPT, *options]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = Script("-c", SCRIPT, *options, cwd=tmp_path, environment=hub.env).wait()
         assert done.returncode == 0, done.stderr[-4000:]
         files = hub.files("someone/pairs", "dataset")
         assert {Path(name).suffix for name in files if name != "README.md"} == {".parquet", ".jsonl"}

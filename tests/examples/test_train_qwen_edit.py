@@ -1,4 +1,7 @@
-"""The example as a user runs it: once as a script in its own process, then in this one, which saves the imports."""
+"""
+The example as a user runs it: once as a script in its own process, then in this one, which saves the imports. The
+miniature's world has fewer cases here.
+"""
 
 import contextlib
 import io
@@ -13,29 +16,41 @@ from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
 from trl import TrlParser
 
-from hp_edit_trl import DPOEditConfig, EditModelConfig, FlowGRPOEditConfig
+from hp_edit_trl import DPOEditConfig, EditModelConfig, FlowGRPOEditConfig, miniature
 from hp_edit_trl.scripts import EditScriptArguments, dpo, grpo
 from tests.processes import Script
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+load_dataset = miniature.load_dataset
 
 
-def run(*arguments, cwd, script="train_qwen_edit.py"):
-    return Script(EXAMPLES / script, *arguments, cwd=cwd).wait(600)
+def run_here(*arguments, cwd, script="train_qwen_edit.py", most=10_000):
+    """Runs an example in this process, with at most so many cases of each split, and returns what it prints."""
 
+    def load_few(split, count, *seed):
+        print(f"[{count} cases of {split}]")
+        return load_dataset(split, min(count, most), *seed)
 
-def run_here(*arguments, cwd, script="train_qwen_edit.py"):
-    """Runs an example in this process and returns what it prints."""
     with contextlib.chdir(cwd), mock.patch("sys.argv", [script, *arguments]), mock.patch.dict(os.environ):
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as printed,
+            mock.patch.object(miniature, "load_dataset", load_few),
+        ):
             runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     return printed.getvalue()
 
 
+def run(*arguments, **options):
+    """The same in a process of its own."""
+    code = f"from tests.examples.test_train_qwen_edit import run_here; print(run_here(*{arguments!r}, **{options!r}))"
+    return Script("-c", code).wait(600)
+
+
 @pytest.mark.slow
 def test_embedded_default(tmp_path):
-    done = run("--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--log_completions", cwd=tmp_path)
+    few = {"cwd": str(tmp_path), "most": 24}
+    done = run("--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--log_completions", **few)
     assert done.returncode == 0, done.stderr[-4000:]
     output = tmp_path / "outputs" / "qwen-edit-embedded"
     assert "3/3" in done.stderr  # the progress bar
@@ -44,11 +59,14 @@ def test_embedded_default(tmp_path):
     assert "qwen-edit-embedded" in (output / "README.md").read_text()
     for name in ("reward_curve.png", "before_after.png"):
         assert min(Image.open(output / name).size) > 100
-    assert "| all | 400 |" in done.stdout and (output / "scores.csv").exists() and (output / "hard_cases.png").exists()
+    assert {f"[{n} cases of {split}]" for n, split in ((1000, "train"), (96, "validation"), (400, "test"))} < set(
+        done.stdout.splitlines()
+    )
+    assert "| all | 24 |" in done.stdout and (output / "scores.csv").exists() and (output / "hard_cases.png").exists()
     # It resumes where it stopped. Its scores have been seen.
     resume = ("--max_steps", "4", "--resume_from_checkpoint", str(output / "checkpoint-3"))
     with mock.patch("hp_edit_trl.miniature.evaluate_before_after") as evaluate:
-        run_here(*resume, "--eval_on_start", "false", "--eval_strategy", "no", cwd=tmp_path)
+        run_here(*resume, "--eval_on_start", "false", "--eval_strategy", "no", **few)
     assert evaluate.call_args.args[0].state.global_step == 4
 
 

@@ -3,14 +3,13 @@
 import asyncio
 import json
 import logging
-import re
 import resource
 import time
 from pathlib import Path
 
 import pytest
 
-from hp_edit_trl.judges import CachedJudge, FailureLimit, Judgement, JudgeTally, ServerJudge
+from hp_edit_trl.judges import CachedJudge, FailureLimit, Judgement, JudgeRefusedError, JudgeTally, ServerJudge
 from hp_edit_trl.judges.base import LONGEST_ANSWER, digit_of_token, expected_score
 from hp_edit_trl.judges.server import _pause
 from tests.helpers import photo
@@ -33,9 +32,12 @@ def test_a_fault_of_the_server_is_a_missing_score_with_its_kind(fault, tmp_path)
         cached = CachedJudge(judge, tmp_path / "cache")
         start = time.perf_counter()
         if fault.stops:
-            with pytest.raises(ConnectionError, match=re.escape(server.url) + ".*api_key= or .* OPENAI_API_KEY"):
-                cached([chat(), chat("Another")])
-            with pytest.raises(ConnectionError, match="cannot be used: the server answered 40"):
+            cannot = f"refused: The judge 'm' at {server.url} cannot be used: the server answered 40"
+            judged = cached([chat(), chat("Another")])
+            assert all(one.answer.startswith(cannot) and one.failure == "refused" for one in judged)
+            with pytest.raises(JudgeRefusedError, match="api_key= or .* OPENAI_API_KEY. Run again.$"):
+                FailureLimit().check([GOOD], "edits", "Run again.", judged)
+            with pytest.raises(JudgeRefusedError, match="^The judge 'm' at .*: the server answered 40"):
                 judge.load()
             return
         (judgement,) = cached([chat()])
@@ -66,6 +68,23 @@ class _either:
         return kind is None or issubclass(kind, ConnectionError)
 
 
+def test_a_key_that_is_refused_on_the_way_loses_no_answer(tmp_path):
+    replies = [http(200, completion("3")), http(200, completion("4")), error(401)]
+    count = iter(range(99))
+
+    def serve(connection):
+        connection.sendall(replies[min(next(count), 2)])
+
+    with FaultyServer(serve) as server:
+        judge = CachedJudge(ServerJudge("m", server.url, max_concurrency=1), tmp_path / "cache")
+        judged = judge([chat(str(i)) for i in range(9)])
+        assert [one.score for one in judged] == [3, 4] + [None] * 7 and len(server.requests) == 3
+        assert {one.failure for one in judged[2:]} == {"refused"}
+        server.serve = http(200, completion("5"))
+        assert [one.score for one in judge([chat(str(i)) for i in range(9)])] == [3, 4] + [5] * 7
+        assert len(server.requests) == 10
+
+
 def test_the_table_of_the_documentation_has_a_row_for_each_fault():
     page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
     section = page.partition("## Judges\n")[2].partition("\n## ")[0]
@@ -74,6 +93,7 @@ def test_the_table_of_the_documentation_has_a_row_for_each_fault():
     others = {
         "nobody listens at the address",
         "a judge that is gone in the middle of a run",
+        "a judge that is mended",
         "an answer without a score",
     }
     assert set(rows[1:]) == {fault.name for fault in FAULTS} | others
@@ -104,6 +124,23 @@ def test_what_is_sent_asks_for_no_compression_and_names_no_key_in_errors(monkeyp
     for options in ({"timeout": 0}, {"timeout": float("nan")}, {"timeout": float("inf")}, {"max_retries": -1}):
         with pytest.raises(ValueError, match="must be above 0, and max_retries"):
             ServerJudge("m", "http://127.0.0.1:9/v1", **options)
+
+
+def test_a_netrc_does_not_take_the_place_of_the_key_and_proxies_are_used(monkeypatch, tmp_path):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password other\n")  # not a secret
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    with FaultyServer(http(200, completion("3"))) as server:
+        assert ServerJudge("m", server.url, api_key="key")([chat()])[0].score == 3
+        monkeypatch.setenv("http_proxy", server.url.replace("//", "//you:there@"))  # not a secret
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert ServerJudge("m", "http://judge.invalid/v1", api_key="key")([chat()])[0].score == 3
+        assert ServerJudge("m", server.url, api_key="key")([chat()])[0].score == 3
+    direct, proxied, bypassed = (head.decode().lower() for head, _ in server.requests)
+    assert all("\r\nauthorization: bearer key\r\n" in head for head in (direct, proxied, bypassed))
+    assert proxied.startswith("post http://judge.invalid/v1/chat/completions ") and "proxy-auth" in proxied
+    assert "proxy-auth" not in direct + bypassed and bypassed.startswith("post /v1")
 
 
 def test_a_flood_takes_no_memory_and_no_line_of_a_log_is_long(caplog):
@@ -146,7 +183,7 @@ def test_the_trial_has_as_many_images_as_the_largest_case():
             ServerJudge("m", server.url).load(4)
 
 
-@pytest.mark.parametrize("content", ["", None, "<think>Let me see", "<think>4</think>"])
+@pytest.mark.parametrize("content", ["", None, "<think>Let me see", "<think>4</think>", " \n\u200b\ufeff\u3164"])
 def test_a_model_that_only_thinks_fails_its_trial(content):
     with FaultyServer(http(200, completion(content))) as server:
         with pytest.raises(

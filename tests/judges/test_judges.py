@@ -1,10 +1,8 @@
 import base64
 import io
 import json
-import os
 import pickle
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +26,7 @@ from hp_edit_trl.judges import CachedJudge, Judgement, parse_score
 from hp_edit_trl.judges.base import expected_score
 from hp_edit_trl.miniature.tiny import CHAT_TEMPLATE, tiny_judge, tiny_text_encoder, tiny_tokenizer
 from tests.helpers import photo
+from tests.processes import Script
 
 
 @pytest.mark.parametrize(
@@ -426,6 +425,24 @@ def test_server_is_sent_large_pictures_scaled_down(serve):
     assert sizes == [(64, 32), (32, 32)]
 
 
+def test_an_image_that_several_conversations_show_is_encoded_once(serve, monkeypatch):
+    server = serve(lambda body, n: (200, completion("4")))
+    judge = ServerJudge("m", server.url)
+    encoded, encode = [], judge._data_url
+    monkeypatch.setattr(judge, "_data_url", lambda image: encoded.append(image) or encode(image))
+    scorer = HPScorerReward(judge)
+    source, edits = photo(32, 32, 0), [photo(32, 32, seed) for seed in (1, 2, 3)]
+    conversations = [scorer.conversation("x", edit, [source.copy()]) for edit in edits]
+    assert [judgement.score for judgement in judge(conversations)] == [4, 4, 4]
+    assert len(encoded) == 4
+    for request, edit in zip(sorted(server.requests, key=str), sorted(edits, key=encode), strict=True):
+        urls = [part["image_url"]["url"] for part in request["messages"][1]["content"] if part["type"] == "image_url"]
+        assert urls == [encode(source), encode(edit)]
+        # What edits of a case have in common comes first: a server can keep it.
+        parts = [part.get("text") or "image" for part in request["messages"][1]["content"]]
+        assert parts == ["Image A:", "image", "Image B:", "image"]
+
+
 def test_server_expected_mode(serve):
     probabilities = {"4": 0.5, " 4": 0.1, "3": 0.2, "The": 0.2}
     server = serve(lambda body, n: (200, completion("4", top_logprobs(probabilities))))
@@ -559,28 +576,17 @@ def test_transformers_serve(judge_folder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [
-        str(Path(sys.executable).parent / "transformers"),
-        "serve",
-        judge_folder,
-        "--device",
-        "cpu",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    command = ["serve", judge_folder, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    process = Script("-c", "from transformers.cli.transformers import main; main()", *command, environment=environment)
     try:
-        for _ in range(240):
-            assert process.poll() is None, (tmp_path / "log").read_text()
+        while process.ranks[0].is_alive():
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=2).close()
                 break
             except OSError:
-                time.sleep(0.5)
+                time.sleep(0.1)
+        assert process.ranks[0].is_alive(), process.printed("stderr")
         reward = HPScorerReward(judge_folder, judge_base_url=f"http://127.0.0.1:{port}/v1")
         reward.load()
         server, local = reward.judge, TransformersJudge(judge_folder, "integer", max_new_tokens=16)
@@ -596,7 +602,7 @@ def test_transformers_serve(judge_folder, tmp_path):
         assert [judgement.answer for judgement in expected(chats)] == answers
         assert all(judgement.input_tokens > 0 for judgement in expected(chats))
     finally:
-        process.terminate()
+        process.kill()
         process.wait(30)
 
 

@@ -1,15 +1,12 @@
 """The modules for `evaluate`, loaded with `evaluate.load` in a process of its own that has no network."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.processes import Script
 
-ROOT = Path(__file__).parents[2]
+
 CODE = """
 import json, socket
 
@@ -72,9 +69,8 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     home = str(tmp_path_factory.mktemp("home"))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": home, "PYTHONPATH": str(ROOT)}
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=elsewhere, env=environment, capture_output=True, text=True)
+    done = Script("-c", CODE, cwd=elsewhere, environment={"HF_HUB_OFFLINE": "1", "HF_HOME": home}).wait()
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,13 +1,15 @@
 """The whole method: rewards that mean something improve the policy, and the same rewards shuffled do not."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from experiments import make_trainer
 
 from hp_edit_trl.miniature import RuleScorer, edit_dataset, load_dataset, score_edits
+from hp_edit_trl.policies.qwen_image_edit import QwenImageEditPlusPolicy
 from hp_edit_trl.utils.statistics import paired_difference
 
 
@@ -15,9 +17,27 @@ CONFIG = Path(__file__).parents[2] / "examples" / "miniature" / "experiment.yaml
 GROUP = 12
 
 
+@pytest.fixture(scope="module", autouse=True)
+def encoded_once():
+    """The test cases are encoded once for all evaluations: the encoders are not trained."""
+    encode, known = QwenImageEditPlusPolicy.encode, {}
+
+    def remember(self, images, prompt, *args):
+        key = (*[image.tobytes() for image in images], prompt, *args)
+        if key not in known:
+            known[key] = encode(self, images, prompt, *args)
+        return known[key]
+
+    with mock.patch.object(QwenImageEditPlusPolicy, "encode", remember):
+        yield
+
+
+training_cases = cache(partial(load_dataset, "train", 400))
+
+
 def trainer_of(reward, folder):
-    options = {"max_steps": 40, "save_strategy": "no"}
-    return make_trainer(CONFIG, options, folder, 0, reward, load_dataset("train", 400))
+    options = {"max_steps": 20, "save_strategy": "no", "disable_tqdm": True}
+    return make_trainer(CONFIG, options, folder, 0, reward, training_cases())
 
 
 @pytest.fixture(scope="module")

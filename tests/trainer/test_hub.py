@@ -5,9 +5,6 @@ uploads nothing but what is meant to be. The Hub is a local one.
 
 import io
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +17,9 @@ from hp_edit_trl.trainer.model_card import save_before_after
 from tests.fake_hub import FakeHub, fake_hub
 from tests.helpers import make_config, photo
 from tests.judges.test_judges import FakeServer, completion
+from tests.processes import Script
 
 
-ROOT = Path(__file__).parents[2]
 # One for each place, so that a leak names it
 PLANTED = {
     place: f"Pl4nted{i:02d}xQzW7{place.replace('_', '')}"
@@ -74,6 +71,11 @@ print(args, repr(args), args.to_json_string(), args.to_sanitized_dict())
 cases = make_cases(3, sizes=((160, 80),))
 trainer = FlowGRPOEditTrainer(pipeline, [scorer, redness], args, cases, eval_dataset=cases.select([0, 1]))
 trainer.train()
+for name in ("private_before.png", "1/2_after.png", "1_before.png.bak", ".env", "model.bin"):  # the user's own
+    Path("out/images", name).parent.mkdir(exist_ok=True, parents=True)
+    Path("out/images", name).write_bytes(b"private")
+Path("secret.png").write_bytes(b"private")
+Path("out/images/7_before.png").symlink_to(Path("secret.png").absolute())
 trainer.push_to_hub()
 trainer._completions_upload.trigger().result()
 
@@ -132,11 +134,9 @@ def outcome(tmp_path_factory):
     server = FakeServer(reply)
     with fake_hub() as hub:
         hub.env["HF_TOKEN"] = PLANTED["hub_token"]
-        outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        env = {**outside, **hub.env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_API_KEY": PLANTED["env"]}
-        env["HP_EDIT_PASSWORD"] = env["OPENAI_API_KEY"] = PLANTED["env"]
-        command = [sys.executable, "-c", SCRIPT, json.dumps(PLANTED), server.url]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        planted = dict.fromkeys(("WANDB_API_KEY", "HP_EDIT_PASSWORD", "OPENAI_API_KEY"), PLANTED["env"])
+        environment = {**hub.env, **planted}
+        done = Script("-c", SCRIPT, json.dumps(PLANTED), server.url, cwd=folder, environment=environment).wait()
     server.shutdown()
     server.server_close()
     output = done.stdout + done.stderr

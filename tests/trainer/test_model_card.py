@@ -1,9 +1,6 @@
 """From the Hub to the Hub. The Hub is a local one; the clients are the real ones, in processes of their own."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -28,6 +25,7 @@ from hp_edit_trl.editors import PipelineEditor
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from tests.fake_hub import FakeHub, HubCommit, fake_hub
 from tests.helpers import make_cases, make_config, photo, redness
+from tests.processes import Script
 
 
 pytestmark = pytest.mark.slow
@@ -48,15 +46,9 @@ def hub() -> Iterator[FakeHub]:
 def in_process(hub: FakeHub, function: Callable, *args: Any, **env: str) -> Any:
     """Calls a function of this file in a new process that knows the local Hub. What it returns comes back as JSON."""
     code = f"import json, tests.trainer.test_model_card as t; print(json.dumps(t.{function.__name__}(*{args!r})))"
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**outside, **hub.env, "OMP_NUM_THREADS": "1", **env},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+    done = Script("-c", code, environment={**hub.env, **env}).wait()
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def edit(pipeline: DiffusionPipeline) -> np.ndarray:
@@ -87,7 +79,7 @@ def train_as_in_the_readme(folder: str) -> None:
     trainer = FlowGRPOEditTrainer(
         model=BASE,
         reward_funcs=redness,
-        args=make_config(f"{folder}/tiny-edit-hp", save_strategy="steps", save_steps=1),
+        args=make_config(f"{folder}/tiny-edit-hp", save_strategy="steps", save_steps=1, num_sample_edits=4),
         train_dataset=load_dataset(CASES, split="train"),
         peft_config=LoraConfig(r=4, lora_alpha=8),
     )

@@ -1,5 +1,6 @@
 import errno
 import math
+import re
 
 import pytest
 
@@ -70,8 +71,16 @@ def test_a_name_stays_in_its_folder(tmp_path, name):
 
 
 def test_different_names_stay_different_and_plain_ones_as_they_are(tmp_path):
-    names = ["a", "a.b", "A", "%2E", ".", "..", "%2E.", "a/b", "a%2Fb", "0f3a-b_c~d"]
-    assert len({file_name(name) for name in names}) == len(names)
+    names = ["a", "a.b", "A", "%2E", "%2e", ".", "..", "%2E.", "a/b", "a%2Fb", "0f3a-b_c~d", "", " ", "  ", "=", "\0"]
+    names += ["con", "CON", "Con", "nul.txt", "com1", "x" * 399, "x" * 400, "x" * 399 + "y", "第" * 60, "第" * 61]
+    names += ["Straße", "STRASSE", "strasse", "é", "e\u0301", "\ud800", "a\\b", "a:b", "a*", "a" * 150, "a.", "a "]
+    names += [file_name("A"), file_name(""), file_name("x" * 400)]
+    files = {file_name(name).lower() for name in names}  # as on a file system that ignores case
+    assert len(files) == len(names)
+    for name in names:
+        (tmp_path / f"{file_name(name)}+12.png.1234567.part").touch()
+        assert file_name(name).isascii() and not re.match(r"(con|nul|com1)?(\.|$)", file_name(name), re.IGNORECASE)
+    assert len(list(tmp_path.iterdir())) == len(names)
     assert [file_name(name) for name in ("a.b", "0f3a-b_c~d", "a/b")] == ["a.b", "0f3a-b_c~d", "a%2Fb"]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "out").symlink_to(tmp_path)

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 import zipfile
 
 import pyarrow.parquet as pq
@@ -18,6 +15,7 @@ from hp_edit_trl.scripts import DatasetArguments, load_cases
 from hp_edit_trl.utils.image_paths import check_image_paths
 from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, photo
+from tests.processes import Script
 
 
 REFUSED = "names .*, which is not a file of the dataset"
@@ -194,9 +192,7 @@ def test_files_of_a_repository_are_its_own(tmp_path, private):
             archive.write(file, file.name)
     (tmp_path / "evil" / "data.jsonl").write_text(json.dumps({"image": str(private), "prompt": "x"}))
     with fake_hub() as hub:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | hub.env
-        command = [sys.executable, "-c", ON_THE_HUB, str(tmp_path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = Script("-c", ON_THE_HUB, tmp_path, environment=hub.env).wait()
     refused = f"Row 0 of someone/evil: the column 'image' names '{private}'"[:60]
     expected = ["pictures [(16, 16)]"] * 2 + ["archive [(16, 16)]"] * 2 + [f"evil {refused}"] * 2
     assert done.stdout.splitlines() == expected, done.stderr

@@ -4,7 +4,8 @@ time.
 
 A stage is a function from a batch of columns to a batch of columns. Each batch that it returns becomes one Parquet
 file, written completely or not at all. A build that was killed resumes with the batches that have no file: it repeats
-the one that was being computed, and ends with the same bytes as a build that was never stopped.
+the one that was being computed, and ends with the same bytes as a build that was never stopped. Rows that a model did
+not answer are computed again by the next run.
 
 Columns are never copied from stage to stage. Pixels are written once, by the stage that made them.
 """
@@ -14,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 from datasets import Dataset, Features
@@ -36,6 +39,7 @@ from ...utils.secrets import redacted
 
 Batch = dict[str, list]
 
+UNANSWERED = "unanswered"  # column of the rows of a stage that have no answer of its model
 OPEN_FILES = 32  # shards that are held open for reading
 
 
@@ -55,7 +59,9 @@ class Stage(Protocol):
         batch_size (`int` or `None`):
             Number of rows per batch. `None` gives it all rows at once, for choices that depend on all of them; such a
             stage reads no images. It may also return `parent`: for each of its rows, the number of the row of the
-            batch that it comes from. Its rows then replace those before.
+            batch that it comes from. Its rows then replace those before. A stage that asks a model that may fail also
+            returns `unanswered`: whether each row has no answer. The next run computes these rows again, unless a
+            later stage with batches has begun.
         tally ([`JudgeTally`] or `None`):
             What its judge was asked, if it has one.
         settings (`dict`):
@@ -79,6 +85,13 @@ class Stage(Protocol):
         return None
 
     def __call__(self, batch: Batch) -> Batch: ...
+
+    def check(self, again: bool) -> None:
+        """
+        Called when a batch with `unanswered` is written. Raises an error if it makes no sense to go on, e.g. because a
+        model is gone. By default does nothing. `again` says that its rows had no answer in an earlier run either.
+        """
+        return None
 
 
 class Reader(Protocol):
@@ -252,8 +265,14 @@ class WorkFolder:
     def compute(self, stage: Stage, number: int) -> dict[str, int]:
         """Computes and writes one batch of a stage. Returns how many rows it has, and how many are rejected."""
         rows, batch = self.input_batch(stage, number)
+        file = self._file(stage.name, number)
+        before = pq.read_table(file) if file.exists() else None
+        if before is not None:
+            again = np.flatnonzero(before[UNANSWERED].to_numpy())
+            rows, batch = rows[again], {name: [values[i] for i in again] for name, values in batch.items()}
         done = stage(batch)
         parents = done.pop("parent", None)
+        unanswered = done.pop(UNANSWERED, None)
         if done.keys() != {*stage.features, "reason"} or parents is not None and stage.batch_size is not None:
             raise ValueError(
                 f"The stage {stage.name!r} returned the columns {sorted(done)}; expected are "
@@ -268,9 +287,17 @@ class WorkFolder:
         schema = stage.features.arrow_schema
         arrays |= {name: pa.array(done[name], schema.field(name).type) for name in stage.features}
         arrays["reason"] = pa.array(done["reason"], pa.string())
+        arrays |= {} if unanswered is None else {UNANSWERED: pa.array(unanswered, pa.bool_())}
+        table = pa.table(arrays)
+        if before is not None:
+            self._drop_later(stage)
+            kept = before.filter(pc.invert(before[UNANSWERED]))
+            table = pa.concat_tables([kept, table]).sort_by("row").combine_chunks()
         # Later stages read images one by one, in another order.
         with_images = any(isinstance(feature, ImageFeature) for feature in stage.features.values())
-        _write(self._file(stage.name, number), pa.table(arrays), row_group_size=1 if with_images else 1000)
+        _write(file, table, row_group_size=1 if with_images else 1000)
+        if unanswered is not None:
+            stage.check(again=before is not None)
         return {"rows": count, "rejected": count - done["reason"].count(None)}
 
     def begin(self, stage: Stage) -> None:
@@ -308,6 +335,37 @@ class WorkFolder:
         there = {int(file.stem) for file in (self.path / stage.name).glob("[0-9]*.parquet")}
         size = stage.batch_size or max(len(self.live), 1)
         return [number for number in range(-(-len(self.live) // size)) if number not in there]
+
+    def unanswered(self, stage: Stage) -> list[int]:
+        """
+        The numbers of the batches of a stage with rows that have no answer and can be computed again: no later stage
+        has begun, or only such as are computed in one piece.
+        """
+        files = sorted((self.path / stage.name).glob("[0-9]*.parquet"))
+        if not files or any((read_json(file) or {}).get("batch_size") for file in self._later(stage)):
+            return []
+        numbers = []
+        for file in files:
+            try:
+                if UNANSWERED not in pq.read_schema(file).names:
+                    return []
+                if pc.any(pq.read_table(file, columns=[UNANSWERED])[0]).as_py():
+                    numbers.append(int(file.stem))
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{file} is damaged ({error}): remove it and run again.") from error
+        return numbers
+
+    def _later(self, stage: Stage) -> list[Path]:
+        """The manifests of the stages after one that is computed now."""
+        before = {stage.name, *(done.name for done in self.stages)}
+        files = [file for file in self.path.glob("*/manifest.json") if file.parent.name not in before]
+        # The folder may hold other things, e.g. checkpoints, which have a file of this name as well.
+        return [file for file in files if (read_json(file) or {}).get("stage") == file.parent.name]
+
+    def _drop_later(self, stage: Stage) -> None:
+        """Removes what later stages made of rows that are computed again."""
+        for manifest in self._later(stage):
+            shutil.rmtree(manifest.parent, ignore_errors=True)  # another process may do the same
 
     def finish(self, stage: Stage, write: bool = True) -> Counter:
         """
@@ -381,7 +439,7 @@ def run_stage(
     gpus_per_worker: float = 0,
 ) -> Counter:
     """
-    Runs a stage on all batches that have no file yet.
+    Runs a stage on all batches that have no file yet, and again on rows that a model has not answered.
 
     Args:
         folder ([`WorkFolder`]):
@@ -408,7 +466,7 @@ def run_stage(
     if accelerator.is_main_process:
         folder.begin(stage)
     accelerator.wait_for_everyone()
-    missing = folder.missing(stage)
+    missing = sorted({*folder.missing(stage), *folder.unanswered(stage)})
     accelerator.wait_for_everyone()  # before anything is written that another process has yet to look for
     # By number, because the share of a process must not depend on the progress of others.
     mine = [number for number in missing if number % accelerator.num_processes == accelerator.process_index]

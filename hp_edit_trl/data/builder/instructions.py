@@ -18,6 +18,7 @@ from PIL import Image
 from ...cases import prompt_problem
 from ...judges import FailureLimit, Judge, Judgement, JudgeTally, describe_judge, without_reasoning
 from ...judges.base import LONGEST_ANSWER
+from ...judges.failures import REFUSED, is_judge_failure
 from ...rewards.prompts import find_prompts, prompt_files, read_header
 from ...utils.config import check_positive
 from ...utils.images import UnreadableImageError, read_image
@@ -124,7 +125,8 @@ class WriteInstructions(Stage):
     can be carried out.
 
     A row is rejected if the answer is not the requested JSON object, or if the prompt is too short, too long, in
-    another language or repetitive, has placeholders or several lines, or does not contain the values of the fields.
+    another language or repetitive, has placeholders or several lines, or does not contain the values of the fields. A
+    row is also rejected if there is no answer; until edits are made, the next run asks again.
 
     Args:
         writer ([`Judge`]):
@@ -170,6 +172,7 @@ class WriteInstructions(Stage):
         self.check_feasibility = check_feasibility
         self.limit = FailureLimit()
         self.asked = JudgeTally()
+        self.answers: list[Judgement] = []  # of the last batch
         check_positive(batch_size=batch_size)
         for language in LANGUAGES:
             least, most = self.min_length.get(language), self.max_length.get(language)
@@ -210,6 +213,8 @@ class WriteInstructions(Stage):
 
     def __call__(self, batch: Batch) -> Batch:
         count = len(batch["image_id"])
+        self.answers = []
+        unanswered = [False] * count
         writer = describe_judge(self.writer)
         columns: Batch = {name: [None] * count for name in (*self.features, "reason")}
         images, questions = {}, {}
@@ -228,6 +233,7 @@ class WriteInstructions(Stage):
         written = {}
         for row, answer in answers.items():
             template, values = questions[row]
+            unanswered[row] = is_judge_failure(answer)
             try:
                 prompt, requirement = self._read(answer, template, values, batch["language"][row])
             except _Rejected as rejected:
@@ -246,7 +252,12 @@ class WriteInstructions(Stage):
             }
             for row, answer in self._ask(second).items():
                 columns["reason"][row] = _infeasible(answer)
-        return columns
+                unanswered[row] = is_judge_failure(answer)
+        return {**columns, "unanswered": unanswered}
+
+    def check(self, again: bool) -> None:
+        new, tried = ([], self.answers) if again else (self.answers, [])
+        self.limit.check(new, "questions", "Finished rows are kept: run again to resume.", tried)
 
     def _values(self, task: str, category: str | None, language: str, style: str | None) -> dict[str, str]:
         """The values of the placeholders of a template."""
@@ -273,7 +284,9 @@ class WriteInstructions(Stage):
             return {}
         answers = dict(zip(questions, self.writer(list(questions.values())), strict=True))
         self.asked.add(answers.values(), scores=False)
-        if not any(answer.answered for answer in answers.values()):
+        self.answers += answers.values()
+        refused = any(answer.failure == REFUSED for answer in answers.values())
+        if not refused and not any(answer.answered for answer in answers.values()):
             if len(answers) == 1:
                 # The writer may fail on this image alone. If it fails on others too, this raises an error.
                 self.writer.load()
@@ -283,8 +296,6 @@ class WriteInstructions(Stage):
                     f"the last error: {list(answers.values())[-1].excerpt} Finished batches are kept: run again "
                     "when the writer is back."
                 )
-        # Before the batch is written, so that its questions are asked again
-        self.limit.check(list(answers.values()), "questions", "Finished batches are kept: run again to resume.")
         return answers
 
     def _read(

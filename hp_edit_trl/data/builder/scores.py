@@ -6,7 +6,8 @@ from typing import Any
 from datasets import Features, Value
 
 from ...cases import case_images
-from ...judges import FailureLimit, JudgeTally
+from ...judges import FailureLimit, Judgement, JudgeTally
+from ...judges.failures import is_judge_failure
 from ...rewards import HPScorerReward
 from ...utils.config import check_positive
 from ...utils.images import UnreadableImageError, read_image
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 class ScoreEdits(Stage):
     """
     Scores each edit with HP-Scorer. An edit without a score is not rejected: its score stays missing, and it keeps the
-    answer of the judge.
+    answer of the judge. If the judge gave no answer, it is asked again by the next run.
 
     Args:
         scorer ([`HPScorerReward`]):
@@ -46,6 +47,7 @@ class ScoreEdits(Stage):
         self.scorer = scorer
         self.batch_size = batch_size
         self.limit = FailureLimit()
+        self.judged: list[Judgement] = []  # of the last batch
 
     @property
     def tally(self) -> JudgeTally:
@@ -76,17 +78,12 @@ class ScoreEdits(Stage):
             [batch[name][i] for i in readable] for name in ("prompt", "task", "requirement")
         )
         judged = self.scorer.judge_edits(prompts, edits, references, known_tasks, requirements)
-        if judged and not any(judgement.answered for judgement in judged):
-            raise ConnectionError(
-                f"The judge gave no answer to any of {len(judged)} edits; the last error: {judged[-1].excerpt} "
-                "Finished batches are kept: run again to resume."
-            )
-        # Before the batch is written, so that it is judged again
-        self.limit.check(judged, "edits", "Finished batches are kept: run again to resume.")
+        self.judged = judged
+        unanswered = [False] * len(ids)
         scores: list[float | None] = [None] * len(ids)
         answers: list[str | None] = [None] * len(ids)
         for i, judgement in zip(readable, judged, strict=True):
-            scores[i], answers[i] = judgement.score, judgement.answer
+            scores[i], answers[i], unanswered[i] = judgement.score, judgement.answer, is_judge_failure(judgement)
             if judgement.score is None:
                 logger.warning("No score for case %s: the judge answered %r.", ids[i], judgement.excerpt)
         scorer_prompts = [self.scorer.scorer_prompt(task) for task in tasks]
@@ -98,4 +95,9 @@ class ScoreEdits(Stage):
             "scorer_prompt_sha": [prompt.digest for prompt in scorer_prompts],
             "score_mode": [self.scorer.judge.identity.get("score_mode")] * len(ids),
             "reason": reasons,
+            "unanswered": unanswered,
         }
+
+    def check(self, again: bool) -> None:
+        new, tried = ([], self.judged) if again else (self.judged, [])
+        self.limit.check(new, "edits", "Finished rows are kept: run again to resume.", tried)

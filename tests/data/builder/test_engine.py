@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from accelerate import Accelerator
+from datasets import Features, Value
 
 from hp_edit_trl.data.builder.engine import WorkFolder, run_stage
 from tests.data.builder.toy_build import Numbers, Pictures, Slow, Twice, build
@@ -151,6 +152,74 @@ def test_rows_made_otherwise_are_refused(tmp_path):
     (folder / "plan" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="files without a readable manifest.json"):
         run_stage(changed, Twice(), accelerator)
+
+
+class Asking(Pictures):
+    """Asks a model about each file, which does not answer for some."""
+
+    name = "asking"
+    inputs = ("file",)
+    features = Features({"answer": Value("string")})
+
+    def __init__(self, silent=(), batch_size=8):
+        super().__init__(batch_size)
+        self.silent, self.asked, self.checked = silent, [], []
+
+    def __call__(self, batch):
+        self.asked += batch["file"]
+        silent = [name in self.silent for name in batch["file"]]
+        answers = [None if none else f"about {name}" for name, none in zip(batch["file"], silent, strict=True)]
+        return {"answer": answers, "unanswered": silent, "reason": ["no answer" if none else None for none in silent]}
+
+    def check(self, again):
+        self.checked.append(again)
+
+
+class Choice(Twice):
+    name = "choice"
+    inputs = ("answer",)
+    features = Features({"number": Value("int64")})
+
+    def __call__(self, batch):
+        return {"number": [len(batch["answer"])] * len(batch["answer"]), "reason": [None] * len(batch["answer"])}
+
+
+def test_rows_without_an_answer_are_asked_again_and_later_choices_are_made_again(tmp_path):
+    accelerator = Accelerator()
+
+    def run(silent=(), *later):
+        folder, stage = WorkFolder(tmp_path / "build", Numbers()), Asking(silent)
+        for one in (Pictures(), stage, *later):
+            run_stage(folder, one, accelerator)
+        return folder, stage
+
+    own = tmp_path / "build" / "checkpoint-9" / "manifest.json"  # of something else
+    own.parent.mkdir(parents=True)
+    own.write_text('{"files": {}}')
+    folder, first = run(("file-2", "file-50"), Choice())
+    assert len(first.asked) == 90 and set(first.checked) == {False}
+    assert folder.read(folder.live, ["number"])["number"] == [88] * 88
+    folder, second = run(("file-50",), Choice())
+    assert second.asked == ["file-2", "file-50"] and second.checked == [True, True]
+    assert folder.read(folder.live, ["number"])["number"] == [89] * 89
+    folder, third = run((), Choice())
+    assert third.asked == ["file-50"] and own.exists()
+    batch = folder.read(folder.live, ["answer", "file", "number"])
+    assert batch["answer"] == [f"about {name}" for name in batch["file"]] and batch["number"] == [90] * 90
+    before = contents(tmp_path / "build")
+    assert run((), Choice())[1].asked == [] and contents(tmp_path / "build") == before
+    # Not when a later stage has made something of the rows that is expensive
+    for file in (tmp_path / "build").glob("[ac][sh]*/*"):
+        file.unlink(missing_ok=True) if file != own else None
+    run(("file-2",), Pictures2())
+    assert run((), Pictures2())[1].asked == []
+
+
+class Pictures2(Pictures):
+    name = "second"
+
+    def __call__(self, batch):
+        return {**super().__call__(batch), "reason": [None] * len(batch["file"])}
 
 
 class Wrong(Pictures):

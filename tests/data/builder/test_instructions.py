@@ -100,7 +100,7 @@ def batch_of(*cases, image=None):
 def write(answers, *cases, feasible=YES, **options):
     stage = WriteInstructions(Writer(answers, feasible), **options)
     done = stage(batch_of(*cases))
-    assert done.keys() == {*stage.features, "reason"}
+    assert done.keys() == {*stage.features, "reason", "unanswered"}
     assert {len(values) for values in done.values()} == {len(cases)}
     stage.features.encode_batch({name: done[name] for name in stage.features})
     json.dumps(done, ensure_ascii=False).encode()  # whatever comes out can be written to a file
@@ -352,6 +352,7 @@ FAILED = Judgement(None, "APITimeoutError: Request timed out.", answered=False)
 def test_single_rows_without_an_answer_are_rejected():
     done = write([good(), FAILED, good()], *[("bokeh", "en")] * 3)
     assert done["reason"] == [None, "no answer: APITimeoutError: Request timed out.", None]
+    assert done["unanswered"] == [False, True, False]
 
 
 def test_a_batch_without_any_answer_is_an_error_and_no_rows():

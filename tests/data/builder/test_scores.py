@@ -5,7 +5,7 @@ from PIL import Image
 
 from hp_edit_trl import HPScorerReward
 from hp_edit_trl.data.builder.scores import ScoreEdits
-from hp_edit_trl.judges import Judgement
+from hp_edit_trl.judges import Judgement, JudgeRefusedError
 from tests.data.builder.test_edits import batch
 from tests.data.builder.toy_build import encoded
 from tests.helpers import RuleJudge
@@ -16,7 +16,7 @@ def scored(rule=None, **changes):
     rows |= {"task": ["add", "style", "bokeh"], "requirement": [None, None, "keep sharp: the cup"], **changes}
     stage = ScoreEdits(HPScorerReward(RuleJudge(rule=rule)))
     done = stage(rows)
-    assert done.keys() == {*stage.features, "reason"}
+    assert done.keys() == {*stage.features, "reason", "unanswered"}
     return stage, done
 
 
@@ -35,7 +35,7 @@ def test_scores_carry_judge_and_prompt():
 def test_the_judge_sees_the_requirement_and_a_missing_score_is_missing():
     _, done = scored(lambda text, pictures: 4 if "keep sharp: the cup" in text else "rubbish")
     assert done["score"] == [None, None, 4] and done["answer"] == ["rubbish", "rubbish", "4"]
-    assert done["reason"] == [None] * 3  # kept, with the answer
+    assert done["reason"] == [None] * 3 and not any(done["unanswered"])  # kept, with the answer
 
 
 def test_an_unreadable_edit_is_rejected_and_the_others_are_scored():
@@ -46,11 +46,18 @@ def test_an_unreadable_edit_is_rejected_and_the_others_are_scored():
     )
 
 
-def test_a_judge_that_does_not_answer_stops_the_build():
+def test_what_the_judge_does_not_answer_is_asked_again_and_a_judge_that_is_gone_stops_the_build():
     class Silent(RuleJudge):
         def __call__(self, conversations):
-            return [Judgement(None, "TimeoutError: 120 s", answered=False) for _ in conversations]
+            kinds = ("timeout", "refused", "image")
+            return [Judgement(None, f"{kind}: x", answered=False, failure=kind) for kind in kinds]
 
     rows = {**batch(), "edit": batch()["image"], "task": ["add"] * 3, "requirement": [None] * 3}
-    with pytest.raises(ConnectionError, match="no answer to any of 3 edits; the last error: TimeoutError: 120 s"):
-        ScoreEdits(HPScorerReward(Silent()))(rows)
+    stage = ScoreEdits(HPScorerReward(Silent()))
+    assert stage(rows)["unanswered"] == [True, True, False]
+    with pytest.raises(JudgeRefusedError, match="^x Finished rows are kept"):
+        stage.check(again=True)
+    stage.judged = [Judgement(None, "TimeoutError: 120 s", answered=False)] * 8
+    stage.check(again=True)
+    with pytest.raises(ConnectionError, match="too many edits: 8 in a row.*TimeoutError: 120 s.* run again"):
+        stage.check(again=False)

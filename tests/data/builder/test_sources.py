@@ -7,8 +7,6 @@ import os
 import pickle
 import random
 import struct
-import subprocess
-import sys
 import tarfile
 import warnings
 import zlib
@@ -30,6 +28,7 @@ from hp_edit_trl.data.builder.sources import ImageCheck, Sources
 from hp_edit_trl.utils.images import image_digest, read_image
 from tests.fake_hub import fake_hub
 from tests.helpers import photo
+from tests.processes import Script
 
 
 def encoded(image: Image.Image, format: str, **options) -> bytes:
@@ -82,7 +81,6 @@ def deep_png(values: np.ndarray, *more: tuple[bytes, bytes]) -> bytes:
     return png(values.shape[1], values.shape[0], 16, color, b"".join(b"\0" + row.tobytes() for row in rows), *more)
 
 
-ROOT = Path(__file__).parents[3]
 PHOTO = photo(48, 32)
 
 
@@ -653,11 +651,8 @@ def test_rows_without_a_picture(tmp_path):
 def test_a_pinned_repository_and_an_archive_behind_a_url(tmp_path):
     write_archives(tmp_path, per_archive=5)
     with fake_hub() as hub:
-        outside = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         code = f"import tests.data.builder.test_sources as t; t.on_the_hub({str(tmp_path)!r})"
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env={**outside, **hub.env}, capture_output=True, text=True
-        )
+        done = Script("-c", code, environment=hub.env).wait()
     assert done.returncode == 0, done.stderr
 
 

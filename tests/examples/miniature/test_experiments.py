@@ -32,7 +32,10 @@ def test_an_experiment_writes_its_results_and_resumes(config, tmp_path):
         Arm("pairs", {"beta": 500.0}, method="dpo"),
         Arm("base", method="none"),
     ]
-    where = {"output_dir": tmp_path / "results", "runs_dir": tmp_path / "runs", "num_cases": 16, "num_test_cases": 24}
+    where = {
+        "output_dir": tmp_path / "results", "runs_dir": tmp_path / "runs", "num_cases": 16, "num_test_cases": 16,
+        "num_validation_cases": 8,
+    }  # fmt: skip
     runs = run_experiment("trial", arms, [3], config, **where)
     assert [(run["arm"], run["seed"]) for run in runs] == [(arm.name, 3) for arm in arms]
     assert runs[0]["train_cases"] == 16 and 0 < runs[1]["train_cases"] < 16
@@ -44,7 +47,7 @@ def test_an_experiment_writes_its_results_and_resumes(config, tmp_path):
     record = json.loads((tmp_path / "results" / "trial.json").read_text())
     assert record["runs"] == runs and record["config"]["max_steps"] == 1
     assert all(run["commit"] and {"versions", "machine"} <= set(run["environment"]) for run in record["runs"])
-    assert all(len(run["scores"]) == 24 for run in runs) and all(run["cpu_seconds"] > 0 for run in runs[:3])
+    assert all(len(run["scores"]) == 16 for run in runs) and all(run["cpu_seconds"] > 0 for run in runs[:3])
     with (tmp_path / "results" / "trial_curves.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 7
     with (tmp_path / "results" / "trial.csv").open() as file:
@@ -88,29 +91,20 @@ def test_a_summary_pairs_arms_and_compares_equal_budgets():
     assert "+1.333 ± 0.333" in experiments.summary_table([a, b])
 
 
-def count_passes(trainer):
-    counted = [0]
-    trainer.policy.pipeline.transformer.register_forward_hook(
-        lambda module, inputs, output: counted.__setitem__(0, counted[0] + len(output[0]))
-    )
-    return counted
-
-
 def test_passes_of_grpo_are_counted(config, tmp_path):
-    # One generation batch of 8 edits, trained on twice in microbatches of 4: 8 * 3 passes to sample, 2 * 8 * 1 to
-    # train.
+    # One generation batch of 8 edits, trained on twice in microbatches of 4: 8 * 3 passes to sample, and one each time
+    # to train, if an edit has an advantage.
     options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "save_strategy": "no"}
     data = experiments.load_dataset("train", 8)
     trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, experiments.RuleScorer(), data)
-    counted = count_passes(trainer)
-    per_image = trainer.args.num_inference_steps / trainer.args.num_iterations + trainer.args.sde_window_size
-    progress = experiments.Progress(trainer, data.select(range(4)), 4, 4 * per_image)
+    progress = experiments.Progress(trainer, data.select(range(4)), 4)
     trainer.add_callback(progress)
     trainer.train()
-    evaluations = 2 * 4 * 3
+    learning = sum(map(trainer._learns, trainer._buffered_samples))
+    assert progress.counted == {"sampling": 8 * 3, "training": 2 * learning} and learning > 0
     start, end = progress.curve
     assert (start["thousand_passes"], end["step"]) == (0, 4)
-    assert end["thousand_passes"] * 1000 == counted[0] - evaluations
+    assert end["thousand_passes"] * 1000 == sum(progress.counted.values())
     assert 0 < end["cpu_seconds"] == round(progress.seconds, 1)
 
 
@@ -120,6 +114,7 @@ def test_passes_of_dpo_are_counted(config, tmp_path):
     options = {"max_steps": 3, "save_strategy": "no"}
     trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, None, pairs)
     assert (trainer.args.resolution, trainer.args.per_device_train_batch_size) == (32, 4)
-    counted = count_passes(trainer)
+    progress = experiments.Progress(trainer, cases, 4)
     trainer.train()
-    assert counted[0] == 3 * 4.0 * 4
+    # Chosen and rejected edit, by policy and reference model
+    assert progress.counted == {"sampling": 0, "training": 3 * 4 * 4}

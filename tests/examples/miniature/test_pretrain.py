@@ -1,5 +1,7 @@
+import itertools
 import json
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 
 import pretrain
 import pytest
@@ -7,7 +9,7 @@ import torch
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
-from hp_edit_trl.miniature.world import SIZE, draw_case, to_image
+from hp_edit_trl.miniature.world import SIZE, draw_case, stream, to_image
 from hp_edit_trl.policies.qwen_image_edit import QwenImageEditPlusPolicy
 from hp_edit_trl.utils.seeding import seeded_generator
 
@@ -53,13 +55,17 @@ def test_a_stopped_training_resumes_exactly(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_all_stages(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "EVALUATION_CASES", 8)
-    monkeypatch.setattr(pretrain, "VAE_CASES", 8)
+    for name, few in {"EVALUATION_CASES": 8, "VAE_CASES": 8, "VAE_BATCH": 4, "TRANSFORMER_BATCH": 4}.items():
+        monkeypatch.setattr(pretrain, name, few)
     pretrain.train_vae(tmp_path, 2, compiled=False)
     pretrain.train_decoder(tmp_path, 1, compiled=False)
     with pytest.raises(ValueError, match="1500 cases are not a multiple of 1000"):
         pretrain.train_transformer(tmp_path, "transformer", 1, 1500, compiled=False, processes=1)
-    pretrain.train_transformer(tmp_path, "transformer", 2, 16, compiled=False, processes=1)
+    prompts = [case.prompt for case in itertools.islice(stream("train", seed=9), 100)]
+    with monkeypatch.context() as here:  # in this process, where the tokenizer is made of few prompts
+        monkeypatch.setattr(pretrain, "tokenizer_prompts", lambda: prompts)
+        here.setattr(pretrain, "ProcessPoolExecutor", ThreadPoolExecutor)
+        pretrain.train_transformer(tmp_path, "transformer", 2, 16, compiled=False, processes=1)
     first = torch.load(tmp_path / "transformer.pt")["average"]
     monkeypatch.setitem(pretrain.COURSES, "polish", (1e-9, 0.1, 0.5))  # so slow that it shows where it began
     pretrain.train_transformer(tmp_path, "polish", 1, 16, compiled=False, processes=1)

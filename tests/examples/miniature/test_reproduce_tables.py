@@ -31,7 +31,7 @@ def test_two_tables(tmp_path, capsys):
         shutil.copy(LORA, tmp_path / "out" / f"{name}_{key}")
     arguments = ["--runs_dir", "out", "--output_dir", "results", "--num_cases", "16"]
     script = "miniature/reproduce_tables.py"
-    done = run("table_1", "table_3", *arguments, cwd=tmp_path, script=script)
+    done = run("table_1", "table_3", *arguments, cwd=str(tmp_path), script=script)
     assert done.returncode == 0, done.stderr[-4000:]
     for name, best in (("table_1", 5), ("table_3", 10)):
         found = overall(tmp_path / "results" / name / "table.csv")
