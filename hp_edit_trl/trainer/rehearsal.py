@@ -361,8 +361,8 @@ class Rehearsal:
         args, dry, group = trainer.args, self.dry, trainer.num_generations
         names = {"encode": "encoding", "decode": "decoding", "train": "training"}
         trainer._timed = lambda phase: dry.measured(str(names.get(phase, phase)))
-        count = args.per_device_train_batch_size * trainer.steps_per_generation
-        few = math.ceil(max(args.rollout_batch_size, args.per_device_train_batch_size) / group) * group
+        count, kept = args.generation_batch_size // args.world_size, trainer.num_trained / group
+        few = math.ceil(max(args.rollout_batch_size, args.per_device_train_batch_size / kept) / group) * group
         few = few if few < count and count % group == 0 else count
         between_updates = trainer.generate_every % args.gradient_accumulation_steps == 0
 
@@ -376,25 +376,33 @@ class Rehearsal:
 
         # A batch is sampled while the one before is still in memory, and gradients if an update is not finished.
         generate(few)
-        each = _bytes(stored()) / few
+        each = kept * _bytes(stored()) / len(trainer._buffered_samples)  # for each sample of a generation batch
         trainer._buffered_samples = None
         number = few if light else count
         other = [torch.empty(round(each * (2 * count - number)), dtype=torch.uint8, device=CARD)]
         dry.hold("samples", other)
         if not between_updates:
             self._make_gradients(trained)
+        for name in ("encoding", "rollout", "decoding", "reward"):
+            dry.phases.pop(name, None)
         samples = generate(number)
         dry.hold("samples", stored())
         other = [torch.empty(round(each * (count - number)), dtype=torch.uint8, device=CARD)]
         dry.hold("samples", other)
 
-        # One trained step of one microbatch, as if others of its update had come before
-        start = samples[0].trajectory.steps.start
-        samples = [replace(s, trajectory=replace(s.trajectory, steps=range(start, start + 1))) for s in samples]
+        # One trained step of one microbatch, as if others of its update had come before. Where samples share the first
+        # one, the mean over all.
+        if not args.same_latent:
+            start = samples[0].trajectory.steps.start
+            samples = [replace(s, trajectory=replace(s.trajectory, steps=range(start, start + 1))) for s in samples]
+        steps = len(samples[0].trajectory.steps)
         trainer._prepare_inputs = lambda inputs: samples
         self._make_gradients(trained)
         trainer.training_step(trainer.model, [])
         trainer.optimizer.zero_grad()
+        counts = dry.phases["training"].counts
+        for name in counts:
+            counts[name] = counts[name] / steps if counts[name] % steps else counts[name] // steps
 
         trainer._current_eval_dataset = trainer.train_dataset
         with dry.measured("evaluation"):
@@ -447,7 +455,7 @@ def _prompt(policy: EditPolicy, tokens: int) -> str:
 
 
 def _reward(completions: list[Image.Image], **kwargs: Any) -> list[float]:
-    return [float(place) for place in range(len(completions))]
+    return [float(place**2) for place in range(len(completions))]  # none of a group is the mean
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

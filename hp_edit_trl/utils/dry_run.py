@@ -162,9 +162,10 @@ class Meter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def measured(self, name: str) -> Iterator[Phase]:
-        """Within it, everything is counted as of this phase. A later phase of the same name replaces it."""
-        outer, self.phase = self.phase, Phase(self.total, dict(self.parts))
-        self.phases[name] = self.phase
+        """Within it, everything is counted as of this phase. It may be entered several times."""
+        outer, self.phase = self.phase, self.phases.setdefault(name, Phase())
+        if self.total > self.phase.peak:
+            self.phase.peak, self.phase.parts = self.total, dict(self.parts)
         try:
             yield self.phase
         finally:
