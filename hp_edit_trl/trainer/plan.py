@@ -243,7 +243,8 @@ def plan_training(
         "resolution", "per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size",
         "gradient_checkpointing", "offload_encoders", "bf16", "num_generations", "num_inference_steps",
         "sde_window_size",
-        "num_trained_generations", "same_latent", "num_finish_steps", "true_cfg_scale", "beta", "num_iterations", "optim",
+        "num_trained_generations", "same_latent", "num_finish_steps",
+        "true_cfg_scale", "beta", "num_iterations", "optim",
     )  # fmt: skip
     chosen = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return Plan(

@@ -402,7 +402,7 @@ class Rehearsal:
         trainer.optimizer.zero_grad()
         counts = dry.phases["training"].counts
         for name in counts:
-            counts[name] = counts[name] / steps if counts[name] % steps else counts[name] // steps
+            counts[name] = round(counts[name] / steps)
 
         trainer._current_eval_dataset = trainer.train_dataset
         with dry.measured("evaluation"):
