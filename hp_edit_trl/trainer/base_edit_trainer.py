@@ -52,7 +52,7 @@ from .checkpoints import (
 from .hub import CARD_PICTURES, MODEL_FILES, card_pictures, copy_published, upload, write_published_state
 from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
-from .plan import Plan, plan_training
+from .plan import TrainingPlan, plan_training
 
 
 logger = get_logger(__name__)
@@ -243,7 +243,7 @@ class BaseEditTrainer(_BaseTrainer):
         with self._without_casts(), contextlib.nullcontext() if adapter else use_adapter(self.model, None):
             return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
 
-    def plan(self, **options: Any) -> Plan:
+    def plan(self, **options: Any) -> TrainingPlan:
         """
         Plans the training of this model with these settings: memory, passes, time and cost, by a dry run that needs no
         GPU. The trainer is left as it is.

@@ -90,7 +90,7 @@ def parse_card(name: str, memory: float | None = None) -> Card:
 
 
 @dataclass
-class Plan:
+class TrainingPlan:
     """
     What a training run takes. All figures are estimates; sizes are in bytes, and those of memory per process.
 
@@ -174,7 +174,7 @@ def plan_training(
     num_answers: int = 1,
     judge: str | None = None,
     judge_revision: str | None = None,
-) -> Plan:
+) -> TrainingPlan:
     """
     Plans a training run: a dry run of the trainer's own code at full size, on any machine. Weights are neither read
     nor allocated.
@@ -247,7 +247,7 @@ def plan_training(
         "true_cfg_scale", "beta", "num_iterations", "optim",
     )  # fmt: skip
     chosen = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return Plan(
+    return TrainingPlan(
         trainer=trainer_type._name,
         model=redacted(model)
         if isinstance(model, str)
@@ -394,7 +394,7 @@ def _size(number: float) -> str:
     return f"{number / 2**30:.1f}"
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: TrainingPlan) -> str:
     """The plan as tables, for a terminal."""
     text = io.StringIO()
     console = Console(file=text, width=110, highlight=False)

@@ -244,6 +244,7 @@ class Rehearsal:
             if self.judge is not None:
                 dry.hold("judge", _weights(self.judge.to(CARD)))
         phase.peak, phase.parts = dry.total, dict(dry.parts)
+        trainer.accelerator.prepare_model(model, device_placement=False)  # autocast in its forward pass
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps

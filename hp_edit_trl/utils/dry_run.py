@@ -29,6 +29,7 @@ NUMBERS = 8  # largest number of elements of a result that is taken to be ones i
 BLOCK = 512  # CUDA's allocator hands out multiples of it
 
 EMPTY = (aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided)
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution}  # their tensors must be of one type
 FILLS = (aten.normal_, aten.uniform_, aten.zero_)  # they take time where weights are initialized
 
 FLOPS = {
@@ -259,6 +260,10 @@ class DryRun(Meter):
                     flat[i] = value = self._faked(value, HOST)
                 known = known and _values(value) is not None
         args, kwargs = tree_unflatten(flat, spec)
+        if func.overloadpacket in PRODUCTS:
+            dtypes = {value.dtype for value in flat if isinstance(value, torch.Tensor)}
+            if len(dtypes) > 1:  # tensors without bytes are not asked
+                raise RuntimeError(f"{func} needs tensors of the same dtype, but got {sorted(map(str, dtypes))}.")
         if func is aten._local_scalar_dense.default:
             with unset_fake_temporarily():
                 return (args[0].known if known else torch.ones((), dtype=args[0].dtype)).item()

@@ -79,6 +79,8 @@ def full_size_folder(name: str, folder: Path, short: bool = True) -> str:
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
     ).save_pretrained(folder / "scheduler")
     for component, (_, class_name) in ((k, v) for k, v in index.items() if isinstance(v, list)):
+        if class_name is None:  # left out, as Kontext's image encoder
+            continue
         if class_name == "Qwen2VLProcessor":
             Qwen2VLProcessor(
                 image_processor=Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056),

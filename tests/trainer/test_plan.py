@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import FluxKontextPolicy
-from hp_edit_trl.trainer.plan import CARDS, Plan, advice, judged, parse_card, plan_training
+from hp_edit_trl.trainer.plan import CARDS, TrainingPlan, advice, judged, parse_card, plan_training
 from hp_edit_trl.trainer.rehearsal import Rehearsal, alone
 from hp_edit_trl.utils.dry_run import Meter
 
@@ -52,7 +52,7 @@ def held_state(trainer: FlowGRPOEditTrainer) -> list:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[Meter, Plan, dict, dict]:
+def measured(tmp_path_factory) -> tuple[Meter, TrainingPlan, dict, dict]:
     """A real run that was measured; its plan; and what a run of all its blocks takes, extrapolated and not."""
     pipeline = tiny_pipeline(num_layers=4)
     args = grpo_config(tmp_path_factory.mktemp("run"), beta=0.1)
