@@ -81,7 +81,7 @@ class Sample:
     kl_weight: float
 
 
-def judged(scorer: HPScorerReward, arguments: dict[str, Any]) -> tuple[list[float | None], JudgeTally]:
+def tallied(scorer: HPScorerReward, arguments: dict[str, Any]) -> tuple[list[float | None], JudgeTally]:
     """The rewards of a scorer, and the tally of its judgements."""
     return scorer(**arguments), scorer.last_tally
 
@@ -661,7 +661,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 begun[i] = asyncio.run_coroutine_threadsafe(awaited(func, arguments), self.async_loop)
             elif isinstance(func, HPScorerReward) and func.is_remote:
                 arguments = self._reward_arguments(rows, images, places)
-                begun[i] = self._threads[func].submit(judged, func, arguments)
+                begun[i] = self._threads[func].submit(tallied, func, arguments)
         return begun
 
     def _calculate_rewards(
@@ -706,7 +706,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                         returned = self._answer(i, futures[i])
                     else:
                         arguments = self._reward_arguments(rows, edits, places)
-                        returned = judged(func, arguments) if isinstance(func, HPScorerReward) else func(**arguments)
+                        returned = tallied(func, arguments) if isinstance(func, HPScorerReward) else func(**arguments)
                     if isinstance(func, HPScorerReward):
                         returned, judgements = returned
                         tally.merge(judgements)
