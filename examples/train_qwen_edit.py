@@ -38,11 +38,7 @@ def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, mo
         train_dataset, eval_dataset = miniature.load_dataset("train", 1000), miniature.load_dataset("validation", 96)
     else:
         model, reward_funcs = model_args.model_name_or_path, load_scorer(script_args)
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "dtype": model_args.dtype,
-            **(training_args.model_init_kwargs or {}),
-        }
+        training_args.model_init_kwargs = model_args.init_kwargs(training_args)
         train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
         eval_dataset = None
         if training_args.eval_strategy != "no":
