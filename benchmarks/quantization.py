@@ -61,7 +61,7 @@ def build_trainer(pipeline, kind: str, updates: int) -> FlowGRPOEditTrainer:
     quantize(pipeline.transformer, kind)
     args = FlowGRPOEditConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-        save_strategy="no", disable_tqdm=True, logging_steps=1, per_device_eval_batch_size=96, num_sample_edits=0, log_level="error",
+        save_strategy="no", disable_tqdm=True, logging_steps=1, per_device_eval_batch_size=96, num_sample_edits=0,
         resolution=32, num_inference_steps=5, true_cfg_scale=1.0, noise_level=0.7, sde_window_size=3,
         sde_window_range=[0, 3], num_generations=12, per_device_train_batch_size=24, gradient_accumulation_steps=1,
         steps_per_generation=4, rollout_batch_size=96, max_steps=updates, learning_rate=1.5e-4, epsilon=1e-3,

@@ -575,7 +575,7 @@ def merge_lora(base: str, lora: Lora, output_dir: str | Path, dtype: torch.dtype
     """
     if Path(output_dir).exists() and Path(base).exists() and Path(output_dir).samefile(base):
         raise ValueError(f"{output_dir} is the folder of the base model itself: name another folder.")
-    transformer = base_transformer(base)
+    transformer: Any = base_transformer(base)
     check_fit(lora, transformer, base)
     if transformer.config.get("quantization_config") is not None:
         raise ValueError(

@@ -31,8 +31,8 @@ class EditModelConfig(ModelConfig):
             Whether to quantize the base model to 4 bits with bitsandbytes: the transformer and the text encoder. The
             other weights, and computations, have the type `dtype`; the LoRA is trained in float32.
         load_in_8bit (`bool`, *optional*, defaults to `False`):
-            Whether to quantize it to 8 bits with torchao, weights only. bitsandbytes' 8 bits round the inputs of layers,
-            too, and are refused.
+            Whether to quantize it to 8 bits with torchao, weights only. The 8 bits of bitsandbytes round the inputs of
+            layers, too, and are refused.
         bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`):
             Quantization type of `load_in_4bit` (`"nf4"` or `"fp4"`).
         use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):

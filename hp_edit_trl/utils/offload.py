@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
             torch.cuda.empty_cache()  # or the memory would stay reserved for this process
 
 
-def _with_own_state(tensor: torch.Tensor) -> torch.Tensor:
+def _with_own_state(tensor: Any) -> Any:
     """
     The tensor; a 4-bit weight of bitsandbytes with a copy of its scales' holder, because moving the weight moves the
     scales in place, those of the original with it.

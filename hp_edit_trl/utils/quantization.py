@@ -20,8 +20,8 @@ PACKAGES = {"bitsandbytes_4bit": "bitsandbytes>=0.50", "torchao": "torchao>=0.18
 BITSANDBYTES_DEVICES = ("cuda", "xpu", "mps")
 TORCHAO_TYPES = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
 INT8_OF_BITSANDBYTES = (
-    "8 bits of bitsandbytes (LLM.int8) cannot be used for the transformer: it rounds the inputs of each layer as well, so "
-    "that the policy that is trained is not the one that sampled. Use load_in_8bit, or quant_backend='torchao'."
+    "8 bits of bitsandbytes (LLM.int8) cannot be used for the transformer: it rounds the inputs of each layer, too, "
+    "so that the policy that is trained is not the one that sampled. Use load_in_8bit, or quant_backend='torchao'."
 )
 
 
@@ -106,26 +106,26 @@ def quantization_config(config: Any, components: Sequence[str], dtype: torch.dty
             )
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, **options}
         diffusers.BitsAndBytesConfig(**options)
-        return PipelineQuantizationConfig(
-            quant_backend=backend, quant_kwargs=options, components_to_quantize=names
-        )
+        return PipelineQuantizationConfig(quant_backend=backend, quant_kwargs=options, components_to_quantize=names)
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"quantization_config: quant_kwargs={config.get('quant_kwargs')} is wrong: {error}") from error
+        raise ValueError(
+            f"quantization_config: quant_kwargs={config.get('quant_kwargs')} is wrong: {error}"
+        ) from error
 
 
-def check_trainable(transformer: nn.Module) -> None:
+def check_trainable(transformer: Any) -> None:
     """Raises `ValueError` if a transformer is quantized in a way that it cannot be trained with."""
     if is_quantized(transformer) and _backend(transformer.config.quantization_config) == "bitsandbytes_8bit":
         raise ValueError(INT8_OF_BITSANDBYTES)
 
 
-def check_offloadable(encoders: Mapping[str, nn.Module]) -> None:
+def check_offloadable(encoders: Mapping[str, Any]) -> None:
     """Raises `ValueError` if an encoder is quantized in a way that it would not leave the device."""
     for name, module in encoders.items():
         if is_quantized(module) and _backend(module.config.quantization_config) == "bitsandbytes_8bit":
             raise ValueError(
-                f"offload_encoders: {name} is quantized to 8 bits by bitsandbytes, whose layers keep their weights on the "
-                "device. Leave offload_encoders out, or quantize the encoder to 4 bits or with torchao."
+                f"offload_encoders: {name} is quantized to 8 bits by bitsandbytes, whose layers keep their weights on "
+                "the device. Leave offload_encoders out, or quantize the encoder to 4 bits or with torchao."
             )
 
 
@@ -144,7 +144,7 @@ def describe_quantization(pipeline: DiffusionPipeline) -> str | None:
     return ", ".join(sorted(found, reverse=True)) or None  # the transformer first
 
 
-def unquantized_dtype(model: nn.Module) -> torch.dtype:
+def unquantized_dtype(model: Any) -> torch.dtype:
     """
     The type of a diffusers model's inputs and of its weights that are not quantized. `model.dtype` may be the type
     that quantized weights are stored in.
@@ -167,13 +167,13 @@ def is_quantized(module: Any) -> bool:
 
 
 def _check_options(config: Mapping[str, Any]) -> None:
-    known = ("quant_backend", "quant_kwargs", "components_to_quantize")
+    known: tuple[str, ...] = ("quant_backend", "quant_kwargs", "components_to_quantize")
     if unknown := sorted(map(str, config.keys() - set(known))):
         raise ValueError(f"quantization_config has no option {', '.join(unknown)}. It has: {', '.join(known)}.")
     backend, options = config.get("quant_backend"), config.get("quant_kwargs") or {}
     if backend == "bitsandbytes_8bit":
         raise ValueError(INT8_OF_BITSANDBYTES)
-    if backend not in PACKAGES:
+    if not isinstance(backend, str) or backend not in PACKAGES:
         raise ValueError(f"quantization_config: quant_backend={backend!r} must be one of {', '.join(PACKAGES)}.")
     names = config.get("components_to_quantize")
     if not isinstance(options, Mapping):

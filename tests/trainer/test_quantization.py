@@ -68,7 +68,11 @@ def weight_types(module):
 @pytest.mark.parametrize(
     ("options", "kind", "weights"),
     [
-        ({"load_in_4bit": True, "use_bnb_nested_quant": True}, "bitsandbytes NF4 with nested quantization", "Params4bit"),
+        (
+            {"load_in_4bit": True, "use_bnb_nested_quant": True},
+            "bitsandbytes NF4 with nested quantization",
+            "Params4bit",
+        ),
         ({"load_in_8bit": True}, "torchao Int8WeightOnlyConfig", "Int8Tensor"),
     ],
     ids=["nf4", "int8"],
@@ -81,8 +85,12 @@ def test_train_and_save(base, tmp_path, caplog, options, kind, weights):
     model_args = EditModelConfig(model_name_or_path=base, **options)
     args.model_init_kwargs = model_args.init_kwargs(args) | {"revision": None}
     trainer = FlowGRPOEditTrainer(
-        model=base, reward_funcs=redness, args=args, train_dataset=make_cases(1), peft_config=LoraConfig(r=4, lora_alpha=8)
-    )  # fmt: skip
+        model=base,
+        reward_funcs=redness,
+        args=args,
+        train_dataset=make_cases(1),
+        peft_config=LoraConfig(r=4, lora_alpha=8),
+    )
     pipeline = trainer.policy.pipeline
     assert weight_types(pipeline.transformer) - {"Parameter"} == weight_types(pipeline.text_encoder) - {"Parameter"}
     assert weight_types(pipeline.transformer) - {"Parameter"} == {weights} and trainer.policy.dtype == torch.float32
@@ -145,7 +153,7 @@ def test_dpo(base, tmp_path):
     )  # fmt: skip
     args.model_init_kwargs = EditModelConfig(load_in_8bit=True).init_kwargs(args) | {"revision": None}
     trainer = DPOEditTrainer(model=base, args=args, train_dataset=Dataset.from_list(rows))
-    assert weight_types(trainer.policy.pipeline.transformer) == {"Int8Tensor"}
+    assert weight_types(trainer.policy.pipeline.transformer) - {"Parameter"} == {"Int8Tensor"}
     assert trainer.train().training_loss == pytest.approx(0.6931, abs=1e-4)  # the reference has the same weights
 
 
@@ -165,7 +173,7 @@ def test_the_type_is_that_of_the_other_weights(base):
 def test_only_the_named_components(base):
     policy = loaded(base, NF4 | {"components_to_quantize": "transformer"})
     assert weight_types(policy.pipeline.text_encoder) == {"Parameter"}
-    with pytest.raises(ValueError, match=r"\['vae', 7\] cannot be quantized. Of this pipeline can be: transformer, text"):
+    with pytest.raises(ValueError, match=r"\['vae', 7\] cannot be quantized. Of this pipeline can be: transformer, "):
         loaded(base, NF4 | {"components_to_quantize": ["transformer", "vae", 7]})
 
 
@@ -242,7 +250,7 @@ def test_8_bits_of_bitsandbytes_are_refused(base):
         (NF4 | {"quant_kwargs": "nf4"}, "quant_kwargs='nf4' must be a mapping"),
         (NF4 | {"components_to_quantize": []}, r"components_to_quantize=\[\] must be a list of names"),
         (NF4 | {"components_to_quantize": 3}, "components_to_quantize=3 must be a list of names"),
-        (NF4 | {"quant_kwargs": {"quant_type": "nf4"}}, "of bitsandbytes_4bit has no quant_type. It has: load_in_8bit"),
+        (NF4 | {"quant_kwargs": {"quant_type": "nf4"}}, "of bitsandbytes_4bit has no quant_type. It has: load_in"),
         (NF4 | {"quant_kwargs": {"bnb_4bit_quant_type": "nf5"}}, "bnb_4bit_quant_type='nf5' must be 'nf4' or 'fp4'"),
         (NF4 | {"quant_kwargs": {"bnb_4bit_compute_dtype": "bf16"}}, "'bf16' is not a type of tensors"),
         (NF4 | {"quant_kwargs": {"load_in_4bit": False}}, "contradict quant_backend='bitsandbytes_4bit'"),
@@ -257,7 +265,7 @@ def test_bad_options(config, message):
 
 
 def test_bad_arguments_of_the_backend(base):
-    with pytest.raises(ValueError, match="quant_kwargs={'bnb_4bit_use_double_quant': 'yes'} is wrong: .* must be a boo"):
+    with pytest.raises(ValueError, match="quant_kwargs={'bnb_4bit_use_double_quant': 'yes'} is wrong: .* must be a b"):
         loaded(base, NF4 | {"quant_kwargs": {"bnb_4bit_use_double_quant": "yes"}})
 
 
@@ -328,7 +336,8 @@ def test_from_yaml_and_command_line(tmp_path, where, source):
     if source == "file":
         found = parsed("load_in_4bit: true\nuse_bnb_nested_quant: true\nbnb_4bit_quant_type: fp4")
     else:
-        found = parsed("seed: 1", *"--load_in_4bit true --use_bnb_nested_quant true --bnb_4bit_quant_type fp4".split())
+        words = ["--load_in_4bit", "true", "--use_bnb_nested_quant", "true", "--bnb_4bit_quant_type", "fp4"]
+        found = parsed("seed: 1", *words)
     options = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True}
     assert found == {"quant_backend": "bitsandbytes_4bit", "quant_kwargs": options}
 
