@@ -31,7 +31,9 @@ def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, mo
     if embedded and script_args.dataset_name is not None:
         raise SystemExit("--dataset_name without --model_name_or_path: without a model the miniature is trained.")
     if embedded and (model_args.load_in_4bit or model_args.load_in_8bit):
-        raise SystemExit("--load_in_4bit and --load_in_8bit need --model_name_or_path: the miniature is not quantized.")
+        raise SystemExit(
+            "--load_in_4bit and --load_in_8bit need --model_name_or_path: the miniature is not quantized."
+        )
     if not embedded and script_args.dataset_name is None:
         raise SystemExit("--dataset_name is needed: the Hub id or folder of a dataset.")
     if embedded:

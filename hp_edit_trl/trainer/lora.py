@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig
 
 from ..lora_formats import Lora, exact_patterns, rank_and_alpha, write_lora
@@ -166,6 +167,9 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
     config.alpha_pattern = exact_patterns(
         {name: layer.lora_alpha["default"] for name, layer in layers.items()}, config.lora_alpha
     )
+    # At its start DDP would make the weights of all processes equal, which those of torchao cannot be made. They are.
+    of_torchao = [name for name, parameter in model.named_parameters() if hasattr(parameter, "__tensor_flatten__")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, of_torchao)
     # Trainer wants a transformers config, and a diffusers model has a FrozenDict.
     own = ("quantization_config", "_pre_quantization_dtype")  # objects that trackers cannot write as JSON
     model.config = PreTrainedConfig(**{k: v for k, v in dict(transformer.config).items() if k not in own})

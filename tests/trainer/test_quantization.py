@@ -28,6 +28,7 @@ from hp_edit_trl.trainer.lora import lora_layers, prepare_lora
 from hp_edit_trl.utils.offload import on_device
 from hp_edit_trl.utils.quantization import check_quantization
 from tests.helpers import allow_bitsandbytes_on_cpu, make_cases, make_config, photo, redness
+from tests.processes import Script
 
 
 NF4 = {"quant_backend": "bitsandbytes_4bit"}
@@ -122,6 +123,29 @@ def test_train_and_save(base, tmp_path, caplog, options, kind, weights):
     with caplog.at_level(logging.WARNING, "hp_edit_trl"):
         merge_lora(base, lora, tmp_path / "merged", torch.float32)
     assert f"was trained on quantized weights ({on_what})" in caplog.text
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from hp_edit_trl import EditModelConfig, FlowGRPOEditTrainer
+from tests.helpers import make_cases, make_config, redness
+
+args = make_config(sys.argv[2], num_inference_steps=3, gradient_accumulation_steps=1, per_device_train_batch_size=2,
+                   max_steps=1, logging_steps=1)
+args.model_init_kwargs = EditModelConfig(load_in_8bit=True).init_kwargs(args) | {"revision": None}
+trainer = FlowGRPOEditTrainer(model=sys.argv[1], reward_funcs=redness, args=args, train_dataset=make_cases(1))
+trainer.train()
+logs = trainer.state.log_history[0]
+assert trainer.accelerator.num_processes == 2 and logs["grad_norm"] > 0 and logs["logp_diff/step_1"] < 1e-6, logs
+"""
+
+
+@pytest.mark.slow
+def test_two_processes(base, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = Script(tmp_path / "script.py", base, tmp_path / "out", processes=2).wait()
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_gradients_point_the_same_way(base):
