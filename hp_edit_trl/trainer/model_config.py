@@ -3,7 +3,7 @@ from typing import Any
 
 from trl import ModelConfig
 
-from ..utils.quantization import check_quantization
+from ..utils.quantization import check_quantization, in_bits
 
 
 @dataclass
@@ -88,15 +88,9 @@ class EditModelConfig(ModelConfig):
             `ImportError`: If the package of the quantization is not installed.
         """
         given: dict[str, Any] = dict(args.model_init_kwargs or {})
-        quantization: dict[str, Any] = {}
-        if self.load_in_4bit:
-            options = {
-                "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
-                "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
-            }
-            quantization = {"quant_backend": "bitsandbytes_4bit", "quant_kwargs": options}
-        elif self.load_in_8bit:
-            quantization = {"quant_backend": "torchao", "quant_kwargs": {"quant_type": "Int8WeightOnlyConfig"}}
+        quantization = in_bits(
+            self.load_in_4bit, self.load_in_8bit, self.bnb_4bit_quant_type, self.use_bnb_nested_quant
+        )
         if quantization and given.get("quantization_config") is not None:
             option = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
             raise ValueError(f"{option} and model_init_kwargs: quantization_config are both set: leave one out.")

@@ -68,6 +68,31 @@ def check_quantization(config: Any, device: torch.device | str) -> None:
             )
 
 
+def in_bits(four: bool, eight: bool, quant_type: str = "nf4", nested: bool = False) -> dict[str, Any] | None:
+    """
+    The option `quantization_config` that `load_in_4bit` or `load_in_8bit` stand for; `None` without either.
+
+    Args:
+        four (`bool`):
+            `load_in_4bit`.
+        eight (`bool`):
+            `load_in_8bit`.
+        quant_type (`str`, *optional*, defaults to `"nf4"`):
+            `bnb_4bit_quant_type`.
+        nested (`bool`, *optional*, defaults to `False`):
+            `use_bnb_nested_quant`.
+
+    Raises:
+        `ValueError`: If both are asked for.
+    """
+    if four and eight:
+        raise ValueError("load_in_4bit and load_in_8bit are both set: leave one out.")
+    if four:
+        options = {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": nested}
+        return {"quant_backend": "bitsandbytes_4bit", "quant_kwargs": options}
+    return {"quant_backend": "torchao", "quant_kwargs": {"quant_type": TORCHAO_TYPES[0]}} if eight else None
+
+
 def quantization_config(config: Any, components: Sequence[str], dtype: torch.dtype) -> PipelineQuantizationConfig:
     """
     Makes the configuration that [`~diffusers.DiffusionPipeline.from_pretrained`] takes.

@@ -20,13 +20,14 @@ from hp_edit_trl import DPOEditConfig, DPOEditTrainer, EditModelConfig, FlowGRPO
 from hp_edit_trl.lora_formats import describe_lora, merge_lora, read_lora, write_lora
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.policies import QwenImageEditPlusPolicy
-from hp_edit_trl.scripts import EditScriptArguments
+from hp_edit_trl.scripts import EditScriptArguments, mine_pairs
 from hp_edit_trl.scripts.grpo import ARGUMENTS
 from hp_edit_trl.scripts.utils import ScriptParser
 from hp_edit_trl.trainer.base_edit_trainer import load_policy
 from hp_edit_trl.trainer.lora import lora_layers, prepare_lora
 from hp_edit_trl.utils.offload import on_device
 from hp_edit_trl.utils.quantization import check_quantization
+from hp_edit_trl.utils.revisions import weights_digest
 from tests.helpers import allow_bitsandbytes_on_cpu, make_cases, make_config, photo, redness
 from tests.processes import Script
 
@@ -371,3 +372,22 @@ def test_from_yaml_and_command_line(tmp_path, where, source):
     else:
         found = parsed("seed: 1", "--model_init_kwargs", json.dumps({"quantization_config": wanted}))
     assert found == wanted
+
+
+def test_mining_with_a_quantized_editor(base, tmp_path, monkeypatch):
+    make_cases(2).save_to_disk(tmp_path / "cases")
+    options = dict(dataset_name=str(tmp_path / "cases"), model_name_or_path=base, model_revision=None, dtype="float32")
+    pipelines = []
+    monkeypatch.setattr(mine_pairs, "load_scorer", lambda args: SimpleNamespace(load=lambda: None))
+    monkeypatch.setattr(
+        mine_pairs, "mine_preference_pairs", lambda pipeline, *args, **kwargs: pipelines.append(pipeline) or []
+    )
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        mine_pairs.main(mine_pairs.MiningArguments(**options, **{bits: True}))
+    assert [weight_types(pipeline.transformer) for pipeline in pipelines] == [{"Params4bit"}, {"Int8Tensor"}]
+    assert len({weights_digest(pipeline.transformer) for pipeline in pipelines}) == 2
+    with pytest.raises(ValueError, match="load_in_4bit and load_in_8bit are both set"):
+        mine_pairs.main(mine_pairs.MiningArguments(**options, load_in_4bit=True, load_in_8bit=True))
+    monkeypatch.setattr("hp_edit_trl.utils.quantization.BITSANDBYTES_DEVICES", ("cuda", "xpu", "mps"))
+    with pytest.raises(ValueError, match=r"\(load_in_4bit\) needs a GPU"):
+        mine_pairs.main(mine_pairs.MiningArguments(dataset_name="nowhere", load_in_4bit=True))
