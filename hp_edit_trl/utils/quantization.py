@@ -55,17 +55,17 @@ def check_quantization(config: Any, device: torch.device | str) -> None:
         )
     device = torch.device(device)
     for backend in PACKAGES.keys() & backends.values():
+        if backend == "bitsandbytes_4bit" and device.type not in BITSANDBYTES_DEVICES:
+            raise ValueError(
+                f"quant_backend={backend!r} (load_in_4bit) needs a GPU ({', '.join(BITSANDBYTES_DEVICES)}), but the "
+                f"model is to be used on {device.type!r}. Leave the quantization out, or use 8 bits (load_in_8bit)."
+            )
         try:
             require_version(PACKAGES[backend])
         except ImportError as error:  # missing, or too old
             raise ImportError(
                 f'quant_backend={backend!r} needs {PACKAGES[backend]}: pip install "hp-edit-trl[quantization]"'
             ) from error
-        if backend == "bitsandbytes_4bit" and device.type not in BITSANDBYTES_DEVICES:
-            raise ValueError(
-                f"quant_backend={backend!r} (load_in_4bit) needs a GPU ({', '.join(BITSANDBYTES_DEVICES)}), but the "
-                f"model is to be used on {device.type!r}. Leave the quantization out, or use 8 bits (load_in_8bit)."
-            )
 
 
 def in_bits(four: bool, eight: bool, quant_type: str = "nf4", nested: bool = False) -> dict[str, Any] | None:
