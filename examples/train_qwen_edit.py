@@ -30,6 +30,10 @@ def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, mo
     embedded = model_args.model_name_or_path is None
     if embedded and script_args.dataset_name is not None:
         raise SystemExit("--dataset_name without --model_name_or_path: without a model the miniature is trained.")
+    if embedded and (model_args.load_in_4bit or model_args.load_in_8bit):
+        raise SystemExit(
+            "--load_in_4bit and --load_in_8bit need --model_name_or_path: the miniature is not quantized."
+        )
     if not embedded and script_args.dataset_name is None:
         raise SystemExit("--dataset_name is needed: the Hub id or folder of a dataset.")
     if embedded:
@@ -38,11 +42,7 @@ def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, mo
         train_dataset, eval_dataset = miniature.load_dataset("train", 1000), miniature.load_dataset("validation", 96)
     else:
         model, reward_funcs = model_args.model_name_or_path, load_scorer(script_args)
-        training_args.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "dtype": model_args.dtype,
-            **(training_args.model_init_kwargs or {}),
-        }
+        training_args.model_init_kwargs = model_args.init_kwargs(training_args)
         train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
         eval_dataset = None
         if training_args.eval_strategy != "no":

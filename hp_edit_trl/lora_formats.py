@@ -27,6 +27,7 @@ from .utils.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
+QUANTIZATION_KEY = "base_quantization"  # in a file's metadata
 FORMATS = ("diffusers", "peft", "comfyui", "kohya")
 
 # Names of sd-scripts and musubi-tuner for the modules of FLUX transformers, which they have in the original layout.
@@ -96,6 +97,8 @@ class Lora:
             The format that it was read from, one of `FORMATS`.
         base_model (`str`, *optional*):
             Hub id or folder of the model that it was trained on, if the file names it.
+        base_quantization (`str`, *optional*):
+            What that model was quantized with, if the file names it. It is in the file's metadata in all formats.
     """
 
     down: dict[str, torch.Tensor]
@@ -103,6 +106,7 @@ class Lora:
     alpha: dict[str, float]
     file_format: str
     base_model: str | None = None
+    base_quantization: str | None = None
     names: list[str] = field(init=False)
 
     def __post_init__(self):
@@ -170,7 +174,12 @@ def read_lora(source: str | Path) -> Lora:
         raise ValueError(f"{path} cannot be read as safetensors ({error}). Pickled LoRAs are not opened.") from error
     if not state:
         raise ValueError(f"{path} is empty.")
+    lora = _parsed(state, metadata, path)
+    lora.base_quantization = metadata.get(QUANTIZATION_KEY)
+    return lora
 
+
+def _parsed(state: dict[str, torch.Tensor], metadata: dict[str, str], path: Path) -> Lora:
     if all(name.startswith("lora_unet_") for name in state):
         return _from_kohya(state, path)
     if any(re.match(r"(diffusion_model\.)?(double|single)_blocks\.", name) for name in state):
@@ -447,6 +456,8 @@ def write_lora(lora: Lora, output_dir: str | Path, file_format: str) -> Path:
             state |= {f"{prefix}{name}.alpha": torch.tensor(float(alpha)) for name, alpha in lora.alpha.items()}
     state = {name: weight.contiguous().clone() for name, weight in state.items()}
     metadata = {"format": "pt"}
+    if lora.base_quantization is not None:
+        metadata[QUANTIZATION_KEY] = lora.base_quantization
     if file_format == "diffusers":
         config = {f"transformer.{name}": value for name, value in _peft_config(lora).items()}
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(config, indent=2, sort_keys=True)
@@ -531,6 +542,7 @@ def describe_lora(lora: Lora) -> str:
     lines = [
         f"format      {lora.file_format}",
         f"base model  {lora.base_model or 'not stated'}",
+        *([f"quantized   {lora.base_quantization}"] if lora.base_quantization else []),
         f"rank        {', '.join(map(str, ranks))}",
         f"alpha       {', '.join(f'{alpha:g}' for alpha in sorted(set(lora.alpha.values())))}",
         f"dtype       {', '.join(dtypes)}",
@@ -558,11 +570,23 @@ def merge_lora(base: str, lora: Lora, output_dir: str | Path, dtype: torch.dtype
             compared with a weight are lost when the sum is rounded to bfloat16.
 
     Raises:
-        `ValueError`: If the LoRA does not fit the pipeline's transformer, or `output_dir` is `base`.
+        `ValueError`: If the LoRA does not fit the pipeline's transformer, the pipeline is stored quantized, or
+            `output_dir` is `base`.
     """
     if Path(output_dir).exists() and Path(base).exists() and Path(output_dir).samefile(base):
         raise ValueError(f"{output_dir} is the folder of the base model itself: name another folder.")
-    check_fit(lora, base_transformer(base), base)
+    transformer: Any = base_transformer(base)
+    check_fit(lora, transformer, base)
+    if transformer.config.get("quantization_config") is not None:
+        raise ValueError(
+            f"The transformer of {base} is stored quantized, and rounding would lose most of what the LoRA changes: "
+            "merge into the pipeline in full precision."
+        )
+    if lora.base_quantization is not None:
+        logger.warning(
+            f"The LoRA was trained on quantized weights ({lora.base_quantization}). {base} is not quantized, so the "
+            "merged pipeline edits slightly differently."
+        )
     pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype)
     modules = dict(pipeline.transformer.named_modules())
     with torch.no_grad():

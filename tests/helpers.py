@@ -6,6 +6,7 @@ from PIL import Image
 
 from hp_edit_trl import FlowGRPOEditConfig
 from hp_edit_trl.judges import Judgement, parse_score
+from hp_edit_trl.utils import quantization
 
 
 # Last line of a script of several processes. A thread of gloo's may still hold a tensor when the interpreter ends, and
@@ -57,6 +58,19 @@ def make_config(output_dir, **kwargs) -> FlowGRPOEditConfig:
         disable_tqdm=True,
     )
     return FlowGRPOEditConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
+
+
+def allow_bitsandbytes_on_cpu(monkeypatch) -> None:
+    """Lets diffusers load models with bitsandbytes on the CPU, whose kernels compute the same, only slowly."""
+    import bitsandbytes.nn.modules
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+
+    monkeypatch.setattr(quantization, "BITSANDBYTES_DEVICES", ("cpu",))
+    for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda *args, **kwargs: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map or {"": "cpu"})
+    # Packs weights for inference on processors with AVX512, which no GPU does
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
 class RuleJudge:

@@ -7,7 +7,12 @@ from typing import Any
 
 
 PACKAGES = ("transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
-EXTRAS = {"server": "aiohttp", "annotate": "gradio", "ray": "ray"}
+EXTRAS = {
+    "server": ("aiohttp",),
+    "annotate": ("gradio",),
+    "ray": ("ray",),
+    "quantization": ("bitsandbytes", "torchao"),
+}
 
 
 def _installed(package: str) -> str:
@@ -32,7 +37,10 @@ def _env(args: argparse.Namespace) -> None:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         "Devices": ", ".join(devices) or "CPU only",
         **{package: _installed(package) for package in PACKAGES},
-        **{f"Extra `{extra}`": f"{package} {_installed(package)}" for extra, package in EXTRAS.items()},
+        **{
+            f"Extra `{extra}`": ", ".join(f"{package} {_installed(package)}" for package in packages)
+            for extra, packages in EXTRAS.items()
+        },
     }
     print("\n".join(f"- {name}: {value}" for name, value in lines.items()))
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..cases import BadCaseError
 from ..utils.offload import on_device
+from ..utils.quantization import check_offloadable, unquantized_dtype
 
 
 @dataclass
@@ -68,6 +69,9 @@ class EditPolicy(ABC):
             The modules that a LoRA adapts by default, as PEFT's `target_modules`.
         lora_exclude_modules (`str` or `None`):
             Regular expression of modules among them that never receive a gradient.
+        quantized_components (`tuple[str, ...]`):
+            The components that are quantized if the options ask for quantization: the transformer and the language
+            model. Others are small.
         max_references (`int` or `None`):
             Largest number of reference images of a case; `None` if there is no limit.
         max_prompt_tokens (`int`):
@@ -88,6 +92,7 @@ class EditPolicy(ABC):
 
     lora_target_modules: list[str] | str
     lora_exclude_modules: str | None = None
+    quantized_components: tuple[str, ...] = ("transformer", "text_encoder")
     max_references: int | None = None
     max_prompt_tokens: int
     cuts_prompts: bool = True
@@ -101,8 +106,10 @@ class EditPolicy(ABC):
         self.pipeline = pipeline
         self.offload_encoders = offload_encoders
         self.device = torch.device("cpu")
-        self.dtype = pipeline.transformer.dtype
+        self.dtype = unquantized_dtype(pipeline.transformer)
         self._loaded: set[str] = set()
+        if offload_encoders:
+            check_offloadable(self.encoders)
         for module in self.encoders.values():
             module.requires_grad_(False).eval()
 

@@ -30,6 +30,7 @@ class FluxKontextPolicy(EditPolicy):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
     ]  # fmt: skip
     lora_exclude_modules = None  # the text stream of the double blocks is read by the single ones
+    quantized_components = ("transformer", "text_encoder_2")  # T5; CLIP is small
     max_references = 1
     default_true_cfg_scale = 1.0
     default_negative_prompt = ""

@@ -19,11 +19,7 @@ ARGUMENTS = (EditScriptArguments, FlowGRPOEditConfig, EditModelConfig)
 
 
 def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, model_args: EditModelConfig) -> None:
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]
-    }
+    training_args.model_init_kwargs = model_args.init_kwargs(training_args)
     train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
     eval_dataset = None
     if training_args.eval_strategy != "no":

@@ -10,16 +10,18 @@ It can be stopped at any time; the same command resumes where it stopped.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from ..data import mine_preference_pairs
 from ..lora_formats import lora_file
+from ..policies import policy_class
 from ..utils.distributed import in_step, patient_accelerator
 from ..utils.dtypes import parse_dtype
 from ..utils.hub import create_repository
+from ..utils.quantization import check_quantization, in_bits, quantization_config
 from ..utils.secrets import guard_output
 from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer
 
@@ -36,6 +38,10 @@ class MiningArguments(EditScriptArguments):
             Branch, tag or commit of its repository.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Type in which the weights are loaded.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize the editor to 4 bits (NF4) with bitsandbytes.
+        load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize it to 8 bits with torchao.
         lora (`str`, *optional*):
             Hub id, folder or file of a LoRA to edit with.
         output_dir (`str`, *optional*, defaults to `"outputs/preference-pairs"`):
@@ -79,6 +85,10 @@ class MiningArguments(EditScriptArguments):
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Type in which the weights are loaded."}
     )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Whether to quantize the editor to 4 bits (NF4) with bitsandbytes."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Whether to quantize it to 8 bits with torchao."})
     lora: str | None = field(default=None, metadata={"help": "Hub id, folder or file of a LoRA to edit with."})
     output_dir: str = field(
         default="outputs/preference-pairs",
@@ -120,16 +130,20 @@ ARGUMENTS = (MiningArguments,)
 
 
 def main(args: MiningArguments) -> None:
+    config = in_bits(args.load_in_4bit, args.load_in_8bit)
+    accelerator = patient_accelerator()
+    check_quantization(config, accelerator.device)
     dataset = load_cases(args, args.dataset_train_split, args.image_root)
     scorer = load_scorer(args)
-    accelerator = patient_accelerator()
     with in_step(accelerator):
         scorer.load()  # fails before anything is sampled
         if args.push_to_hub is not None and accelerator.is_main_process:
             repo_id = create_repository(args.push_to_hub, private=args.private)
-    pipeline = DiffusionPipeline.from_pretrained(
-        args.model_name_or_path, revision=args.model_revision, dtype=parse_dtype(args.dtype)
-    )
+    kwargs: dict[str, Any] = {"revision": args.model_revision, "dtype": parse_dtype(args.dtype)}
+    if config is not None:
+        components = policy_class(args.model_name_or_path, revision=args.model_revision).quantized_components
+        kwargs["quantization_config"] = quantization_config(config, components, kwargs["dtype"])
+    pipeline = DiffusionPipeline.from_pretrained(args.model_name_or_path, **kwargs)
     if args.lora is not None:
         file = lora_file(args.lora)
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)

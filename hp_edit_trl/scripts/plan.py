@@ -133,10 +133,7 @@ def parse(words: list[str]) -> tuple[dict[str, Any], str | None]:
         options |= {"fp16": False, "bf16": True, "dtype": options["dtype"] or "float32"}
     with alone(num_processes(launch)):
         script_args, training_args, model_args, plan_args = parser.parse_dict(options)
-    kwargs = training_args.model_init_kwargs or {}
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision, "dtype": model_args.dtype, **kwargs
-    }  # fmt: skip
+    training_args.model_init_kwargs = model_args.init_kwargs(training_args)
     given: dict[str, Any] = dict(vars(plan_args))
     output = given.pop("output")
     if name == "grpo":

@@ -27,12 +27,13 @@ from trl.trainer.utils import RepeatSampler, use_adapter
 
 from ..cases import BadCaseError, case_images, check_references, decoded, leave_out, without_decoding
 from ..editors import PolicyEditor
-from ..policies import EditConditions, EditPolicy, check_prompt_lengths
+from ..policies import EditConditions, EditPolicy, check_prompt_lengths, policy_class
 from ..utils.distributed import in_step
 from ..utils.dtypes import parse_dtype
 from ..utils.files import read_json
 from ..utils.hub import create_repository
 from ..utils.images import UnreadableImageError
+from ..utils.quantization import check_quantization, describe_quantization, quantization_config
 from ..utils.revisions import dataset_revision
 from ..utils.secrets import redact_error, redacted
 from ..utils.seeding import seeded_generator
@@ -60,13 +61,30 @@ logger = get_logger(__name__)
 SAVED = "_saved.json"  # written when the output folder is complete: step, weights, and where they were pushed to
 
 
+def find_policy(model: str | DiffusionPipeline, args: Any) -> type[EditPolicy]:
+    """
+    Finds the policy of a pipeline. Only `model_index.json` is read, no weights, after a check that this machine can
+    quantize the model as `args` say.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The editor: a Hub id, a local folder, or a loaded pipeline.
+        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+            The trainer's configuration: `model_init_kwargs` and the device are read.
+    """
+    init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
+    if isinstance(model, str):
+        check_quantization(init_kwargs.get("quantization_config"), args.device)
+    return policy_class(model, **{k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")})
+
+
 def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, args: Any) -> tuple[EditPolicy, str]:
     """
     Loads the policy of a pipeline.
 
     Args:
         policy_type (`type[EditPolicy]`):
-            The policy's class, see [`~hp_edit_trl.policies.policy_class`].
+            The policy's class, see [`find_policy`].
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor: a Hub id, a local folder, or a loaded pipeline.
         args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
@@ -78,7 +96,12 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
     if not isinstance(model, str):
         base_model = str(model.config.get("_name_or_path") or "base-model")  # it may have been loaded from a Path
         return policy_type(model, args.offload_encoders), redacted(base_model)
-    pipeline = DiffusionPipeline.from_pretrained(model, **loading_options(args))
+    options = loading_options(args)
+    if (config := options.get("quantization_config")) is not None:
+        options["quantization_config"] = quantization_config(
+            config, policy_type.quantized_components, options["dtype"]
+        )
+    pipeline = DiffusionPipeline.from_pretrained(model, **options)
     return policy_type(pipeline, args.offload_encoders), redacted(model)
 
 
@@ -666,6 +689,7 @@ class BaseEditTrainer(_BaseTrainer):
             repo_id=self.hub_model_id or args.hub_model_id or name,
             base_model=self.base_model,
             base_model_revision=dict(args.model_init_kwargs or {}).get("revision"),
+            base_quantization=describe_quantization(self.policy.pipeline),
             dataset=dataset_name or repository,
             dataset_revision=revision if dataset_name in (None, repository) else None,
             num_cases=self.num_train_cases,

@@ -21,12 +21,13 @@ from trl.trainer.utils import identity, use_adapter
 
 from ..cases import BadCaseError, case_images, check_pairs, check_references, pair_images, report_bad_cases
 from ..flow.preference import draw_sigma, flow_error, implicit_reward, preference_loss, safeguard_scale
-from ..policies import EditConditions, EditPolicy, bucketed, check_prompt_lengths, policy_class
+from ..policies import EditConditions, EditPolicy, bucketed, check_prompt_lengths
 from ..utils.distributed import in_step
 from ..utils.files import write_atomically
 from ..utils.images import UnreadableImageError, image_digest
+from ..utils.quantization import plain_values
 from ..utils.seeding import seeded_generator
-from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
+from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy, load_policy
 from .checkpoints import can_be_read
 from .dpo_edit_config import DPOEditConfig
 from .lora import check_peft_config, prepare_lora
@@ -68,7 +69,7 @@ def encoders_key(policy: EditPolicy) -> str:
         digest.update(repr((name, sorted((k, v) for k, v in settings.items() if not k.startswith("_")))).encode())
         for key, tensor in module.state_dict().items():
             # A sum weighted by place, in parts: it sees every value, in a fraction of a cryptographic hash's time.
-            parts = tensor.flatten().split(2**20)
+            parts = plain_values(tensor).flatten().split(2**20)
             weights = torch.arange(1, len(parts[0]) + 1, device=tensor.device, dtype=torch.float64)
             content = [(part.double() @ weights[: len(part)]).item() for part in parts]
             digest.update(repr((key, tuple(tensor.shape), str(tensor.dtype), content)).encode())
@@ -186,9 +187,7 @@ class DPOEditTrainer(BaseEditTrainer):
             datasets[name] = self._leave_out(dataset, check_pairs(dataset, name, args.on_bad_case))
 
         # Policy. Its class is found before its weights are loaded.
-        init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-        hub_kwargs = {k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")}
-        policy_type = policy_class(model, **hub_kwargs)
+        policy_type = find_policy(model, args)
         for name, dataset in datasets.items():
             bad = check_references(dataset, name, policy_type.max_references, args.on_bad_case)
             datasets[name] = self._leave_out(dataset, bad)

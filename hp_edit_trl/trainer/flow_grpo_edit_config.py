@@ -27,7 +27,7 @@ class FlowGRPOEditConfig(BaseEditConfig):
         model_init_kwargs (`str`, `dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
             the trainer is a string, e.g. `{"revision": "..."}`. Weights are loaded in bfloat16 if `bf16` is set,
-            unless `torch_dtype` is given here.
+            unless `torch_dtype` is given here. `quantization_config` may be a mapping, see docs/quantization.md.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory between uses. Saves about 17 GB with Qwen-Image-Edit.
 

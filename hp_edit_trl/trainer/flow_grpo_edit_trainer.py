@@ -45,14 +45,13 @@ from ..policies import (
     bucketed,
     check_prompt_lengths,
     decode,
-    policy_class,
     rollout_batches,
 )
 from ..rewards import HPScorerReward
 from ..rewards.checks import awaited, check_rewards, failed_rewards, own_copy
 from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
-from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
+from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy, load_policy
 from .checkpoints import restoring
 from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
@@ -247,9 +246,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             )
 
         # Policy. Its class is found, and the judges are asked, before its weights are loaded.
-        init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-        hub_kwargs = {k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")}
-        policy_type = policy_class(model, **hub_kwargs)
+        policy_type = find_policy(model, args)
         for name, dataset in datasets.items():
             bad = check_references(dataset, name, policy_type.max_references, args.on_bad_case)
             datasets[name] = self._leave_out(dataset, bad)

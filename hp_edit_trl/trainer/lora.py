@@ -16,10 +16,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig
 
 from ..lora_formats import Lora, exact_patterns, rank_and_alpha, write_lora
 from ..policies import EditPolicy
+from ..utils.quantization import check_trainable, describe_quantization
 
 
 # The fields of a LoraConfig that say which modules a plain LoRA adapts, and how. Others make it something else.
@@ -113,10 +115,11 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
             Seed of the LoRA's initial weights.
 
     Raises:
-        `ValueError`: If the transformer has an adapter already, `target_modules` match nothing, or a module is not a
-            linear layer.
+        `ValueError`: If the transformer has an adapter already or is quantized to 8 bits by bitsandbytes,
+            `target_modules` match nothing, or a module is not a linear layer.
     """
     transformer = policy.pipeline.transformer
+    check_trainable(transformer)
     if hasattr(transformer, "peft_config"):
         raise ValueError(
             "The pipeline's transformer has a LoRA loaded already. Call `pipeline.fuse_lora()` and "
@@ -164,8 +167,12 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
     config.alpha_pattern = exact_patterns(
         {name: layer.lora_alpha["default"] for name, layer in layers.items()}, config.lora_alpha
     )
+    # At its start DDP would make the weights of all processes equal, which those of torchao cannot be made. They are.
+    of_torchao = [name for name, parameter in model.named_parameters() if hasattr(parameter, "__tensor_flatten__")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, of_torchao)
     # Trainer wants a transformers config, and a diffusers model has a FrozenDict.
-    model.config = PreTrainedConfig(**dict(transformer.config))
+    own = ("quantization_config", "_pre_quantization_dtype")  # objects that trackers cannot write as JSON
+    model.config = PreTrainedConfig(**{k: v for k, v in dict(transformer.config).items() if k not in own})
     model.config._name_or_path = base_model
 
     # PEFT would look for resized token embeddings, and ask the Hub for the base model's config.json to find out.
@@ -228,7 +235,7 @@ def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:
 
     Args:
         policy ([`EditPolicy`]):
-            The policy, for the name of its transformer's class in errors.
+            The policy. The file names what its pipeline is quantized with.
         model ([`~peft.PeftModel`]):
             The trained model.
         folder (`str`):
@@ -248,6 +255,7 @@ def save_lora(policy: EditPolicy, model: PeftModel, folder: str) -> None:
         {name: rank_and_alpha(name, config)[1] for name in layers},
         "diffusers",
         config["base_model_name_or_path"],
+        describe_quantization(policy.pipeline),
     )
     file = write_lora(lora, folder, "diffusers")
     wrong = changed_otherwise(layers, file)

@@ -112,6 +112,7 @@ def write_model_card(
     repo_id: str,
     base_model: str,
     base_model_revision: str | None,
+    base_quantization: str | None,
     dataset: str | None,
     dataset_revision: str | None,
     num_cases: int,
@@ -142,6 +143,8 @@ def write_model_card(
             Hub id or folder of the pipeline.
         base_model_revision (`str` or `None`):
             Branch, tag or commit of its repository.
+        base_quantization (`str` or `None`):
+            What it was quantized with, see [`~hp_edit_trl.utils.quantization.describe_quantization`].
         dataset (`str` or `None`):
             Hub id of the training dataset.
         dataset_revision (`str` or `None`):
@@ -195,6 +198,7 @@ def write_model_card(
         repo_id=repo_id,
         base_model_name=base_model,
         base_model_revision=base_model_revision,
+        base_quantization=base_quantization,
         dataset=dataset,
         dataset_revision=dataset_revision,
         num_cases=num_cases,

@@ -1,6 +1,9 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import ModelConfig
+
+from ..utils.quantization import in_bits
 
 
 @dataclass
@@ -24,9 +27,20 @@ class EditModelConfig(ModelConfig):
             LoRA dropout, which must be 0.
         lora_task_type (`str`, *optional*):
             PEFT's task type, which image editors do not have.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize the base model to 4 bits with bitsandbytes: the transformer and the text encoder. The
+            other weights, and computations, have the type `dtype`; the LoRA is trained in float32.
+        load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize it to 8 bits with torchao, weights only. The 8 bits of bitsandbytes round the inputs of
+            layers, too, and are refused.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`):
+            Quantization type of `load_in_4bit` (`"nf4"` or `"fp4"`).
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
+            Whether `load_in_4bit` quantizes its scales, too.
 
     Raises:
-        `ValueError`: If an option of language models is set that image editors do not have.
+        `ValueError`: If an option of language models is set that image editors do not have, or an option of the
+            quantization does not fit.
     """
 
     dtype: str | None = field(
@@ -46,8 +60,38 @@ class EditModelConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("load_in_8bit", "load_in_4bit", "attn_implementation"):
+        for name in ("attn_implementation", "bnb_4bit_quant_storage"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported for image editors.")
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"bnb_4bit_quant_type={self.bnb_4bit_quant_type!r} must be 'nf4' or 'fp4'.")
+        for name, is_set in (
+            ("bnb_4bit_quant_type", self.bnb_4bit_quant_type != "nf4"),
+            ("use_bnb_nested_quant", self.use_bnb_nested_quant),
+        ):
+            if is_set and not self.load_in_4bit:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without load_in_4bit: set it, too.")
         if not self.use_peft:
             raise ValueError("use_peft=False is not supported: only LoRA training is.")
+
+    def init_kwargs(self, args: Any) -> dict[str, Any]:
+        """
+        The arguments of [`~diffusers.DiffusionPipeline.from_pretrained`] that these options stand for. Whether this
+        machine can quantize as they say is checked by the trainer, before it downloads anything.
+
+        Args:
+            args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+                The trainer's configuration. Its `model_init_kwargs` take precedence.
+
+        Raises:
+            `ValueError`: If both ask for a quantization.
+        """
+        given: dict[str, Any] = dict(args.model_init_kwargs or {})
+        quantization = in_bits(
+            self.load_in_4bit, self.load_in_8bit, self.bnb_4bit_quant_type, self.use_bnb_nested_quant
+        )
+        if quantization and given.get("quantization_config") is not None:
+            option = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+            raise ValueError(f"{option} and model_init_kwargs: quantization_config are both set: leave one out.")
+        kwargs = {"revision": self.model_revision, "dtype": self.dtype}
+        return kwargs | ({"quantization_config": quantization} if quantization else {}) | given

@@ -1,7 +1,9 @@
 """Modules that are on a device only while they are used."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +30,9 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     copies: dict[torch.Tensor, torch.Tensor] = {}  # a tied weight is one tensor there too
     for part, name, tensor in owned:
         if tensor not in copies:
-            copy = tensor.to(device)
-            frozen = isinstance(tensor, nn.Parameter) and not isinstance(copy, nn.Parameter)
-            copies[tensor] = nn.Parameter(copy, requires_grad=False) if frozen else copy
+            moved = _with_own_state(tensor).to(device)
+            frozen = isinstance(tensor, nn.Parameter) and not isinstance(moved, nn.Parameter)
+            copies[tensor] = nn.Parameter(moved, requires_grad=False) if frozen else moved
         setattr(part, name, copies[tensor])
     try:
         yield
@@ -40,3 +42,17 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
             setattr(part, name, tensor)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # or the memory would stay reserved for this process
+
+
+def _with_own_state(tensor: Any) -> Any:
+    """
+    The tensor; a 4-bit weight of bitsandbytes with a copy of its scales' holder, because moving the weight moves the
+    scales in place, those of the original with it.
+    """
+    state = getattr(tensor, "quant_state", None)
+    if state is None:
+        return tensor
+    tensor = copy.copy(tensor)
+    tensor.quant_state = copy.copy(state)
+    tensor.quant_state.state2 = copy.copy(state.state2)
+    return tensor

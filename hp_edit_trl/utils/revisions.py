@@ -10,6 +10,8 @@ from datasets import Dataset
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig
 
+from .quantization import plain_values
+
 
 EDGE = 65536  # bytes at either end of a file that are read
 
@@ -71,6 +73,6 @@ def weights_digest(model: torch.nn.Module) -> str:
     """A hash of a model's weights, LoRAs included: names, shapes, and the first 64 values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        first = tensor.flatten()[:64].to("cpu", torch.float32).numpy().tobytes()
+        first = plain_values(tensor).flatten()[:64].to("cpu", torch.float32).numpy().tobytes()
         digest.update(repr((name, tuple(tensor.shape))).encode() + first)
     return digest.hexdigest()[:16]

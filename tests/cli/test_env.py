@@ -7,7 +7,7 @@ from hp_edit_trl.version import __version__
 
 
 def test_what_a_bug_report_needs(capsys, monkeypatch):
-    monkeypatch.setitem(env.EXTRAS, "annotate", "no-such-package")
+    monkeypatch.setitem(env.EXTRAS, "annotate", ("no-such-package", "aiohttp"))
     main(["env"])
     lines = capsys.readouterr().out.splitlines()
     assert f"- hp-edit-trl: {__version__}" in lines
@@ -15,5 +15,5 @@ def test_what_a_bug_report_needs(capsys, monkeypatch):
     for package in ("transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "huggingface_hub"):
         assert f"- {package}: {version(package)}" in lines
     assert "- Devices: CPU only" in lines
-    assert "- Extra `annotate`: no-such-package not installed" in lines
+    assert f"- Extra `annotate`: no-such-package not installed, aiohttp {version('aiohttp')}" in lines
     assert f"- Extra `server`: aiohttp {version('aiohttp')}" in lines

@@ -82,8 +82,13 @@ def test_a_dataset_without_a_model(tmp_path):
 
 
 def test_options_of_language_models(tmp_path):
-    with pytest.raises(ValueError, match="load_in_4bit is not supported for image editors"):
-        run_here("--load_in_4bit", "true", cwd=tmp_path)
+    with pytest.raises(ValueError, match="attn_implementation is not supported for image editors"):
+        run_here("--attn_implementation", "eager", cwd=tmp_path)
+
+
+def test_the_miniature_is_not_quantized(tmp_path):
+    with pytest.raises(SystemExit, match="need --model_name_or_path: the miniature is not quantized"):
+        run_here("--load_in_8bit", "true", cwd=tmp_path)
 
 
 def test_short_and_documented():

@@ -119,8 +119,15 @@ def test_a_wrong_file_is_one_line(content, message, tmp_path, runs, capsys):
 
 
 def test_options_of_language_models(runs):
-    with pytest.raises(SystemExit, match="hp-edit: load_in_4bit is not supported for image editors"):
-        main(["grpo", *MODEL, *CPU, "--load_in_4bit", "true"])
+    with pytest.raises(SystemExit, match="hp-edit: attn_implementation is not supported for image editors"):
+        main(["grpo", *MODEL, *CPU, "--attn_implementation", "eager"])
+
+
+@pytest.mark.parametrize("command", ["grpo", "dpo"])
+def test_a_quantization_that_the_machine_lacks_is_one_line(command):
+    # Before the dataset is looked for
+    with pytest.raises(SystemExit, match=r"hp-edit: quant_backend='bitsandbytes_4bit' \(load_in_4bit\) needs a GPU"):
+        main([command, *MODEL, *CPU, "--load_in_4bit", "true"])
 
 
 def test_help_shows_all_options(capsys):
