@@ -11,6 +11,7 @@ from trl import get_peft_config
 from ..trainer.dpo_edit_config import DPOEditConfig
 from ..trainer.dpo_edit_trainer import DPOEditTrainer
 from ..trainer.model_config import EditModelConfig
+from ..utils.quantization import check_quantization
 from ..utils.secrets import guard_output
 from .utils import DatasetArguments, ScriptParser, load_cases, run_training
 
@@ -20,6 +21,7 @@ ARGUMENTS = (DatasetArguments, DPOEditConfig, EditModelConfig)
 
 def main(script_args: DatasetArguments, training_args: DPOEditConfig, model_args: EditModelConfig) -> None:
     training_args.model_init_kwargs = model_args.init_kwargs(training_args)
+    check_quantization(training_args.model_init_kwargs.get("quantization_config"), training_args.device)
     train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
     eval_dataset = None
     if training_args.eval_strategy != "no":

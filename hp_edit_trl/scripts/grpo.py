@@ -11,6 +11,7 @@ from trl import get_peft_config
 from ..trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
 from ..trainer.model_config import EditModelConfig
+from ..utils.quantization import check_quantization
 from ..utils.secrets import guard_output
 from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer, run_training
 
@@ -20,6 +21,7 @@ ARGUMENTS = (EditScriptArguments, FlowGRPOEditConfig, EditModelConfig)
 
 def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, model_args: EditModelConfig) -> None:
     training_args.model_init_kwargs = model_args.init_kwargs(training_args)
+    check_quantization(training_args.model_init_kwargs.get("quantization_config"), training_args.device)
     train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
     eval_dataset = None
     if training_args.eval_strategy != "no":
