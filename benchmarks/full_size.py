@@ -2,13 +2,13 @@
 Qwen-Image-Edit-2509 at its published size on one GPU, with random weights: what a pass takes, and what updates of a
 recipe take, beside what `hp-edit plan` says of them.
 
-    python benchmarks/full_size.py write --folder /dev/shm/editor                      # 57 GB, once
-    python benchmarks/full_size.py passes --folder /dev/shm/editor
-    python benchmarks/full_size.py updates --folder /dev/shm/editor --config examples/configs/qwen_image_edit_2509.yaml
-    python benchmarks/full_size.py updates --folder /dev/shm/editor --config ... --resolution 1024
+    python benchmarks/full_size.py write --folder /data/editor                      # 57 GB, once, on a GPU
+    python benchmarks/full_size.py passes --folder /data/editor
+    python benchmarks/full_size.py updates --folder /data/editor --config examples/configs/qwen_image_edit_2509.yaml
+    python benchmarks/full_size.py updates --folder /data/editor --config ... --resolution 1024
 
-`--tiny` runs the same code with small models on the CPU. Everything is real but weights, pictures and rewards: the
-files are loaded by the library's own code, the config is read by the command's own parser, and the trainer trains.
+`--tiny` runs the same code with small models, on a CPU as well. Everything is real but weights, pictures and rewards:
+the files are loaded by the library's own code, the config is read by the command's own parser, and the trainer trains.
 Tokenizer and prompt are small; the prompt's text tokens and those of the picture that the text encoder sees are as
 many as in a plan.
 
@@ -34,7 +34,6 @@ from datasets import Dataset
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
 from peft import LoraConfig
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 from trl import get_peft_config
 
@@ -44,6 +43,7 @@ from hp_edit_trl.policies import EditConditions, rollout
 from hp_edit_trl.scripts.plan import TRAINERS, choose_trainer
 from hp_edit_trl.scripts.utils import ScriptParser
 from hp_edit_trl.trainer.flow_grpo_edit_trainer import Sample
+from hp_edit_trl.utils.dry_run import Meter
 from hp_edit_trl.utils.seeding import seeded_generator
 
 
@@ -155,9 +155,9 @@ def counted(operations: dict, name: tuple, function):
     """Runs a function, the first time for a name with its operations counted: compiled code does not show them."""
     if name in operations:
         return function()
-    with FlopCounterMode(display=False) as counter:
+    with Meter() as meter:
         result = function()
-    operations[name] = counter.get_total_flops()
+    operations[name] = sum(meter.phase.counts.values())
     return result
 
 
@@ -373,18 +373,21 @@ def updates(options: argparse.Namespace, further: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["write", "passes", "updates"])
-    parser.add_argument("--folder", type=Path, required=True, help="of the pipeline, outside memory that is scarce")
+    folder = Path(tempfile.gettempdir(), "full_size_editor")
+    parser.add_argument("--folder", type=Path, default=folder, help="of the pipeline: 57 GB, on a fast disk")
     parser.add_argument("--tiny", action="store_true", help="small models, on the CPU")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--config", help="recipe; further options are those of the training command")
     parser.add_argument("--edits", type=int, default=8, help="edits (or pairs) per update")
     options, words = parser.parse_known_args()
     start = time.perf_counter()
-    if options.part == "write":
+    if options.tiny:
+        options.folder = Path(tempfile.mkdtemp())
+    if options.part == "write" or options.tiny:
         write(options.folder, options.tiny)
-    elif options.part == "passes":
+    if options.part == "passes":
         passes(options)
-    else:
+    elif options.part == "updates":
         updates(options, words)
     print(f"{options.part}: {time.perf_counter() - start:.0f} s", flush=True)
 

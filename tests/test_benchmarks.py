@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("command", "cells"),
     [
-        (["full_size.py", "--tiny", "--repeats", "1"], "| 64 | 4 | 4 |"),
+        (["full_size.py", "passes", "--tiny", "--repeats", "1"], "| eager | 64 | 4 | 2 |"),
+        (
+            ["full_size.py", "updates", "--tiny", "--config", "examples/configs/qwen_image_edit_2509.yaml"],
+            "| training | nan | 0.0 | 0.0 | 1.0 |",
+        ),
         (
             ["building.py", "--rows", "32", "--latency", "0.02", "--engines", "local", "--tiny"],
             "| local | scores | 32 |",

@@ -41,7 +41,7 @@ class PlanArguments:
             The card: h100, h200, b200, a100, a100-40, l40s, rtx5090, rtx4090 or l4.
         gpu_memory (`float`, *optional*):
             Its memory in GB, if it is another.
-        utilization (`float`, *optional*, defaults to `0.4`):
+        utilization (`float`, *optional*, defaults to `0.2`):
             Share of the card's matrix operations that is assumed to be reached.
         price_per_gpu_hour (`float`, *optional*):
             Price of a card for an hour.
@@ -61,7 +61,7 @@ class PlanArguments:
     )
     gpu_memory: float | None = field(default=None, metadata={"help": "Its memory in GB, if it is another."})
     utilization: float = field(
-        default=0.4, metadata={"help": "Share of the card's matrix operations that is assumed to be reached."}
+        default=0.2, metadata={"help": "Share of the card's matrix operations that is assumed to be reached."}
     )
     price_per_gpu_hour: float | None = field(default=None, metadata={"help": "Price of a card for an hour."})
     num_cases: int | None = field(

@@ -41,7 +41,7 @@ class Card:
 
 
 CARDS = {
-    "h100": Card("NVIDIA H100 SXM", 79.6, 989e12),
+    "h100": Card("NVIDIA H100 SXM", 79.2, 989e12),
     "h200": Card("NVIDIA H200", 140.4, 989e12),
     "b200": Card("NVIDIA B200", 178.4, 2250e12),
     "a100": Card("NVIDIA A100 80GB", 79.3, 312e12),
@@ -166,7 +166,7 @@ def plan_training(
     num_processes: int | None = None,
     gpu: str = "h100",
     gpu_memory: float | None = None,
-    utilization: float = 0.4,
+    utilization: float = 0.2,
     price_per_gpu_hour: float | None = None,
     num_cases: int | None = None,
     num_references: int = 1,
@@ -196,7 +196,7 @@ def plan_training(
             The card, see [`parse_card`].
         gpu_memory (`float`, *optional*):
             Its memory in GB, if it is another.
-        utilization (`float`, *optional*, defaults to `0.4`):
+        utilization (`float`, *optional*, defaults to `0.2`):
             Share of the card's matrix operations that is assumed to be reached.
         price_per_gpu_hour (`float`, *optional*):
             Price of a card for an hour.
