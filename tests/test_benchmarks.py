@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
         (["full_size.py", "passes", "--tiny", "--repeats", "1"], "| eager | 64 | 4 | 2 |"),
         (
             ["full_size.py", "updates", "--tiny", "--config", "examples/configs/qwen_image_edit_2509.yaml"],
-            "| training | nan | 0.0 | 0.0 | 1.0 |",
+            "| training | 0.0 | 0.0 | 0.0 | 1.0 |",
         ),
         (
             ["building.py", "--rows", "32", "--latency", "0.02", "--engines", "local", "--tiny"],
