@@ -398,7 +398,8 @@ class DPOEditTrainer(BaseEditTrainer):
         args, policy, device = self.args, self.policy, self.accelerator.device
         all_losses, all_metrics = [], []
         buckets = bucketed([pair.conditions for pair in pairs], len(pairs))
-        for members in buckets:
+        missing = self._missing_passes(len(buckets)) if torch.is_grad_enabled() else 0
+        for members in buckets + [buckets[0][:1]] * missing:
             bucket = [pairs[i] for i in members]
             schedule = policy.sigmas(self.sample_num_inference_steps, bucket[0].conditions)
             options = (args.logit_mean, args.logit_std)
@@ -445,8 +446,11 @@ class DPOEditTrainer(BaseEditTrainer):
             all_losses.append(losses)
             all_metrics.append({name: values.detach() for name, values in metrics.items()})
         places = torch.tensor([i for members in buckets for i in members], device=device).argsort()
-        joined = {name: torch.cat([m[name] for m in all_metrics])[places] for name in all_metrics[0]}
-        return torch.cat(all_losses)[places], joined
+        number = len(buckets)
+        joined = {name: torch.cat([m[name] for m in all_metrics[:number]])[places] for name in all_metrics[0]}
+        # The missing passes change nothing, but have a backward pass.
+        filled = sum(0 * loss.sum() for loss in all_losses[number:])
+        return torch.cat(all_losses[:number])[places] + filled, joined
 
     # Noise and noise level of evaluation belong to the pair: losses of different checkpoints, and of runs with another
     # number of processes, are comparable.
@@ -465,7 +469,7 @@ class DPOEditTrainer(BaseEditTrainer):
             self.optimizer.eval()
         results: list[dict[str, float]] = []
         for files in dataloader:
-            with in_step(self.accelerator), torch.no_grad(), self._without_casts(), self.accelerator.autocast():
+            with self._passes_in_step(), torch.no_grad(), self._without_casts(), self.accelerator.autocast():
                 pairs = [self._load_pair(file) for file in files]
                 generators = [seeded_generator(self.args.seed, "eval", pair.id) for pair in pairs]
                 losses, metrics = self._losses(self.model, pairs, generators)
@@ -492,4 +496,5 @@ class DPOEditTrainer(BaseEditTrainer):
             if self._skipped_updates:
                 logs["skipped_updates"] = self._skipped_updates
             self._sums.clear()
+            self._log_filled_passes(logs)
         super().log(logs, start_time)
