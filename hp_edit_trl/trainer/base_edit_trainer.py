@@ -146,7 +146,9 @@ class BaseEditTrainer(_BaseTrainer):
         with patch_environment(ACCELERATE_USE_FSDP="false"):
             super().create_accelerator_and_postprocess()
         if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("An Accelerator was made before the trainer, for FSDP: let the trainer make the first one.")
+            raise ValueError(
+                "An Accelerator was made before the trainer, for FSDP: let the trainer make the first one."
+            )
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         if not (self._is_sharded and training and model is self.model):

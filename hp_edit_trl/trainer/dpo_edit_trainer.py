@@ -30,6 +30,7 @@ from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, load_policy
 from .checkpoints import can_be_read
 from .dpo_edit_config import DPOEditConfig
 from .lora import check_peft_config, prepare_lora
+from .same_run import check_same_run
 
 
 logger = get_logger(__name__)
@@ -184,6 +185,8 @@ class DPOEditTrainer(BaseEditTrainer):
         self._left_out = {}
         for name, dataset in datasets.items():
             datasets[name] = self._leave_out(dataset, check_pairs(dataset, name, args.on_bad_case))
+
+        check_same_run(args, datasets, peft_config, args.world_size)
 
         # Policy. Its class is found before its weights are loaded.
         init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]

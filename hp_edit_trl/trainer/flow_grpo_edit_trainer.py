@@ -58,6 +58,7 @@ from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
 from .hub import completions_scheduler
 from .lora import check_peft_config, prepare_lora
+from .same_run import check_same_run
 
 
 logger = get_logger(__name__)
@@ -245,6 +246,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 f"train_dataset has {count} usable cases, but one generation batch takes {self.cases_per_batch} "
                 f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations})."
             )
+
+        check_same_run(args, datasets, peft_config, args.world_size)
 
         # Policy. Its class is found, and the judges are asked, before its weights are loaded.
         init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -124,8 +125,8 @@ def wrap(model: PeftModel, find_unused_parameters: bool) -> DistributedDataParal
 @torch.no_grad()
 def make_empty_pass(model: nn.Module) -> None:
     """Takes part in the gathering of the weights for a pass of another process, without one of its own."""
-    transformer, *blocks = [part for part in model.modules() if isinstance(part, FSDPModule)]
-    transformer.gather(*blocks)
+    parts: list[Any] = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    parts[0].gather(*parts[1:])
 
 
 def most_of_all(count: int, device: torch.device) -> int:

@@ -10,8 +10,9 @@ from tests.processes import Script
 
 FSDP = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
-# Sizes differ, so that ranks have unequal numbers of passes; half of the groups have no spread, so that a rank often
-# has nothing to train on; and a case of the evaluation cannot be read, so that a rank has nothing to edit.
+# Sizes differ, so that ranks have unequal numbers of passes; in the first update all groups of rank 0 are without
+# spread, so that it has nothing to train on; and a case of the evaluation cannot be read, so that rank 1 has nothing to
+# edit.
 SCRIPT = """
 import io, json, os, signal, sys, torch
 torch.set_num_threads(1)
@@ -29,7 +30,7 @@ rank = int(os.environ.get("RANK", 0))
 SIZES = ((64, 64), (128, 64), (64, 64), (64, 128), (64, 64))
 
 def reward(completions, id, **kwargs):
-    return [0.5 if int(case[5:]) % 2 else value for case, value in zip(id, redness(completions))]
+    return [0.5 if case in ("case-4", "case-5", "case-6") else value for case, value in zip(id, redness(completions))]
 
 def with_a_bad_case():
     content = io.BytesIO()
@@ -41,16 +42,16 @@ def with_a_bad_case():
         row["image"] = {"path": None, "bytes": content.getvalue()[: 200 if i == 1 else None]}
     return Dataset.from_list(rows, features=make_cases(4).features)
 
-def grpo(name, reward=reward, **options):
+def grpo(name, reward=reward, train_dataset=make_cases(8, sizes=SIZES), **options):
     return FlowGRPOEditTrainer(
-        model=tiny_pipeline(), reward_funcs=reward, train_dataset=make_cases(8, sizes=SIZES),
+        model=tiny_pipeline(), reward_funcs=reward, train_dataset=train_dataset,
         eval_dataset=with_a_bad_case(), peft_config=LoraConfig(r=4, lora_alpha=8),
         args=make_config(output / name, per_device_train_batch_size=4 // processes, per_device_eval_batch_size=1,
-                         max_steps=3, save_strategy="steps", save_steps=2, beta=0.01, gradient_checkpointing=True,
+                         num_generations=2, max_steps=3, save_strategy="steps", save_steps=2, beta=0.01, gradient_checkpointing=True,
                          eval_strategy="steps", eval_steps=3, eval_on_start=True, on_bad_case="skip",
                          num_sample_edits=2, true_cfg_scale=2.0, rollout_batch_size=2,
                          # Adam turns rounding into whole steps where a gradient is nearly zero; SGD does not
-                         optim="sgd", learning_rate=20.0, max_grad_norm=0.05, **options),
+                         **{"optim": "sgd", "learning_rate": 20.0, "max_grad_norm": 0.05, **options}),
     )
 
 def result(trainer):
@@ -85,6 +86,18 @@ def offline(results):
     trainer.train()
     results["dpo"] = result(trainer)
 
+def different(results):
+    cases = make_cases(8, sizes=SIZES)
+    for options in (
+        {"learning_rate": 0.1 + rank}, {"train_dataset": cases.select(range(8 - rank))},
+        {"train_dataset": cases.select(range(8) if rank else reversed(range(8)))},
+        {"train_dataset": make_cases(8, SIZES[rank:])},
+    ):
+        try:
+            grpo("different", **options)
+        except ValueError as error:
+            results.setdefault("different", []).append(str(error))
+
 def killed(results):
     def fatal(completions, **kwargs):
         if rank == 1 and trainer.state.global_step == 1:
@@ -98,7 +111,7 @@ def killed(results):
 
 def main():
     results = {}
-    for part in (online, resumed, offline):
+    for part in (online, resumed, offline) + ((different,) if processes > 1 else ()):
         part(results)
     torch.save(results, output / f"result_{rank}.pt")
     if processes > 1:
