@@ -13,14 +13,14 @@ class BaseEditConfig(_BaseConfig):
     def __post_init__(self):
         if self.fsdp:
             raise ValueError(
-                "fsdp is not an option of this config. Launch with an accelerate config that has distributed_type: FSDP "
-                "and fsdp_version: 2: `accelerate launch --config_file examples/accelerate/fsdp2.yaml`."
+                "fsdp is not an option of this config. Launch with an accelerate config that has distributed_type: "
+                "FSDP and fsdp_version: 2: `accelerate launch --config_file examples/accelerate/fsdp2.yaml`."
             )
         if self.deepspeed or is_set("ACCELERATE_USE_DEEPSPEED"):
             raise ValueError(
                 "DeepSpeed is not supported. Launch with FSDP2 (`accelerate launch --config_file "
-                "examples/accelerate/fsdp2.yaml`), which shards the transformer, or with DDP (`--multi_gpu`), where each "
-                "process holds the whole transformer."
+                "examples/accelerate/fsdp2.yaml`), which shards the transformer, or with DDP (`--multi_gpu`), where "
+                "each process holds the whole transformer."
             )
         check_fsdp()
         super().__post_init__()

@@ -85,14 +85,14 @@ def check_same_run(
         if names:
             told = ", ".join(f"{name}={first_options.get(name)} and {other_options.get(name)}" for name in names[:3])
             raise ValueError(
-                f"Processes 0 and {process} have different options: {told}. All processes of a launch must have the same: "
-                "give them the same config file and script, and no value that depends on time, host or process."
+                f"Processes 0 and {process} have different options: {told}. All processes of a launch must have the "
+                "same: give them the same config file and script, and no value that depends on time, host or process."
             )
         for name in sorted({*first_data, *other_data}):
             mine, theirs = first_data.get(name, (0, "")), other_data.get(name, (0, ""))
             if mine != theirs:
                 raise ValueError(
-                    f"Processes 0 and {process} have different data: {name} has {mine[0]} usable cases and {theirs[0]}, "
-                    "or their content or order differs. Load the same revision of the dataset on all nodes, shuffle it "
-                    "with a seed, and do not split it by process: the trainer does that."
+                    f"Processes 0 and {process} have different data: {name} has {mine[0]} usable cases and "
+                    f"{theirs[0]}, or their content or order differs. Load the same revision of the dataset on all "
+                    "nodes, shuffle it with a seed, and do not split it by process: the trainer does that."
                 )

@@ -2,10 +2,12 @@
 The frozen transformer, sharded over the processes of a launch (FSDP2), and passes through it that the processes make
 together.
 
-Only the transformer's own weights are sharded. The LoRA, its gradients and its optimizer are the same on all processes,
-as with DDP: they are small, any optimizer works, and a checkpoint does not depend on how many processes made it.
+Only the transformer's own weights are sharded. The LoRA, its gradients and its optimizer are the same on all
+processes, as with DDP: they are small, any optimizer works, and a checkpoint does not depend on how many processes
+made it.
 """
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,7 +31,7 @@ from ..utils.distributed import OutOfStepError
 REFUSED = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": (
         "leaves the text encoder without weights on all processes but the first",
-        "fsdp_cpu_ram_efficient_loading: false (weights of safetensors files are shared by the processes of a machine)",
+        "fsdp_cpu_ram_efficient_loading: false; processes of a machine share the pages of safetensors files anyway",
     ),
     "FSDP_OFFLOAD_PARAMS": (
         "is not supported",
@@ -57,8 +60,8 @@ def check_fsdp() -> bool:
         return False
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":  # accelerate's default is 1
         raise ValueError(
-            f"The accelerate config has fsdp_version: {version}, but only version 2 is supported, which shards the frozen "
-            "transformer and leaves the LoRA whole. Set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does, or "
+            f"The accelerate config has fsdp_version: {version}, but only version 2 is supported, which can shard the "
+            "frozen transformer and leave the LoRA whole. Set fsdp_version: 2 as in examples/accelerate/fsdp2.yaml, or "
             "convert the config with `accelerate to-fsdp2`."
         )
     for variable, (cause, remedy) in REFUSED.items():
@@ -79,21 +82,30 @@ def shard(model: PeftModel, device: torch.device) -> None:
             The process's device.
 
     Raises:
-        `ValueError`: If the transformer is quantized, or does not name its blocks.
+        `ValueError`: If the transformer is quantized, does not name its blocks, or is another one on other processes.
     """
     transformer = model.get_base_model()
     blocks = getattr(transformer, "_no_split_modules", None)
     if not blocks:
         raise ValueError(
-            f"{type(transformer).__name__} does not name its blocks (_no_split_modules), so it cannot be sharded: launch "
-            "with DDP."
+            f"{type(transformer).__name__} does not name its blocks (_no_split_modules), so it cannot be sharded: "
+            "launch with DDP."
         )
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     odd = next((name for name, weight in frozen if not weight.is_floating_point()), None)
     if odd is not None:
         raise ValueError(
-            f"The transformer is quantized ({odd} holds whole numbers), and quantized weights cannot be sharded: load it "
-            "without quantization, or launch with DDP."
+            f"The transformer is quantized ({odd} holds whole numbers), and quantized weights cannot be sharded: load "
+            "it without quantization, or launch with DDP."
+        )
+    # Each process keeps a part of the weights that it has loaded. A few values of each tell one model from another.
+    digest = hashlib.sha256()
+    for name, weight in frozen:
+        digest.update(repr((name, weight.shape, weight.dtype, weight.flatten()[:8].tolist())).encode())
+    if len(set(gather_object([digest.digest()]))) > 1:
+        raise ValueError(
+            "The processes have loaded different transformers: name a commit as revision in model_init_kwargs, or "
+            "load the model from storage that all nodes share."
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     lora = {weight for weight in model.parameters() if weight.requires_grad}
@@ -191,7 +203,7 @@ def equal_passes(model: PeftModel, device: torch.device, count: PassCount) -> It
     try:
         if failure is not None and in_pass:
             raise failure
-        while works(False) > 0:
+        while works(False).item() > 0:
             make_empty_pass(model)
             count.made += 1
             count.filled += 1

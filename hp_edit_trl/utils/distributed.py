@@ -31,8 +31,8 @@ def lost_processes() -> Iterator[None]:
             raise
         raise RuntimeError(
             f"Another process of this run has stopped, and process {dist.get_rank()} cannot go on without it. Why it "
-            "stopped is in its own output; if there is nothing, it was killed, e.g. because memory ran out. Then resume "
-            "with resume_from_checkpoint=True."
+            "stopped is in its own output; if there is nothing, it was killed, e.g. because memory ran out. Then "
+            "resume with resume_from_checkpoint=True."
         ) from error
 
 
