@@ -53,7 +53,7 @@ from .checkpoints import (
 from .hub import CARD_PICTURES, MODEL_FILES, copy_published, upload, write_published_state
 from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
-from .sharding import PassCount, check_fsdp, equal_passes, most_of_all, shard, wrap
+from .sharding import PassCount, check_fsdp, check_shardable, equal_passes, most_of_all, shard, wrap
 
 
 logger = get_logger(__name__)
@@ -137,7 +137,9 @@ class BaseEditTrainer(_BaseTrainer):
         # Before anything moves the model to the device, where it may not fit whole
         self._is_sharded = check_fsdp() and args.world_size > 1
         self._pass_count = PassCount()
+        self._keeps_step = False  # whether passes are made equal already
         if self._is_sharded:
+            check_shardable(model)
             shard(model, args.device)
         super().__init__(model=model, args=args, **kwargs)
 
@@ -160,12 +162,19 @@ class BaseEditTrainer(_BaseTrainer):
     @contextlib.contextmanager
     def _passes_in_step(self) -> Iterator[None]:
         """As `in_step`, for work with passes without gradients: with a sharded model, their number becomes equal."""
+        if self._keeps_step:  # already
+            yield
+            return
         with in_step(self.accelerator):
             if not self._is_sharded:
                 yield
                 return
-            with equal_passes(self.model, self.accelerator.device, self._pass_count):
-                yield
+            self._keeps_step = True
+            try:
+                with equal_passes(self.model, self.accelerator.device, self._pass_count):
+                    yield
+            finally:
+                self._keeps_step = False
 
     def _missing_passes(self, count: int) -> int:
         """How many passes with gradients fewer than another process this one makes, if they have to be equal."""
@@ -257,7 +266,8 @@ class BaseEditTrainer(_BaseTrainer):
         self, cases: list[tuple[dict[str, Any], list[Image.Image]]], adapter: bool = True
     ) -> list[Image.Image]:
         """
-        Samples an edit of each case along the ODE, from a noise that belongs to the case.
+        Samples an edit of each case along the ODE, from a noise that belongs to the case. With a sharded transformer
+        (FSDP2) all processes must call it, with as many cases as each likes.
 
         Args:
             cases (`list[tuple[dict, list[PIL.Image.Image]]]`):
@@ -280,7 +290,8 @@ class BaseEditTrainer(_BaseTrainer):
         )
         ids = [str(row["id"]) for row, _ in cases]
         seeds = [seeded_generator(args.seed, "eval", case_id).initial_seed() for case_id in ids]
-        with self._without_casts(), contextlib.nullcontext() if adapter else use_adapter(self.model, None):
+        together = self._passes_in_step() if self._is_sharded else contextlib.nullcontext()
+        with together, self._without_casts(), contextlib.nullcontext() if adapter else use_adapter(self.model, None):
             return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
 
     def _drop_bad_update(self, loss: torch.Tensor, case_ids: list[Any], learns: bool = True) -> None:
@@ -648,8 +659,7 @@ class BaseEditTrainer(_BaseTrainer):
                     break
                 with contextlib.suppress(BadCaseError):
                     cases.append(self._read_case(dataset, index))
-            with self._passes_in_step() if self._is_sharded else contextlib.nullcontext():
-                before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
+            before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
             if self.is_world_process_zero():
                 save_before_after(Path(self.args.output_dir), cases, before, after)
         except OutOfStepError:

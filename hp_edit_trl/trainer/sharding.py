@@ -61,13 +61,48 @@ def check_fsdp() -> bool:
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":  # accelerate's default is 1
         raise ValueError(
             f"The accelerate config has fsdp_version: {version}, but only version 2 is supported, which can shard the "
-            "frozen transformer and leave the LoRA whole. Set fsdp_version: 2 as in examples/accelerate/fsdp2.yaml, or "
-            "convert the config with `accelerate to-fsdp2`."
+            "frozen transformer and leave the LoRA whole. Set fsdp_version: 2 as in examples/accelerate/fsdp2.yaml, "
+            "or convert the config with `accelerate to-fsdp2`."
         )
     for variable, (cause, remedy) in REFUSED.items():
         if is_set(variable):
             raise ValueError(f"{variable.lower()}: true in the accelerate config {cause}. Set {remedy}.")
     return True
+
+
+def check_shardable(model: PeftModel) -> None:
+    """
+    Checks that a transformer can be sharded.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The transformer with its LoRA.
+
+    Raises:
+        `ValueError`: If it is quantized, does not name its blocks, or is another one on other processes.
+    """
+    transformer = model.get_base_model()
+    if not getattr(transformer, "_no_split_modules", None):
+        raise ValueError(
+            f"{type(transformer).__name__} does not name its blocks (_no_split_modules), so it cannot be sharded: "
+            "launch with DDP."
+        )
+    # Each process keeps a part of the weights that it has loaded. A few values of each tell one model from another.
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            continue
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"The transformer is quantized ({name} holds whole numbers), and quantized weights cannot be sharded: "
+                "load it without quantization, or launch with DDP."
+            )
+        digest.update(repr((name, weight.shape, weight.dtype, weight.flatten()[:8].tolist())).encode())
+    if len(set(gather_object([digest.digest()]))) > 1:
+        raise ValueError(
+            "The processes have loaded different transformers: name a commit as revision in model_init_kwargs, or "
+            "load the model from storage that all nodes share."
+        )
 
 
 def shard(model: PeftModel, device: torch.device) -> None:
@@ -77,40 +112,16 @@ def shard(model: PeftModel, device: torch.device) -> None:
 
     Args:
         model ([`~peft.PeftModel`]):
-            The transformer with its LoRA.
+            The transformer with its LoRA, see [`check_shardable`].
         device (`torch.device`):
             The process's device.
-
-    Raises:
-        `ValueError`: If the transformer is quantized, does not name its blocks, or is another one on other processes.
     """
     transformer = model.get_base_model()
-    blocks = getattr(transformer, "_no_split_modules", None)
-    if not blocks:
-        raise ValueError(
-            f"{type(transformer).__name__} does not name its blocks (_no_split_modules), so it cannot be sharded: "
-            "launch with DDP."
-        )
-    frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
-    odd = next((name for name, weight in frozen if not weight.is_floating_point()), None)
-    if odd is not None:
-        raise ValueError(
-            f"The transformer is quantized ({odd} holds whole numbers), and quantized weights cannot be sharded: load "
-            "it without quantization, or launch with DDP."
-        )
-    # Each process keeps a part of the weights that it has loaded. A few values of each tell one model from another.
-    digest = hashlib.sha256()
-    for name, weight in frozen:
-        digest.update(repr((name, weight.shape, weight.dtype, weight.flatten()[:8].tolist())).encode())
-    if len(set(gather_object([digest.digest()]))) > 1:
-        raise ValueError(
-            "The processes have loaded different transformers: name a commit as revision in model_init_kwargs, or "
-            "load the model from storage that all nodes share."
-        )
+    blocks = [part for part in transformer.modules() if type(part).__name__ in transformer._no_split_modules]
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     lora = {weight for weight in model.parameters() if weight.requires_grad}
     # The transformer itself holds what is in no block. It must come last.
-    for part in [part for part in transformer.modules() if type(part).__name__ in blocks] + [transformer]:
+    for part in [*blocks, transformer]:
         # Its own gathering and freeing of weights, without a computation in between, see `make_empty_pass`
         part.gather = lambda *parts: [one.gather() for one in parts]
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
