@@ -101,6 +101,17 @@ def different(results):
         except ValueError as error:
             results.setdefault("different", []).append(str(error))
 
+def failing(results):
+    trainer = grpo("failing", eval_on_start=False)
+    def decode(*args):
+        raise RuntimeError("the decoder broke")
+    if rank == 1:  # after its first batch; the other still has passes to make
+        trainer.policy.decode = decode
+    try:
+        trainer.train()
+    except Exception as error:
+        results["failing"] = f"{type(error).__name__}: {error}"
+
 def killed(results):
     trainer = grpo("killed", eval_on_start=False)
     velocity, calls = trainer.policy.velocity, []
@@ -117,7 +128,7 @@ def killed(results):
 
 def main():
     results = {}
-    for part in (online, resumed, offline) + ((different,) if processes > 1 else ()):
+    for part in (online, resumed, offline) + ((different, failing) if processes > 1 else ()):
         part(results)
     torch.save(results, output / f"result_{rank}.pt")
     if processes > 1:
@@ -200,6 +211,12 @@ def test_ranks_with_other_options_or_data_stop(ran):
     assert "train_dataset has 8 usable cases and 7" in fewer
     for message in (order, pictures):  # the texts are in another order; only the pictures differ
         assert "train_dataset has 8 usable cases and 8, or their content or order differs" in message
+
+
+def test_an_error_between_two_passes_stops_both_ranks(ran):
+    _, two, *_ = ran
+    assert two[1]["failing"] == "RuntimeError: the decoder broke"
+    assert two[0]["failing"] == "ValueError: Process 1 failed: RuntimeError: the decoder broke"
 
 
 def test_the_others_say_that_a_rank_was_killed(ran):
