@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, patch_environment
 from datasets import Dataset
@@ -135,7 +136,7 @@ class BaseEditTrainer(_BaseTrainer):
 
     def __init__(self, model: PeftModel, args: Any, **kwargs: Any):
         # Before anything moves the model to the device, where it may not fit whole
-        self._is_sharded = check_fsdp() and args.world_size > 1
+        self._is_sharded = check_fsdp() and PartialState().num_processes > 1
         self._pass_count = PassCount()
         self._keeps_step = False  # whether passes are made equal already
         if self._is_sharded:

@@ -186,7 +186,7 @@ class DPOEditTrainer(BaseEditTrainer):
         for name, dataset in datasets.items():
             datasets[name] = self._leave_out(dataset, check_pairs(dataset, name, args.on_bad_case))
 
-        check_same_run(args, datasets, peft_config, args.world_size)
+        check_same_run(args, datasets, peft_config)
 
         # Policy. Its class is found before its weights are loaded.
         init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]

@@ -247,7 +247,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations})."
             )
 
-        check_same_run(args, datasets, peft_config, args.world_size)
+        check_same_run(args, datasets, peft_config)
 
         # Policy. Its class is found, and the judges are asked, before its weights are loaded.
         init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]

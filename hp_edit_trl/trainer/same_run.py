@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, Value
 from peft import LoraConfig
@@ -50,11 +51,9 @@ def dataset_digest(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def check_same_run(
-    args: Any, datasets: Mapping[str, Dataset], peft_config: LoraConfig | None, num_processes: int
-) -> None:
+def check_same_run(args: Any, datasets: Mapping[str, Dataset], peft_config: LoraConfig | None) -> None:
     """
-    Checks that all processes have the same options and the same data.
+    Checks that all processes have the same options and the same data. With one process nothing is compared.
 
     Args:
         args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
@@ -63,13 +62,11 @@ def check_same_run(
             The datasets by name, without bad cases.
         peft_config ([`~peft.LoraConfig`], *optional*):
             The LoRA to train.
-        num_processes (`int`):
-            Number of processes. Nothing is checked for one.
 
     Raises:
         `ValueError`: If they differ, on all processes.
     """
-    if num_processes == 1:
+    if PartialState().num_processes == 1:
         return
     options = {name: str(value) for name, value in args.to_dict().items() if name not in OWN}
     lora = {} if peft_config is None else redacted(peft_config.to_dict())
