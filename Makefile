@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Processes that run tests beside each other
+# Processes that run tests beside each other, each the tests of neighbouring files, which share fixtures
 JOBS ?= 2
 
 .PHONY: demo test test-slow quick check audit format wheel clean
@@ -11,13 +11,13 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/train_qwen_edit.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 quick: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

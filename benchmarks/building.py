@@ -205,7 +205,7 @@ class Instant:
         return answers
 
 
-def overhead(count: int, latency: float, engines: list[str]) -> None:
+def overhead(count: int, latency: float, engines: list[str], tiny: bool) -> None:
     with tempfile.TemporaryDirectory() as home:
         root = Path(home)
         pictures(root / "pictures", count, 256)
@@ -214,12 +214,13 @@ def overhead(count: int, latency: float, engines: list[str]) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         clip = tiny_clip(str(root / "clip"))
-        tokenizer = CLIPProcessor.from_pretrained(clip).tokenizer
-        config = CLIPConfig()  # ViT-B/32
-        config.text_config.vocab_size = len(tokenizer)
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(clip)
-        CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(clip)
+        if not tiny:
+            tokenizer = CLIPProcessor.from_pretrained(clip).tokenizer
+            config = CLIPConfig()  # ViT-B/32
+            config.text_config.vocab_size = len(tokenizer)
+            torch.manual_seed(0)
+            CLIPModel(config).save_pretrained(clip)
+            CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(clip)
         print(
             "| engine | stage | rows | start, s | rows/s | model calls, s | whole stage, s | overhead |\n"
             "|---|---|---|---|---|---|---|---|"
@@ -286,10 +287,11 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--latency", type=float, default=1.0, help="seconds of a server's answer and of an edit")
     parser.add_argument("--engines", nargs="+", default=["local", "ray"])
+    parser.add_argument("--tiny", action="store_true", help="a tiny CLIP in place of ViT-B/32")
     parser.add_argument("--memory", type=int, help="measure memory instead, with this number of pictures")
     args = parser.parse_args()
     if args.memory is None:
-        overhead(args.rows, args.latency, args.engines)
+        overhead(args.rows, args.latency, args.engines, args.tiny)
     else:
         with tempfile.TemporaryDirectory() as home:
             memory(args.memory, Path(home))

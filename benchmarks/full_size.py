@@ -64,6 +64,7 @@ def build_trainer(tiny: bool, device: torch.device) -> FlowGRPOEditTrainer:
     args = FlowGRPOEditConfig(
         output_dir=tempfile.mkdtemp(), bf16=True, use_cpu=tiny, report_to="none", num_generations=2,
         per_device_train_batch_size=1, gradient_accumulation_steps=2, save_strategy="no",
+        num_inference_steps=2 if tiny else 10, sde_window_size=1,
     )  # fmt: skip
     cases = Dataset.from_list([{"prompt": "unused", "image": Image.new("RGB", (64, 64))}])
     lora = LoraConfig(r=32, lora_alpha=64)
@@ -92,7 +93,8 @@ def random_conditions(resolution: int, device: torch.device, text_tokens: int) -
 
 
 def measure(trainer, resolution: int, cfg: float, batch: int, peak: float, repeats: int, text_tokens: int) -> list:
-    policy, model, device, steps = trainer.policy, trainer.model, trainer.accelerator.device, 10
+    policy, model, device = trainer.policy, trainer.model, trainer.accelerator.device
+    steps = trainer.args.num_inference_steps
     trainer.true_cfg_scale = cfg
     conditions = random_conditions(resolution, device, text_tokens)
     if device.type == "cuda":
@@ -161,7 +163,10 @@ def main() -> None:
         f"transformers {transformers.__version__}; {parameters / 1e9:.2f}B parameters with LoRA; "
         f"matrix product {peak / 1e12:.3g} TFLOP/s\n"
     )
-    print("| px | CFG | rollout batch | s / image (10 steps) | GiB | MFU | s / trained step, batch 1 | GiB | MFU |")
+    steps = trainer.args.num_inference_steps
+    print(
+        f"| px | CFG | rollout batch | s / image ({steps} steps) | GiB | MFU | s / trained step, batch 1 | GiB | MFU |"
+    )
     print("|---" * 9 + "|")
     resolutions, text_tokens = ([64], 40) if options.tiny else ([512, 1024], 220)
     for resolution in resolutions:

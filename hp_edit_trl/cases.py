@@ -148,7 +148,7 @@ def find_bad_cases(dataset: Dataset, name: str, edits: Sequence[str] = ()) -> di
                     problems.append(f"has no {what.get(column, f'{column} image' if column != 'edit' else 'edit')}.")
                 for picture in pictures:
                     if picture is not None:
-                        found = _picture_problem(picture)
+                        found = _picture_problem(picture, is_read=column in known)
                         if isinstance(found, str):
                             problems.append(f"has {_a_picture(column)} that {found}")
                         elif found is not None:
@@ -277,31 +277,35 @@ def _pictures(cell: Any) -> Iterator[Any]:
                 yield from _pictures(cell[name])
 
 
-def _header_size(picture: Any) -> tuple[int, int]:
+def _header(picture: Any) -> tuple[int, int, str]:
+    """Width, height and mode of an encoded image."""
     if isinstance(picture, pa.Buffer):
         # Nothing is copied. Pillow may seek behind the end, though, which only a copy can take.
         with contextlib.suppress(Exception), PILImage.open(pa.BufferReader(picture), formats=FORMATS) as image:
-            return image.size
+            return *image.size, image.mode
         picture = io.BytesIO(picture.to_pybytes())
     with PILImage.open(picture, formats=FORMATS) as image:
-        return image.size
+        return *image.size, image.mode
 
 
-def _picture_problem(picture: Any) -> str | tuple[int, int] | None:
+def _picture_problem(picture: Any, is_read: bool) -> str | tuple[int, int] | None:
     """
     What the header of an encoded image tells against it, as the end of a sentence, or else its width and height.
-    `None` for an address on the web, which is not asked.
+    `None` for an address on the web, which is not asked. `is_read` says whether it is read by
+    [`~hp_edit_trl.utils.images.read_image`], and not passed on in its own mode.
     """
     if isinstance(picture, str) and ("://" in picture or "::" in picture):
         return None
     try:
-        width, height = _header_size(picture)
+        width, height, mode = _header(picture)
     except FileNotFoundError:
         return f"does not exist: {picture!r}. Put the file there, or leave the case out."
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
         reason = "it is no image of a known format" if isinstance(error, PILImage.UnidentifiedImageError) else error
         where = f" {picture!r}" if isinstance(picture, str) else ""
         return f"cannot be decoded{where}: {type(error).__name__}: {reason}. Repair it, or leave the case out."
+    if mode == "F" and is_read:
+        return "has floating-point values of unknown range. Convert it to 8 bits, or leave the case out."
     if not width or not height:
         return f"is empty: {width} x {height} pixels. Repair it, or leave the case out."
     if PILImage.MAX_IMAGE_PIXELS is not None and width * height > PILImage.MAX_IMAGE_PIXELS:

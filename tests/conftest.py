@@ -1,3 +1,4 @@
+import gc
 import os
 
 
@@ -17,3 +18,8 @@ import torch
 
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    # Every training collects garbage. What has been imported is none, and need not be searched each time.
+    gc.freeze()

@@ -250,7 +250,8 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def fake_hub() -> Iterator[FakeHub]:
     """
-    Starts an empty Hub. Its `env` is for subprocesses: huggingface_hub reads the address when it is imported.
+    Starts an empty Hub. Its `env` is for other processes (`tests.processes.Script`): huggingface_hub reads the address
+    when it is imported.
     """
     with tempfile.TemporaryDirectory() as home, ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         url = f"http://127.0.0.1:{server.server_port}"

@@ -53,6 +53,7 @@ def make_config(output_dir, **kwargs) -> FlowGRPOEditConfig:
         learning_rate=1e-2,
         report_to="none",
         save_strategy="no",
+        num_sample_edits=2,
         disable_tqdm=True,
     )
     return FlowGRPOEditConfig(output_dir=str(output_dir), **{**defaults, **kwargs})

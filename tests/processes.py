@@ -3,6 +3,7 @@ Scripts in processes of their own, as a user starts them. They are forked from a
 already, because imports take eight seconds of each process.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -37,8 +38,10 @@ def _read_hub_settings() -> None:
     huggingface_hub and datasets read the environment when they are imported, and other modules copy what they have
     read. Here they read it again.
     """
-    for name in ("huggingface_hub.constants", "datasets.config"):
-        settings = importlib.import_module(name)
+    import datasets.config
+    import huggingface_hub.constants
+
+    for settings in (huggingface_hub.constants, datasets.config):
         before = {name: value for name, value in vars(settings).items() if isinstance(value, str | bool | Path)}
         now = vars(importlib.reload(settings))
         changed = {name: (old, now[name]) for name, old in before.items() if now[name] != old}
@@ -46,11 +49,11 @@ def _read_hub_settings() -> None:
             for name, (old, new) in changed.items():
                 if vars(module).get(name) == old:
                     setattr(module, name, new)
-    huggingface_hub = importlib.import_module("huggingface_hub")
     huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
 
 
 def _run(command: list[str], cwd: str, environment: dict[str, str], output: str) -> None:
+    gc.freeze()  # a collection would copy the server's memory
     os.environ.update(environment)
     os.chdir(cwd)
     os.setsid()

@@ -84,6 +84,7 @@ PICTURES = {
     "An image with more pixels than Pillow decodes": [
         encoded(Image.new("1", (10000, 9000)), compress_level=1),
     ],
+    "An image of floating-point values": [encoded(photo(8, 8).convert("F"), "TIFF")],
     "An image of any other size, format or mode that Pillow reads": [
         encoded(Image.new("RGB", (1, 1))), encoded(Image.new("RGB", (100, 1))), JPEG, encoded(photo(64, 64), "WEBP"),
         encoded(photo(64, 64), "GIF"), encoded(photo(64, 64), "BMP"), encoded(photo(64, 64).convert("RGBA")),
@@ -146,7 +147,7 @@ def malformed():
                     yield fault, column, picture, kind
         for picture in pictures[:3]:
             yield fault, "images", [PHOTO, picture], "case"
-        if fault != "An image that is missing":
+        if fault not in ("An image that is missing", "An image of floating-point values"):
             yield fault, "target", pictures[0], "case"
             yield fault, "masks", [[PHOTO], [pictures[0]]], "case"
     yield "An empty list of images", "images", [], "case"

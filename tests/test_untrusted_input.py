@@ -27,6 +27,7 @@ ROWS = {
     "a dataset that is loaded by name has the address": "utils.test_image_paths.test_more_is_asked_for",
     "a `Dataset` of the user's own Python": "test_untrusted_input.test_paths_of_the_users_own_are_read",
     "the id of a case is a path": "test_editors.test_an_id_is_no_path_to_another_folder",
+    "ids that are long": "utils.test_files.test_different_names_stay_different_and_plain_ones_as_they_are",
     "the task of a scorer prompt is a path": "calibration.test_refine.test_a_task_is_no_path_to_another_folder",
     "the task of a scorer prompt is no text": "rewards.test_prompts.test_bad_folders",
     "the folder of a benchmark's run": "bench.test_report.test_a_gallery_shows_no_file_of_another_folder",
@@ -39,6 +40,7 @@ ROWS = {
         "calibration.test_guard.test_guesses_of_an_address_become_slow_and_others_are_let_in",
     "wrong passwords from many":
         "calibration.test_guard.test_guesses_from_many_addresses_become_slow_but_the_right_password_works",
+    "another website": "calibration.test_guard.test_a_website_of_others_cannot_rate_or_guess",
     "a dataset is pushed": "test_untrusted_input.test_a_dataset_is_not_pushed_to_a_public_repository",
     "a secret in a file": "test_untrusted_input.test_a_planted_secret_is_found",
     "no network while": "test_untrusted_input.test_an_audit_without_a_network_does_not_fail",

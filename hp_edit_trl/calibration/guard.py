@@ -87,7 +87,8 @@ def _network(address: str) -> str:
 
 class Guard:
     """
-    ASGI middleware that serves only the routes that the page needs, and slows down wrong passwords.
+    ASGI middleware that serves only the routes that the page needs, answers no website of others that a browser has
+    open, and slows down wrong passwords.
 
     Args:
         app (`Callable`):
@@ -120,11 +121,16 @@ class Guard:
             return
         path = scope["path"]
         api = path.removeprefix("/gradio_api/").split("/")[0] if path.startswith("/gradio_api/") else None
-        host = re.sub(r":\d+$", "", dict(scope["headers"]).get(b"host", b"").decode("latin-1"))
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        here = headers.get(b"host", "")
+        host = re.sub(r":\d+$", "", here)
+        # A browser names the website that sends a form. A proxy may have replaced the host; a website cannot.
+        origin = headers.get(b"origin", f"//{here}").partition("//")[2]
+        is_foreign = scope["method"] not in ("GET", "HEAD") and origin not in (here, headers.get(b"x-forwarded-host"))
         status = 200
         if ".." in path or not (path in OPEN or path.startswith(OPEN_BELOW) or api in OPEN_API):
             status = 404
-        elif self.local_only and not is_loopback(host):
+        elif is_foreign or (self.local_only and not is_loopback(host)):
             status = 403
 
         address, pause = (scope.get("client") or ("unknown", 0))[0], 0.0
@@ -140,18 +146,18 @@ class Guard:
             if message["type"] == "http.response.start":
                 if is_login and message["status"] < 400:
                     self.throttle.succeed(address)
-                headers = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
-                message = {**message, "headers": [*message["headers"], *headers]}
+                added = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
         if status == 200:
             await self.app(scope, receive, send_with_policy)
         else:
-            headers, body = [(b"content-type", b"text/plain")], b"Not served here."
+            replied, body = [(b"content-type", b"text/plain")], b"Not served here."
             if status == 429:
-                headers.append((b"retry-after", str(int(pause) + 1).encode()))
+                replied.append((b"retry-after", str(int(pause) + 1).encode()))
                 body = b"Too many wrong passwords. Wait, then try again."
-            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.start", "status": status, "headers": replied})
             await send({"type": "http.response.body", "body": body})
 
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..cases import EditKey, case_images, check_edits, edit_keys, without_decoding
 from ..judges import Judge, without_reasoning
+from ..judges.failures import check_not_refused
 from ..ratings import Rating
 from ..rewards import HPScorerReward, ScorerPrompt, load_scorer_prompts, read_scorer_prompt
 from ..utils.files import append_jsonl, file_name, read_jsonl
@@ -369,6 +370,7 @@ class PromptRefiner:
                     names = ("prompt", "edit", "references", "requirement")
                     prompts, edits, references, requirements = ([case[name] for case in chunk] for name in names)
                     judged = scorer.judge_edits(prompts, edits, references, [self.task] * len(chunk), requirements)
+                    check_not_refused(judged)
                     for case, judgement in zip(chunk, judged, strict=True):
                         if not judgement.answered:  # it does not depend on the prompt
                             raise ConnectionError(

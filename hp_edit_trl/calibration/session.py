@@ -18,6 +18,9 @@ from ..ratings import SCORES, Rating, append_rating, read_ratings
 from ..utils.seeding import seeded_generator
 
 
+LONGEST_COMMENT = 10_000  # characters
+
+
 class StaleError(ValueError):
     """The edit has already been answered."""
 
@@ -158,11 +161,12 @@ class RatingSession:
 
         Raises:
             [`StaleError`]: If the edit has been answered since the token was issued. Then nothing is written.
-            `ValueError`: If the score is not valid.
+            `ValueError`: If the score is not valid, or the comment is no text or too long.
             `OSError`: If the file cannot be written.
         """
         if score is not None and (type(score) is not int or score not in SCORES):
             raise ValueError(f"The score {score!r} is not an integer from 0 to 5.")
+        _check_comment(comment)
         with self.lock:
             key = self._find(token)
             was_skipped = self._skipped(key)
@@ -222,12 +226,20 @@ class RatingSession:
 
     def _keep(self, key: EditKey, comment: str | None) -> None:
         """Keeps the comment on an edit that is left: with its answer, or as a draft until it has one."""
-        if comment is None or comment.strip() == self.comment(key).strip():
+        if comment is None:
+            return
+        _check_comment(comment)
+        if comment.strip() == self.comment(key).strip():
             return
         if key in self.answers:
             self._write(key, self.answers[key].score, comment)
         else:
             self.drafts[key] = comment
+
+
+def _check_comment(comment: str) -> None:
+    if not isinstance(comment, str) or len(comment) > LONGEST_COMMENT:
+        raise ValueError(f"A comment must be a text of at most {LONGEST_COMMENT} characters. Nothing was saved.")
 
 
 def check_rubric(file: Path, rubric: str, dataset: Dataset | None = None) -> list[Rating]:

@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 from ..utils.secrets import guard_output, redacted
 from ..version import __version__
-from . import bench, calibration, data, env, lora, train
+from . import bench, calibration, data, env, lora, plan, train
 
 
 FAMILIES = {
     "Train": train,
+    "Plan a training": plan,
     "Calibrate a judge": calibration,
     "Build datasets": data,
     "Run benchmarks": bench,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 from PIL import Image
 
@@ -246,11 +247,16 @@ class ServerJudge:
         return aiohttp.ClientSession(
             headers=headers,
             auto_decompress=False,
-            trust_env=True,
+            trust_env=False,  # a ~/.netrc would take the place of the key; proxies are looked up below
             timeout=aiohttp.ClientTimeout(total=None),  # that of `asyncio.timeout` bounds all of an attempt
             connector=aiohttp.TCPConnector(limit=self.max_concurrency),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+
+    def _proxy(self) -> str | None:
+        """The proxy that the environment names for the server."""
+        address = urlsplit(self._url)
+        return None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
 
     async def _try(self, conversation: list[dict[str, Any]]) -> Judgement:
         async with self._session() as session:
@@ -345,7 +351,8 @@ class ServerJudge:
 
         try:
             async with asyncio.timeout(self.timeout):
-                async with session.post(self._url, data=body, allow_redirects=False) as response:
+                post = session.post(self._url, data=body, allow_redirects=False, proxy=self._proxy())
+                async with post as response:
                     status, headers = response.status, response.headers
                     self._check_headers(status, headers)
                     text = await self._read(response)

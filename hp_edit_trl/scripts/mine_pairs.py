@@ -159,6 +159,7 @@ def main(args: MiningArguments) -> None:
                 repo_id=repo_id,
                 folder_path=folder,
                 repo_type="dataset",
+                allow_patterns=["README.md", "dropped.jsonl", "pairs/*.parquet", "samples/*.parquet"],
                 delete_patterns=["pairs/*.parquet", "samples/*.parquet"],  # of an earlier upload
             )
     accelerator.end_training()

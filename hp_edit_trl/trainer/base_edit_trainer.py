@@ -1,6 +1,7 @@
 """What both trainers share, apart from the algorithms: loading, reading cases, sampling edits, saving, sharing."""
 
 import contextlib
+import copy
 import math
 import os
 import shutil
@@ -51,9 +52,10 @@ from .checkpoints import (
     save_errors,
     write_manifest,
 )
-from .hub import CARD_PICTURES, MODEL_FILES, copy_published, upload, write_published_state
+from .hub import CARD_PICTURES, MODEL_FILES, card_pictures, copy_published, upload, write_published_state
 from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
+from .plan import Plan, plan_training
 from .sharding import PassCount, check_fsdp, check_shardable, equal_passes, most_of_all, shard, wrap
 
 
@@ -80,13 +82,24 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
     if not isinstance(model, str):
         base_model = str(model.config.get("_name_or_path") or "base-model")  # it may have been loaded from a Path
         return policy_type(model, args.offload_encoders), redacted(base_model)
+    pipeline = DiffusionPipeline.from_pretrained(model, **loading_options(args))
+    return policy_type(pipeline, args.offload_encoders), redacted(model)
+
+
+def loading_options(args: Any) -> dict[str, Any]:
+    """
+    The keyword arguments that a pipeline is loaded with.
+
+    Args:
+        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+            The trainer's configuration: `model_init_kwargs` and `bf16` are read.
+    """
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
     dtype = init_kwargs.pop("torch_dtype", None) or init_kwargs.get("dtype")
     if dtype is None:
         dtype = torch.bfloat16 if args.bf16 else torch.float32
     init_kwargs["dtype"] = parse_dtype(dtype)  # a name, if it comes from YAML or the command line
-    pipeline = DiffusionPipeline.from_pretrained(model, **init_kwargs)
-    return policy_type(pipeline, args.offload_encoders), redacted(model)
+    return init_kwargs
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -294,6 +307,27 @@ class BaseEditTrainer(_BaseTrainer):
         together = self._passes_in_step() if self._is_sharded else contextlib.nullcontext()
         with together, self._without_casts(), contextlib.nullcontext() if adapter else use_adapter(self.model, None):
             return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
+
+    def plan(self, **options: Any) -> Plan:
+        """
+        Plans the training of this model with these settings: memory, passes, time and cost, by a dry run that needs no
+        GPU. The trainer is left as it is.
+
+        Args:
+            **options:
+                Those of [`~hp_edit_trl.trainer.plan.plan_training`]: `gpu`, `gpu_memory`, `utilization`,
+                `price_per_gpu_hour`, `num_references`, `prompt_tokens`, ...
+
+        Raises:
+            `ValueError`: If an option is not valid, or the model is quantized or sharded.
+        """
+        if self._is_sharded:
+            raise ValueError("A sharded model cannot be planned: use `hp-edit plan`, before the launch.")
+        peft_config = copy.copy(self.accelerator.unwrap_model(self.model).peft_config["default"])
+        if peft_config.exclude_modules == self.policy.lora_exclude_modules:
+            peft_config.exclude_modules = None  # it names the last block, which a dry run has elsewhere
+        options = {"num_cases": self.num_train_cases, **options}
+        return plan_training(type(self), self.policy.pipeline, self.args, {}, peft_config, **options)
 
     def _drop_bad_update(self, loss: torch.Tensor, case_ids: list[Any], learns: bool = True) -> None:
         """
@@ -630,7 +664,7 @@ class BaseEditTrainer(_BaseTrainer):
         options |= {"revision": revision} if revision is not None else {}
         # Pictures of an earlier commit that the card does not show any more are deleted.
         options |= {"delete_patterns": list(CARD_PICTURES), "run_as_future": not blocking}
-        files = [*MODEL_FILES, *(CARD_PICTURES if args.num_sample_edits else ())]
+        files = [*MODEL_FILES, *(card_pictures(folder) if args.num_sample_edits else ())]
         return upload(args.output_dir, args, self.hub_model_id, files, commit_message, **options)
 
     def save_sample_edits(self, num_cases: int | None = None) -> None:

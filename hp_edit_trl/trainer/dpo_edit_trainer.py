@@ -223,7 +223,6 @@ class DPOEditTrainer(BaseEditTrainer):
         )
         self.policy.place(self.accelerator.device)
         self._latents_folder = Path(args.latents_cache_dir or Path(args.output_dir) / "_latents")
-        self._encoders_key = encoders_key(self.policy)
         self._encoded: dict[str, list[str]] = {}  # files of the encoded pairs of a dataset, by its fingerprint
 
         # Sum and number of each metric since the last log
@@ -255,6 +254,10 @@ class DPOEditTrainer(BaseEditTrainer):
     def epoch(self) -> int:
         """The present epoch, counted from 0."""
         return int(self.state.epoch or 0)
+
+    @functools.cached_property
+    def _encoders_key(self) -> str:
+        return encoders_key(self.policy)
 
     # Every pair is encoded once, before the first step. Training then only reads files and does not need the encoders:
     # the dataloader's items are the names of these files.
@@ -324,7 +327,10 @@ class DPOEditTrainer(BaseEditTrainer):
         }
 
     def _load_pair(self, file: str) -> Pair:
-        state, device = torch.load(file, weights_only=True), self.accelerator.device
+        return self._pair(torch.load(file, weights_only=True))
+
+    def _pair(self, state: dict[str, Any]) -> Pair:
+        device = self.accelerator.device
         conditions = EditConditions(**state["conditions"])
         conditions.tensors = {name: tensor.to(device) for name, tensor in conditions.tensors.items()}
         return Pair(state["id"], conditions, state["chosen"].to(device), state["rejected"].to(device))

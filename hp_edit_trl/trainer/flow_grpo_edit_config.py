@@ -90,7 +90,7 @@ class FlowGRPOEditConfig(BaseEditConfig):
             differ by the noise of the window alone.
         num_finish_steps (`int`, *optional*):
             Number of steps in which a rollout is finished after the window, with a method of second order. Defaults to
-            the remaining steps of the schedule. 2 or 3 instead of 5 or 6 change the scores little.
+            the remaining steps of the schedule.
 
         > Parameters that control evaluation
 
@@ -439,11 +439,9 @@ class FlowGRPOEditConfig(BaseEditConfig):
             raise ValueError(f"max_skipped_updates={self.max_skipped_updates} must not be negative.")
         # Trainer's default is the loss, for `load_best_model_at_end` and some schedulers
         if self.metric_for_best_model in ("loss", "eval_loss", "eval_", ""):
-            what = f"lr_scheduler_type={str(self.lr_scheduler_type.value)!r}"
-            what = "load_best_model_at_end=True" if self.load_best_model_at_end else what
             raise ValueError(
-                f"{what} needs metric_for_best_model: an evaluation has no loss. Use e.g. 'reward', with "
-                "greater_is_better=True."
+                "load_best_model_at_end=True, and schedulers that go by evaluations, need metric_for_best_model: an "
+                "evaluation has no loss. Use e.g. 'reward', with greater_is_better=True."
             )
         if self.log_completions_hub_repo is not None and not self.log_completions:
             raise ValueError(

@@ -706,7 +706,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 raised = False
                 try:
                     if i in futures:
-                        returned = self._answer(futures[i])
+                        returned = self._answer(i, futures[i])
                     else:
                         arguments = self._reward_arguments(rows, edits, places)
                         returned = judged(func, arguments) if isinstance(func, HPScorerReward) else func(**arguments)
@@ -741,11 +741,12 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         device = self.accelerator.device
         return rewards_per_func.to(device), failed.to(device), tally
 
-    def _answer(self, waiting: Future) -> Any:
-        """What an async function returns. Raises an error if a task that it started has ended the event loop."""
-        while not wait([waiting], timeout=1).done:
-            if not self.async_loop.is_running():
-                raise RuntimeError("a task of an async reward function has ended the event loop, e.g. by sys.exit")
+    def _answer(self, i: int, waiting: Future) -> Any:
+        """What a function that was begun returns. Raises an error if a task of it has ended the event loop."""
+        if is_async_callable(self.reward_funcs[i]):
+            while not wait([waiting], timeout=1).done:
+                if not self.async_loop.is_running():
+                    raise RuntimeError("a task of an async reward function has ended the event loop, e.g. by sys.exit")
         return waiting.result()
 
     def _log_extra(self, column: str, values: list, places: list[int]) -> None:

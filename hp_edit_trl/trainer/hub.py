@@ -1,6 +1,7 @@
 """What a trainer uploads to the Hub: an allow-list, without anything pickled and without secrets."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from huggingface_hub import CommitInfo, CommitScheduler, DatasetCard, DatasetCar
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 
-from ..utils.files import write_text
+from ..utils.files import is_below, write_text
 from ..utils.hub import create_repository
 from ..utils.secrets import redacted, remember_secrets
 
@@ -79,13 +80,21 @@ def copy_published(checkpoint: Path, folder: Path) -> list[str]:
 
 def upload(folder: str, args: Any, repo_id: str, files: list[str], message: str | None, **options: Any) -> CommitInfo:
     """
-    Uploads files of a folder. `options` are those of [`~huggingface_hub.HfApi.upload_folder`], which returns a
-    `Future` with `run_as_future=True`.
+    Uploads files of a folder, as far as they exist. Links to files elsewhere are left out. `options` are those of
+    [`~huggingface_hub.HfApi.upload_folder`], which returns a `Future` with `run_as_future=True`.
     """
     options = {"token": args.hub_token, "revision": args.hub_revision} | options
+    names = [name for name in files if (Path(folder) / name).is_file() and is_below(Path(folder) / name, folder)]
     return HfApi().upload_folder(
-        repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=message, **options
+        repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message=message, **options
     )
+
+
+def card_pictures(folder: Path) -> list[str]:
+    """The names of the pictures that the model card shows. Other files beside them are the user's own."""
+    names = sorted(file.name for file in (folder / "images").glob("*"))
+    ours = [name for name in names if re.fullmatch(r"\d+_((before|after)\.png|prompt\.txt)", name)]
+    return ["before_after.png", *(f"images/{name}" for name in ours)]
 
 
 def completions_scheduler(args: Any) -> CommitScheduler:

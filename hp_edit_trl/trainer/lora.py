@@ -132,8 +132,8 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
         config.target_modules = policy.lora_target_modules
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         raise ValueError(
-            "layers_to_transform needs target_modules as a list of names: by default they are a regular expression for "
-            f"a {type(transformer).__name__}."
+            "layers_to_transform needs target_modules as a list of names: by default those of a "
+            f"{type(transformer).__name__} are a regular expression."
         )
     if config.exclude_modules is None:
         config.exclude_modules = policy.lora_exclude_modules

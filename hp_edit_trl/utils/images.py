@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from .secrets import redact_error
 
@@ -76,9 +77,8 @@ def _content(value: Any) -> bytes:
             return value["bytes"]
         value = value.get("path")
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(
-            f"it must be a PIL image, a path, or a dictionary with 'bytes' or 'path', but is {value!r:.80}"
-        )
+        what = "None" if value is None else f"of the type {type(value).__name__}"  # not its content, which may be long
+        raise TypeError(f"it must be a PIL image, a path, or a dictionary with 'bytes' or 'path', but is {what}")
     if os.path.exists(value):
         return Path(value).read_bytes()
     with fsspec.open(str(value), "rb") as file:  # remote, or inside of an archive, as `datasets` names its files
@@ -225,6 +225,9 @@ def _eight_bits(image: Image.Image, stored: str) -> Image.Image:
         if image.mode == "I" and image.format not in ("PNG", "PPM") and 0 < high < 256:
             raise UnreadableImageError(f"32-bit values up to {high}, which may be 8 or 16 bits: convert it to mode L")
         top = 4095 if stored == "I;12" else 65535
+        # Pillow turns TIFF files in which 0 is white the right way up only if they have at most 8 bits.
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0:
+            values = top - values
         return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8))
     if image.mode == "F":
         raise UnreadableImageError("floating-point values of unknown range: convert it to 8 bits")

@@ -131,7 +131,7 @@ def test_intervals_of_cases_cover_what_they_should_and_those_of_edits_do_not():
         cases = np.repeat(np.arange(60), 3)
         quality = rng.integers(1, 5, 60)
         human, scores = quality[cases] + draw(180), np.minimum(quality + draw(60) + 1, 5)[cases]
-        options = dict(statistics=("pearson", "bias"), confidence=0.9, num_resamples=200, seed=seed)
+        options = dict(statistics=("pearson", "bias"), confidence=0.9, num_resamples=100, seed=seed)
         for count, clusters in ((covered, cases), (naive, None)):
             result = agreement(human, scores, clusters=clusters, **options)["overall"]
             for name in count:
@@ -161,9 +161,9 @@ def test_paired_intervals_cover_and_are_narrower_than_the_difference_of_two_inte
     assert truth > 0.05
     for seed in range(150):
         human, a, b = world(np.random.default_rng([1, seed]), 60)
-        result = agreement_difference(human, a, b, confidence=0.9, num_resamples=200, seed=seed)
+        result = agreement_difference(human, a, b, confidence=0.9, num_resamples=100, seed=seed)
         covered += result["low"] <= truth <= result["high"]
-        options = dict(statistics=["pearson"], confidence=0.9, num_resamples=200, seed=seed)
+        options = dict(statistics=["pearson"], confidence=0.9, num_resamples=100, seed=seed)
         parts = [agreement(human, s, **options)["overall"]["pearson"] for s in (a, b)]
         widths.append((result["high"] - result["low"], np.hypot(*(p["high"] - p["low"] for p in parts))))
     assert 0.81 <= covered / 150 <= 0.975

@@ -22,17 +22,19 @@ class Page:
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    def post(self, password, address="10.0.0.1", method="POST", path="/login"):
-        return asyncio.run(self._post(password, address, method, path))
+    def post(self, password, address="10.0.0.1", method="POST", path="/login", **headers):
+        return asyncio.run(self._post(password, address, method, path, headers))
 
-    async def _post(self, password, address, method, path):
+    async def _post(self, password, address, method, path, headers=()):
         sent = []
 
         async def send(message):
             sent.append(message)
 
         client = None if address is None else (address, 1)
-        scope = {"type": "http", "path": path, "method": method, "headers": [], "client": client, "password": password}
+        headers = [(name.replace("_", "-").encode(), value.encode()) for name, value in dict(headers).items()]
+        scope = {"type": "http", "path": path, "method": method, "client": client, "password": password}
+        scope["headers"] = headers
         await self.guard(scope, None, send)
         return sent[0]["status"]
 
@@ -94,3 +96,16 @@ def test_many_guesses_at_once_are_no_way_around():
         return await asyncio.gather(*(page._post("wrong", "10.0.0.1", "POST", "/login") for _ in range(50)))
 
     assert sorted(asyncio.run(at_once())) == [400] * 5 + [429] * 45
+
+
+def test_a_website_of_others_cannot_rate_or_guess():
+    page, queue = Page(), "/gradio_api/queue/join"
+    own = {"host": "localhost:7860", "origin": "http://localhost:7860"}
+    assert page.post("right", path=queue, **own) == 200 and page.post("right", path=queue, host="localhost") == 200
+    for origin in ("https://evil.org", "null", "http://localhost:8000", "http://localhost:7860.evil.org", ""):
+        assert page.post("right", path=queue, **own | {"origin": origin}) == 403, origin
+        assert page.post("right", **own | {"origin": origin}) == 403
+    proxied = {"host": "127.0.0.1:7860", "origin": "https://rate.org"}
+    assert page.post("right", path=queue, **proxied, x_forwarded_host="rate.org") == 200
+    assert page.post("right", path=queue, **proxied) == 403
+    assert page.post("right", path="/config", method="GET", **own | {"origin": "https://evil.org"}) == 200

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hp_edit_trl import HPScorerReward
 from hp_edit_trl.calibration import read_scores, score_dataset
-from hp_edit_trl.judges import CachedJudge, Judgement
+from hp_edit_trl.judges import CachedJudge, Judgement, JudgeRefusedError
 from tests.helpers import RuleJudge, make_edits
 from tests.processes import Script
 
@@ -123,7 +123,17 @@ def test_a_judge_that_dies_half_way_keeps_what_it_scored(tmp_path):
                 return [Judgement(None, "APIConnectionError: nobody there", answered=False) for _ in conversations]
             return super().__call__(conversations)
 
+    class Refuses(RuleJudge):
+        def __call__(self, conversations):
+            answers = super().__call__(conversations)
+            refused = Judgement(None, "refused: the server answered 401", answered=False, failure="refused")
+            return [*answers[:3], *[refused for _ in answers[3:]]]
+
     edits, file = make_edits(12), tmp_path / "scores.jsonl"
+    for kept in (3, 6):  # also of edits that were tried before, all that was answered is kept
+        with pytest.raises(JudgeRefusedError, match="^the server answered 401 Earlier scores are kept in"):
+            score_dataset(HPScorerReward(Refuses()), edits, tmp_path / "refused", chunk_size=8)
+        assert sum(line["score"] is not None for line in read_scores(tmp_path / "refused")) == kept
     with pytest.raises(ConnectionError, match="too many edits: 8 in a row.*nobody there.*run it again"):
         score_dataset(HPScorerReward(Dies()), edits, tmp_path, chunk_size=8)
     assert sum(line["score"] is not None for line in read_scores(file)) == 8

@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image as PILImage
 
 from hp_edit_trl import HPScorerReward
 from hp_edit_trl.data import build_preference_dataset, mine_preference_pairs, preference_pairs, sample_and_score
+from hp_edit_trl.judges import JudgeRefusedError
 from hp_edit_trl.miniature import CoarseScorer, RuleScorer, load_pipeline
 from hp_edit_trl.miniature import load_dataset as load_world
 from tests.processes import Script
@@ -50,6 +52,18 @@ def mine(pipeline, cases, folder, reward_func=None, **options):
 def mined(pipeline, cases, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mined")
     return mine(pipeline, cases, folder), folder
+
+
+def test_a_key_that_is_refused_loses_no_score(pipeline, cases, tmp_path):
+    def refused(scorer, count=4, **columns):
+        rewards = scorer(**columns)
+        raise JudgeRefusedError("the server answered 401.", [*rewards[:count], *[None] * (len(rewards) - count)])
+
+    options = {**OPTIONS, "score_name": None, "cases_per_round": 2}
+    with pytest.raises(JudgeRefusedError, match="^the server answered 401. Edits and scores are kept in"):
+        sample_and_score(pipeline, partial(refused, RuleScorer()), cases, tmp_path, **options)
+    scores = preference_pairs.read_mined_scores(tmp_path)
+    assert len(scores) == 6 and sum(score is not None for score in scores.values()) == 4
 
 
 def contents(dataset):

@@ -6,7 +6,8 @@ from tests.examples.test_train_qwen_edit import EXAMPLES, run_here
 
 @pytest.mark.slow
 def test_embedded_default(tmp_path):
-    run_here("--max_steps", "2", cwd=tmp_path, script="train_kontext.py")
+    few = ("--per_device_train_batch_size", "8", "--num_sample_edits", "2")
+    run_here("--max_steps", "2", *few, cwd=tmp_path, script="train_kontext.py")
     output = tmp_path / "outputs" / "kontext-embedded"
     state = FluxLoraLoaderMixin.lora_state_dict(str(output))
     assert any(

@@ -93,6 +93,7 @@ def test_the_table_of_the_documentation_has_a_row_for_each_fault():
     others = {
         "nobody listens at the address",
         "a judge that is gone in the middle of a run",
+        "a judge that is mended",
         "an answer without a score",
     }
     assert set(rows[1:]) == {fault.name for fault in FAULTS} | others
@@ -123,6 +124,23 @@ def test_what_is_sent_asks_for_no_compression_and_names_no_key_in_errors(monkeyp
     for options in ({"timeout": 0}, {"timeout": float("nan")}, {"timeout": float("inf")}, {"max_retries": -1}):
         with pytest.raises(ValueError, match="must be above 0, and max_retries"):
             ServerJudge("m", "http://127.0.0.1:9/v1", **options)
+
+
+def test_a_netrc_does_not_take_the_place_of_the_key_and_proxies_are_used(monkeypatch, tmp_path):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password other\n")  # not a secret
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    with FaultyServer(http(200, completion("3"))) as server:
+        assert ServerJudge("m", server.url, api_key="key")([chat()])[0].score == 3
+        monkeypatch.setenv("http_proxy", server.url.replace("//", "//you:there@"))  # not a secret
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert ServerJudge("m", "http://judge.invalid/v1", api_key="key")([chat()])[0].score == 3
+        assert ServerJudge("m", server.url, api_key="key")([chat()])[0].score == 3
+    direct, proxied, bypassed = (head.decode().lower() for head, _ in server.requests)
+    assert all("\r\nauthorization: bearer key\r\n" in head for head in (direct, proxied, bypassed))
+    assert proxied.startswith("post http://judge.invalid/v1/chat/completions ") and "proxy-auth" in proxied
+    assert "proxy-auth" not in direct + bypassed and bypassed.startswith("post /v1")
 
 
 def test_a_flood_takes_no_memory_and_no_line_of_a_log_is_long(caplog):

@@ -1,6 +1,6 @@
 """The whole method: rewards that mean something improve the policy, and the same rewards shuffled do not."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -32,9 +32,12 @@ def encoded_once():
         yield
 
 
+training_cases = cache(partial(load_dataset, "train", 400))
+
+
 def trainer_of(reward, folder):
     options = {"max_steps": 20, "save_strategy": "no", "disable_tqdm": True}
-    return make_trainer(CONFIG, options, folder, 0, reward, load_dataset("train", 400))
+    return make_trainer(CONFIG, options, folder, 0, reward, training_cases())
 
 
 @pytest.fixture(scope="module")

@@ -220,22 +220,28 @@ class PolicyContract:
         mean, std = transition("flow_sde", path.latents[0][None], velocity, sigmas[0], sigmas[1], 0.7, sigmas[1])
         assert abs(log_prob("flow_sde", path.latents[1][None], mean, std) - path.log_probs[0]) > 1e-5
 
-    def test_the_saved_lora_loads_in_the_plain_pipeline(self, tmp_path):
-        base = tmp_path / "base"
-        self.make_pipeline().save_pretrained(base)
-        trainer = self.make_trainer(tmp_path, model=str(base))
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory):
+        """A trainer that has trained and saved the LoRA in `out`, and the folder with `out` and with its `base`."""
+        folder = tmp_path_factory.mktemp("trained")
+        self.make_pipeline().save_pretrained(folder / "base")
+        trainer = self.make_trainer(folder, model=str(folder / "base"))
         trainer.train()
         trainer.save_model()
-        weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+        return trainer, folder
+
+    def test_the_saved_lora_loads_in_the_plain_pipeline(self, trained):
+        trainer, folder = trained
+        weights = load_file(folder / "out" / "pytorch_lora_weights.safetensors")
         assert len(weights) == sum(p.requires_grad for p in trainer.model.parameters())
         call = ([photo(64, 64)], "Blur it", None, 1.0, 64, 64)
-        trained = trainer.policy.pipeline
-        trained.transformer.eval()
-        expected = np.asarray(self.call(trained, *call, generator=generator(0), output_type="np"))
-        plain = type(trained).from_pretrained(base)
+        pipeline = trainer.policy.pipeline
+        pipeline.transformer.eval()
+        expected = np.asarray(self.call(pipeline, *call, generator=generator(0), output_type="np"))
+        plain = type(pipeline).from_pretrained(folder / "base")
         without = np.asarray(self.call(plain, *call, generator=generator(0), output_type="np"))
         assert np.abs(without - expected).max() > 1e-4
-        plain.load_lora_weights(str(tmp_path / "out"))
+        plain.load_lora_weights(str(folder / "out"))
         assert np.array_equal(np.asarray(self.call(plain, *call, generator=generator(0), output_type="np")), expected)
 
     def test_too_many_references(self, tmp_path):
@@ -253,11 +259,9 @@ class PolicyContract:
         with pytest.raises(ValueError, match="(?s)to_query.*Leave target_modules out"):
             FlowGRPOEditTrainer(self.make_pipeline(), redness, make_config(tmp_path), make_cases(), peft_config=config)
 
-    def test_the_card_calls_the_pipeline_as_it_can_be_called(self, tmp_path):
-        trainer = self.make_trainer(tmp_path, max_steps=1)
-        trainer.train()
-        trainer.create_model_card()
-        (code,) = re.findall(r"edited = (pipeline\(.*?\))\.images", (tmp_path / "out" / "README.md").read_text(), re.S)
+    def test_the_card_calls_the_pipeline_as_it_can_be_called(self, trained):
+        trainer, folder = trained
+        (code,) = re.findall(r"edited = (pipeline\(.*?\))\.images", (folder / "out" / "README.md").read_text(), re.S)
         keywords = {keyword.arg: keyword.value for keyword in ast.parse(code).body[0].value.keywords}
         accepted = inspect.signature(type(trainer.policy.pipeline).__call__).parameters
         assert set(keywords) <= set(accepted) and {"image", "prompt", "num_inference_steps"} <= set(keywords)

@@ -19,9 +19,10 @@ LIMIT = 0.005  # mean absolute difference of the edits, in levels of 255
 
 
 def difference(run) -> float:
-    """Mean absolute difference of the edits from the frozen ones, in levels of 255."""
+    """Mean absolute difference of the edits from the (first) frozen ones, in levels of 255."""
+    edits = np.asarray(sheet(run), float)
     with Image.open(HERE / "edits.png") as frozen:
-        return float(np.abs(np.asarray(sheet(run), float) - np.asarray(frozen, float)).mean())
+        return float(np.abs(edits - np.asarray(frozen, float)[: len(edits)]).mean())
 
 
 def test_the_frozen_policy_edits_the_frozen_cases_as_it_did(tmp_path):
@@ -38,7 +39,7 @@ def test_the_frozen_policy_edits_the_frozen_cases_as_it_did(tmp_path):
     "change", [dict(lora=False), dict(scale=0.98), dict(num_inference_steps=6), dict(true_cfg_scale=1.5)], ids=str
 )
 def test_a_change_of_what_is_computed_is_seen(tmp_path, change):
-    cases = load_cases()
+    cases = load_cases() if change == {"lora": False} else load_cases().select(range(16))
     run = bench(cases, tmp_path, **change)
     assert difference(run) > 2 * LIMIT
     if change == {"lora": False}:

@@ -1,11 +1,13 @@
+import asyncio
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hp_edit_trl.rewards.checks import check_rewards, own_copy
+from hp_edit_trl.rewards.checks import awaited, check_rewards, own_copy
 
 
 IDS = ["a", "b", "c"]
@@ -19,6 +21,9 @@ IDS = ["a", "b", "c"]
         [np.float32(0), torch.tensor(0.5), None],
         [False, np.array(0.5), None],
         [np.False_, torch.tensor(0.5, dtype=torch.bfloat16), None],
+        [0, 0.5, np.ma.masked],
+        np.ma.array([0, 0.5, 7], mask=[False, False, True]),
+        np.array([0, 0.5, None]),
     ],
 )
 def test_sequences_of_numbers_and_none(returned):
@@ -49,12 +54,20 @@ def test_arrays_and_tensors():
         [1, 2, 1j],
         [1, 2, np.complex64(1)],
         [1, 2, np.timedelta64(1, "s")],
+        [1, 2, Decimal(3)],
+        torch.ones(3, dtype=torch.complex64),
+        torch.ones(3).to_sparse(),
+        torch.ones(3, device="meta"),
+        [1, 2, np.zeros(100_000)],
+        [1, 2, "3" * 100_000],
+        b"123",
     ],
     ids=lambda returned: type(returned).__name__,
 )
 def test_what_is_not_a_list_of_rewards(returned):
-    with pytest.raises(TypeError, match=r"'f' returned .*def reward\(prompts, completions, \*\*columns\)"):
+    with pytest.raises(TypeError, match=r"'f' returned .*def reward\(prompts, completions, \*\*columns\)") as caught:
         check_rewards(returned, "f", IDS)
+    assert len(str(caught.value)) < 300  # what was returned is not shown in full
 
 
 def test_lengths():
@@ -70,6 +83,15 @@ def test_rewards_that_are_not_finite(value):
         check_rewards([1, value, 3], "f", IDS)
     first, second, third = check_rewards([1, value, 3], "f", IDS, "missing")
     assert (first, third) == (1, 3) and math.isnan(second)
+
+
+@pytest.mark.parametrize("error", [SystemExit("gone"), KeyboardInterrupt("gone"), asyncio.CancelledError("gone")])
+def test_nothing_of_an_async_function_ends_the_event_loop(error):
+    async def ends(prompts):
+        raise error
+
+    with pytest.raises(RuntimeError, match=f"{type(error).__name__}: gone"):
+        asyncio.run(awaited(ends, {"prompts": []}))
 
 
 def test_a_copy_shares_nothing_that_can_be_changed():

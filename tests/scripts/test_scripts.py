@@ -2,9 +2,6 @@
 
 import base64
 import io
-import os
-import subprocess
-import sys
 
 import pytest
 from datasets import load_dataset
@@ -15,6 +12,7 @@ from hp_edit_trl.cli import main
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from tests.helpers import make_cases
 from tests.judges.test_judges import completion, serve  # noqa: F401
+from tests.processes import ROOT, Script
 
 
 def any_score(body, count):
@@ -96,10 +94,8 @@ def test_two_processes_share_the_cases(folder, tmp_path, serve):  # noqa: F811
     server = serve(any_score)
     words = [*options(folder), "--judge", "m", "--judge_base_url", server.url, *SMALL, *MINING]
     launch = ["--num_processes", "2", "--multi_gpu", "--output_dir", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "hp_edit_trl.cli", "mine-pairs", *words, *launch],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = Script("-m", "hp_edit_trl.cli", "mine-pairs", *words, *launch, environment=environment).wait()
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("pairs of 6 cases are in ") == 1
     assert {file.name for file in tmp_path.glob("scores-*.jsonl")} == {"scores-0.jsonl", "scores-1.jsonl"}

@@ -4,6 +4,7 @@ import copy
 import datetime
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -30,6 +31,7 @@ from hp_edit_trl.trainer.checkpoints import (
     save_errors,
     write_manifest,
 )
+from hp_edit_trl.utils.files import write_json
 from tests.helpers import END, make_cases, make_config, photo, redness
 from tests.processes import Script
 
@@ -78,11 +80,68 @@ def test_every_truncation_deletion_and_flipped_bit_is_found_by_name(tmp_path):
     assert find_fault(whole) is None and damages > 200
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": []}', '{"files": {}}', '{"files": {"a": 1}}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{}", "[" * 100_000, "\x00", '{"files": []}', '{"files": {}}', '{"files": {"a": 1}}',
+        '{"files": {"a": {"size": true, "sha256": ""}}}',
+    ],
+)  # fmt: skip
 def test_a_manifest_that_is_none(tmp_path, text):
     whole = make_checkpoint(tmp_path, 1)
     (whole / MANIFEST).write_text(text)
     assert find_fault(whole) == "manifest.json is damaged"
+
+
+def test_a_manifest_that_lists_other_files(tmp_path):
+    whole = make_checkpoint(tmp_path, 1)
+    listed = json.loads((whole / MANIFEST).read_text())["files"]
+    for name in (*NEEDED, "adapter_model.safetensors", "trainer_state.json"):  # what is read must be listed
+        write_json(whole / MANIFEST, {"files": {other: listed[other] for other in listed.keys() - {name}}})
+        assert find_fault(whole) == f"{name} is not listed in manifest.json"
+    for name in ("../checkpoint-1/optimizer.pt", "a/../../b", str(whole / "optimizer.pt"), ".."):
+        write_json(whole / MANIFEST, {"files": listed | {name: listed["optimizer.pt"]}})
+        assert find_fault(whole) == f"manifest.json lists {name!r}, which is not in the folder"
+    write_json(whole / MANIFEST, {"files": {name: listed[name] for name in listed.keys() - {"README.md"}}})
+    assert find_fault(whole) is None
+
+
+@pytest.mark.parametrize("other", ["folder", "loop", "pipe"])
+def test_what_is_no_file_is_missing(tmp_path, other):
+    file = make_checkpoint(tmp_path, 1) / "optimizer.pt"
+    file.unlink()
+    {"folder": file.mkdir, "loop": lambda: file.symlink_to(file), "pipe": lambda: os.mkfifo(file)}[other]()
+    assert find_fault(file.parent) in ("optimizer.pt is missing", f"a file cannot be read ({file})")
+
+
+STATE = {"global_step": 2, "epoch": 0.5, "log_history": [{"loss": 1.0}], "stateful_callbacks": {"C": {"args": {}}}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "3", '"x"', "null", "{}", "[" * 100_000, json.dumps(STATE)[:-1], "\ufeff{}",
+        *(json.dumps(STATE | changed) for changed in (
+            {"global_step": "2"}, {"global_step": 2.0}, {"global_step": True}, {"global_step": -1}, {"epoch": "x"},
+            {"epoch": math.nan}, {"epoch": -1}, {"log_history": {}}, {"log_history": [1]}, {"max_steps": None},
+            {"best_metric": "x"}, {"best_model_checkpoint": 3}, {"stateful_callbacks": []}, {"unknown": 1},
+            {"stateful_callbacks": {"C": 5}}, {"stateful_callbacks": {"C": [{"args": []}]}},
+        )),
+    ],
+)  # fmt: skip
+def test_a_state_of_a_wrong_form_is_a_fault(tmp_path, caplog, text):
+    older, newer = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    (newer / "trainer_state.json").write_text(json.dumps(STATE))
+    write_manifest(newer, sorted(set(files_below(newer)) - {MANIFEST}))
+    assert find_fault(newer) is None
+    (newer / "trainer_state.json").write_text(text)
+    write_manifest(newer, sorted(set(files_below(newer)) - {MANIFEST}))
+    assert find_fault(newer).startswith("trainer_state.json ")
+    assert checkpoint_to_resume(True, tmp_path, NEEDED) == str(older)
+    assert "checkpoint-2 is not whole: trainer_state.json " in caplog.text
+    (newer / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="cannot be resumed from: trainer_state.json .*there is .*checkpoint-1"):
+        checkpoint_to_resume(str(newer), tmp_path, NEEDED)
 
 
 def test_the_newest_whole_checkpoint(tmp_path, caplog):
@@ -248,6 +307,20 @@ def test_true_resumes_exactly_from_the_newest_whole_checkpoint(run, tmp_path, ca
     left = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir() and path.name != "images")
     assert left == ["checkpoint-3", "checkpoint-4"]
     assert all(find_fault(tmp_path / "out" / name) is None for name in left)
+
+
+def test_what_does_not_fit_the_run_is_refused(run, tmp_path):
+    output, _ = run
+    place = tmp_path / "checkpoint-1"
+    shutil.copytree(output / "checkpoint-1", place)
+    with pytest.raises(ValueError, match="optimizer, scheduler, .* does not fit this run: .* another kind of optim"):
+        make_trainer(tmp_path, optim="sgd").train(resume_from_checkpoint=True)
+    trainer = make_trainer(tmp_path)
+    for name, load in (("rollouts_0.pt", trainer._load_rollouts), ("rng_state.pth", trainer._load_rng_state)):
+        for value in ([], "x", {"step": 1.5, "samples": None}, {"step": 1, "samples": [{}]}):
+            torch.save(value, place / name)
+            with pytest.raises(ValueError, match="does not fit this run: .* Resume with the options of the check"):
+                load(str(place))
 
 
 def test_a_finished_run_started_again_changes_nothing(run, caplog):

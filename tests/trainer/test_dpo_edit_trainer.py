@@ -70,6 +70,7 @@ def make_config(output_dir, **kwargs) -> DPOEditConfig:
         learning_rate=1e-2,
         report_to="none",
         save_strategy="no",
+        num_sample_edits=2,
         disable_tqdm=True,
     )
     return DPOEditConfig(output_dir=str(output_dir), **{**defaults, **kwargs})

@@ -1,8 +1,10 @@
 """Faults in the middle of a run: missing and broken rewards, losses and gradients that are not finite."""
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -33,17 +35,21 @@ def make_trainer(tmp_path):
 
 
 @pytest.fixture
-def dpo_trainer(tmp_path):
+def make_dpo_trainer(tmp_path):
     cases = make_cases(4, sizes=((64, 64),)).to_list()
     pairs = [
         case | {"chosen": photo(64, 64, 10 + i), "rejected": photo(64, 64, 20 + i)} for i, case in enumerate(cases)
     ]
     options = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True)
-    args = DPOEditConfig(
-        str(tmp_path / "dpo"), resolution=64, num_inference_steps=2, per_device_train_batch_size=2, max_steps=6,
-        gradient_accumulation_steps=1, learning_rate=1e-3, save_strategy="no", logging_steps=1, **options,
-    )  # fmt: skip
-    return DPOEditTrainer(tiny_pipeline(), args, Dataset.from_list(pairs), peft_config=copy.deepcopy(LORA))
+
+    def make(**kwargs):
+        args = DPOEditConfig(
+            str(tmp_path / "dpo"), resolution=64, num_inference_steps=2, per_device_train_batch_size=2,
+            gradient_accumulation_steps=1, learning_rate=1e-3, logging_steps=1, **options, **kwargs,
+        )  # fmt: skip
+        return DPOEditTrainer(tiny_pipeline(), args, Dataset.from_list(pairs), peft_config=copy.deepcopy(LORA))
+
+    return make
 
 
 def weights(trainer):
@@ -77,9 +83,20 @@ def test_a_sample_without_one_of_its_rewards_is_left_out_of_its_group(make_train
     assert rewards[[5, 7]].isnan().all() and flat.tolist() == [False] * 5 + [True, False, True]
     assert advantages[:4].abs().min() > 0.3 and advantages[[5, 7]].tolist() == [0, 0]
 
+    # A function with a weight of 0 only measures: what it lacks, or fails at, decides nothing.
+    trainer.reward_weights = torch.tensor([0.0, 1.0])
+    rewards, advantages, flat = trainer._compute_advantages(group, failed=group.isnan())
+    assert rewards.tolist() == pytest.approx([0.50, 0.51, 0.52, 0.51]) and not flat.any()
+    for useless in ([0.0, 0.0], [1.0, NAN]):
+        with pytest.raises(ValueError, match="reward_weights=.* must be finite, and at least one of them not 0"):
+            make_trainer([redness, redness], reward_weights=useless)
+
 
 def test_a_missing_reward_does_not_move_an_evaluation(make_trainer):
-    def answers(completions, id, **columns):
+    def answers(completions, id, log_extra, log_metric, **columns):
+        for name in ("rewards", "task", "reward"):  # these are the trainer's own
+            log_extra(name, np.full(len(id), 7.0))
+        log_metric("of_numpy", np.float32(0.5))
         return [None if case == "case-1" else 1.0 for case in id]
 
     def bonus(completions, task, **columns):
@@ -94,6 +111,9 @@ def test_a_missing_reward_does_not_move_an_evaluation(make_trainer):
     assert "eval_reward/remove" not in metrics
     assert metrics["eval_frac_reward_missing"] == pytest.approx(1 / 3)
     assert metrics["eval_rewards/answers/mean"] == 1.0 and metrics["eval_rewards/bonus/mean"] == 1.0
+    assert metrics["eval_of_numpy"] == 0.5 and json.dumps(metrics)  # as in the trainer's state
+    with pytest.raises(TypeError, match="log_extra.'x', ...* takes a list"):
+        trainer._log_extra("x", 0.5)
 
 
 def test_infinite_rewards_stop_the_run_or_are_missing(make_trainer):
@@ -192,11 +212,13 @@ def test_an_evaluation_without_scores_is_not_the_best(make_trainer, caplog):
 
     trainer = make_trainer(
         sometimes, make_cases(2), max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps",
-        save_steps=1,
+        save_steps=1, lr_scheduler_type="reduce_lr_on_plateau",
         load_best_model_at_end=True, metric_for_best_model="reward", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
-    assert "Step 2 is not a candidate for the best model: its evaluation has no eval_reward" in caplog.text
+    for use in ("best model", "scheduler"):
+        assert f"Step 2 is not a candidate for the {use}: its evaluation has no eval_reward. It has: " in caplog.text
+    assert trainer.lr_scheduler.last_epoch == 2  # evaluations that it has seen
     assert trainer.state.best_global_step in (1, 3)
 
 
@@ -204,28 +226,44 @@ def test_the_best_model_needs_a_metric(tmp_path):
     options = dict(
         load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1
     )
-    with pytest.raises(ValueError, match="needs metric_for_best_model: an evaluation has no loss"):
+    with pytest.raises(ValueError, match="need metric_for_best_model: an evaluation has no loss"):
         make_config(tmp_path, **options)
+    for metric in ("", "eval_", "loss"):
+        with pytest.raises(ValueError, match="need metric_for_best_model"):
+            make_config(tmp_path, **options, metric_for_best_model=metric)
+    with pytest.raises(ValueError, match="need metric_for_best_model"):
+        make_config(tmp_path, eval_strategy="steps", eval_steps=1, lr_scheduler_type="reduce_lr_on_plateau")
     with pytest.raises(ValueError, match="on_bad_reward='ignore' is not known"):
         make_config(tmp_path, on_bad_reward="ignore")
     with pytest.raises(ValueError, match="max_skipped_updates=-1 must not be negative"):
         make_config(tmp_path, max_skipped_updates=-1)
 
 
-def test_dpo_skips_updates_that_are_not_finite(dpo_trainer, monkeypatch, caplog):
-    losses = dpo_trainer._losses
+def test_dpo_skips_updates_that_are_not_finite_and_resumes_exactly(make_dpo_trainer, caplog, tmp_path):
+    def make():
+        trainer = make_dpo_trainer(save_strategy="steps", save_steps=1, lr_scheduler_type="linear", max_steps=4)
+        losses = trainer._losses
 
-    def spoil(model, pairs, generators):
-        values, metrics = losses(model, pairs, generators)
-        return (values * math.nan if dpo_trainer.state.global_step == 1 else values), metrics
+        def spoil(model, pairs, generators):
+            values, metrics = losses(model, pairs, generators)
+            return (values * math.nan if trainer.state.global_step in (1, 2) else values), metrics
 
-    monkeypatch.setattr(dpo_trainer, "_losses", spoil)
-    states = []
-    dpo_trainer.add_callback(_Remember(lambda: states.append(weights(dpo_trainer))))
-    dpo_trainer.train()
-    assert equal(states[0], states[1]) and not equal(states[1], states[2])
+        trainer._losses = spoil
+        return trainer
+
+    trainer, states = make(), []
+    trainer.add_callback(_Remember(lambda: states.append(weights(trainer))))
+    trainer.train()
+    assert equal(states[0], states[1]) and equal(states[0], states[2]) and not equal(states[2], states[3])
     assert "Update 2 was skipped" in caplog.text and "case-" in caplog.text
-    assert dpo_trainer.state.log_history[1]["skipped_updates"] == 1
+    # The schedule goes on with the steps, and a resumed run knows of the skipped ones.
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "dpo" / "checkpoint-2"))
+    assert equal(weights(trainer), weights(resumed))
+    for run in (trainer, resumed):
+        logs = [log for log in run.state.log_history if "loss" in log]
+        assert [log["learning_rate"] for log in logs] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+        assert [log.get("skipped_updates") for log in logs] == [None, 1, 2, 2]
 
 
 def test_a_reward_function_that_changes_what_it_is_given_changes_it_for_nobody_else(make_trainer):

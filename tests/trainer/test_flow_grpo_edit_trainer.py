@@ -189,8 +189,8 @@ def test_two_runs_agree_bit_for_bit(make_trainer, tmp_path):
 @pytest.mark.parametrize("case", ["aligned", "inside a generation batch", "next epoch"])
 def test_resume_is_exact(make_trainer, tmp_path, case):
     options = {
-        "aligned": dict(max_steps=3, save_steps=1),
-        "inside a generation batch": dict(max_steps=4, save_steps=1, num_iterations=2, gradient_accumulation_steps=1,
+        "aligned": dict(max_steps=3, save_steps=2),
+        "inside a generation batch": dict(max_steps=4, save_steps=3, num_iterations=2, gradient_accumulation_steps=1,
             steps_per_generation=2),
         "next epoch": dict(max_steps=5, save_steps=4),
     }[case]  # fmt: skip

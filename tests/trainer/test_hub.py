@@ -71,6 +71,11 @@ print(args, repr(args), args.to_json_string(), args.to_sanitized_dict())
 cases = make_cases(3, sizes=((160, 80),))
 trainer = FlowGRPOEditTrainer(pipeline, [scorer, redness], args, cases, eval_dataset=cases.select([0, 1]))
 trainer.train()
+for name in ("private_before.png", "1/2_after.png", "1_before.png.bak", ".env", "model.bin"):  # the user's own
+    Path("out/images", name).parent.mkdir(exist_ok=True, parents=True)
+    Path("out/images", name).write_bytes(b"private")
+Path("secret.png").write_bytes(b"private")
+Path("out/images/7_before.png").symlink_to(Path("secret.png").absolute())
 trainer.push_to_hub()
 trainer._completions_upload.trigger().result()
 

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +16,7 @@ from safetensors import safe_open
 from hp_edit_trl.lora_formats import FORMATS, merge_lora, read_lora, write_lora
 from hp_edit_trl.miniature.tiny import tiny_klein_pipeline, tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import policy_class
-from hp_edit_trl.trainer.lora import check_peft_config, lora_layers, prepare_lora, save_lora
+from hp_edit_trl.trainer.lora import check_peft_config, check_same_lora, lora_layers, prepare_lora, save_lora
 
 
 MAKERS = {"qwen": tiny_pipeline, "kontext": tiny_kontext_pipeline, "klein": tiny_klein_pipeline}
@@ -224,11 +226,42 @@ def test_readers_take_the_first_match_and_refuse_contradictions(pipelines, tmp_p
         ({"layer_replication": [[0, 1]]}, "layer_replication=.* must be None"),
         ({"rank_pattern": {"to_(q": 4}}, r"rank_pattern: 'to_\(q' is not a regular expression"),
         ({"alpha_pattern": {"*": 4}}, r"alpha_pattern: '\*' is not a regular expression"),
+        ({"alpha_pattern": {"(?i)TO_Q": 4}}, r"alpha_pattern: '.*TO_Q' is not a regular expression"),  # in PEFT's own
+        ({"target_modules": "*to_q"}, r"target_modules: '\*to_q' is not a regular expression"),
+        ({"exclude_modules": "(to_q"}, r"exclude_modules: '\(to_q' is not a regular expression"),
+        ({"rank_pattern": [("to_q", 4)]}, "rank_pattern and alpha_pattern must be dictionaries"),
+        ({"rank_pattern": {"to_q": 2.0}}, r"rank_pattern\['to_q'\]=2.0 must be a whole number of at least 1"),
+        ({"r": True}, "r=True must be a whole number of at least 1"),
+        ({"lora_alpha": 0}, "lora_alpha=0 must be a number above 0"),
+        ({"lora_alpha": math.nan}, "lora_alpha=nan must be a number above 0"),
+        ({"lora_alpha": np.float32(4)}, "lora_alpha=.* must be a number above 0"),  # no JSON file takes it
+        ({"alpha_pattern": {"to_q": -1}}, r"alpha_pattern\['to_q'\]=-1 must be a number above 0"),
+        ({"inference_mode": True}, "inference_mode=True must be False"),
+        ({"init_lora_weights": 1}, "init_lora_weights=1 may change"),
     ],
 )
 def test_kinds_of_lora_that_other_tools_do_not_load_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         check_peft_config(LoraConfig(**options))
+
+
+def test_a_run_resumes_its_own_lora_only(pipelines, tmp_path):
+    _, model = trained(pipelines, "klein", LoraConfig(r=2, lora_alpha=4, alpha_pattern={"to_q": 1}))
+    model.save_pretrained(tmp_path)
+    check_same_lora(model, tmp_path)
+    for options in (
+        {"r": 4}, {"lora_alpha": 8}, {"lora_alpha": 0.5}, {"use_rslora": True}, {"alpha_pattern": {}},
+        {"rank_pattern": {"to_k": 1}}, {"target_modules": ["to_q"]},
+    ):  # fmt: skip
+        options = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"to_q": 1}, **options}
+        with pytest.raises(ValueError, match="holds another LoRA than the peft_config of this run gives: '.*to_"):
+            check_same_lora(trained(pipelines, "klein", LoraConfig(**options))[1], tmp_path)
+    for text in ("[]", "{", '{"lora_alpha": "x"}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match="The LoRA of .* cannot be read"):
+            check_same_lora(model, tmp_path)
+    with pytest.raises(ValueError, match="layers_to_transform needs target_modules as a list"):
+        trained(pipelines, "klein", LoraConfig(layers_to_transform=[0]))
 
 
 def test_a_merge_adds_what_was_trained(pipelines, tmp_path):

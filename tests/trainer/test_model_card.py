@@ -79,7 +79,7 @@ def train_as_in_the_readme(folder: str) -> None:
     trainer = FlowGRPOEditTrainer(
         model=BASE,
         reward_funcs=redness,
-        args=make_config(f"{folder}/tiny-edit-hp", save_strategy="steps", save_steps=1),
+        args=make_config(f"{folder}/tiny-edit-hp", save_strategy="steps", save_steps=1, num_sample_edits=4),
         train_dataset=load_dataset(CASES, split="train"),
         peft_config=LoraConfig(r=4, lora_alpha=8),
     )

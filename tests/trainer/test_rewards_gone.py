@@ -1,6 +1,10 @@
 """A judge, or a reward function, that fails in the middle of a run."""
 
+import asyncio
 import math
+import sys
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,11 +163,16 @@ def test_a_reward_function_that_raises(make_trainer, caplog):
 
     async def later(completions, trainer_state, **columns):
         if trainer_state.global_step >= 1:
-            raise OSError("gone")
+            sys.exit("gone")
         return redness(completions)
 
-    with pytest.raises(ConnectionError, match="2 in a row.*16 later: OSError .OSError: gone"):
+    with pytest.raises(ConnectionError, match="2 in a row.*16 later: RuntimeError .RuntimeError: SystemExit: gone"):
         make_trainer(later, max_failed_batches=2).train()
+
+
+def test_an_event_loop_that_has_ended_is_not_waited_for(make_trainer):
+    with asyncio.Runner() as runner, pytest.raises(RuntimeError, match="has ended the event loop"):
+        FlowGRPOEditTrainer._answer(SimpleNamespace(async_loop=runner.get_loop()), Future())
 
 
 def test_the_trial_has_the_pictures_of_the_largest_case(make_trainer):
@@ -178,16 +187,21 @@ def test_the_trial_has_the_pictures_of_the_largest_case(make_trainer):
 
 SCRIPT = """
 import sys
+import torch
 from peft import LoraConfig
 from hp_edit_trl import FlowGRPOEditTrainer
 from hp_edit_trl.judges import JudgeRefusedError
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from tests.helpers import make_cases, make_config, redness
 
+def say(text):  # as one piece, although both processes write to one file
+    sys.stdout.flush()
+    print(f"\\n{text}", flush=True)
+
 def reward(completions, trainer_state, **columns):
     if trainer.accelerator.process_index == 1 and ("evaluation" in sys.argv) == (len(completions) == 1):
         if trainer_state.global_step == 1:
-            raise KeyError("target")
+            sys.exit(0)
         if trainer_state.global_step == 2:
             raise JudgeRefusedError("the server answered 401")
     return redness(completions)
@@ -202,7 +216,18 @@ try:
     trainer.train()
 except ConnectionError as error:
     missing = [log["frac_reward_missing"] for log in trainer.state.log_history if "loss" in log]
-    print(f"rank {trainer.accelerator.process_index} stopped at {trainer.state.global_step} {missing}: {error}")
+    say(f"rank {trainer.accelerator.process_index} stopped at {trainer.state.global_step} {missing}: {error}")
+
+def velocity(*args):
+    if trainer.accelerator.process_index == 1:
+        raise torch.OutOfMemoryError("not enough memory")
+    return policy_velocity(*args)
+
+policy_velocity, trainer.policy.velocity = trainer.policy.velocity, velocity
+try:
+    trainer.train()
+except (ValueError, torch.OutOfMemoryError) as error:
+    say(f"rollout of {trainer.accelerator.process_index}: {error}")
 """
 
 
@@ -218,4 +243,6 @@ def test_what_fails_in_one_process_stops_all(tmp_path, where):
     for rank in (0, 1):
         (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"rank {rank} "))
         assert f"stopped at 2 {missing}: " in line and "the server answered 401" in line
+    assert "rollout of 1: not enough memory" in done.stdout
+    assert "rollout of 0: Process 1 failed: OutOfMemoryError: not enough memory" in done.stdout
     assert (tmp_path / "out" / "checkpoint-2" / "manifest.json").exists()

@@ -129,12 +129,17 @@ def faults():
     whole = stored(photo(200, 200), "JPEG")["bytes"]
     upright = np.rot90(np.asarray(PHOTO), -1)
     eps = stored(PHOTO, "EPS")
+    negative = stored(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF")
+    tag = struct.pack("<HHIH", 262, 3, 1, 1)  # PhotometricInterpretation
+    assert negative["bytes"].count(tag) == 1
+    negative["bytes"] = negative["bytes"].replace(tag, struct.pack("<HHIH", 262, 3, 1, 0))
     drawn = np.random.default_rng(0).integers(0, 256, (32, 48, 4), dtype=np.uint8)
     drawn[..., 1] = 255 * (drawn[..., 1] > 127)
     inks = Image.fromarray(drawn, "CMYK")
     return {
         "orientation in EXIF": (stored(PHOTO, exif=turned(6)), upright),
         "16 bits, grayscale": (stored(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY),
+        "16 bits, grayscale, 0 is white": (negative, 255 - GREY),
         "16 bits, color": (colors, np.asarray(PHOTO)),
         "32-bit integers that hold 16 bits": (Image.fromarray(GREY.astype(np.int32) * 257), GREY),
         "32-bit integers up to 255": (PHOTO.convert("I"), None),

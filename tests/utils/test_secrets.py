@@ -154,8 +154,8 @@ def test_the_output_of_a_command(monkeypatch, caplog, capsys):
         {"headers": [{"name": "Authorization", "value": "pl4nted-zz"}]},
         {"api_keys": ["pl4nted-zz"], "passwords": {"me": "pl4nted-zz"}},
         ["Authorization", "Token pl4nted-zz"],
-        "https://me:pl4nted/pl4nted@zz@host/x",
-        "postgres://me:pl4nted#zz?x@host/db",
+        "https://me:pl4nted/pl4nted@zz@host/x",  # not a secret
+        "postgres://me:pl4nted#zz?x@host/db",  # not a secret
         "-H 'Authorization: Token pl4nted-zz'",
         "PGPASSWORD=pl4nted-zz",
         "secret key = pl4nted-zz",
@@ -164,7 +164,7 @@ def test_the_output_of_a_command(monkeypatch, caplog, capsys):
         "Incorrect API key provided: pl4nted-zz.",
         "your key 'pl4nted-zz' is wrong",
         "The password was plantedzz",
-        f"-----BEGIN RSA PRIVATE KEY-----\n{'plantedzz' * 9}\n",
+        f"-----BEGIN RSA PRIVATE KEY-----\n{'plantedzz' * 9}\n",  # not a secret
     ],
 )
 def test_redacts_encoded_cut_and_paired_secrets(value):

@@ -438,6 +438,7 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
         repo_id=repo_id,
         repo_type="dataset",
         commit_message="Dataset",
+        allow_patterns=["README.md", "data/*.parquet", "figures/*.png"],
         delete_patterns=["data/*", "figures/*"],
     )
     return str(commit.commit_url)

@@ -1,0 +1,483 @@
+"""Dry runs of a trainer: its own code, phase by phase, on a model without bytes."""
+
+import contextlib
+import copy
+import gc
+import importlib
+import io
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import clear_environment
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, TrainingArguments
+
+from ..policies import EditConditions, EditPolicy, policy_class
+from ..utils.dry_run import CARD, HOST, DryRun
+from .dpo_edit_config import DPOEditConfig
+from .flow_grpo_edit_config import FlowGRPOEditConfig
+from .lora import lora_layers
+
+
+# The options of a transformer that say how many blocks of each kind it has. Blocks of a kind take the same.
+LAYERS = ("num_layers", "num_single_layers")
+FEW = 2  # blocks of each kind in a run that is extrapolated from: the first and the last one differ from others
+
+
+@contextlib.contextmanager
+def alone(num_processes: int) -> Iterator[None]:
+    """
+    Within it configurations and trainers are those of one of so many processes, on the CPU and without a connection
+    to the others, whatever this process is otherwise.
+    """
+    kinds = (PartialState, AcceleratorState, GradientState)
+    saved = [dict(kind._shared_state) for kind in kinds]
+    for kind in kinds:
+        kind._shared_state.clear()
+    try:
+        with clear_environment():
+            PartialState(cpu=True)
+        with mock.patch.object(TrainingArguments, "world_size", num_processes):
+            yield
+    finally:
+        for kind, state in zip(kinds, saved, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+
+
+def _is(kind: Any, parent: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, parent)
+
+
+def _component(model: str, name: str, library: str, class_name: str, options: dict[str, Any]) -> nn.Module | None:
+    """A component of a pipeline that has weights, without reading them; `None` if it has none."""
+    kind: Any = getattr(importlib.import_module(library), class_name)
+    hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+    if _is(kind, ModelMixin):
+        return kind.from_config(kind.load_config(model, subfolder=name, **hub)).to(options["dtype"]).eval()
+    if _is(kind, PreTrainedModel):
+        config = AutoConfig.from_pretrained(model, subfolder=name, **hub)
+        return kind._from_config(config, dtype=options["dtype"]).eval()
+    return None
+
+
+def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> DiffusionPipeline:
+    """
+    A pipeline whose weights have no bytes. Only configurations, tokenizers and processors are read. To be called
+    within a [`~hp_edit_trl.utils.dry_run.DryRun`].
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Hub id, local folder, or a loaded pipeline, which is left as it is.
+        options (`dict`):
+            What the pipeline is loaded with, see `loading_options`.
+
+    Raises:
+        `ValueError`: If something is missing, or the weights are quantized.
+    """
+    if not isinstance(model, str):
+        components: dict[str, Any] = dict(model.components)
+        for name, module in components.items():
+            if not isinstance(module, nn.Module):
+                continue
+            if getattr(module, "hf_quantizer", None) is not None:
+                raise ValueError(f"The pipeline's {name} is quantized, which cannot be planned yet.")
+            if isinstance(module, PreTrainedModel):
+                empty = type(module)._from_config(copy.deepcopy(module.config), dtype=module.dtype)
+            else:
+                kind: Any = type(module)
+                empty = kind.from_config(dict(model.components[name].config)).to(module.dtype)
+            components[name] = empty.eval()
+        settings = {k: v for k, v in model.config.items() if k not in components and not k.startswith("_")}
+        pipeline = type(model)(**components, **settings)
+        pipeline.register_to_config(_name_or_path=model.config.get("_name_or_path"))
+        return pipeline
+    if "quantization_config" in options:
+        raise ValueError("model_init_kwargs has a quantization_config, which cannot be planned yet.")
+    try:
+        index = DiffusionPipeline.load_config(model, **{k: v for k, v in options.items() if k != "dtype"})
+        modules = {
+            name: module
+            for name, value in index.items()
+            if isinstance(value, list | tuple) and value[0] is not None
+            if (module := _component(model, name, value[0], value[1], options)) is not None
+        }
+        return DiffusionPipeline.from_pretrained(model, **{**options, **modules})
+    except (OSError, ValueError, AttributeError, ImportError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"model={model!r} cannot be planned: its model_index.json and each component's configuration, tokenizer "
+            f"or processor are needed, but no weights ({type(error).__name__}: {error})."
+        ) from error
+
+
+class Rehearsal:
+    """
+    Dry runs of a trainer: its own code, on a model without bytes.
+
+    Args:
+        trainer_type (`type`):
+            [`FlowGRPOEditTrainer`] or [`DPOEditTrainer`].
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The editor. See [`empty_pipeline`].
+        options (`dict`):
+            What the pipeline is loaded with.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The LoRA to train.
+        judge (`str`, *optional*):
+            Hub id or folder of a judge that is loaded in each process.
+        judge_revision (`str`, *optional*):
+            Its revision.
+        num_references (`int`, *optional*, defaults to `1`):
+            Number of reference images of a case.
+        prompt_tokens (`int`, *optional*, defaults to `64`):
+            Number of tokens of a prompt.
+
+    Raises:
+        `ValueError`: If a configuration cannot be read, or the model does not take so many references.
+    """
+
+    def __init__(
+        self,
+        trainer_type: type,
+        model: str | DiffusionPipeline,
+        options: dict[str, Any],
+        peft_config: LoraConfig | None = None,
+        judge: str | None = None,
+        judge_revision: str | None = None,
+        num_references: int = 1,
+        prompt_tokens: int = 64,
+    ):
+        self.trainer_type = trainer_type
+        self.peft_config = peft_config
+        self.num_references = num_references
+        self.dry = DryRun()
+        with torch.random.fork_rng(devices=[]), self.dry:
+            self.pipeline = empty_pipeline(model, options)
+            self.judge = None if judge is None else _empty_judge(judge, judge_revision)
+        policy_type = policy_class(self.pipeline)
+        limit = policy_type.max_references
+        if num_references < 1 or (limit is not None and num_references > limit):
+            raise ValueError(
+                f"num_references={num_references}, but {type(self.pipeline).__name__} takes at least one reference"
+                + (f", and at most {limit}." if limit is not None else ".")
+            )
+        self.prompt = _prompt(policy_type(self.pipeline), prompt_tokens)
+        self.transformer = self.pipeline.transformer
+        self.blocks = {name: self.transformer.config[name] for name in LAYERS if name in self.transformer.config}
+
+    def measure(self, args: FlowGRPOEditConfig | DPOEditConfig, light: bool = False, few: int = FEW) -> dict[str, Any]:
+        """
+        What a run with these arguments takes, as numbers in nested dictionaries. Blocks of a kind take the same, so
+        that runs with few of them tell what many take.
+
+        Args:
+            args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+                The trainer's configuration.
+            light (`bool`, *optional*, defaults to `False`):
+                Whether only memory is needed: then few samples are rolled out, and others are only held.
+            few (`int`, *optional*, defaults to 2):
+                Number of blocks of each kind in the runs. With the model's own number or more, it is run as it is.
+        """
+        config = self.peft_config
+        if config is not None and (config.layers_to_transform or config.rank_pattern or config.exclude_modules):
+            few = max(self.blocks.values(), default=few)  # blocks of a kind may differ
+        blocks = {name: min(number, few) for name, number in self.blocks.items()}
+        result = first = self._run(args, blocks, light)
+        for name, number in self.blocks.items():
+            if number > blocks[name]:
+                more = self._run(args, {**blocks, name: blocks[name] + 1}, light)
+                result = _combined(result, first, more, number - blocks[name])
+        return result
+
+    def _run(self, args: Any, blocks: dict[str, int], light: bool) -> dict[str, Any]:
+        args = copy.copy(args)
+        args.use_cpu, args._n_gpu, args.report_to, args.push_to_hub = True, 0, [], False
+        args.log_completions, args.on_bad_case = False, "error"
+        args.distributed_state, args.__dict__["_setup_devices"] = PartialState(), HOST
+        with contextlib.ExitStack() as stack:
+            args.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            self.dry.restart()
+            stack.enter_context(self.dry)
+            transformer = type(self.transformer).from_config({**self.transformer.config, **blocks})
+            pipeline = copy.copy(self.pipeline)
+            pipeline.transformer = transformer.to(self.transformer.dtype).eval()
+            figures = self._follow(self._trainer(args, pipeline), light)
+        del transformer, pipeline
+        gc.collect()
+        return figures
+
+    def _follow(self, trainer: Any, light: bool) -> dict[str, Any]:
+        """Goes through the phases of a run."""
+        dry, args, policy, model = self.dry, trainer.args, trainer.policy, trainer.model
+        trained = [p for p in model.parameters() if p.requires_grad]
+        frozen = [t for t in _weights(model.get_base_model()) if not t.requires_grad]
+        parts = {"transformer": frozen, "adapter": trained}
+        parts |= {name: _weights(module) for name, module in policy.encoders.items()}
+        parts |= {} if self.judge is None else {"judge": _weights(self.judge)}
+        weights = {name: _bytes(tensors) for name, tensors in parts.items()}
+
+        trainer.accelerator.state.device = CARD
+        with dry.measured("placing") as phase:
+            model.to(CARD)
+            for module in model.modules():  # tables that modules move in their first pass
+                for name, table in vars(module).items():
+                    if isinstance(table, torch.Tensor):
+                        setattr(module, name, table.to(CARD))
+                        dry.hold("transformer", getattr(module, name))
+            policy.place(CARD)
+            dry.hold("transformer", [t for t in _weights(model.get_base_model()) if not t.requires_grad])
+            dry.hold("adapter", trained)
+            self._hold_encoders(policy)
+            if self.judge is not None:
+                dry.hold("judge", _weights(self.judge.to(CARD)))
+        phase.peak, phase.parts = dry.total, dict(dry.parts)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+        buckets = []
+        if args.world_size > 1:  # DistributedDataParallel copies gradients into buckets
+            buckets = [torch.empty_like(p) for p in trained]
+            dry.hold("gradient buckets", buckets)
+
+        # The optimizer makes its state in its first step. Everything else is measured with it.
+        optimizer = trainer.create_optimizer()
+        for group in optimizer.param_groups:
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = True  # as torch chooses on a GPU
+        for _ in range(2):
+            self._make_gradients(trained)
+            with dry.measured("optimizer"):
+                if args.max_grad_norm:
+                    trainer.accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                optimizer.step()
+            dry.hold("optimizer", list(optimizer.state.values()))
+        optimizer.zero_grad()
+
+        self._replay(trainer)
+        follow = self._follow_grpo if isinstance(args, FlowGRPOEditConfig) else self._follow_dpo
+        files = follow(trainer, trained, light)
+        with dry.measured("saving"):
+            for parameter in trained:
+                parameter.isfinite().all()
+        adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
+        files |= {
+            "adapter": 2 * _bytes(adapter),  # PEFT's file and that of diffusers
+            "optimizer": _bytes(optimizer.state_dict()),
+        }
+        phases = {
+            name: {"peak": phase.peak, "parts": dict(phase.parts), "counts": dict(phase.counts)}
+            for name, phase in dry.phases.items()
+        }
+        return {"weights": weights, "phases": phases, "files": files}
+
+    def _hold_encoders(self, policy: EditPolicy) -> None:
+        for name, module in policy.encoders.items():
+            self.dry.hold(name, _weights(module))
+
+    def _make_gradients(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.dry.hold("gradients", [p.grad for p in parameters])
+
+    def _trainer(self, args: Any, pipeline: DiffusionPipeline) -> Any:
+        """The trainer, on cases that stand for all others."""
+        stream = io.BytesIO()
+        Image.new("RGB", (args.resolution, args.resolution)).save(stream, "png")
+        picture = {"bytes": stream.getvalue(), "path": None}
+        is_grpo = isinstance(args, FlowGRPOEditConfig)
+        rows = args.generation_batch_size if is_grpo else 1
+        columns: dict[str, list[Any]] = {
+            "id": [str(row) for row in range(rows)],
+            "prompt": [self.prompt] * rows,
+            "images": [[picture] * self.num_references] * rows,
+        }
+        features = {"id": Value("string"), "prompt": Value("string"), "images": List(ImageFeature())}
+        if not is_grpo:
+            columns |= {"chosen": [picture] * rows, "rejected": [picture] * rows}
+            features |= {"chosen": ImageFeature(), "rejected": ImageFeature()}
+        dataset = Dataset.from_dict(columns, Features(features))
+        rewards = {"reward_funcs": _reward} if is_grpo else {}
+        datasets = {"train_dataset": dataset, "eval_dataset": dataset if args.eval_strategy != "no" else None}
+        return self.trainer_type(pipeline, args=args, peft_config=self.peft_config, **datasets, **rewards)
+
+    def _replay(self, trainer: Any) -> None:
+        """What runs without gradients takes the same each time that its shapes are the same: it is run once."""
+        dry, policy, model = self.dry, trainer.policy, trainer.model
+        encode, encode_image, decode, velocity = policy.encode, policy.encode_image, policy.decode, policy.velocity
+        adapted = next(iter(lora_layers(model).values()))
+        run = tuple(model.get_base_model().config.get(name) for name in LAYERS)
+
+        def count_passes(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            dry.count("passes", len(kwargs["hidden_states"]))
+
+        def shapes(values: Any) -> tuple:
+            return tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(values))
+
+        def encode_once(images: Any, prompt: str, negative_prompt: str | None, resolution: int) -> EditConditions:
+            if policy.offload_encoders:
+                self._hold_encoders(policy)  # they have come to the card just now
+            key = ("encode", tuple(image.size for image in images), prompt, negative_prompt, resolution)
+            values = dry.once(key, lambda: vars(encode(images, prompt, negative_prompt, resolution)))
+            dry.hold("samples", values["tensors"])
+            return EditConditions(**values)
+
+        def encode_image_once(image: Image.Image, height: int, width: int) -> torch.Tensor:
+            return dry.once(("image", image.size, height, width), lambda: encode_image(image, height, width))
+
+        def decode_once(latents: torch.Tensor, conditions: EditConditions) -> list[Image.Image]:
+            if policy.offload_encoders:
+                self._hold_encoders(policy)
+            dry.rename("activations", "samples")
+            return dry.once(("decode", shapes(latents)), lambda: decode(latents, conditions))
+
+        def velocity_once(module: nn.Module, latents: Any, sigma: Any, batch: dict, scale: float) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                return velocity(module, latents, sigma, batch, scale)
+            if not adapted.disable_adapters:  # else in the middle of a step
+                dry.rename("activations", "samples")
+            state = (scale > 1, adapted.disable_adapters, torch.is_autocast_enabled("cpu"))
+            key = ("velocity", args_key, run, *state, shapes([latents, sigma, batch]))
+            return dry.once(key, lambda: velocity(module, latents, sigma, batch, scale))
+
+        args_key = (trainer.args.bf16, trainer.args.fp16)
+        model.get_base_model().register_forward_pre_hook(count_passes, with_kwargs=True)
+        policy.encode, policy.encode_image = encode_once, encode_image_once
+        policy.decode, policy.velocity = decode_once, velocity_once
+
+    def _follow_grpo(self, trainer: Any, trained: list[nn.Parameter], light: bool) -> dict[str, int]:
+        args, dry, group = trainer.args, self.dry, trainer.num_generations
+        names = {"encode": "encoding", "decode": "decoding", "train": "training"}
+        trainer._timed = lambda phase: dry.measured(str(names.get(phase, phase)))
+        count, kept = args.generation_batch_size // args.world_size, trainer.num_trained / group
+        few = math.ceil(max(args.rollout_batch_size, args.per_device_train_batch_size / kept) / group) * group
+        few = few if few < count and count % group == 0 else count
+        between_updates = trainer.generate_every % args.gradient_accumulation_steps == 0
+
+        def generate(number: int) -> list[Any]:
+            samples = trainer._prepare_inputs([place // group for place in range(number)])
+            trainer._step += trainer.generate_every
+            return samples
+
+        def stored() -> list[Any]:
+            return [[vars(sample.conditions), vars(sample.trajectory)] for sample in trainer._buffered_samples]
+
+        # A batch is sampled while the one before is still in memory, and gradients if an update is not finished.
+        generate(few)
+        each = kept * _bytes(stored()) / len(trainer._buffered_samples)  # for each sample of a generation batch
+        trainer._buffered_samples = None
+        number = few if light else count
+        other = [torch.empty(round(each * (2 * count - number)), dtype=torch.uint8, device=CARD)]
+        dry.hold("samples", other)
+        if not between_updates:
+            self._make_gradients(trained)
+        for name in ("encoding", "rollout", "decoding", "reward"):
+            dry.phases.pop(name, None)
+        samples = generate(number)
+        dry.hold("samples", stored())
+        other = [torch.empty(round(each * (count - number)), dtype=torch.uint8, device=CARD)]
+        dry.hold("samples", other)
+
+        # One trained step of one microbatch, as if others of its update had come before. Where samples share the first
+        # one, the mean over all.
+        if not args.same_latent:
+            start = samples[0].trajectory.steps.start
+            samples = [replace(s, trajectory=replace(s.trajectory, steps=range(start, start + 1))) for s in samples]
+        steps = len(samples[0].trajectory.steps)
+        trainer._prepare_inputs = lambda inputs: samples
+        self._make_gradients(trained)
+        trainer.training_step(trainer.model, [])
+        trainer.optimizer.zero_grad()
+        counts = dry.phases["training"].counts
+        for name in counts:
+            counts[name] = round(counts[name] / steps)
+
+        trainer._current_eval_dataset = trainer.train_dataset
+        with dry.measured("evaluation"):
+            if args.eval_strategy != "no":
+                rows = min(args.per_device_eval_batch_size, len(trainer.train_dataset))
+                trainer.evaluation_loop([list(range(rows))], "Evaluation")
+            self._sample(trainer)
+        # Between updates that share a generation batch, a checkpoint holds its samples.
+        shared = not between_updates or trainer.generate_every > args.gradient_accumulation_steps
+        return {"rollouts": round(each * count) if shared else 0}
+
+    def _follow_dpo(self, trainer: Any, trained: list[nn.Parameter], light: bool) -> dict[str, int]:
+        args, dry, policy = trainer.args, self.dry, trainer.policy
+        with dry.measured("encoding"), policy.loaded(*policy.encoders):
+            state = trainer._encode_pair(dict(trainer.train_dataset[0]))
+        trainer._load_pair = lambda file: trainer._pair(state)
+        self._make_gradients(trained)
+        with dry.measured("training"):
+            trainer.training_step(trainer.model, ["pair"] * args.per_device_train_batch_size)
+        trainer.optimizer.zero_grad()
+        trainer._current_eval_dataset = trainer.train_dataset
+        with dry.measured("evaluation"):
+            if args.eval_strategy != "no":
+                trainer.evaluation_loop([["pair"] * args.per_device_eval_batch_size], "Evaluation")
+            self._sample(trainer)
+        return {"pair": _bytes(state)}
+
+    def _sample(self, trainer: Any) -> None:
+        """The edits of the model card."""
+        rows = range(min(trainer.args.num_sample_edits, len(trainer.train_dataset)))
+        cases = [trainer._read_case(trainer.train_dataset, row) for row in rows]
+        for adapter in (False, True) if cases else ():
+            trainer.sample_edits(cases, adapter)
+
+
+def _empty_judge(judge: str, revision: str | None) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(judge, revision=revision)
+        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The judge {judge!r} has no configuration that can be planned: {error}") from error
+
+
+def _prompt(policy: EditPolicy, tokens: int) -> str:
+    """A prompt of about so many tokens."""
+    prompt = "Edit"
+    while len(policy.prompt_tokens([prompt])[0]) < tokens:
+        prompt += " it"
+    return prompt
+
+
+def _reward(completions: list[Image.Image], **kwargs: Any) -> list[float]:
+    return [float(place**2) for place in range(len(completions))]  # none of a group is the mean
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def _weights(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes(values: Any) -> int:
+    """Bytes of tensors of any nesting, as a file has them: shared memory once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors(values)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _combined(result: Any, first: Any, more: Any, times: int) -> Any:
+    """`result + times * (more - first)`, for numbers in nested dictionaries."""
+    if isinstance(result, dict) or isinstance(more, dict):
+        result, first, more = (value or {} for value in (result, first, more))
+        return {
+            key: _combined(result.get(key, 0), first.get(key, 0), more.get(key, 0), times)
+            for key in {**result, **more}
+        }
+    return result + times * (more - first)

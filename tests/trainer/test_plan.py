@@ -1,0 +1,211 @@
+import contextlib
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from datasets import Dataset
+from PIL import Image
+from transformers import TrainerCallback
+
+from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
+from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
+from hp_edit_trl.policies import FluxKontextPolicy
+from hp_edit_trl.trainer.plan import CARDS, Plan, advice, judged, parse_card, plan_training
+from hp_edit_trl.trainer.rehearsal import Rehearsal, alone
+from hp_edit_trl.utils.dry_run import Meter
+
+
+OPTIONS = {
+    "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "resolution": 64, "max_steps": 2,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "rollout_batch_size": 4,
+    "optim": "adamw_torch_fused", "num_sample_edits": 2, "disable_tqdm": True, "logging_steps": 100,
+}  # fmt: skip
+GRPO = {"num_generations": 4, "num_inference_steps": 4, "sde_window_size": 2, "sde_window_range": [0, 2]}
+
+
+def grpo_config(folder, **options) -> FlowGRPOEditConfig:
+    return FlowGRPOEditConfig(str(folder), **{**OPTIONS, **GRPO, **options})
+
+
+class OptimizerSteps(TrainerCallback):
+    """Measures the optimizer's steps of a real run."""
+
+    def __init__(self, meter: Meter):
+        self.meter, self.stack = meter, contextlib.ExitStack()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.meter.hold("gradients", [p.grad for p in model.parameters() if p.grad is not None])
+        self.stack.enter_context(self.meter.measured("optimizer"))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.stack.close()
+
+
+def held_state(trainer: FlowGRPOEditTrainer) -> list:
+    """What a plan must leave as it is."""
+    return [
+        dict(PartialState._shared_state), dict(AcceleratorState._shared_state), trainer.accelerator.device,
+        torch.get_rng_state().tolist(), id(trainer._buffered_samples), trainer.state.global_step,
+        [id(module) for module in trainer.model.modules()],
+        [(id(value), value.sum().item()) for value in trainer.model.parameters()],
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[Meter, Plan, dict, dict]:
+    """A real run that was measured; its plan; and what a run of all its blocks takes, extrapolated and not."""
+    pipeline = tiny_pipeline(num_layers=4)
+    args = grpo_config(tmp_path_factory.mktemp("run"), beta=0.1)
+    rehearsal = Rehearsal(FlowGRPOEditTrainer, pipeline, {}, prompt_tokens=30)
+    cases = Dataset.from_list([{"prompt": rehearsal.prompt, "image": Image.new("RGB", (64, 64))}] * 2)
+    trainer = FlowGRPOEditTrainer(
+        pipeline,
+        lambda completions, **_: [float(i**2) for i in range(len(completions))],
+        args,
+        cases,
+        eval_dataset=cases,
+    )
+    meter = Meter()
+    names = {"encode": "encoding", "decode": "decoding", "train": "training"}
+    trainer._timed = lambda phase: meter.measured(names.get(phase, phase))
+    trainer.add_callback(OptimizerSteps(meter))
+    with meter:
+        modules = [trainer.model, *trainer.policy.encoders.values()]
+        meter.hold("weights", [[*module.parameters(), *module.buffers()] for module in modules])
+        meter.hold("tables", [list(vars(module).values()) for module in trainer.model.modules()])
+        trainer.train()
+        with meter.measured("evaluation"):
+            trainer.sample_edits([trainer._read_case(cases, 0), trainer._read_case(cases, 1)])
+    before = held_state(trainer)
+    plan = trainer.plan(gpu="h100", prompt_tokens=30)
+    assert held_state(trainer) == before
+    with alone(1):
+        return meter, plan, rehearsal.measure(args, few=2), rehearsal.measure(args, few=4)
+
+
+@pytest.mark.parametrize("phase", ["encoding", "rollout", "decoding", "training", "optimizer", "evaluation"])
+def test_memory_is_within_five_percent_of_a_real_run(measured, phase):
+    meter, plan, _, _ = measured
+    assert plan.phases[phase]["peak"] == pytest.approx(meter.phases[phase].peak, rel=0.05)
+
+
+def test_operations_are_those_of_a_real_run(measured):
+    meter, plan, _, _ = measured
+    counts = {name: sum(phase.counts.values()) for name, phase in meter.phases.items()}
+    for phase in ("encoding", "rollout", "decoding", "training"):
+        assert 2 * plan.update["flops"][phase] == counts[phase]  # two updates
+    assert plan.update["rollout_passes"] == 4 * 4 * 2  # samples, steps, guidance
+    assert plan.update["trained_passes"] == 4 * 2 * (2 + 2)  # and the reference
+    assert plan.update["judge_calls"] == 4
+    assert plan.run["updates"] == 2 and plan.run["judge_calls"] == 8
+
+
+def assert_same(first, second) -> None:
+    """Equal numbers. Sizes may differ by a few blocks of the allocator, whose rounding is not linear."""
+    if isinstance(first, dict):
+        for key in {**first, **second}:
+            assert_same(first.get(key, 0), second.get(key, 0))
+    else:
+        assert abs(first - second) <= 4 * 512
+
+
+def test_runs_with_few_blocks_tell_what_many_take(measured):
+    _, _, few, all_blocks = measured
+    assert_same(few, all_blocks)
+
+
+def test_blocks_of_two_kinds(tmp_path):
+    pipeline = tiny_kontext_pipeline()
+    config = {**pipeline.transformer.config, "num_layers": 3, "num_single_layers": 4}
+    pipeline.transformer = type(pipeline.transformer).from_config(config)
+    with alone(2):
+        args = grpo_config(tmp_path, bf16=True, gradient_checkpointing=False, num_sample_edits=0)
+        rehearsal = Rehearsal(FlowGRPOEditTrainer, pipeline, {})
+        assert_same(rehearsal.measure(args, light=True), rehearsal.measure(args, light=True, few=4))
+
+
+class Stub:
+    """A rehearsal that needs as much as its function says."""
+
+    judge = None
+
+    def __init__(self, needed):
+        self.needed, self.tried = needed, []
+
+    def measure(self, args, light=False):
+        assert light
+        self.tried.append(args)
+        return {"phases": {name: {"peak": int(gib * 2**30), "parts": {}} for name, gib in self.needed(args).items()}}
+
+
+def needed(args) -> dict[str, float]:
+    weights = 20 if args.offload_encoders else 40
+    activations = 1 if args.gradient_checkpointing else 30
+    return {
+        "placing": weights,
+        "rollout": weights + args.rollout_batch_size,
+        "training": weights + 2 + activations * args.per_device_train_batch_size,
+    }
+
+
+ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("memory", "options", "changes", "fits"),
+    [
+        (60, {"gradient_checkpointing": False}, {"gradient_checkpointing": True}, True),
+        (47.5, {"per_device_train_batch_size": 4, "rollout_batch_size": 1},
+         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, True),
+        (47, {**ONE, "rollout_batch_size": 8}, {"rollout_batch_size": 2}, True),
+        (30, {**ONE, "rollout_batch_size": 2}, {"offload_encoders": True}, True),
+        (20, {**ONE, "rollout_batch_size": 1}, {"offload_encoders": True}, False),
+    ],
+)  # fmt: skip
+def test_advice_is_the_smallest_change_that_fits(tmp_path, memory, options, changes, fits):
+    args = grpo_config(tmp_path, **options)
+    card, rehearsal = parse_card("h100", memory), Stub(needed)
+    advised = advice(rehearsal, args, card, judged(rehearsal.measure(args, True)["phases"], card))
+    assert advised["fits"] == fits and advised["options"] == changes
+    last = rehearsal.tried[-1]
+    assert last.per_device_train_batch_size * last.steps_per_generation == (
+        args.per_device_train_batch_size * args.steps_per_generation
+    )
+    if not fits:
+        assert "rtx5090" in advised["gpus"] and "rtx4090" not in advised["gpus"]
+
+
+@pytest.mark.parametrize("name", ["H100", "a100-40", "RTX 4090", "rtx_4090"])
+def test_cards_are_found_in_any_spelling(name):
+    assert parse_card(name) in CARDS.values()
+    assert parse_card(name, 20).memory == 20
+
+
+@pytest.mark.parametrize(("name", "memory"), [("h1000", None), ("", None), ("h100", 0), ("h100", float("nan"))])
+def test_cards_that_do_not_exist(name, memory):
+    with pytest.raises(ValueError, match="gpu"):
+        parse_card(name, memory)
+
+
+@pytest.mark.parametrize(
+    "options", [{"utilization": 0}, {"utilization": 40}, {"price_per_gpu_hour": -1}, {"prompt_tokens": 0}]
+)
+def test_options_are_checked_before_anything_is_run(tmp_path, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        plan_training(FlowGRPOEditTrainer, tiny_kontext_pipeline(), grpo_config(tmp_path), {}, **options)
+
+
+def test_too_many_references(tmp_path):
+    with pytest.raises(ValueError, match="num_references=2, but FluxKontextPipeline takes .* at most 1"):
+        plan_training(FlowGRPOEditTrainer, tiny_kontext_pipeline(), grpo_config(tmp_path), {}, num_references=2)
+
+
+def test_a_model_on_the_wrong_device_fails(tmp_path, monkeypatch):
+    collate = FluxKontextPolicy.collate
+
+    def on_the_host(self, conditions):
+        return {name: value.cpu() if name == "img_ids" else value for name, value in collate(self, conditions).items()}
+
+    monkeypatch.setattr(FluxKontextPolicy, "collate", on_the_host)
+    with pytest.raises(RuntimeError, match="device"):
+        plan_training(FlowGRPOEditTrainer, tiny_kontext_pipeline(), grpo_config(tmp_path), {})
