@@ -1,26 +1,28 @@
 """What both configs share: secrets among the options are not shown, and launches that do not work are refused."""
 
-import os
 from typing import Any
 
 from trl.trainer.base_config import _BaseConfig
 
 from ..utils.secrets import redacted
+from .sharding import check_fsdp, is_set
 
 
 # A subclass is a `@dataclass(repr=False)`: otherwise the decorator would give it a `repr` of its own.
 class BaseEditConfig(_BaseConfig):
     def __post_init__(self):
-        for name, option, variable in (
-            ("FSDP", self.fsdp, "ACCELERATE_USE_FSDP"),
-            ("DeepSpeed", self.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
-        ):
-            if option or os.environ.get(variable, "false").lower() in ("1", "true"):
-                raise ValueError(
-                    f"{name} is not supported: the processes do not make the same number of passes through the model, "
-                    "and would wait for each other. Launch with DDP (`accelerate launch --multi_gpu`), where each "
-                    "process holds the whole transformer."
-                )
+        if self.fsdp:
+            raise ValueError(
+                "fsdp is not an option of this config. Launch with an accelerate config that has distributed_type: "
+                "FSDP and fsdp_version: 2: `accelerate launch --config_file examples/accelerate/fsdp2.yaml`."
+            )
+        if self.deepspeed or is_set("ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError(
+                "DeepSpeed is not supported. Launch with FSDP2 (`accelerate launch --config_file "
+                "examples/accelerate/fsdp2.yaml`), which shards the transformer, or with DDP (`--multi_gpu`), where "
+                "each process holds the whole transformer."
+            )
+        check_fsdp()
         super().__post_init__()
 
     # Trackers and logs show these.

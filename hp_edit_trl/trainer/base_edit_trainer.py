@@ -5,18 +5,21 @@ import copy
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, patch_environment
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from PIL import Image
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import GreedyLR, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -28,7 +31,7 @@ from trl.trainer.utils import RepeatSampler, use_adapter
 from ..cases import BadCaseError, case_images, check_references, decoded, leave_out, without_decoding
 from ..editors import PolicyEditor
 from ..policies import EditConditions, EditPolicy, check_prompt_lengths, policy_class
-from ..utils.distributed import in_step
+from ..utils.distributed import OutOfStepError, in_step, lost_processes
 from ..utils.dtypes import parse_dtype
 from ..utils.files import read_json
 from ..utils.hub import create_repository
@@ -54,6 +57,7 @@ from .hub import CARD_PICTURES, MODEL_FILES, card_pictures, copy_published, uplo
 from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
 from .plan import TrainingPlan, plan_training
+from .sharding import PassCount, check_fsdp, check_shardable, equal_passes, most_of_all, shard, wrap
 
 
 logger = get_logger(__name__)
@@ -166,6 +170,65 @@ class BaseEditTrainer(_BaseTrainer):
     _best_before: tuple[float | None, int | None] = (None, None)
     _is_saved = False
 
+    def __init__(self, model: PeftModel, args: Any, **kwargs: Any):
+        # Before anything moves the model to the device, where it may not fit whole
+        self._is_sharded = check_fsdp() and PartialState().num_processes > 1
+        self._pass_count = PassCount()
+        self._keeps_step = False  # whether passes are made equal already
+        if self._is_sharded:
+            check_shardable(model)
+            shard(model, args.device)
+        super().__init__(model=model, args=args, **kwargs)
+
+    # With FSDP accelerate would shard the LoRA as well, and Trainer would write checkpoints of another form.
+    def create_accelerator_and_postprocess(self) -> None:
+        with patch_environment(ACCELERATE_USE_FSDP="false"):
+            super().create_accelerator_and_postprocess()
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "An Accelerator was made before the trainer, for FSDP: let the trainer make the first one."
+            )
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if not (self._is_sharded and training and model is self.model):
+            return super()._wrap_model(model, training, dataloader)
+        # Accelerate only adds autocast.
+        model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return wrap(model, bool(self.args.ddp_find_unused_parameters))
+
+    @contextlib.contextmanager
+    def _passes_in_step(self) -> Iterator[None]:
+        """As `in_step`, for work with passes without gradients: with a sharded model, their number becomes equal."""
+        if self._keeps_step:  # already
+            yield
+            return
+        with in_step(self.accelerator):
+            if not self._is_sharded:
+                yield
+                return
+            self._keeps_step = True
+            try:
+                with equal_passes(self.model, self.accelerator.device, self._pass_count):
+                    yield
+            finally:
+                self._keeps_step = False
+
+    def _missing_passes(self, count: int) -> int:
+        """How many passes with gradients fewer than another process this one makes, if they have to be equal."""
+        if not self._is_sharded:
+            return 0
+        most = most_of_all(count, self.accelerator.device)
+        self._pass_count.made += most
+        self._pass_count.filled += most - count
+        return most - count
+
+    def _log_filled_passes(self, logs: dict[str, float]) -> None:
+        """Adds the share of passes that processes have made only because others did."""
+        if self._is_sharded:
+            counts = gather_object([self._pass_count])
+            logs["frac_filled_passes"] = sum(c.filled for c in counts) / max(sum(c.made for c in counts), 1)
+            self._pass_count = PassCount()
+
     def _send_telemetry(self):
         # TRL's telemetry would count this trainer as a TRL trainer.
         pass
@@ -240,7 +303,8 @@ class BaseEditTrainer(_BaseTrainer):
         self, cases: list[tuple[dict[str, Any], list[Image.Image]]], adapter: bool = True
     ) -> list[Image.Image]:
         """
-        Samples an edit of each case along the ODE, from a noise that belongs to the case.
+        Samples an edit of each case along the ODE, from a noise that belongs to the case. With a sharded transformer
+        (FSDP2) all processes must call it, with as many cases as each likes.
 
         Args:
             cases (`list[tuple[dict, list[PIL.Image.Image]]]`):
@@ -263,7 +327,8 @@ class BaseEditTrainer(_BaseTrainer):
         )
         ids = [str(row["id"]) for row, _ in cases]
         seeds = [seeded_generator(args.seed, "eval", case_id).initial_seed() for case_id in ids]
-        with self._without_casts(), contextlib.nullcontext() if adapter else use_adapter(self.model, None):
+        together = self._passes_in_step() if self._is_sharded else contextlib.nullcontext()
+        with together, self._without_casts(), contextlib.nullcontext() if adapter else use_adapter(self.model, None):
             return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
 
     def plan(self, **options: Any) -> TrainingPlan:
@@ -277,8 +342,10 @@ class BaseEditTrainer(_BaseTrainer):
                 `price_per_gpu_hour`, `num_references`, `prompt_tokens`, ...
 
         Raises:
-            `ValueError`: If an option is not valid, or the model is quantized.
+            `ValueError`: If an option is not valid, or the model is quantized or sharded.
         """
+        if self._is_sharded:
+            raise ValueError("A sharded model cannot be planned: use `hp-edit plan`, before the launch.")
         peft_config = copy.copy(self.accelerator.unwrap_model(self.model).peft_config["default"])
         if peft_config.exclude_modules == self.policy.lora_exclude_modules:
             peft_config.exclude_modules = None  # it names the last block, which a dry run has elsewhere
@@ -405,7 +472,8 @@ class BaseEditTrainer(_BaseTrainer):
             # save_total_limit=1 with load_best_model_at_end leaves only the best checkpoint of a finished run.
             if max(state.global_step, self._saved_run(checkpoint).get("step", 0)) >= max_steps:
                 return self._restore_finished(checkpoint, state)
-        return super().train(checkpoint, *args, **kwargs)
+        with lost_processes():
+            return super().train(checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with in_step(self.accelerator), restoring(checkpoint):
@@ -631,11 +699,12 @@ class BaseEditTrainer(_BaseTrainer):
             num_cases (`int`, *optional*):
                 Number of cases. Defaults to `args.num_sample_edits`; with 0, pictures of an earlier run are removed.
         """
-        if not self.is_world_process_zero():
+        if not (self.is_world_process_zero() or self._is_sharded):  # a sharded model needs all processes
             return
         num_cases = self.args.num_sample_edits if num_cases is None else num_cases
         if num_cases == 0:
-            remove_before_after(Path(self.args.output_dir))
+            if self.is_world_process_zero():
+                remove_before_after(Path(self.args.output_dir))
             return
         dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         if isinstance(dataset, dict):
@@ -649,7 +718,10 @@ class BaseEditTrainer(_BaseTrainer):
                 with contextlib.suppress(BadCaseError):
                     cases.append(self._read_case(dataset, index))
             before, after = self.sample_edits(cases, adapter=False), self.sample_edits(cases)
-            save_before_after(Path(self.args.output_dir), cases, before, after)
+            if self.is_world_process_zero():
+                save_before_after(Path(self.args.output_dir), cases, before, after)
+        except OutOfStepError:
+            raise
         except Exception as error:  # a trained model must not be lost because of a picture
             redact_error(error)
             logger.warning(f"No sample edits for the model card: {type(error).__name__}: {error}")

@@ -31,6 +31,7 @@ from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy,
 from .checkpoints import can_be_read
 from .dpo_edit_config import DPOEditConfig
 from .lora import check_peft_config, prepare_lora
+from .same_run import check_same_run
 
 
 logger = get_logger(__name__)
@@ -185,6 +186,8 @@ class DPOEditTrainer(BaseEditTrainer):
         self._left_out = {}
         for name, dataset in datasets.items():
             datasets[name] = self._leave_out(dataset, check_pairs(dataset, name, args.on_bad_case))
+
+        check_same_run(args, datasets, peft_config)
 
         # Policy. Its class is found before its weights are loaded.
         policy_type = find_policy(model, args)
@@ -403,7 +406,8 @@ class DPOEditTrainer(BaseEditTrainer):
         args, policy, device = self.args, self.policy, self.accelerator.device
         all_losses, all_metrics = [], []
         buckets = bucketed([pair.conditions for pair in pairs], len(pairs))
-        for members in buckets:
+        missing = self._missing_passes(len(buckets)) if torch.is_grad_enabled() else 0
+        for members in buckets + [buckets[0][:1]] * missing:
             bucket = [pairs[i] for i in members]
             schedule = policy.sigmas(self.sample_num_inference_steps, bucket[0].conditions)
             options = (args.logit_mean, args.logit_std)
@@ -450,8 +454,11 @@ class DPOEditTrainer(BaseEditTrainer):
             all_losses.append(losses)
             all_metrics.append({name: values.detach() for name, values in metrics.items()})
         places = torch.tensor([i for members in buckets for i in members], device=device).argsort()
-        joined = {name: torch.cat([m[name] for m in all_metrics])[places] for name in all_metrics[0]}
-        return torch.cat(all_losses)[places], joined
+        number = len(buckets)
+        joined = {name: torch.cat([m[name] for m in all_metrics[:number]])[places] for name in all_metrics[0]}
+        # The missing passes change nothing, but have a backward pass.
+        filled = sum(0 * loss.sum() for loss in all_losses[number:])
+        return torch.cat(all_losses[:number])[places] + filled, joined
 
     # Noise and noise level of evaluation belong to the pair: losses of different checkpoints, and of runs with another
     # number of processes, are comparable.
@@ -470,7 +477,7 @@ class DPOEditTrainer(BaseEditTrainer):
             self.optimizer.eval()
         results: list[dict[str, float]] = []
         for files in dataloader:
-            with in_step(self.accelerator), torch.no_grad(), self._without_casts(), self.accelerator.autocast():
+            with self._passes_in_step(), torch.no_grad(), self._without_casts(), self.accelerator.autocast():
                 pairs = [self._load_pair(file) for file in files]
                 generators = [seeded_generator(self.args.seed, "eval", pair.id) for pair in pairs]
                 losses, metrics = self._losses(self.model, pairs, generators)
@@ -497,4 +504,5 @@ class DPOEditTrainer(BaseEditTrainer):
             if self._skipped_updates:
                 logs["skipped_updates"] = self._skipped_updates
             self._sums.clear()
+            self._log_filled_passes(logs)
         super().log(logs, start_time)

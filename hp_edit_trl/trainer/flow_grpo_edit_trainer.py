@@ -57,6 +57,7 @@ from .completions import log_completions_table
 from .flow_grpo_edit_config import FlowGRPOEditConfig
 from .hub import completions_scheduler
 from .lora import check_peft_config, prepare_lora
+from .same_run import check_same_run
 
 
 logger = get_logger(__name__)
@@ -244,6 +245,8 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 f"train_dataset has {count} usable cases, but one generation batch takes {self.cases_per_batch} "
                 f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations})."
             )
+
+        check_same_run(args, datasets, peft_config)
 
         # Policy. Its class is found, and the judges are asked, before its weights are loaded.
         policy_type = find_policy(model, args)
@@ -492,7 +495,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         trajectories: dict[int, Trajectory] = {}
         images: dict[int, Image.Image] = {}
         begun: list[tuple[list[int], dict[int, Future]]] = []
-        with in_step(self.accelerator), policy.loaded("vae"), cancelled_on_error(begun):
+        with self._passes_in_step(), policy.loaded("vae"), cancelled_on_error(begun):
             while len(images) < len(rows):
                 with self._timed("rollout"), self._without_casts(), self.accelerator.autocast():
                     members, paths = next(batches)
@@ -870,12 +873,12 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                 batch = [leaders[i] for i in members]
                 trained = [(sample, row) for row, leader in enumerate(batch) for sample in groups[leader.group]]
                 passes.append((batch, [sample for sample, _ in trained], [row for _, row in trained], range(1)))
-        is_idle = not any(len(steps) for *_, steps in passes)
-        if is_idle and self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
-            # The other processes wait for a backward pass of this one.
-            idle = replace(samples[0], advantage=0.0, kl_weight=0.0)
-            passes = [([idle], [idle], [0], range(window - 1, window))]
-        return passes
+        number = sum(len(steps) for *_, steps in passes)
+        missing = self._missing_passes(number)
+        if not number + missing and self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            missing = 1  # the other processes wait for a backward pass of this one
+        idle = replace(samples[0], advantage=0.0, kl_weight=0.0)
+        return passes + [([idle], [idle], [0], range(window - 1, window))] * missing
 
     def _accumulate_gradients(
         self, model: nn.Module, samples: list[Sample], update: list[Sample] | None = None
@@ -930,10 +933,13 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
                             mean_ref, _ = self._transition(self.model, before[k], path, step, batch)
                         kl = kl_divergence(mean, mean_ref, std)[rows]
                         losses = losses + self.args.beta * kl_weights * kl
-                        self._record("kl", kl)
+                        if self._learns(trained[0]):
+                            self._record("kl", kl)
                     loss = losses.sum() / num_terms
                     self.accelerator.backward(loss)
                 total += loss.detach()
+                if not self._learns(trained[0]):  # a pass for the sake of other processes
+                    continue
                 self._record(f"logp_diff/step_{step}", log_ratio.abs())
                 low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
                 high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
@@ -1001,7 +1007,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         for indices in dataloader:
             # One entry per index, also of a bad case: a case is never judged in the place of another.
             local: list[dict[str, Any]] = [{} for _ in indices]
-            with in_step(self.accelerator):
+            with self._passes_in_step():
                 cases, images = self._edit_usable(dataset, indices)
             for place in set(range(len(indices))) - cases.keys():
                 local[place]["bad_cases"] = 1
@@ -1090,6 +1096,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             self._bad_cases.clear()
             self._tally = JudgeTally()
             self._phase_seconds.clear()
+            self._log_filled_passes(logs)
         super().log(logs, start_time)
         if "loss" in logs and self._completions:
             callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]

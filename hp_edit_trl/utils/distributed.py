@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
@@ -15,6 +16,26 @@ def patient_accelerator() -> Accelerator:
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
 
+class OutOfStepError(RuntimeError):
+    """An error of one process that the others cannot be told, because they wait for something else of it."""
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Context for a run of several processes. If one of them stops, the error of the others says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no class of its own for it
+        if not isinstance(error, dist.DistError) and "by peer" not in str(error):
+            raise
+        raise RuntimeError(
+            f"Another process of this run has stopped, and process {dist.get_rank()} cannot go on without it. Why it "
+            "stopped is in its own output; if there is nothing, it was killed, e.g. because memory ran out. Then "
+            "resume with resume_from_checkpoint=True."
+        ) from error
+
+
 @contextmanager
 def in_step(accelerator: Accelerator) -> Iterator[None]:
     """
@@ -24,6 +45,8 @@ def in_step(accelerator: Accelerator) -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
+    except OutOfStepError:
+        raise
     except Exception as error:
         failure = error
     kind = next((kind for kind in (ConnectionError, OSError) if isinstance(failure, kind)), ValueError)
