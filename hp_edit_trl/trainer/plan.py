@@ -234,8 +234,7 @@ def plan_training(
         update = _update(figures, args, card, utilization, num_answers)
         run = _run_figures(figures, update, args, card, utilization, num_cases, price_per_gpu_hour)
         advised = {} if all(phase["fits"] for phase in phases.values()) else advice(rehearsal, args, card, phases)
-    encoders = {name: size for name, size in figures["weights"].items() if name != "adapter"}
-    files = sum(encoders.values())
+    files = rehearsal.file_bytes
     converted = (
         options.get("dtype", torch.bfloat16).itemsize > torch.bfloat16.itemsize if isinstance(model, str) else False
     )

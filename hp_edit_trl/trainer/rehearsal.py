@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from ..policies import EditConditions, EditPolicy, policy_class
 from ..utils.dry_run import CARD, HOST, DryRun
+from ..utils.quantization import check_options
 from .dpo_edit_config import DPOEditConfig
 from .flow_grpo_edit_config import FlowGRPOEditConfig
 from .lora import lora_layers
@@ -84,7 +85,7 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
             What the pipeline is loaded with, see `loading_options`.
 
     Raises:
-        `ValueError`: If something is missing, or the weights are quantized.
+        `ValueError`: If something is missing, or the weights of a loaded pipeline are quantized.
     """
     if not isinstance(model, str):
         components: dict[str, Any] = dict(model.components)
@@ -92,7 +93,10 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
             if not isinstance(module, nn.Module):
                 continue
             if getattr(module, "hf_quantizer", None) is not None:
-                raise ValueError(f"The pipeline's {name} is quantized, which cannot be planned yet.")
+                raise ValueError(
+                    f"The pipeline's {name} is quantized already, which cannot be planned: plan with the model's name "
+                    "and load_in_4bit or load_in_8bit instead."
+                )
             if isinstance(module, PreTrainedModel):
                 empty = type(module)._from_config(copy.deepcopy(module.config), dtype=module.dtype)
             else:
@@ -103,8 +107,7 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
         pipeline = type(model)(**components, **settings)
         pipeline.register_to_config(_name_or_path=model.config.get("_name_or_path"))
         return pipeline
-    if "quantization_config" in options:
-        raise ValueError("model_init_kwargs has a quantization_config, which cannot be planned yet.")
+    options = {name: value for name, value in options.items() if name != "quantization_config"}
     try:
         index = DiffusionPipeline.load_config(model, **{k: v for k, v in options.items() if k != "dtype"})
         modules = {
@@ -119,6 +122,78 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
             f"model={model!r} cannot be planned: its model_index.json and each component's configuration, tokenizer "
             f"or processor are needed, but no weights ({type(error).__name__}: {error})."
         ) from error
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """Both passes dequantize the weight, as those of bitsandbytes do, so that none is kept between them."""
+
+    @staticmethod
+    def forward(ctx, inputs, layer):
+        ctx.layer = layer
+        return inputs @ layer.dequantized(inputs.device).t()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients[0] @ ctx.layer.dequantized(gradients[0].device), None
+
+
+class QuantizedLinear(nn.Linear):
+    """
+    A linear layer of a dry run that takes the memory of a quantized one.
+
+    Args:
+        layer ([`~torch.nn.Linear`]):
+            The layer in its place.
+        config (`dict`):
+            The option `quantization_config`: `quant_backend` and `quant_kwargs`.
+    """
+
+    def __init__(self, layer: nn.Linear, config: dict[str, Any]):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, layer.weight.dtype
+        number, kwargs = layer.weight.numel(), config.get("quant_kwargs") or {}
+        if config["quant_backend"] == "torchao":  # 8 bits, and a scale for each output
+            size, scales = number, 4 * layer.out_features
+        else:  # 4 bits, and a scale for 64 weights, itself in 8 bits if it is quantized, too
+            size, scales = number // 2, number // 64 * (1 if kwargs.get("bnb_4bit_use_double_quant") else 4)
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
+        self.bias = layer.bias
+
+    def dequantized(self, device: torch.device) -> torch.Tensor:
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.device != self.weight.device:
+            raise RuntimeError(
+                f"Expected all tensors on one device, but got {inputs.device} and {self.weight.device}."
+            )
+        product: Any = _QuantizedProduct.apply(inputs.to(self.dtype), self)
+        return (product if self.bias is None else product + self.bias.to(self.dtype)).to(inputs.dtype)
+
+
+def _quantized(config: Any, policy_type: type[EditPolicy]) -> list[str]:
+    """The components that the option `quantization_config` stands for."""
+    if config is None:
+        return []
+    if not isinstance(config, dict):
+        raise ValueError(
+            "A PipelineQuantizationConfig cannot be planned: give quantization_config as a mapping, or load_in_4bit "
+            "or load_in_8bit."
+        )
+    check_options(config)
+    names = config.get("components_to_quantize") or policy_type.quantized_components
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _quantize(module: nn.Module, config: dict[str, Any]) -> None:
+    """Puts quantized layers in the place of all linear ones, except for those that stay as they are."""
+    kwargs = config.get("quant_kwargs") or {}
+    kept = {"lm_head", *(kwargs.get("llm_int8_skip_modules") or kwargs.get("modules_to_not_convert") or [])}
+    for name, layer in list(module.named_modules()):
+        if type(layer) is nn.Linear and not any(part == name or part in name.split(".") for part in kept):
+            parent, _, last = name.rpartition(".")
+            setattr(module.get_submodule(parent), last, QuantizedLinear(layer, config))
 
 
 class Rehearsal:
@@ -165,7 +240,17 @@ class Rehearsal:
         with torch.random.fork_rng(devices=[]), self.dry:
             self.pipeline = empty_pipeline(model, options)
             self.judge = None if judge is None else _empty_judge(judge, judge_revision)
-        policy_type = policy_class(self.pipeline)
+            policy_type = policy_class(self.pipeline)
+            self.transformer = self.pipeline.transformer
+            modules = [
+                part for part in (*self.pipeline.components.values(), self.judge) if isinstance(part, nn.Module)
+            ]
+            self.file_bytes = sum(_bytes(_weights(module)) for module in modules)
+            # The transformer is quantized in each run
+            config: Any = options.get("quantization_config") if isinstance(model, str) else None
+            self.quantization = dict.fromkeys(_quantized(config, policy_type), config)
+            for name in self.quantization.keys() - {"transformer"}:
+                _quantize(getattr(self.pipeline, name), self.quantization[name])
         limit = policy_type.max_references
         if num_references < 1 or (limit is not None and num_references > limit):
             raise ValueError(
@@ -173,7 +258,6 @@ class Rehearsal:
                 + (f", and at most {limit}." if limit is not None else ".")
             )
         self.prompt = _prompt(policy_type(self.pipeline), prompt_tokens)
-        self.transformer = self.pipeline.transformer
         self.blocks = {name: self.transformer.config[name] for name in LAYERS if name in self.transformer.config}
 
     def measure(self, args: FlowGRPOEditConfig | DPOEditConfig, light: bool = False, few: int = FEW) -> dict[str, Any]:
@@ -213,6 +297,8 @@ class Rehearsal:
             transformer = type(self.transformer).from_config({**self.transformer.config, **blocks})
             pipeline = copy.copy(self.pipeline)
             pipeline.transformer = transformer.to(self.transformer.dtype).eval()
+            if "transformer" in self.quantization:
+                _quantize(pipeline.transformer, self.quantization["transformer"])
             trainer = self._trainer(args, pipeline)
             # Both states have a device, and whoever makes an AcceleratorState, as `prepare_model` does, copies that of
             # the PartialState.

@@ -46,7 +46,7 @@ def check_quantization(config: Any, device: torch.device | str) -> None:
         if backends.get("transformer") == "bitsandbytes_8bit":
             raise ValueError(INT8_OF_BITSANDBYTES)
     elif isinstance(config, Mapping):
-        _check_options(config)
+        check_options(config)
         backends = {"transformer": config["quant_backend"]}
     else:
         raise ValueError(
@@ -191,7 +191,8 @@ def is_quantized(module: Any) -> bool:
     return isinstance(module, nn.Module) and getattr(module, "is_quantized", False)  # others lack the attribute
 
 
-def _check_options(config: Mapping[str, Any]) -> None:
+def check_options(config: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if the option `quantization_config`, a mapping, is not valid."""
     known: tuple[str, ...] = ("quant_backend", "quant_kwargs", "components_to_quantize")
     if unknown := sorted(map(str, config.keys() - set(known))):
         raise ValueError(f"quantization_config has no option {', '.join(unknown)}. It has: {', '.join(known)}.")
