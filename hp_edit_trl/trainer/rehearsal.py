@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import gc
 import importlib
 import io
 import math
@@ -214,10 +213,12 @@ class Rehearsal:
             transformer = type(self.transformer).from_config({**self.transformer.config, **blocks})
             pipeline = copy.copy(self.pipeline)
             pipeline.transformer = transformer.to(self.transformer.dtype).eval()
-            figures = self._follow(self._trainer(args, pipeline), light)
-        del transformer, pipeline
-        gc.collect()
-        return figures
+            trainer = self._trainer(args, pipeline)
+            # Both states have a device, and whoever makes an AcceleratorState, as `prepare_model` does, copies that of
+            # the PartialState.
+            stack.enter_context(mock.patch.object(PartialState(), "device", CARD))
+            trainer.accelerator.state.device = CARD
+            return self._follow(trainer, light)
 
     def _follow(self, trainer: Any, light: bool) -> dict[str, Any]:
         """Goes through the phases of a run."""
@@ -229,7 +230,6 @@ class Rehearsal:
         parts |= {} if self.judge is None else {"judge": _weights(self.judge)}
         weights = {name: _bytes(tensors) for name, tensors in parts.items()}
 
-        trainer.accelerator.state.device = CARD
         with dry.measured("placing") as phase:
             model.to(CARD)
             for module in model.modules():  # tables that modules move in their first pass
@@ -432,11 +432,10 @@ class Rehearsal:
         return {"pair": _bytes(state)}
 
     def _sample(self, trainer: Any) -> None:
-        """The edits of the model card."""
+        """The edits of the model card. Those of the model without its adapter take no more."""
         rows = range(min(trainer.args.num_sample_edits, len(trainer.train_dataset)))
-        cases = [trainer._read_case(trainer.train_dataset, row) for row in rows]
-        for adapter in (False, True) if cases else ():
-            trainer.sample_edits(cases, adapter)
+        if rows:
+            trainer.sample_edits([trainer._read_case(trainer.train_dataset, row) for row in rows])
 
 
 def _empty_judge(judge: str, revision: str | None) -> nn.Module:

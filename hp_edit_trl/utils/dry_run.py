@@ -79,6 +79,10 @@ class Meter(TorchDispatchMode):
             The device whose memory is counted.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and a guard against it takes time in every operation
+
     def __init__(self, device: torch.device = HOST):
         super().__init__()
         self.device = device

@@ -34,6 +34,7 @@ gradient_accumulation_steps: 2
 rollout_batch_size: 1
 offload_encoders: true
 num_sample_edits: 0
+lora_target_modules: [to_q, to_v]
 judge_base_url: http://localhost:1/v1
 max_steps: 10
 """

@@ -15,7 +15,7 @@ from tests.full_size import SHORT, full_size_folder, left_out_bytes
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "configs"
-OPTIONS = {"use_cpu": True, "bf16": True, "report_to": "none", "save_strategy": "no", "num_sample_edits": 1}
+OPTIONS = {"use_cpu": True, "bf16": True, "report_to": "none", "save_strategy": "no", "num_sample_edits": 0}
 GRPO = {
     "num_generations": 2, "num_inference_steps": 3, "sde_window_size": 1, "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 2, "rollout_batch_size": 2,
@@ -45,8 +45,10 @@ def test_every_recipe_fits_the_card_that_it_names(recipe, folder):
     processes, memory = re.search(r"on (\d+) GPUs with at least (\d+) GB", head).groups()
     name = recipe.removesuffix("_dpo")
     words = ["--config", str(file), "--model_name_or_path", folder(name), "--num_processes", processes]
-    arguments, _ = parse(words)
-    assert choose_trainer(words)[0] == ("dpo" if recipe.endswith("_dpo") else "grpo")
+    is_dpo = recipe.endswith("_dpo")
+    assert choose_trainer(words)[0] == ("dpo" if is_dpo else "grpo")
+    # In Flow-GRPO the rollout samples as many edits at once, or more.
+    arguments, _ = parse([*words, "--num_sample_edits", "4" if is_dpo else "0"])
     with alone(int(processes)):
         rehearsal = Rehearsal(*(arguments[key] for key in ("trainer_type", "model", "options", "peft_config")))
         figures = rehearsal.measure(arguments["args"], light=True)
@@ -76,7 +78,7 @@ def test_grpo_of_other_models(name, options, folder, tmp_path):
     with alone(2):
         args = FlowGRPOEditConfig(str(tmp_path), **{**OPTIONS, **GRPO, **options})
         rehearsal = Rehearsal(FlowGRPOEditTrainer, folder(name), {"dtype": dtype}, num_references=1)
-        figures = rehearsal._run(args, dict.fromkeys(rehearsal.blocks, 2), light=True)
+        figures = rehearsal._run(args, dict.fromkeys(rehearsal.blocks, 1), light=True)
     training = figures["phases"]["training"]["counts"]
     assert training["passes"] == (1 if options.get("true_cfg_scale") == 1.0 or "klein" in name else 2) * (
         2 if "beta" in options else 1
@@ -91,7 +93,7 @@ def test_dpo_with_two_references_and_evaluation(folder, tmp_path):
             str(tmp_path), **OPTIONS, eval_strategy="steps", per_device_eval_batch_size=1, loss_type=["sigmoid"]
         )
         rehearsal = Rehearsal(DPOEditTrainer, folder("flux2_klein_9b"), {"dtype": torch.bfloat16}, num_references=2)
-        figures = rehearsal._run(args, dict.fromkeys(rehearsal.blocks, 2), light=True)
+        figures = rehearsal._run(args, dict.fromkeys(rehearsal.blocks, 1), light=True)
     assert figures["phases"]["training"]["counts"]["passes"] == 4  # two edits, and the reference
     assert figures["files"]["pair"] > 0
 

@@ -1,17 +1,19 @@
 import contextlib
+from unittest import mock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
+from peft import LoraConfig
 from PIL import Image
 from transformers import TrainerCallback
 
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
-from hp_edit_trl.policies import FluxKontextPolicy
+from hp_edit_trl.policies import FluxKontextPolicy, QwenImageEditPlusPolicy
 from hp_edit_trl.trainer.plan import CARDS, TrainingPlan, advice, judged, parse_card, plan_training
-from hp_edit_trl.trainer.rehearsal import Rehearsal, alone
+from hp_edit_trl.trainer.rehearsal import Rehearsal, _prompt, alone
 from hp_edit_trl.utils.dry_run import Meter
 
 
@@ -20,6 +22,7 @@ OPTIONS = {
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "rollout_batch_size": 4,
     "optim": "adamw_torch_fused", "num_sample_edits": 2, "disable_tqdm": True, "logging_steps": 100,
 }  # fmt: skip
+LAYERS = ["to_q", "to_v", "to_out.0"]  # fewer than by default: dry runs take as long as they have operations
 GRPO = {"num_generations": 4, "num_inference_steps": 4, "sde_window_size": 2, "sde_window_range": [0, 2]}
 
 
@@ -56,14 +59,15 @@ def measured(tmp_path_factory) -> tuple[Meter, TrainingPlan, dict, dict]:
     """A real run that was measured; its plan; and what a run of all its blocks takes, extrapolated and not."""
     pipeline = tiny_pipeline(num_layers=4)
     args = grpo_config(tmp_path_factory.mktemp("run"), beta=0.1)
-    rehearsal = Rehearsal(FlowGRPOEditTrainer, pipeline, {}, prompt_tokens=30)
-    cases = Dataset.from_list([{"prompt": rehearsal.prompt, "image": Image.new("RGB", (64, 64))}] * 2)
+    prompt = _prompt(QwenImageEditPlusPolicy(pipeline), 30)
+    cases = Dataset.from_list([{"prompt": prompt, "image": Image.new("RGB", (64, 64))}] * 2)
     trainer = FlowGRPOEditTrainer(
         pipeline,
         lambda completions, **_: [float(i**2) for i in range(len(completions))],
         args,
         cases,
         eval_dataset=cases,
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=LAYERS),
     )
     meter = Meter()
     names = {"encode": "encoding", "decode": "decoding", "train": "training"}
@@ -76,11 +80,17 @@ def measured(tmp_path_factory) -> tuple[Meter, TrainingPlan, dict, dict]:
         trainer.train()
         with meter.measured("evaluation"):
             trainer.sample_edits([trainer._read_case(cases, 0), trainer._read_case(cases, 1)])
+    figures, measure = [], Rehearsal.measure
+
+    def with_few_blocks_and_with_all(rehearsal, args):
+        figures.extend([measure(rehearsal, args), measure(rehearsal, args, few=4)])
+        return figures[0]
+
     before = held_state(trainer)
-    plan = trainer.plan(gpu="h100", prompt_tokens=30)
+    with mock.patch.object(Rehearsal, "measure", with_few_blocks_and_with_all):
+        plan = trainer.plan(gpu="h100", prompt_tokens=30)
     assert held_state(trainer) == before
-    with alone(1):
-        return meter, plan, rehearsal.measure(args, few=2), rehearsal.measure(args, few=4)
+    return meter, plan, *figures
 
 
 @pytest.mark.parametrize("phase", ["encoding", "rollout", "decoding", "training", "optimizer", "evaluation"])
@@ -120,7 +130,7 @@ def test_blocks_of_two_kinds(tmp_path):
     pipeline.transformer = type(pipeline.transformer).from_config(config)
     with alone(2):
         args = grpo_config(tmp_path, bf16=True, gradient_checkpointing=False, num_sample_edits=0)
-        rehearsal = Rehearsal(FlowGRPOEditTrainer, pipeline, {})
+        rehearsal = Rehearsal(FlowGRPOEditTrainer, pipeline, {}, LoraConfig(target_modules=LAYERS))
         assert_same(rehearsal.measure(args, light=True), rehearsal.measure(args, light=True, few=4))
 
 
