@@ -518,11 +518,10 @@ class Rehearsal:
         return {"pair": _bytes(state)}
 
     def _sample(self, trainer: Any) -> None:
-        """A batch of the model card's edits. Those of the model without its adapter take less."""
-        args, dataset = trainer.args, trainer.train_dataset
-        rows = range(min(args.num_sample_edits, args.rollout_batch_size, len(dataset)))
+        """The edits of the model card. Those of the model without its adapter take no more."""
+        rows = range(min(trainer.args.num_sample_edits, len(trainer.train_dataset)))
         if rows:
-            trainer.sample_edits([trainer._read_case(dataset, row) for row in rows])
+            trainer.sample_edits([trainer._read_case(trainer.train_dataset, row) for row in rows])
 
 
 def _empty_judge(judge: str, revision: str | None) -> nn.Module:
