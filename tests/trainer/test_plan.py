@@ -4,17 +4,22 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from bitsandbytes.nn import Params4bit
 from datasets import Dataset
+from diffusers import PipelineQuantizationConfig
 from peft import LoraConfig
 from PIL import Image
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TrainerCallback
 
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import FluxKontextPolicy, QwenImageEditPlusPolicy
 from hp_edit_trl.trainer.plan import CARDS, TrainingPlan, advice, judged, parse_card, plan_training
-from hp_edit_trl.trainer.rehearsal import Rehearsal, _prompt, alone
+from hp_edit_trl.trainer.rehearsal import QuantizedLinear, Rehearsal, _prompt, alone
 from hp_edit_trl.utils.dry_run import Meter
+from hp_edit_trl.utils.quantization import in_bits
 
 
 OPTIONS = {
@@ -132,6 +137,43 @@ def test_blocks_of_two_kinds(tmp_path):
         args = grpo_config(tmp_path, bf16=True, gradient_checkpointing=False, num_sample_edits=0)
         rehearsal = Rehearsal(FlowGRPOEditTrainer, pipeline, {}, LoraConfig(target_modules=LAYERS))
         assert_same(rehearsal.measure(args, light=True), rehearsal.measure(args, light=True, few=4))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "int8"])
+def test_quantized_layers_take_what_real_ones_take(kind):
+    layer = nn.Linear(512, 384, dtype=torch.bfloat16)
+    four = kind.startswith("nf4")
+    stand_in = QuantizedLinear(layer, in_bits(four, not four, nested=kind.endswith("nested")))
+    if four:
+        weight = Params4bit(layer.weight.data.clone(), quant_type="nf4", compress_statistics=kind.endswith("nested"))
+        real = weight.to("cpu")
+        state = real.quant_state
+        scales = [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        taken = real.nbytes + sum(tensor.nbytes for tensor in scales)
+    else:
+        quantize_(layer, Int8WeightOnlyConfig())
+        parts = [getattr(layer.weight, name) for name in layer.weight.__tensor_flatten__()[0]]
+        taken = sum(tensor.nbytes for tensor in parts)
+    assert stand_in.weight.nbytes + stand_in.scales.nbytes == pytest.approx(taken, rel=0.01)
+    # A pass keeps no dequantized weight, and reaches the inputs
+    inputs = torch.randn(2, 512, requires_grad=True)
+    outputs = stand_in(inputs)
+    outputs.sum().backward()
+    assert outputs.shape == (2, 384) and outputs.dtype == torch.float32 and inputs.grad.shape == (2, 512)
+
+
+def test_a_configuration_object_of_a_quantization_cannot_be_planned(tmp_path):
+    tiny_kontext_pipeline().save_pretrained(tmp_path / "model")
+    options = {"dtype": torch.float32}
+    for config, message in (
+        (PipelineQuantizationConfig("bitsandbytes_4bit", {"load_in_4bit": True}), "as a mapping, or load_in_4bit"),
+        ({"quant_backend": "bitsandbytes_8bit"}, "LLM.int8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_training(
+                FlowGRPOEditTrainer, str(tmp_path / "model"), grpo_config(tmp_path),
+                options | {"quantization_config": config},
+            )  # fmt: skip
 
 
 class Stub:
