@@ -35,9 +35,9 @@ def test_help_lists_every_command_by_family(capsys):
     assert status == 0
     titles = [line for line in printed.out.splitlines() if line.endswith(":") and line[0].isupper()]
     assert titles == [
-        "Train:", "Calibrate a judge:", "Build datasets:", "Run benchmarks:", "Convert LoRAs:", "Environment:",
+        "Train:", "Plan a training:", "Calibrate a judge:", "Build datasets:", "Run benchmarks:", "Convert LoRAs:", "Environment:",
     ]  # fmt: skip
-    for command in ("grpo", "dpo", "mine-pairs", "score", "build-dataset", "bench", "merge-lora", "env"):
+    for command in ("grpo", "dpo", "plan", "mine-pairs", "score", "build-dataset", "bench", "merge-lora", "env"):
         assert f"\n  {command} " in printed.out
     status, printed = told(["export-lora", "--help"], capsys)
     assert status == 0 and "Write a LoRA in the format of another tool." in printed.out
