@@ -35,7 +35,8 @@ def test_help_lists_every_command_by_family(capsys):
     assert status == 0
     titles = [line for line in printed.out.splitlines() if line.endswith(":") and line[0].isupper()]
     assert titles == [
-        "Train:", "Plan a training:", "Calibrate a judge:", "Build datasets:", "Run benchmarks:", "Convert LoRAs:", "Environment:",
+        "Train:", "Plan a training:", "Calibrate a judge:", "Build datasets:", "Run benchmarks:", "Convert LoRAs:",
+        "Environment:",
     ]  # fmt: skip
     for command in ("grpo", "dpo", "plan", "mine-pairs", "score", "build-dataset", "bench", "merge-lora", "env"):
         assert f"\n  {command} " in printed.out
