@@ -10,6 +10,8 @@ from .sharding import check_fsdp, is_set
 
 # A subclass is a `@dataclass(repr=False)`: otherwise the decorator would give it a `repr` of its own.
 class BaseEditConfig(_BaseConfig):
+    offload_transformer: bool  # a field of the subclasses
+
     def __post_init__(self):
         if self.fsdp:
             raise ValueError(
@@ -22,8 +24,17 @@ class BaseEditConfig(_BaseConfig):
                 "examples/accelerate/fsdp2.yaml`), which shards the transformer, or with DDP (`--multi_gpu`), where "
                 "each process holds the whole transformer."
             )
-        check_fsdp()
+        is_sharded = check_fsdp()
         super().__post_init__()
+        if self.offload_transformer and is_sharded:
+            raise ValueError(
+                "offload_transformer does not go with FSDP, which shards the transformer over the GPUs: leave one out."
+            )
+        if self.offload_transformer and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_transformer needs gradient_checkpointing=True: otherwise each block would stay on the device "
+                "until the backward pass."
+            )
 
     # Trackers and logs show these.
     def to_dict(self) -> dict[str, Any]:

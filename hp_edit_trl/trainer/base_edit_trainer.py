@@ -58,6 +58,7 @@ from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
 from .plan import TrainingPlan, plan_training
 from .sharding import PassCount, check_fsdp, check_shardable, equal_passes, most_of_all, shard, wrap
+from .streaming import BlockStream
 
 
 logger = get_logger(__name__)
@@ -178,16 +179,24 @@ class BaseEditTrainer(_BaseTrainer):
         if self._is_sharded:
             check_shardable(model)
             shard(model, args.device)
+        self._stream = BlockStream(model, args.device) if args.offload_transformer else None
         super().__init__(model=model, args=args, **kwargs)
 
     # With FSDP accelerate would shard the LoRA as well, and Trainer would write checkpoints of another form.
     def create_accelerator_and_postprocess(self) -> None:
         with patch_environment(ACCELERATE_USE_FSDP="false"):
             super().create_accelerator_and_postprocess()
+        self.accelerator.device_placement = self._stream is None
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError(
                 "An Accelerator was made before the trainer, for FSDP: let the trainer make the first one."
             )
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self._stream is not None:
+            self._stream.place(model, device)
+        else:
+            super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         if not (self._is_sharded and training and model is self.model):

@@ -32,6 +32,9 @@ class DPOEditConfig(BaseEditConfig):
         offload_encoders (`bool`, *optional*, defaults to `True`):
             Keep the text encoder and the VAE in CPU memory while they are not used: here that is all the time after
             the pairs were encoded. Saves about 17 GB with Qwen-Image-Edit.
+        offload_transformer (`bool`, *optional*, defaults to `False`):
+            Keep the transformer's blocks in CPU memory, and copy each to the device while the one before it is
+            computed, see docs/memory.md. Needs `gradient_checkpointing`.
 
         > Parameters that control the data
 
@@ -148,6 +151,9 @@ class DPOEditConfig(BaseEditConfig):
     )
     offload_encoders: bool = field(
         default=True, metadata={"help": "Keep the text encoder and the VAE in CPU memory while they are not used."}
+    )
+    offload_transformer: bool = field(
+        default=False, metadata={"help": "Keep the transformer's blocks in CPU memory while they are not computed."}
     )
 
     # Parameters that control the data

@@ -30,6 +30,9 @@ class FlowGRPOEditConfig(BaseEditConfig):
             unless `torch_dtype` is given here. `quantization_config` may be a mapping, see docs/quantization.md.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory between uses. Saves about 17 GB with Qwen-Image-Edit.
+        offload_transformer (`bool`, *optional*, defaults to `False`):
+            Keep the transformer's blocks in CPU memory, and copy each to the device while the one before it is
+            computed, see docs/memory.md. Needs `gradient_checkpointing`.
 
         > Parameters that control the data
 
@@ -209,6 +212,9 @@ class FlowGRPOEditConfig(BaseEditConfig):
     )
     offload_encoders: bool = field(
         default=False, metadata={"help": "Keep the text encoder and the VAE in CPU memory between uses."}
+    )
+    offload_transformer: bool = field(
+        default=False, metadata={"help": "Keep the transformer's blocks in CPU memory while they are not computed."}
     )
 
     # Parameters that control the data

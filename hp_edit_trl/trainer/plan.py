@@ -235,12 +235,13 @@ def plan_training(
         run = _run_figures(figures, update, args, card, utilization, num_cases, price_per_gpu_hour)
         advised = {} if all(phase["fits"] for phase in phases.values()) else advice(rehearsal, args, card, phases)
     files = rehearsal.file_bytes
+    streamed = figures["weights"]["transformer"] if args.offload_transformer else 0
     converted = (
         options.get("dtype", torch.bfloat16).itemsize > torch.bfloat16.itemsize if isinstance(model, str) else False
     )
     names = (
         "resolution", "per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size",
-        "gradient_checkpointing", "offload_encoders", "bf16", "num_generations", "num_inference_steps",
+        "gradient_checkpointing", "offload_encoders", "offload_transformer", "bf16", "num_generations", "num_inference_steps",
         "sde_window_size",
         "num_trained_generations", "same_latent", "num_finish_steps",
         "true_cfg_scale", "beta", "num_iterations", "optim",
@@ -261,7 +262,7 @@ def plan_training(
         },
         weights=figures["weights"],
         phases=phases,
-        host={"page_cache": files, "per_process": files if converted else 0},
+        host={"page_cache": files, "per_process": (files if converted else 0) + streamed},
         update=update,
         run=run,
         checkpoint={
@@ -369,6 +370,8 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
             change = {"rollout_batch_size": args.rollout_batch_size // 2}
         elif not args.offload_encoders:
             change = {"offload_encoders": True}
+        elif not (args.offload_transformer or rehearsal.quantization) and args.gradient_checkpointing:
+            change = {"offload_transformer": True}
         else:
             break
         args = copy.copy(args)

@@ -314,10 +314,11 @@ class Rehearsal:
         parts = {"transformer": frozen, "adapter": trained}
         parts |= {name: _weights(module) for name, module in policy.encoders.items()}
         parts |= {} if self.judge is None else {"judge": _weights(self.judge)}
-        weights = {name: _bytes(tensors) for name, tensors in parts.items()}
+        weights = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
 
+        self._hold_streamed(trainer)
         with dry.measured("placing") as phase:
-            model.to(CARD)
+            trainer._move_model_to_device(model, CARD)
             for module in model.modules():  # tables that modules move in their first pass
                 for name, table in vars(module).items():
                     if isinstance(table, torch.Tensor):
@@ -369,6 +370,19 @@ class Rehearsal:
             for name, phase in dry.phases.items()
         }
         return {"weights": weights, "phases": phases, "files": files}
+
+    def _hold_streamed(self, trainer: Any) -> None:
+        """Names the blocks that come to the card when they do."""
+        stream = trainer._stream
+        if stream is None:
+            return
+        load = stream.load
+
+        def load_and_hold(index: int) -> None:
+            load(index)
+            self.dry.hold("transformer", stream.weights(index))
+
+        stream.load = load_and_hold
 
     def _hold_encoders(self, policy: EditPolicy) -> None:
         for name, module in policy.encoders.items():

@@ -70,6 +70,35 @@ def check_fsdp() -> bool:
     return True
 
 
+def transformer_blocks(model: PeftModel, use: str) -> list[nn.Module]:
+    """
+    The blocks of a transformer, in the order in which they are computed.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The transformer with its LoRA.
+        use (`str`):
+            What they are needed for, for the error messages.
+
+    Raises:
+        `ValueError`: If the transformer is quantized, or does not name its blocks.
+    """
+    transformer = model.get_base_model()
+    if not getattr(transformer, "_no_split_modules", None):
+        raise ValueError(
+            f"{use} needs a transformer that names its blocks (_no_split_modules), but {type(transformer).__name__} "
+            "does not: leave it out."
+        )
+    for name, weight in model.named_parameters():
+        is_plain = weight.is_floating_point() and not hasattr(weight, "__tensor_flatten__")  # as torchao's are not
+        if not (weight.requires_grad or is_plain):
+            raise ValueError(
+                f"{use} is not possible with a quantized transformer, and {name} is quantized: load it without "
+                f"quantization, or leave {use} out."
+            )
+    return [part for part in transformer.modules() if type(part).__name__ in transformer._no_split_modules]
+
+
 def check_shardable(model: PeftModel) -> None:
     """
     Checks that a transformer can be sharded.
@@ -81,22 +110,12 @@ def check_shardable(model: PeftModel) -> None:
     Raises:
         `ValueError`: If it is quantized, does not name its blocks, or is another one on other processes.
     """
-    transformer = model.get_base_model()
-    if not getattr(transformer, "_no_split_modules", None):
-        raise ValueError(
-            f"{type(transformer).__name__} does not name its blocks (_no_split_modules), so it cannot be sharded: "
-            "launch with DDP."
-        )
+    transformer_blocks(model, "FSDP")
     # Each process keeps a part of the weights that it has loaded. A few values of each tell one model from another.
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             continue
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"The transformer is quantized ({name} holds whole numbers), and quantized weights cannot be sharded: "
-                "load it without quantization, or launch with DDP."
-            )
         digest.update(repr((name, weight.shape, weight.dtype, weight.flatten()[:8].tolist())).encode())
     if len(set(gather_object([digest.digest()]))) > 1:
         raise ValueError(
@@ -117,7 +136,7 @@ def shard(model: PeftModel, device: torch.device) -> None:
             The process's device.
     """
     transformer = model.get_base_model()
-    blocks = [part for part in transformer.modules() if type(part).__name__ in transformer._no_split_modules]
+    blocks = transformer_blocks(model, "FSDP")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     lora = {weight for weight in model.parameters() if weight.requires_grad}
     # The transformer itself holds what is in no block. It must come last.
