@@ -10,7 +10,9 @@ from .sharding import check_fsdp, is_set
 
 # A subclass is a `@dataclass(repr=False)`: otherwise the decorator would give it a `repr` of its own.
 class BaseEditConfig(_BaseConfig):
-    offload_transformer: bool  # a field of the subclasses
+    # Fields of the subclasses
+    offload_transformer: bool
+    num_checkpointed_blocks: int | None
 
     def __post_init__(self):
         if self.fsdp:
@@ -30,10 +32,21 @@ class BaseEditConfig(_BaseConfig):
             raise ValueError(
                 "offload_transformer does not go with FSDP, which shards the transformer over the GPUs: leave one out."
             )
-        if self.offload_transformer and not self.gradient_checkpointing:
+        if self.gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
             raise ValueError(
-                "offload_transformer needs gradient_checkpointing=True: otherwise each block would stay on the device "
-                "until the backward pass."
+                f"gradient_checkpointing_kwargs={self.gradient_checkpointing_kwargs} is not used: leave it out. "
+                "num_checkpointed_blocks says how many blocks are computed again."
+            )
+        blocks = self.num_checkpointed_blocks
+        if blocks is not None and (blocks < 1 or not self.gradient_checkpointing):
+            raise ValueError(
+                f"num_checkpointed_blocks={blocks} must be at least 1, with gradient_checkpointing=True; without any, "
+                "set gradient_checkpointing=False."
+            )
+        if self.offload_transformer and (blocks is not None or not self.gradient_checkpointing):
+            raise ValueError(
+                "offload_transformer needs gradient_checkpointing=True, without num_checkpointed_blocks: otherwise "
+                "blocks would stay on the device until the backward pass."
             )
 
     # Trackers and logs show these.

@@ -57,6 +57,7 @@ from .hub import CARD_PICTURES, MODEL_FILES, card_pictures, copy_published, uplo
 from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
 from .plan import TrainingPlan, plan_training
+from .recomputation import prepare_checkpointing
 from .sharding import PassCount, check_fsdp, check_shardable, equal_passes, most_of_all, shard, wrap
 from .streaming import BlockStream
 
@@ -172,6 +173,7 @@ class BaseEditTrainer(_BaseTrainer):
     _is_saved = False
 
     def __init__(self, model: PeftModel, args: Any, **kwargs: Any):
+        prepare_checkpointing(model, args.num_checkpointed_blocks)
         # Before anything moves the model to the device, where it may not fit whole
         self._is_sharded = check_fsdp() and PartialState().num_processes > 1
         self._pass_count = PassCount()

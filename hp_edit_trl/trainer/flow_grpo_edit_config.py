@@ -33,6 +33,9 @@ class FlowGRPOEditConfig(BaseEditConfig):
         offload_transformer (`bool`, *optional*, defaults to `False`):
             Keep the transformer's blocks in CPU memory, and copy each to the device while the one before it is
             computed, see docs/memory.md. Needs `gradient_checkpointing`.
+        num_checkpointed_blocks (`int`, *optional*):
+            Number of the transformer's blocks that `gradient_checkpointing` computes again in the backward pass.
+            Defaults to all. Fewer take more memory and less time.
 
         > Parameters that control the data
 
@@ -215,6 +218,9 @@ class FlowGRPOEditConfig(BaseEditConfig):
     )
     offload_transformer: bool = field(
         default=False, metadata={"help": "Keep the transformer's blocks in CPU memory while they are not computed."}
+    )
+    num_checkpointed_blocks: int | None = field(
+        default=None, metadata={"help": "Number of blocks that gradient checkpointing computes again. Default: all."}
     )
 
     # Parameters that control the data

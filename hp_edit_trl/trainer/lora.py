@@ -7,7 +7,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -178,11 +177,6 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
     # PEFT would look for resized token embeddings, and ask the Hub for the base model's config.json to find out.
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
-    def enable_checkpointing(*args: Any, **kwargs: Any) -> None:
-        transformer.enable_gradient_checkpointing()
-
-    # The name that Trainer looks for, and its former name
-    model.activation_checkpointing_enable = model.gradient_checkpointing_enable = enable_checkpointing
     return model
 
 

@@ -241,8 +241,8 @@ def plan_training(
     )
     names = (
         "resolution", "per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size",
-        "gradient_checkpointing", "offload_encoders", "offload_transformer", "bf16", "num_generations", "num_inference_steps",
-        "sde_window_size",
+        "gradient_checkpointing", "num_checkpointed_blocks", "offload_encoders", "offload_transformer", "bf16",
+        "num_generations", "num_inference_steps", "sde_window_size",
         "num_trained_generations", "same_latent", "num_finish_steps",
         "true_cfg_scale", "beta", "num_iterations", "optim",
     )  # fmt: skip

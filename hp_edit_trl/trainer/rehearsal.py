@@ -274,8 +274,9 @@ class Rehearsal:
                 Number of blocks of each kind in the runs. With the model's own number or more, it is run as it is.
         """
         config = self.peft_config
-        if config is not None and (config.layers_to_transform or config.rank_pattern or config.exclude_modules):
-            few = max(self.blocks.values(), default=few)  # blocks of a kind may differ
+        chosen = config is not None and (config.layers_to_transform or config.rank_pattern or config.exclude_modules)
+        if chosen or args.num_checkpointed_blocks is not None:
+            few = max(self.blocks.values(), default=few)  # blocks of a kind differ
         blocks = {name: min(number, few) for name, number in self.blocks.items()}
         result = first = self._run(args, blocks, light)
         for name, number in self.blocks.items():

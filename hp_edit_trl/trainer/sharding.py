@@ -70,33 +70,48 @@ def check_fsdp() -> bool:
     return True
 
 
-def transformer_blocks(model: PeftModel, use: str) -> list[nn.Module]:
+def transformer_blocks(model: PeftModel, option: str) -> list[nn.Module]:
     """
     The blocks of a transformer, in the order in which they are computed.
 
     Args:
         model ([`~peft.PeftModel`]):
             The transformer with its LoRA.
-        use (`str`):
-            What they are needed for, for the error messages.
+        option (`str`):
+            What they are needed for, for the error message.
 
     Raises:
-        `ValueError`: If the transformer is quantized, or does not name its blocks.
+        `ValueError`: If the transformer does not name its blocks.
     """
     transformer = model.get_base_model()
     if not getattr(transformer, "_no_split_modules", None):
         raise ValueError(
-            f"{use} needs a transformer that names its blocks (_no_split_modules), but {type(transformer).__name__} "
-            "does not: leave it out."
+            f"{option} needs a transformer that names its blocks (_no_split_modules), but {type(transformer).__name__} "
+            f"does not: leave {option} out."
         )
+    return [part for part in transformer.modules() if type(part).__name__ in transformer._no_split_modules]
+
+
+def check_not_quantized(model: PeftModel, option: str) -> None:
+    """
+    Checks that the frozen weights of a transformer are plain tensors.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The transformer with its LoRA.
+        option (`str`):
+            What needs it, for the error message.
+
+    Raises:
+        `ValueError`: If one of them is quantized.
+    """
     for name, weight in model.named_parameters():
         is_plain = weight.is_floating_point() and not hasattr(weight, "__tensor_flatten__")  # as torchao's are not
         if not (weight.requires_grad or is_plain):
             raise ValueError(
-                f"{use} is not possible with a quantized transformer, and {name} is quantized: load it without "
-                f"quantization, or leave {use} out."
+                f"{option} is not possible with a quantized transformer, and {name} is quantized: load it without "
+                f"quantization, or leave {option} out."
             )
-    return [part for part in transformer.modules() if type(part).__name__ in transformer._no_split_modules]
 
 
 def check_shardable(model: PeftModel) -> None:
@@ -111,6 +126,7 @@ def check_shardable(model: PeftModel) -> None:
         `ValueError`: If it is quantized, does not name its blocks, or is another one on other processes.
     """
     transformer_blocks(model, "FSDP")
+    check_not_quantized(model, "FSDP")
     # Each process keeps a part of the weights that it has loaded. A few values of each tell one model from another.
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

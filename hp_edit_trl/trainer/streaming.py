@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .sharding import transformer_blocks
+from .sharding import check_not_quantized, transformer_blocks
 
 
 # Page-locked memory is handed out in powers of two. Weights that share pieces of such a size leave little of it unused.
@@ -26,7 +26,7 @@ class BlockStream:
     Keeps the frozen weights of a transformer's blocks in CPU memory. A block's weights are copied to the device for
     its forward pass, while the block before it is computed, and are dropped when the next block begins: the device
     never holds those of more than two blocks. With gradient checkpointing that is so in backward passes too, which
-    compute each block again. The values that are computed are the same as without it.
+    compute each block again. Results are the same as without it.
 
     On a GPU the weights are copied once into page-locked memory, from which transfers run beside computations. Each
     process has its own copy of them.
@@ -43,6 +43,7 @@ class BlockStream:
 
     def __init__(self, model: PeftModel, device: torch.device):
         blocks = transformer_blocks(model, "offload_transformer")
+        check_not_quantized(model, "offload_transformer")
         self.device = device
         self._weights = [
             [

@@ -79,7 +79,10 @@ def test_every_recipe_fits_the_card_that_it_names(recipe, folder):
     ("name", "options"),
     [
         ("qwen_image_edit_2511", {"gradient_checkpointing": False, "beta": 0.1}),
-        ("qwen_image_edit", {"offload_encoders": True, "true_cfg_scale": 1.0, "num_iterations": 2}),
+        (
+            "qwen_image_edit",
+            {"offload_encoders": True, "offload_transformer": True, "true_cfg_scale": 1.0, "num_iterations": 2},
+        ),
         ("flux2_klein_9b", {"normalize_ratio": True, "dynamics": "cps", "noise_level": 0.7, "fp32": True}),
     ],
 )
