@@ -86,8 +86,8 @@ def transformer_blocks(model: PeftModel, option: str) -> list[nn.Module]:
     transformer = model.get_base_model()
     if not getattr(transformer, "_no_split_modules", None):
         raise ValueError(
-            f"{option} needs a transformer that names its blocks (_no_split_modules), but {type(transformer).__name__} "
-            f"does not: leave {option} out."
+            f"{option} needs a transformer that names its blocks (_no_split_modules), but "
+            f"{type(transformer).__name__} does not: leave {option} out."
         )
     return [part for part in transformer.modules() if type(part).__name__ in transformer._no_split_modules]
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .sharding import check_not_quantized, transformer_blocks
 
 
-# Page-locked memory is handed out in powers of two. Weights that share pieces of such a size leave little of it unused.
+# Page-locked memory is handed out in powers of two. Weights that share pieces of such a size leave little unused.
 PIECE = 2**30
 ALIGNMENT = 512
 
