@@ -104,15 +104,15 @@ def choose_trainer(words: list[str]) -> tuple[str, list[str]]:
     return ("dpo" if names & (own - other) else "grpo"), words
 
 
-def num_processes(launch: Namespace | None) -> int:
-    """Number of processes that the options of `accelerate launch` ask for."""
+def read_launch(launch: Namespace | None) -> tuple[int, bool]:
+    """Number of processes that the options of `accelerate launch` ask for, and whether they ask for FSDP."""
     if launch is None:
-        return 1
-    if launch.num_processes is not None:
-        return int(launch.num_processes)
+        return 1, False
     file = Path(launch.config_file) if launch.config_file is not None else None
     config: Any = yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
-    return int((config or {}).get("num_processes") or 1)
+    config = config or {}
+    is_sharded = bool(launch.use_fsdp) or config.get("distributed_type") == "FSDP"
+    return int(launch.num_processes or config.get("num_processes") or 1), is_sharded
 
 
 def parse(words: list[str]) -> tuple[dict[str, Any], str | None]:
@@ -131,7 +131,8 @@ def parse(words: list[str]) -> tuple[dict[str, Any], str | None]:
     options |= {"use_cpu": True, "tf32": None, "report_to": "none", "push_to_hub": False}
     if options.get("fp16"):  # sizes are those of bfloat16, which a CPU has too
         options |= {"fp16": False, "bf16": True, "dtype": options["dtype"] or "float32"}
-    with alone(num_processes(launch)):
+    processes, is_sharded = read_launch(launch)
+    with alone(processes):
         script_args, training_args, model_args, plan_args = parser.parse_dict(options)
     training_args.model_init_kwargs = model_args.init_kwargs(training_args)
     given: dict[str, Any] = dict(vars(plan_args))
@@ -146,7 +147,8 @@ def parse(words: list[str]) -> tuple[dict[str, Any], str | None]:
         "args": training_args,
         "options": loading_options(training_args),
         "peft_config": get_peft_config(model_args),
-        "num_processes": num_processes(launch),
+        "num_processes": processes,
+        "is_sharded": is_sharded,
         **given,
     }, output
 

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..utils.quantization import in_bits
 from ..utils.secrets import redacted
 from .dpo_edit_config import DPOEditConfig
 from .flow_grpo_edit_config import FlowGRPOEditConfig
@@ -174,6 +175,7 @@ def plan_training(
     num_answers: int = 1,
     judge: str | None = None,
     judge_revision: str | None = None,
+    is_sharded: bool = False,
 ) -> TrainingPlan:
     """
     Plans a training run: a dry run of the trainer's own code at full size, on any machine. Weights are neither read
@@ -212,6 +214,8 @@ def plan_training(
             Hub id or folder of a judge that is loaded in each process. Its weights are counted, its work is not.
         judge_revision (`str`, *optional*):
             Its revision.
+        is_sharded (`bool`, *optional*, defaults to `False`):
+            Whether the transformer is sharded over the processes (FSDP2). Needs `gradient_checkpointing`.
 
     Raises:
         `ValueError`: If an option, the card or the model is not usable.
@@ -225,9 +229,13 @@ def plan_training(
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1.")
     num_processes = args.world_size if num_processes is None else num_processes
+    if is_sharded and (num_processes < 2 or not args.gradient_checkpointing or options.get("quantization_config")):
+        raise ValueError(
+            "FSDP can be planned with several processes, with gradient_checkpointing, and without quantization."
+        )
     with alone(num_processes):
         rehearsal = Rehearsal(
-            trainer_type, model, options, peft_config, judge, judge_revision, num_references, prompt_tokens
+            trainer_type, model, options, peft_config, judge, judge_revision, num_references, prompt_tokens, is_sharded
         )
         figures = rehearsal.measure(args)
         phases = judged(figures["phases"], card)
@@ -257,6 +265,7 @@ def plan_training(
         utilization=utilization,
         settings={
             **{name: value.value if isinstance(value, Enum) else value for name, value in chosen.items()},
+            "fsdp2": is_sharded,
             "num_references": num_references,
             "prompt_tokens": prompt_tokens,
         },
@@ -352,7 +361,10 @@ def _run_figures(
 
 
 def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Options with which the run fits, found by planning it again with each change."""
+    """
+    Options with which the run fits, found by planning it again with each change; and what 4 bits would take in place
+    of a transformer that is not whole on the card.
+    """
     changes: dict[str, Any] = {}
     while not all(phase["fits"] for phase in phases.values()):
         failing = {name for name, phase in phases.items() if not phase["fits"]}
@@ -370,23 +382,39 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
             change = {"rollout_batch_size": args.rollout_batch_size // 2}
         elif not args.offload_encoders:
             change = {"offload_encoders": True}
-        elif not (args.offload_transformer or rehearsal.quantization) and args.gradient_checkpointing:
-            change = {"offload_transformer": True}
-        else:
+        elif (
+            rehearsal.is_sharded
+            or args.offload_transformer
+            or rehearsal.quantization
+            or not args.gradient_checkpointing
+        ):
             break
+        elif args.world_size > 1:
+            change = {"fsdp2": True}
+            rehearsal.is_sharded = True
+        else:
+            change = {"offload_transformer": True}
         args = copy.copy(args)
         if "per_device_train_batch_size" in change and isinstance(args, FlowGRPOEditConfig):
             assert args.steps_per_generation
             args.steps_per_generation *= args.per_device_train_batch_size // change["per_device_train_batch_size"]
         for name, value in change.items():
-            setattr(args, name, value)
+            if name != "fsdp2":  # which is an option of the launch
+                setattr(args, name, value)
         changes |= change
         phases = judged(rehearsal.measure(args, light=True)["phases"], card)
     needed = max(phase["needed"] for phase in phases.values())
+    quantized = None
+    if {"fsdp2", "offload_transformer"} & changes.keys():
+        rehearsal.is_sharded, args.offload_transformer = False, False
+        rehearsal.quantize(in_bits(True, False))
+        quantized = judged(rehearsal.measure(args, light=True)["phases"], card)
+        quantized = max(phase["needed"] for phase in quantized.values())
     return {
         "options": changes,
         "fits": all(phase["fits"] for phase in phases.values()),
         "needed": needed,
+        "needed_in_4_bits": quantized,
         "serve_the_judge": rehearsal.judge is not None,
         "gpus": [name for name, other in CARDS.items() if needed <= other.memory * 2**30],
     }
@@ -464,6 +492,11 @@ def advice_text(advice: dict[str, Any]) -> str:
     """The advice of a plan that does not fit, in a sentence or two."""
     options = ", ".join(f"{name}: {str(value).lower()}" for name, value in advice["options"].items())
     served = " Serve the judge on another machine (judge_base_url)." if advice["serve_the_judge"] else ""
+    if advice["needed_in_4_bits"] is not None:
+        last = "fsdp2" if "fsdp2" in advice["options"] else "offload_transformer"
+        served = (
+            f" With load_in_4bit: true in place of {last} it takes {_size(advice['needed_in_4_bits'])} GiB.{served}"
+        )
     if advice["fits"]:
         return f"With {options} it takes {_size(advice['needed'])} GiB and fits.{served}"
     cards = (

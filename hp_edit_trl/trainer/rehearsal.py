@@ -217,6 +217,9 @@ class Rehearsal:
             Number of reference images of a case.
         prompt_tokens (`int`, *optional*, defaults to `64`):
             Number of tokens of a prompt.
+        is_sharded (`bool`, *optional*, defaults to `False`):
+            Whether the transformer is sharded over the processes (FSDP2). An attribute that may be changed between
+            runs.
 
     Raises:
         `ValueError`: If a configuration cannot be read, or the model does not take so many references.
@@ -232,6 +235,7 @@ class Rehearsal:
         judge_revision: str | None = None,
         num_references: int = 1,
         prompt_tokens: int = 64,
+        is_sharded: bool = False,
     ):
         self.trainer_type = trainer_type
         self.peft_config = peft_config
@@ -246,11 +250,8 @@ class Rehearsal:
                 part for part in (*self.pipeline.components.values(), self.judge) if isinstance(part, nn.Module)
             ]
             self.file_bytes = sum(_bytes(_weights(module)) for module in modules)
-            # The transformer is quantized in each run
-            config: Any = options.get("quantization_config") if isinstance(model, str) else None
-            self.quantization = dict.fromkeys(_quantized(config, policy_type), config)
-            for name in self.quantization.keys() - {"transformer"}:
-                _quantize(getattr(self.pipeline, name), self.quantization[name])
+        self.policy_type, self.is_sharded = policy_type, is_sharded
+        self.quantize(options.get("quantization_config") if isinstance(model, str) else None)
         limit = policy_type.max_references
         if num_references < 1 or (limit is not None and num_references > limit):
             raise ValueError(
@@ -259,6 +260,20 @@ class Rehearsal:
             )
         self.prompt = _prompt(policy_type(self.pipeline), prompt_tokens)
         self.blocks = {name: self.transformer.config[name] for name in LAYERS if name in self.transformer.config}
+
+    def quantize(self, config: Any) -> None:
+        """
+        Quantizes the models of all further runs.
+
+        Args:
+            config (`dict`, *optional*):
+                The option `quantization_config`, as a mapping.
+        """
+        self.dry.forget()
+        self.quantization = dict.fromkeys(_quantized(config, self.policy_type), config)
+        with torch.random.fork_rng(devices=[]), self.dry:
+            for name in self.quantization.keys() - {"transformer"}:  # which is quantized in each run
+                _quantize(getattr(self.pipeline, name), config)
 
     def measure(self, args: FlowGRPOEditConfig | DPOEditConfig, light: bool = False, few: int = FEW) -> dict[str, Any]:
         """
@@ -289,6 +304,7 @@ class Rehearsal:
         args = copy.copy(args)
         args.use_cpu, args._n_gpu, args.report_to, args.push_to_hub = True, 0, [], False
         args.log_completions, args.on_bad_case = False, "error"
+        args.offload_transformer |= self.is_sharded  # blocks come and go in both cases
         args.distributed_state, args.__dict__["_setup_devices"] = PartialState(), HOST
         with contextlib.ExitStack() as stack:
             args.output_dir = stack.enter_context(tempfile.TemporaryDirectory())
@@ -318,8 +334,14 @@ class Rehearsal:
         weights = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
 
         self._hold_streamed(trainer)
+        shard = None
         with dry.measured("placing") as phase:
             trainer._move_model_to_device(model, CARD)
+            if self.is_sharded:
+                # This process's share, and FSDP's buffer, which holds the next block beside its weights
+                sizes = trainer._stream.block_bytes
+                shard = torch.empty(sum(sizes) // args.world_size + max(sizes), dtype=torch.uint8, device=CARD)
+                dry.hold("transformer", shard)
             for module in model.modules():  # tables that modules move in their first pass
                 for name, table in vars(module).items():
                     if isinstance(table, torch.Tensor):
@@ -454,7 +476,7 @@ class Rehearsal:
             key = ("velocity", args_key, run, *state, shapes([latents, sigma, batch]))
             return dry.once(key, lambda: velocity(module, latents, sigma, batch, scale))
 
-        args_key = (trainer.args.bf16, trainer.args.fp16)
+        args_key = (trainer.args.bf16, trainer.args.fp16, trainer.args.offload_transformer)
         model.get_base_model().register_forward_pre_hook(count_passes, with_kwargs=True)
         policy.encode, policy.encode_image = encode_once, encode_image_once
         policy.decode, policy.velocity = decode_once, velocity_once

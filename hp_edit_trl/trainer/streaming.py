@@ -65,6 +65,11 @@ class BlockStream:
         frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
+    @property
+    def block_bytes(self) -> list[int]:
+        """The bytes of each block's frozen weights."""
+        return [sum(weight.nbytes for _, _, weight in weights) for weights in self._weights]
+
     def _copy_to_host(self) -> None:
         piece, used = torch.empty(0, dtype=torch.uint8), 0
         for weights in self._weights:

@@ -213,6 +213,10 @@ class DryRun(Meter):
         self._fake.__exit__(*error)
         self._functions.__exit__(*error)
 
+    def forget(self) -> None:
+        """Forgets what was run once, because the models are others now."""
+        self._once.clear()
+
     def once(self, key: Any, call: Callable[[], Any]) -> Any:
         """
         Runs a function the first time that a key is seen. Afterwards what it took then is counted again, on top of

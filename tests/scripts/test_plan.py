@@ -42,8 +42,9 @@ max_steps: 10
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--gpu", "rtx4090", "--gpu_memory", "0.9", "--price-per-gpu-hour", "1"])
     assert stopped.value.code == 1
-    printed = capsys.readouterr().out
-    assert "It does not fit the card. It takes 1.0 GiB, which these have: h100" in printed
+    printed = " ".join(capsys.readouterr().out.split())
+    advice = "Even with offload_transformer: true it takes 1.0 GiB, which these have: h100"
+    assert f"It does not fit the card. {advice}" in printed
     assert "10 updates" in printed and "20 calls of the judge" in printed
     assert '"fits": false' in output.read_text()
 
@@ -91,3 +92,11 @@ def test_types_are_those_of_training(folder):
     assert dtype("--bf16", "false") == dtype("--fp16", "true") == "torch.float32"
     assert dtype("--dtype", "float16") == "torch.float16"
     assert parse(["--model_name_or_path", folder, "--num_processes", "8"])[0]["num_processes"] == 8
+
+
+def test_a_launch_with_fsdp(folder):
+    file = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
+    arguments, _ = parse(["--model_name_or_path", folder, "--config_file", str(file)])
+    assert (arguments["num_processes"], arguments["is_sharded"]) == (8, True)
+    arguments, _ = parse(["--model_name_or_path", folder, "--num_processes", "2"])
+    assert (arguments["num_processes"], arguments["is_sharded"]) == (2, False)

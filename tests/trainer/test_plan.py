@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import FluxKontextPolicy, QwenImageEditPlusPolicy
-from hp_edit_trl.trainer.plan import CARDS, TrainingPlan, advice, judged, parse_card, plan_training
+from hp_edit_trl.trainer.plan import CARDS, TrainingPlan, advice, advice_text, judged, parse_card, plan_training
 from hp_edit_trl.trainer.rehearsal import QuantizedLinear, Rehearsal, _prompt, alone
 from hp_edit_trl.utils.dry_run import Meter
 from hp_edit_trl.utils.quantization import in_bits
@@ -179,20 +179,26 @@ def test_a_configuration_object_of_a_quantization_cannot_be_planned(tmp_path):
 class Stub:
     """A rehearsal that needs as much as its function says."""
 
-    judge, quantization = None, {}
+    judge, is_sharded = None, False
 
-    def __init__(self, needed):
-        self.needed, self.tried = needed, []
+    def __init__(self):
+        self.quantization, self.tried = {}, []
+
+    def quantize(self, config):
+        assert config["quant_backend"] == "bitsandbytes_4bit"
+        self.quantization = {"transformer": config}
 
     def measure(self, args, light=False):
         assert light
         self.tried.append(args)
-        return {"phases": {name: {"peak": int(gib * 2**30), "parts": {}} for name, gib in self.needed(args).items()}}
+        needed = needed_gib(args, self.is_sharded, bool(self.quantization))
+        return {"phases": {name: {"peak": int(gib * 2**30), "parts": {}} for name, gib in needed.items()}}
 
 
-def needed(args) -> dict[str, float]:
+def needed_gib(args, is_sharded, is_quantized) -> dict[str, float]:
+    assert is_sharded + is_quantized + args.offload_transformer < 2
     weights = 20 if args.offload_encoders else 40
-    weights -= 12 if args.offload_transformer else 0
+    weights -= 12 if args.offload_transformer else 10 if is_sharded else 9 if is_quantized else 0
     activations = 1 if args.gradient_checkpointing else 30
     return {
         "placing": weights,
@@ -206,7 +212,7 @@ ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
 
 @pytest.mark.parametrize(
     ("memory", "options", "changes", "fits"),
-    [
+    [  # memory with 5 % and a GiB added
         (60, {"gradient_checkpointing": False}, {"gradient_checkpointing": True}, True),
         (47.5, {"per_device_train_batch_size": 4, "rollout_batch_size": 1},
          {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, True),
@@ -214,11 +220,18 @@ ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
         (30, {**ONE, "rollout_batch_size": 2}, {"offload_encoders": True}, True),
         (20, {**ONE, "rollout_batch_size": 1}, {"offload_encoders": True, "offload_transformer": True}, True),
         (8, {**ONE, "rollout_batch_size": 1}, {"offload_encoders": True, "offload_transformer": True}, False),
+        (20, {**ONE, "rollout_batch_size": 1, "world_size": 4}, {"offload_encoders": True, "fsdp2": True}, True),
     ],
 )  # fmt: skip
 def test_advice_is_the_smallest_change_that_fits(tmp_path, memory, options, changes, fits):
-    args = grpo_config(tmp_path, **options)
-    card, rehearsal = parse_card("h100", memory), Stub(needed)
+    options = dict(options)
+    with alone(options.pop("world_size", 1)):
+        args = grpo_config(tmp_path, **options)
+        check_advice(args, memory, changes, fits)
+
+
+def check_advice(args, memory, changes, fits):
+    card, rehearsal = parse_card("h100", memory), Stub()
     advised = advice(rehearsal, args, card, judged(rehearsal.measure(args, True)["phases"], card))
     assert advised["fits"] == fits and advised["options"] == changes
     last = rehearsal.tried[-1]
@@ -227,6 +240,11 @@ def test_advice_is_the_smallest_change_that_fits(tmp_path, memory, options, chan
     )
     if not fits:
         assert "rtx4090" in advised["gpus"] and advised["needed"] > 8 * 2**30
+    if {"fsdp2", "offload_transformer"} & changes.keys():
+        assert advised["needed_in_4_bits"] == pytest.approx((14 * 1.05 + 1) * 2**30, rel=1e-6)
+        assert "With load_in_4bit: true in place of" in advice_text(advised)
+    else:
+        assert advised["needed_in_4_bits"] is None and "4bit" not in advice_text(advised)
 
 
 @pytest.mark.parametrize("name", ["H100", "a100-40", "RTX 4090", "rtx_4090"])
@@ -263,3 +281,28 @@ def test_a_model_on_the_wrong_device_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(FluxKontextPolicy, "collate", on_the_host)
     with pytest.raises(RuntimeError, match="device"):
         plan_training(FlowGRPOEditTrainer, tiny_kontext_pipeline(), grpo_config(tmp_path), {})
+
+
+def test_a_sharded_transformer(tmp_path):
+    pipeline = tiny_pipeline(num_layers=6)
+    block = sum(p.nbytes for p in pipeline.transformer.transformer_blocks[0].parameters())
+    with alone(4):
+        args = grpo_config(tmp_path, gradient_checkpointing=True)
+    lora = LoraConfig(r=2, target_modules=LAYERS)
+    plans = [
+        plan_training(FlowGRPOEditTrainer, pipeline, args, {}, lora, num_processes=4, is_sharded=sharded)
+        for sharded in (False, True)
+    ]
+    plain, sharded = (plan.phases["placing"]["parts"]["transformer"] for plan in plans)
+    # A share, the two blocks that are used, and a buffer for one; small weights take a block of the allocator each
+    assert plain - sharded == pytest.approx(6 * block * 3 / 4 - 3 * block, rel=0.06)
+    assert plain > 6 * block and plans[1].weights == plans[0].weights
+    assert plans[1].update == plans[0].update and plans[1].settings["fsdp2"] and not plans[0].settings["fsdp2"]
+    for options, processes in (({"gradient_checkpointing": True}, 1), ({"gradient_checkpointing": False}, 4)):
+        with pytest.raises(
+            ValueError, match="FSDP can be planned with several processes, with gradient_checkpointing"
+        ):
+            plan_training(
+                FlowGRPOEditTrainer, pipeline, grpo_config(tmp_path, **options), {}, lora,
+                num_processes=processes, is_sharded=True,
+            )  # fmt: skip
