@@ -404,8 +404,8 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
         changes |= change
         phases = judged(rehearsal.measure(args, light=True)["phases"], card)
     needed = max(phase["needed"] for phase in phases.values())
-    quantized = None
-    if {"fsdp2", "offload_transformer"} & changes.keys():
+    quantized, way = None, "fsdp2" if rehearsal.is_sharded else "offload_transformer"
+    if rehearsal.is_sharded or args.offload_transformer:
         rehearsal.is_sharded, args.offload_transformer = False, False
         rehearsal.quantize(in_bits(True, False))
         quantized = judged(rehearsal.measure(args, light=True)["phases"], card)
@@ -415,6 +415,7 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
         "fits": all(phase["fits"] for phase in phases.values()),
         "needed": needed,
         "needed_in_4_bits": quantized,
+        "in_place_of": None if quantized is None else way,
         "serve_the_judge": rehearsal.judge is not None,
         "gpus": [name for name, other in CARDS.items() if needed <= other.memory * 2**30],
     }
@@ -493,9 +494,9 @@ def advice_text(advice: dict[str, Any]) -> str:
     options = ", ".join(f"{name}: {str(value).lower()}" for name, value in advice["options"].items())
     served = " Serve the judge on another machine (judge_base_url)." if advice["serve_the_judge"] else ""
     if advice["needed_in_4_bits"] is not None:
-        last = "fsdp2" if "fsdp2" in advice["options"] else "offload_transformer"
         served = (
-            f" With load_in_4bit: true in place of {last} it takes {_size(advice['needed_in_4_bits'])} GiB.{served}"
+            f" With load_in_4bit: true in place of {advice['in_place_of']} it takes "
+            f"{_size(advice['needed_in_4_bits'])} GiB.{served}"
         )
     if advice["fits"]:
         return f"With {options} it takes {_size(advice['needed'])} GiB and fits.{served}"
