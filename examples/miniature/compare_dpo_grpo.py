@@ -1,7 +1,6 @@
 """
-Table S5 of HP-Edit in miniature: the pretrained policy, DPO, Flow-GRPO, and Flow-GRPO in full. The paper's Flow-GRPO
-learns from HP-Scorer on all cases. Here it learns from the base scorer, so that the last two differ by everything that
-the method adds.
+Table S5 of HP-Edit in miniature: the pretrained policy, DPO, Flow-GRPO with the task-aware scorer on all cases, which the
+paper calls "GRPO (HP-scorer)", and Flow-GRPO in full: the same on the hard cases among them.
 
     python examples/miniature/compare_dpo_grpo.py
 
@@ -23,8 +22,8 @@ DPO = {"max_steps": 60, "beta": 500.0, "learning_rate": 1e-4, "eval_steps": 12}
 ARMS = [
     Arm("base", method="none"),
     Arm("DPO", DPO, method="dpo"),
-    Arm("GRPO, base scorer", GRPO, task_aware=False),
-    Arm("GRPO in full", GRPO, filtered=True),  # hard cases, task-aware scorer
+    Arm("GRPO, task-aware scorer", GRPO),
+    Arm("GRPO in full", GRPO, filtered=True),
 ]
 
 if __name__ == "__main__":
