@@ -3,9 +3,13 @@ What a judge in the process saves when the edits of one case share what comes be
 ratios, asserts nothing.
 
     python benchmarks/judging.py
+    python benchmarks/judging.py --areas
 
-Setting: a random Qwen3-VL (8 layers of 256, a vision tower of 8 layers of 256), pictures of 256 x 256, which are 64
-tokens each, 8 edits of each case. The prompt is short, so that text and pictures have about the proportion that the
+The second measures how far an edit that changes nothing is from its source, for both ways to make an edit of a lower
+resolution and a photograph comparable: to enlarge the edit, or to scale the photograph down.
+
+Setting of the first: a random Qwen3-VL (8 layers of 256, a vision tower of 8 layers of 256), pictures of 256 x 256,
+which are 64 tokens each, 8 edits of each case. The prompt is short, so that text and pictures have about the proportion that the
 package's prompts have with the real tokenizer and pictures of one megapixel. "One by one" and "batched" read each
 conversation whole, "shared" reads prompt and source once.
 """
@@ -22,12 +26,16 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import numpy as np
 import torch
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
 from transformers import Qwen3VLForConditionalGeneration
 
 from hp_edit_trl import HPScorerReward, TransformersJudge
 from hp_edit_trl.judges import base as judges
+from hp_edit_trl.miniature.photographs import load_photographs
 from hp_edit_trl.miniature.tiny import tiny_judge
+from hp_edit_trl.policies.edit_policy import fitted_size
 from hp_edit_trl.rewards import ScorerPrompt
+from hp_edit_trl.rewards.hp_scorer import equal_areas
 
 
 torch.set_num_threads(1)
@@ -48,6 +56,25 @@ def make_judge(folder: str, mode: str, batch_size: int, size: int) -> Transforme
     torch.manual_seed(0)
     judge.model = Qwen3VLForConditionalGeneration(config).requires_grad_(False).eval()
     return judge
+
+
+def compare_areas() -> None:
+    photographs = {row["source"]: row["image"] for row in load_photographs()}
+    print("| photograph | edit | edit enlarged, dB | equal areas, dB | pixels read |\n|---|---|---|---|---|")
+    for name, source in photographs.items():
+        height, width = fitted_size(source, 256, 16)
+        edit = source.resize((width, height), Image.Resampling.LANCZOS)
+        enlarged = edit.resize(source.size, Image.Resampling.LANCZOS)
+        edit, (shown,) = equal_areas(edit, [source])
+        distances = [
+            peak_signal_noise_ratio(*map(np.asarray, pair))
+            for pair in ((source, enlarged), (shown.resize(edit.size), edit))
+        ]
+        pixels = edit.width * edit.height / (source.width * source.height)
+        print(
+            f"| {name}, {source.width} x {source.height} | {edit.width} x {edit.height} | {distances[0]:.1f} | "
+            f"{distances[1]:.1f} | {pixels:.2f} |"
+        )
 
 
 def main(cases: int, edits: int, size: int) -> None:
@@ -87,4 +114,9 @@ if __name__ == "__main__":
     parser.add_argument("--cases", type=int, default=4)
     parser.add_argument("--edits", type=int, default=8, help="of each case")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures in pixels")
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--areas", action="store_true", help="compare ways to show an edit beside a larger photograph")
+    args = parser.parse_args()
+    if args.areas:
+        compare_areas()
+    else:
+        main(args.cases, args.edits, args.size)

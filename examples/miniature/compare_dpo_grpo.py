@@ -1,6 +1,6 @@
 """
-Table S5 of HP-Edit in miniature: the pretrained policy, DPO, Flow-GRPO with the task-aware scorer on all cases, which the
-paper calls "GRPO (HP-scorer)", and Flow-GRPO in full: the same on the hard cases among them.
+Table S5 of HP-Edit in miniature: the pretrained policy, DPO, Flow-GRPO with the task-aware scorer on all cases, which
+the paper calls "GRPO (HP-scorer)", and Flow-GRPO in full: the same on the hard cases among them.
 
     python examples/miniature/compare_dpo_grpo.py
 

@@ -8,13 +8,34 @@ from typing import Any
 from PIL import Image
 
 from ..judges import CachedJudge, Judge, Judgement, JudgeTally, ServerJudge, describe_judge, load_judge
-from ..judges.base import ScoreMode, load_for
+from ..judges.base import ScoreMode, fit_image, load_for
 from ..judges.failures import check_not_refused
 from ..utils.images import read_image
 from .prompts import ScorerPrompt, load_scorer_prompts
 
 
 logger = logging.getLogger(__name__)
+
+
+def equal_areas(edit: Image.Image, references: list[Image.Image]) -> tuple[Image.Image, list[Image.Image]]:
+    """
+    An edit and its references as the judge sees them, wherever it judges: in training, in the dataset builder and in
+    benchmarks. What has more pixels than the edit, or than the largest reference, is scaled down to as many; nothing
+    is enlarged and no aspect ratio changed. So the judge compares contents, not sharpness: an edit at 512 px that
+    changes nothing looks like its source, however large that is.
+
+    Args:
+        edit (`PIL.Image.Image`):
+            The edit.
+        references (`list[PIL.Image.Image]`):
+            The reference images.
+
+    Returns:
+        `tuple[PIL.Image.Image, list[PIL.Image.Image]]`: the edit and the references.
+    """
+    areas = [image.width * image.height for image in references]
+    limit = min(edit.width * edit.height, max(areas))
+    return fit_image(edit, limit), [fit_image(reference, limit) for reference in references]
 
 
 class HPScorerReward:
@@ -88,7 +109,7 @@ class HPScorerReward:
     def description(self) -> str:
         """Judge, prompts and task in one line: scores of scorers with different descriptions should not be mixed."""
         prompts = ", ".join(sorted({prompt.revision for prompt in self.scorer_prompts.values()}))
-        return f"{self.judge_description}, prompts {prompts}, task {self.task or 'of the case'}"
+        return f"{self.judge_description}, images at equal areas, prompts {prompts}, task {self.task or 'of the case'}"
 
     @property
     def is_remote(self) -> bool:
@@ -114,7 +135,11 @@ class HPScorerReward:
         task: str | None = None,
         requirement: str | None = None,
     ) -> list[dict[str, Any]]:
-        """The conversation that the judge sees for one case: the scorer prompt, the references, the edit."""
+        """
+        The conversation that the judge sees for one case: the scorer prompt, the references, the edit, see
+        [`equal_areas`].
+        """
+        edit, references = equal_areas(edit, references)
         content: list[dict[str, Any]] = []
         for number, reference in enumerate(references, start=1):
             label = "Image A" if len(references) == 1 else f"Image A, picture {number}"

@@ -61,6 +61,28 @@ def test_what_the_judge_is_shown():
     assert plain[0]["content"][0]["text"].startswith("You grade one example of an edited picture")
 
 
+@pytest.mark.parametrize(
+    ("edit", "references", "shown"),
+    [
+        ((64, 64), [(256, 256)], [(64, 64), (64, 64)]),  # sampled below the photograph's size
+        ((256, 128), [(64, 32)], [(64, 32), (64, 32)]),
+        ((64, 64), [(64, 64)], [(64, 64), (64, 64)]),
+        ((100, 50), [(50, 100)], [(100, 50), (50, 100)]),  # the same area: nothing is done
+        ((64, 64), [(16, 16), (128, 32)], [(64, 64), (16, 16), (128, 32)]),  # a small reference stays small
+        ((128, 128), [(16, 16), (32, 128)], [(64, 64), (16, 16), (32, 128)]),  # the largest counts
+        ((3, 1), [(3000, 1000)], [(3, 1), (3, 1)]),
+    ],
+)
+def test_images_are_shown_at_equal_areas(edit, references, shown):
+    scorer = HPScorerReward(ScriptedJudge([]))
+    edit, references = photo(*edit), [photo(*size, seed=1) for size in references]
+    content = scorer.conversation("x", edit, references)[1]["content"]
+    pictures = [part["image"] for part in content if part["type"] == "image"]
+    assert [picture.size for picture in (pictures[-1], *pictures[:-1])] == shown
+    for picture, given in zip((pictures[-1], *pictures[:-1]), (edit, *references), strict=True):
+        assert picture.size != given.size or picture.tobytes() == given.tobytes()
+
+
 def test_rows_with_one_image_beside_rows_with_several():
     judge = ScriptedJudge([5, 5])
     one, two = photo(32, 32, 1), photo(32, 32, 2)
