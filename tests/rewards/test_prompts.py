@@ -18,8 +18,8 @@ CRITERIA = {
         "logically possible", "clearly and without ambiguity", "vanished", "no part missing", "misshapen",
         "category, attributes, pose, position", "additional objects", "background of image a fully kept",
         "does not speak of", "without support", "passing through", "compositing"],
-    "background": ["foreground subject", "a person or a thing", "proper replacement", "another one than that of image a",
-        "survive intact", "visible artifacts", "blended"],
+    "background": ["foreground subject", "a person or a thing", "proper replacement",
+        "another one than that of image a", "survive intact", "visible artifacts", "blended"],
     "color": ["strict", "composition", "identity and shape", "mirrored side", "accessories", "logos", "patterns",
         "hue, saturation and brightness", "gradients", "glossy", "metallic", "woven", "wooden", "grained",
         "highlights", "shadows", "reflections", "translucency", "flat coat of paint", "halo", "bleeding",
@@ -40,12 +40,22 @@ CRITERIA = {
 WRONG = ["altogether wrong", "ignores the instruction", "or meets no requirement"]
 GOOD = ["to a large extent", "good picture in quality and aesthetics"]
 PERFECT = ["in full", "every requirement is met", "realistic and of high quality"]
-SECTION = [WRONG, ["largely wrong", "right in part", "hardly carried out", "or image b does not look real"],
+SECTION = [
+    WRONG,
+    ["largely wrong", "right in part", "hardly carried out", "or image b does not look real"],
     ["right in the main", "departs from the instruction, or", "several important requirements are unmet"],
-    ["by and large", "falls short in quality or aesthetics"], GOOD, PERFECT]
-FIGURE = [WRONG, ["not wrong in everything", "carried out in part", "or image b does not look real"],
+    ["by and large", "falls short in quality or aesthetics"],
+    GOOD,
+    PERFECT,
+]
+FIGURE = [
+    WRONG,
+    ["not wrong in everything", "carried out in part", "or image b does not look real"],
     ["right in the main", "not carried out in full, or", "most of the requirements are unmet"],
-    ["most of the instruction", "falls short in quality and aesthetics"], GOOD, PERFECT]
+    ["most of the instruction", "falls short in quality and aesthetics"],
+    GOOD,
+    PERFECT,
+]
 LEVELS = {
     "base": SECTION, "remove": FIGURE, "add": FIGURE, "swap": FIGURE, "background": FIGURE, "color": FIGURE,
     "style": FIGURE,
