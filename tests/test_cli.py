@@ -365,7 +365,7 @@ def test_bench_of_gedit_with_a_judge_that_gives_reasons(serve, tmp_path):  # noq
     main(["bench", "gedit", "--editor", f"{tmp_path}/mine.py:same", *where, *options(serve(reply), tmp_path)])
     run = read_run(tmp_path / "out")
     assert [(row["sc"], row["pq"]) for row in run.cases] == [(4, 6)] * 4
-    assert sorted(set(asked)) == [(1, 512), (2, 512)]  # the trial shows two pictures
+    assert sorted(set(asked)) == [(1, 1400), (2, 1400)]  # the trial shows two pictures
     assert "parse parse_pair" in run.settings["benchmark"]["judge"]
 
 

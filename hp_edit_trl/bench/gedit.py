@@ -1,5 +1,6 @@
 """GEdit-Bench: prompts of users in English and Chinese, judged for semantic consistency and perceptual quality."""
 
+import ast
 import json
 import math
 import re
@@ -11,7 +12,47 @@ from PIL import Image
 
 from ..judges import Judge, without_reasoning
 from ..rewards.prompts import load_benchmark_prompts
-from .benchmark import Benchmark, CaseScore, Metric, check_has_columns, check_parser, conversation, why_no_score
+from .benchmark import Benchmark, CaseScore, Metric, check_has_columns, check_parser, why_no_score
+
+
+JUDGED_AREA = 512 * 512  # pixels of an image as the judge sees it
+# The prompts as parts of the authors' `vie_prompts.py`, joined by line breaks
+ORIGINALS = {
+    "consistency": ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC"),
+    "quality": ("_context_no_delimit", "_prompts_0shot_rule_PQ"),
+}
+
+
+def as_judged(image: Image.Image) -> Image.Image:
+    """The image at the size at which GEdit-Bench's own code shows it to the judge: `JUDGED_AREA`, its aspect ratio."""
+    width = math.sqrt(JUDGED_AREA * image.width / image.height)
+    size = max(1, int(width)), max(1, int(width * image.height / image.width))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def read_gedit_prompts(folder: Path) -> dict[str, str]:
+    """
+    Reads the scorer prompts from `vie_prompts.py` of GEdit-Bench's own code, if the folder has it. It is not executed.
+
+    Raises:
+        `ValueError`: If it cannot be parsed, or lacks a part.
+    """
+    file = folder / "vie_prompts.py"
+    if not file.is_file():
+        return {}
+    try:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no Python file: {error}") from error
+    parts = {
+        node.targets[0].id: node.value.value
+        for node in body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }
+    if missing := sorted({name for names in ORIGINALS.values() for name in names} - parts.keys()):
+        raise ValueError(f"{file} has no text {', '.join(missing)}: name the file of GEdit-Bench's own code.")
+    return {prompt: "\n".join(parts[name] for name in names) for prompt, names in ORIGINALS.items()}
 
 
 def parse_pair(answer: str) -> float | None:
@@ -55,8 +96,11 @@ class GEditBench(Benchmark):
     GEdit-Bench: 606 images with an English and a Chinese prompt each, in eleven tasks.
 
     The judge sees reference and edit and gives two scores from 0 to 10, the smaller of which is SC (semantic
-    consistency). It then sees the edit alone and gives two more, the smaller of which is PQ (perceptual quality).
-    \\( O = \sqrt{SC \cdot PQ} \\) for each edit. The main result is the unweighted mean of the tasks' means for each
+    consistency). It then sees the edit alone and gives two more, the smaller of which is PQ (perceptual quality). As
+    in the benchmark's own code, a question is one message, the prompt before the images; these have an area of
+    512 x 512 pixels, each in its own aspect ratio; and an answer is the scores and then the reasons.
+
+    For each edit, \\( O = \sqrt{SC \cdot PQ} \\). The main result is the unweighted mean of the tasks' means for each
     language, and again for the cases that the benchmark marks as the `intersection`: those that every system in its
     authors' comparison could edit. Where a judge's answer holds no scores, they are missing; the benchmark's own code
     draws random scores.
@@ -76,7 +120,8 @@ class GEditBench(Benchmark):
             Branch, tag or commit of the Hub repository.
         scorer_prompts (`str`, *optional*):
             Folder or Hub repository with the scorer prompts `consistency` and `quality` (`.md` or `.txt`), e.g. the
-            benchmark's original prompts. By default those of this package, which paraphrase the originals.
+            benchmark's original prompts, also in the authors' own file `vie_prompts.py`. By default those of this
+            package, in our own words.
         scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of that Hub repository.
         image_root (`str`, *optional*):
@@ -91,7 +136,7 @@ class GEditBench(Benchmark):
     title = "GEdit-Bench"
     metrics = {"o": Metric("O", 10.0), "sc": Metric("SC", 10.0), "pq": Metric("PQ", 10.0)}
     group = "task_type"
-    judge_options = {"parse": parse_pair, "max_new_tokens": 512}  # reasons come with the scores
+    judge_options = {"parse": parse_pair, "max_new_tokens": 1400}  # reasons come with the scores
 
     def __init__(
         self,
@@ -106,7 +151,12 @@ class GEditBench(Benchmark):
         check_parser(judge, parse_pair, min_new_tokens=128)
         super().__init__(judge, dataset, split, revision, image_root)
         self.scorer_prompts = load_benchmark_prompts(
-            self.name, ("consistency", "quality"), scorer_prompts, scorer_prompts_revision, filled="consistency"
+            self.name,
+            ("consistency", "quality"),
+            scorer_prompts,
+            scorer_prompts_revision,
+            filled="consistency",
+            read_originals=read_gedit_prompts,
         )
 
     def to_cases(self, raw: Dataset) -> Dataset:
@@ -142,8 +192,9 @@ class GEditBench(Benchmark):
         conversations = []
         for case, (reference,), edit in zip(cases, references, edits, strict=True):
             text = {name: prompt.fill(case["prompt"], quote=False) for name, prompt in self.scorer_prompts.items()}
-            conversations.append(conversation(text["consistency"], [("Image A", reference), ("Image B", edit)]))
-            conversations.append(conversation(text["quality"], [("The image", edit)]))
+            shown = as_judged(edit)
+            conversations.append(_question(text["consistency"], as_judged(reference), shown))
+            conversations.append(_question(text["quality"], shown))
         judged = self.judge(conversations)
         scores = []
         for sc, pq in zip(judged[::2], judged[1::2], strict=True):
@@ -151,3 +202,9 @@ class GEditBench(Benchmark):
             values = {"o": o, "sc": sc.score, "pq": pq.score}
             scores.append(CaseScore(values, {"sc": sc, "pq": pq}, why_no_score(sc, pq)))
         return scores
+
+
+def _question(text: str, *images: Image.Image) -> list[dict[str, Any]]:
+    """A conversation of one message, the prompt before the images."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    return [{"role": "user", "content": content + [{"type": "image", "image": image} for image in images]}]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from hp_edit_trl import ServerJudge
 from hp_edit_trl.bench import GEditBench, parse_pair, run_benchmark
+from hp_edit_trl.bench.gedit import as_judged
 from hp_edit_trl.judges import CachedJudge, Judgement
 from tests.helpers import photo
 from tests.judges.test_judges import completion, serve  # noqa: F401
@@ -49,15 +50,14 @@ class PairJudge:
 
     def __call__(self, conversations):
         judgements = []
-        for system, user in conversations:
-            pictures = [part["image"] for part in user["content"] if part["type"] == "image"]
-            labels = [part["text"] for part in user["content"][::2]]
-            assert labels == (["Image A:", "Image B:"] if len(pictures) == 2 else labels[:1])
-            text = system["content"][0]["text"]
+        for (question,) in conversations:
+            first, *rest = question["content"]
+            assert question["role"] == "user" and {part["type"] for part in rest} == {"image"}
+            text, pictures = first["text"], [part["image"] for part in rest]
             self.texts.append((text, [picture.size for picture in pictures]))
             red = np.asarray(pictures[-1])[..., 0].mean() / 255
             score = round(10 * red) if len(pictures) == 2 else 9 - round(4 * red)
-            answer = json.dumps({"reasoning": "because", "score": [score, min(score + 1, 10)]})
+            answer = json.dumps({"score": [score, min(score + 1, 10)], "reasoning": "because"})
             answer = "I cannot say" if any(word in text for word in self.wrong) else answer
             judgements.append(Judgement(parse_pair(answer), answer))
         return judgements
@@ -99,8 +99,8 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
     assert run.settings["benchmark"]["metrics"] == {
         name: {"label": name.upper(), "maximum": 10} for name in ("o", "sc", "pq")
     }
-    # The source has the size of the raw image, and the judge sees both in it.
-    assert {tuple(sizes) for _, sizes in judge.texts} == {((64, 48), (64, 48)), ((64, 48),)}
+    # The judge sees the raw image and the edit, each with an area of 512 x 512.
+    assert {tuple(sizes) for _, sizes in judge.texts} == {((591, 443), (591, 443)), ((591, 443),)}
     assert [text for text, _ in judge.texts if "指令 1\n" in text]
     for section, wanted in {
         "en": lambda row: row["language"] == "en",
@@ -119,7 +119,7 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
         assert overall["value"] == pytest.approx(np.mean([np.mean(values) for values in of_tasks.values()]))
         assert overall["n"] == sum(map(len, of_tasks.values())) == (6 if section in ("en", "cn") else 3)
     benchmark = run.settings["benchmark"]
-    assert benchmark["scorer_prompts"]["quality"][0] == "hp-edit-trl:gedit:quality:1"
+    assert benchmark["scorer_prompts"]["quality"][0] == "hp-edit-trl:gedit:quality:2"
     assert benchmark["judge"] == "judge PairJudge, parse parse_pair"
 
 
@@ -130,9 +130,9 @@ def shown(part) -> np.ndarray:
 
 def test_a_judge_on_a_server_that_goes_by_what_it_is_shown(serve, tmp_path):  # noqa: F811
     def reply(body, count):
-        system, user = body["messages"]
-        text = system["content"][0]["text"]
-        pictures = [shown(part) for part in user["content"] if part["type"] == "image_url"]
+        content = body["messages"][-1]["content"]
+        text = content[0]["text"]
+        pictures = [shown(part) for part in content if part["type"] == "image_url"]
         if "Instruction 4\n" in text:
             return 200, completion('perhaps {"score": [9, 9')  # cut off
         if "Instruction 6\n" in text:
@@ -156,7 +156,8 @@ def test_a_judge_on_a_server_that_goes_by_what_it_is_shown(serve, tmp_path):  # 
         if row["id"] in ("key4", "key6"):
             assert row["sc"] is row["o"] is None
         else:
-            assert (row["sc"], row["o"]) == (pytest.approx(sc), pytest.approx(math.sqrt(sc * pq)))
+            # The mean of a picture changes a little with its size.
+            assert (row["sc"], row["o"]) == (pytest.approx(sc, abs=0.02), pytest.approx(math.sqrt(sc * pq), abs=0.02))
             smaller.add(red < green)
     assert smaller == {True, False}  # each of the two scores was the smaller one somewhere
     counts = run.results["counts"]
@@ -218,6 +219,60 @@ def test_prompts_of_ones_own(tmp_path):
     (folder / "consistency.txt").write_text("Theirs, but the instruction is nowhere.")
     with pytest.raises(ValueError, match="prompt consistency in .* has no {instruction}"):
         GEditBench(PairJudge(), gedit(), scorer_prompts=str(folder))
+
+
+# Stands for the authors' file: the names are theirs, the texts are not.
+ORIGINAL = '''
+import os
+_context_no_delimit = """An artist answers:
+{
+"score" : [...],
+"reasoning" : "..."
+}"""
+_context = "Not this one."
+_prompts_0shot_two_image_edit_rule = """RULES:
+Two images.
+"""
+_prompts_0shot_tie_rule_SC = """
+Editing instruction: <instruction>
+"""
+_prompts_0shot_rule_PQ = "RULES: one image."
+raise SystemExit("This file is read, not executed.")
+'''
+
+
+def test_the_authors_own_file_of_prompts(tmp_path):
+    (tmp_path / "vie_prompts.py").write_text(ORIGINAL)
+    judge = PairJudge()
+    run_benchmark(GEditBench(judge, gedit(1), scorer_prompts=str(tmp_path)), redder, tmp_path / "run")
+    context = 'An artist answers:\n{\n"score" : [...],\n"reasoning" : "..."\n}\n'
+    assert [text for text, _ in judge.texts] == [
+        context + "RULES:\nTwo images.\n\n\nEditing instruction: Instruction 0\n",
+        context + "RULES: one image.",
+    ]
+    (tmp_path / "quality.txt").write_text("Mine.")  # a prompt of one's own comes first
+    assert GEditBench(PairJudge(), gedit(1), scorer_prompts=str(tmp_path)).scorer_prompts["quality"].text == "Mine."
+    for text, message in (
+        (ORIGINAL.replace("_tie_rule_SC", ""), "has no text _prompts_0shot_tie_rule_SC"),
+        ("_context_no_delimit = (", "is no Python file"),
+        ("\0", "is no Python file"),
+    ):
+        (tmp_path / "vie_prompts.py").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            GEditBench(PairJudge(), gedit(1), scorer_prompts=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((512, 512), (512, 512)), ((64, 48), (591, 443)), ((4000, 1000), (1024, 256)), ((1000, 3), (9347, 28))],
+)
+def test_images_are_shown_at_one_area_in_their_own_aspect_ratio(size, shown):
+    assert as_judged(Image.new("RGB", size)).size == shown
+
+
+def test_the_prompts_ask_for_scores_first():
+    for prompt in GEditBench(PairJudge(), gedit(1)).scorer_prompts.values():
+        assert 0 < prompt.text.rindex('{"score": [') < prompt.text.rindex('"reasoning"')
 
 
 def test_a_judge_that_reads_other_answers(tmp_path):
