@@ -160,6 +160,7 @@ class Benchmark(ABC):
             "split": None if in_memory else self.split,
             "revision": self.revision,
             "judge": describe_judge(self.judge),
+            "score_mode": self.judge.identity.get("score_mode"),
             "scorer_prompts": {name: [prompt.revision, prompt.digest] for name, prompt in self.scorer_prompts.items()},
         }
 

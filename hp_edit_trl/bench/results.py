@@ -1,5 +1,6 @@
 """Results of a benchmark: how scores are summarized, the folder that holds a run, and the difference of two runs."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,28 @@ class Run:
     def labels(self) -> dict[str, str]:
         """Labels of the metrics in tables and figures."""
         return {name: metric["label"] for name, metric in self.benchmark["metrics"].items()} | {"human": "people"}
+
+    @property
+    def hp_scores(self) -> list[dict[str, Any]]:
+        """
+        HP-Scorer's score of each edit, as lines like those that [`~hp_edit_trl.calibration.read_scores`] reads; none
+        if the benchmark has no metric `hp_score`.
+        """
+        if "hp_score" not in self.benchmark["metrics"]:
+            return []
+        lines = []
+        for case in self.cases:
+            if case["edit"] is None:
+                continue
+            task = case[self.benchmark["group"]]
+            name = self.benchmark.get("scorer_tasks", {}).get(task, task)
+            prompt, sha = self.benchmark["scorer_prompts"][name]
+            answer = json.loads(case["answers"] or "{}").get("hp_score")
+            line = {"id": case["id"], "editor": self.name, "task": task, "score": case["hp_score"], "answer": answer}
+            line |= {"judge": self.benchmark.get("hp_judge", self.benchmark["judge"])}
+            line |= {"score_mode": self.benchmark["score_mode"]}
+            lines.append(line | {"scorer_prompt": prompt, "scorer_prompt_sha": sha})
+        return lines
 
 
 def summarize(

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hp_edit_trl import ServerJudge
+from hp_edit_trl import HPScorerReward, ServerJudge
 from hp_edit_trl.bench import GEditBench, parse_pair, run_benchmark
-from hp_edit_trl.bench.gedit import as_judged
+from hp_edit_trl.bench.gedit import SCORER_TASKS, as_judged
 from hp_edit_trl.judges import CachedJudge, Judgement
-from tests.helpers import photo
+from tests.helpers import RuleJudge, photo
 from tests.judges.test_judges import completion, serve  # noqa: F401
 
 
@@ -197,6 +198,72 @@ def test_one_key_for_both_languages_and_data_that_are_no_gedit(tmp_path):
     assert GEditBench(PairJudge(), small).dataset[0]["image"]["bytes"] == stored["bytes"]
     with pytest.raises(ValueError, match="no column 'Intersection_exist', 'key'; its columns are"):
         run_benchmark(GEditBench(PairJudge(), gedit().remove_columns(["key", "Intersection_exist"])), redder, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class DigitJudge(RuleJudge):
+    """Answers with the number in the instruction, modulo 7: a 6 is no score."""
+
+    def __init__(self):
+        super().__init__(rule=self.answer)
+        self.texts = []
+
+    def answer(self, text, pictures):
+        self.texts.append(text)
+        return int(re.search(r'^Instruction: "\D*(\d+)"$', text, re.MULTILINE)[1]) % 7
+
+
+def test_hp_scorer_scores_the_edits_too(tmp_path):
+    judge, data = DigitJudge(), gedit()
+    prompts = HPScorerReward(judge).scorer_prompts
+    bench = GEditBench(PairJudge(), data, hp_scorer=HPScorerReward(judge))
+    run = run_benchmark(bench, redder, tmp_path, name="one")
+    assert [row["hp_score"] for row in run.cases] == [None if i % 7 == 6 else i % 7 for i in range(12)]
+    assert all(row["o"] is not None for row in run.cases) and run.results["counts"]["no_score"] == 1
+    assert run.cases[6]["reason"] == "no score in the answer: 6"
+    # Each task has the prompt of its own, and those that HP-Edit does not know the base prompt.
+    tasks = {"color_alter": "color", "subject-add": "add", "text_change": "base"}
+    wanted = [prompts[tasks[row["task_type"]]].fill(row["instruction"]) for row in data]
+    assert judge.texts == wanted
+    benchmark = run.settings["benchmark"]
+    assert benchmark["scorer_tasks"] == tasks and set(benchmark["scorer_prompts"]) == {
+        "consistency", "quality", "add", "base", "color",
+    }  # fmt: skip
+    assert benchmark["metrics"]["hp_score"] == {"label": "HP-score", "maximum": 5}
+    means = {task: [i % 7 for i in range(12) if TASKS[i % 3] == task and i % 2 == 0 and i % 7 < 6] for task in TASKS}
+    (overall,) = [
+        row
+        for row in run.results["summary"]
+        if (row["section"], row["metric"], row["kind"]) == ("en", "hp_score", "overall")
+    ]
+    assert overall["value"] == pytest.approx(np.mean([np.mean(values) for values in means.values()]))
+    line = run.hp_scores[4]
+    assert line == {
+        "id": "key4", "editor": "one", "task": "subject-add", "score": 4, "answer": "4", "judge":
+        "judge RuleJudge, name rule, score_mode integer", "score_mode": "integer", "scorer_prompt":
+        prompts["add"].revision, "scorer_prompt_sha": prompts["add"].digest,
+    }  # fmt: skip
+    assert {name for name in SCORER_TASKS.values() if name != "base"} <= set(prompts) and len(SCORER_TASKS) == 11
+
+
+def test_what_hp_scorer_cannot_score_and_one_language(tmp_path):
+    bench = GEditBench(PairJudge(), gedit(), language="cn")
+    assert set(bench.dataset["language"]) == {"cn"} and len(bench.dataset) == 6
+    assert list(bench.sections) == ["cn", "cn, intersection"] and bench.settings["language"] == "cn"
+    english = gedit().filter(lambda row: row["instruction_language"] == "en")
+    with pytest.raises(ValueError, match="GEdit-Bench has no case in the language 'cn'"):
+        GEditBench(PairJudge(), english, language="cn").dataset  # noqa: B018
+    with pytest.raises(ValueError, match="language='fr' must be 'en' or 'cn'"):
+        GEditBench(PairJudge(), gedit(), language="fr")
+    with pytest.raises(TypeError, match="hp_scorer='yes' must be true, false or an HPScorerReward"):
+        GEditBench(PairJudge(), gedit(), hp_scorer="yes")
+    with pytest.raises(TypeError, match="A PairJudge cannot be made to read its answers with parse_score"):
+        GEditBench(PairJudge(), gedit(), hp_scorer=True)
+    other = gedit().map(lambda row, i: {"task_type": "crop" if i == 3 else row["task_type"]}, with_indices=True)
+    with pytest.raises(
+        ValueError, match="HP-Scorer has no prompt for the task 'crop'; those of GEdit-Bench are backgr"
+    ):
+        run_benchmark(GEditBench(PairJudge(), other, hp_scorer=HPScorerReward(DigitJudge())), redder, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
