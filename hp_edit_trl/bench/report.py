@@ -353,7 +353,7 @@ def _missing(run: Run) -> list[str]:
 
 
 def _write_csv(runs: Sequence[Run], differences: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    columns = ["editor", "of", "section", "kind", "group", "metric", "value", "low", "high", "n", "missing"]
+    columns = ["editor", "of", "section", "kind", "group", "metric", "value", "low", "high", "n", "missing", "reason"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()

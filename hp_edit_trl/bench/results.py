@@ -286,7 +286,8 @@ def _row(
         reason = f"a group has no value{where}" if key["kind"] == "overall" else "the mean to divide by is 0"
     row = key | {"n": n, "missing": missing} | estimate(means, confidence, 1 if alone else n, reason)
     if alone and n > 1 and row["value"] is not None:
-        row["reason"] = f"no interval from only one case with a value{where} of {', '.join(alone)}"
+        each = "each of " if len(alone) > 1 else ""
+        row["reason"] = f"no interval, because only one case of {each}{', '.join(alone)} has a value{where}"
     return row
 
 

@@ -317,7 +317,8 @@ def _score_edits(
             for case, images in zip(batch, references, strict=True):
                 edit = read_image(str(_edit_file(folder, case["id"])), f"The edit of case {case['id']!r}")
                 size = _judged_size(edit, images)
-                shown.append(edit if edit.size == size else edit.resize(size, Image.Resampling.LANCZOS))
+                as_it_is = benchmark.scales_edits or edit.size == size
+                shown.append(edit if as_it_is else edit.resize(size, Image.Resampling.LANCZOS))
             lines: list[dict[str, Any]] = []
             untried: list[Judgement] = []
             again: list[Judgement] = []
@@ -393,7 +394,7 @@ def _write_results(
         if row["reason"] is not None:
             reasons[row["reason"].partition(":")[0]] += 1
         rows.append(row)
-    if counts["reshaped"]:
+    if counts["reshaped"] and not benchmark.scales_edits:
         logger.warning(
             "%d edits differ from their reference images in aspect ratio by more than 5 %%, and were stretched to be "
             "judged.",

@@ -100,8 +100,8 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
     assert run.settings["benchmark"]["metrics"] == {
         name: {"label": name.upper(), "maximum": 10} for name in ("o", "sc", "pq")
     }
-    # The judge sees the raw image and the edit, each with an area of 512 x 512.
-    assert {tuple(sizes) for _, sizes in judge.texts} == {((591, 443), (591, 443)), ((591, 443),)}
+    # The judge sees the raw image and the edit, each with an area of 512 x 512 in its own aspect ratio.
+    assert {tuple(sizes) for _, sizes in judge.texts} == {((591, 443), (724, 362)), ((724, 362),)}
     assert [text for text, _ in judge.texts if "指令 1\n" in text]
     for section, wanted in {
         "en": lambda row: row["language"] == "en",

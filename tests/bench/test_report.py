@@ -161,8 +161,8 @@ def test_a_result_without_an_interval_says_why(tmp_path):
     head, _, *rows = tables(text)[0]
     assert len(head) == 1 + 6 + 2 and "[" not in "".join(cell for row in rows for cell in row)
     others = ", ".join(task for task in head[1:7] if task != "add")
-    assert f"one: HP-score: no interval from only one case with a value of {others}." in text
-    assert f"two: HP-score: no interval from only one case with a value in both of {others}." in text
+    assert f"one: HP-score: no interval, because only one case of each of {others} has a value." in text
+    assert f"two: HP-score: no interval, because only one case of each of {others} has a value in both." in text
 
 
 def test_people_have_a_column(tmp_path):

@@ -82,9 +82,9 @@ def test_intervals_are_those_of_resampling_within_groups():
 @pytest.mark.parametrize(
     ("tasks", "missing", "alone"),
     [
-        ("aabcdef", (), "b, c, d, e, f"),  # seven cases in six tasks
+        ("aabcdef", (), "each of b, c, d, e, f"),  # seven cases in six tasks
         ("aabbbbb", (), None),
-        ("ab", (), "a, b"),
+        ("ab", (), "each of a, b"),
         ("aaab", (), "b"),
         ("aaabb", (4,), "b"),  # only one of its cases has a score
     ],
@@ -104,9 +104,9 @@ def test_an_interval_needs_two_cases_of_every_task(tasks, missing, alone):
             assert difference["low"] == pytest.approx(-1) and difference["value"] == pytest.approx(-1)
             continue
         assert found["value"] is not None and found["low"] is found["high"] is None
-        assert found["reason"] == f"no interval from only one case with a value of {alone}"
+        assert found["reason"] == f"no interval, because only one case of {alone} has a value"
         assert difference["value"] == pytest.approx(-1) and difference["low"] is None
-        assert difference["reason"] == f"no interval from only one case with a value in both of {alone}"
+        assert difference["reason"] == f"no interval, because only one case of {alone} has a value in both"
     if tasks == "aabcdef":
         assert row(rows, "score", "group", "a")["low"] is not None  # two cases of its own
         assert row(rows, "score", "group", "b")["reason"] == "no interval from one case"
