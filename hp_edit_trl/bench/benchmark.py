@@ -65,9 +65,13 @@ class Benchmark(ABC):
     - **title** (`str`) -- Name in reports, e.g. `"GEdit-Bench"`.
     - **metrics** (`dict[str, Metric]`) -- The metrics. The first is the main one.
     - **products** (`dict[str, tuple[str, str]]`) -- Those metrics that are the product of two other metrics' means.
+    - **ratios** (`dict[str, tuple[str, str]]`) -- Those that are the ratio of two other metrics' means, of which a
+      larger one is not better.
     - **average** (`str`) -- The main result: `"overall"`, the unweighted mean of the groups' means, or `"cases"`, the
       mean over all cases.
     - **group** (`str`) -- The column whose values are the groups, e.g. `"task"`.
+    - **scales_edits** (`bool`) -- Whether [`~Benchmark.score`] takes the edits at their own sizes, and scales them as
+      the benchmark's authors do. Otherwise it gets them at the size of their reference.
     - **judge_options** (`dict[str, Any]`) -- Defaults of this benchmark for
       [`~hp_edit_trl.judges.load_judge`], e.g. `parse` and `num_answers`.
     - **scorer_prompts** (`dict[str, ScorerPrompt]`) -- The scorer prompts in use, by name.
@@ -89,8 +93,10 @@ class Benchmark(ABC):
     title: ClassVar[str]
     metrics: dict[str, Metric]
     products: dict[str, tuple[str, str]] = {}
+    ratios: dict[str, tuple[str, str]] = {}
     average: ClassVar[str] = "overall"
     group: ClassVar[str]
+    scales_edits: ClassVar[bool] = False
     judge_options: ClassVar[dict[str, Any]] = {}
     scorer_prompts: dict[str, ScorerPrompt] = {}
 
@@ -134,6 +140,15 @@ class Benchmark(ABC):
         return {"": {}}
 
     @property
+    def table_columns(self) -> dict[str, tuple[str, str, str, str | None]]:
+        """
+        The columns of the report's table, by label: section, metric, kind and group of the row of the summary that
+        each shows, see [`summarize`]. By default the report has a table for each section, with the main metric of each
+        group and the means of all metrics.
+        """
+        return {}
+
+    @property
     def columns(self) -> list[str]:
         """The columns of group and sections."""
         return sorted({self.group, *(column for part in self.sections.values() for column in part)})
@@ -148,6 +163,7 @@ class Benchmark(ABC):
             "split": None if in_memory else self.split,
             "revision": self.revision,
             "judge": describe_judge(self.judge),
+            "score_mode": self.judge.identity.get("score_mode"),
             "scorer_prompts": {name: [prompt.revision, prompt.digest] for name, prompt in self.scorer_prompts.items()},
         }
 
@@ -168,7 +184,7 @@ class Benchmark(ABC):
             references (`list[list[PIL.Image.Image]]`):
                 The reference images of each case.
             edits (`list[PIL.Image.Image]`):
-                The edit of each case, at the size of its reference.
+                The edit of each case, at the size of its reference, or at its own with `scales_edits`.
         """
 
 

@@ -125,7 +125,7 @@ def run_benchmark(
         identity = editor.identity
         name = name or " + ".join(str(identity[part]) for part in ("editor", "lora") if identity.get(part))
         human = None if ratings is None else _human_scores(ratings, name, cases["id"][:])
-        layout = ("name", "title", "products", "average", "group", "sections")
+        layout = ("name", "title", "products", "ratios", "average", "group", "sections", "table_columns")
         described = {part: getattr(benchmark, part) for part in layout}
         described["metrics"] = {metric: asdict(value) for metric, value in benchmark.metrics.items()}
         described |= {**benchmark.settings, "cases": len(cases), "cases_sha": _cases_digest(cases, benchmark)}
@@ -317,7 +317,8 @@ def _score_edits(
             for case, images in zip(batch, references, strict=True):
                 edit = read_image(str(_edit_file(folder, case["id"])), f"The edit of case {case['id']!r}")
                 size = _judged_size(edit, images)
-                shown.append(edit if edit.size == size else edit.resize(size, Image.Resampling.LANCZOS))
+                as_it_is = benchmark.scales_edits or edit.size == size
+                shown.append(edit if as_it_is else edit.resize(size, Image.Resampling.LANCZOS))
             lines: list[dict[str, Any]] = []
             untried: list[Judgement] = []
             again: list[Judgement] = []
@@ -357,7 +358,7 @@ def _write_results(
     tried = _read_edit_lines(folder)
     edits = {case_id: line for case_id, line in tried.items() if _is_intact(folder, line)}
     scores = _read_score_lines(folder, edits)
-    direct = [name for name in benchmark.metrics if name not in benchmark.products]
+    direct = [name for name in benchmark.metrics if name not in benchmark.products | benchmark.ratios]
     kept = [name for name in cases.column_names if name in {"id", "prompt", "requirement", *benchmark.columns}]
     names = "edits no_edit resized reshaped no_score judgements parse_failures unparsed_samples unanswered"
     counts = {"cases": len(cases)} | dict.fromkeys(names.split(), 0)
@@ -393,7 +394,7 @@ def _write_results(
         if row["reason"] is not None:
             reasons[row["reason"].partition(":")[0]] += 1
         rows.append(row)
-    if counts["reshaped"]:
+    if counts["reshaped"] and not benchmark.scales_edits:
         logger.warning(
             "%d edits differ from their reference images in aspect ratio by more than 5 %%, and were stretched to be "
             "judged.",
@@ -410,7 +411,14 @@ def _write_results(
     write_atomically(folder / "cases.parquet", lambda part: pq.write_table(table, part))
     asked = [*direct, *(["human"] if human is not None else [])]
     summary = summarize(
-        rows, asked, benchmark.group, benchmark.sections, benchmark.products, confidence, num_resamples
+        rows,
+        asked,
+        benchmark.group,
+        benchmark.sections,
+        benchmark.products,
+        confidence,
+        num_resamples,
+        ratios=benchmark.ratios,
     )
     results = {"format": FORMAT, "summary": summary, "counts": counts, "reasons": dict(reasons.most_common())}
     results |= {"confidence": confidence, "num_resamples": num_resamples, "bootstrap_seed": 0}
