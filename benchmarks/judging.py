@@ -9,9 +9,9 @@ The second measures how far an edit that changes nothing is from its source, for
 resolution and a photograph comparable: to enlarge the edit, or to scale the photograph down.
 
 Setting of the first: a random Qwen3-VL (8 layers of 256, a vision tower of 8 layers of 256), pictures of 256 x 256,
-which are 64 tokens each, 8 edits of each case. The prompt is short, so that text and pictures have about the proportion that the
-package's prompts have with the real tokenizer and pictures of one megapixel. "One by one" and "batched" read each
-conversation whole, "shared" reads prompt and source once.
+which are 64 tokens each, 8 edits of each case. The prompt is short, so that text and pictures have about the
+proportion that the package's prompts have with the real tokenizer and pictures of one megapixel. "One by one" and
+"batched" read each conversation whole, "shared" reads prompt and source once.
 """
 
 import argparse

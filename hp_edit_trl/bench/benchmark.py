@@ -70,8 +70,6 @@ class Benchmark(ABC):
     - **average** (`str`) -- The main result: `"overall"`, the unweighted mean of the groups' means, or `"cases"`, the
       mean over all cases.
     - **group** (`str`) -- The column whose values are the groups, e.g. `"task"`.
-    - **scales_edits** (`bool`) -- Whether [`~Benchmark.score`] takes the edits at their own sizes, and scales them as
-      the benchmark's authors do. Otherwise it gets them at the size of their reference.
     - **judge_options** (`dict[str, Any]`) -- Defaults of this benchmark for
       [`~hp_edit_trl.judges.load_judge`], e.g. `parse` and `num_answers`.
     - **scorer_prompts** (`dict[str, ScorerPrompt]`) -- The scorer prompts in use, by name.
@@ -96,7 +94,6 @@ class Benchmark(ABC):
     ratios: dict[str, tuple[str, str]] = {}
     average: ClassVar[str] = "overall"
     group: ClassVar[str]
-    scales_edits: ClassVar[bool] = False
     judge_options: ClassVar[dict[str, Any]] = {}
     scorer_prompts: dict[str, ScorerPrompt] = {}
 
@@ -184,7 +181,7 @@ class Benchmark(ABC):
             references (`list[list[PIL.Image.Image]]`):
                 The reference images of each case.
             edits (`list[PIL.Image.Image]`):
-                The edit of each case, at the size of its reference, or at its own with `scales_edits`.
+                The edit of each case, at the size that its editor gave it.
         """
 
 

@@ -114,7 +114,6 @@ class DreamBenchPlus(Benchmark):
     ratios = {"cp_over_pf": ("cp", "pf")}
     average = "cases"
     group = "kind"
-    scales_edits = True
     judge_options = {"parse": parse_grade, "max_new_tokens": 512, "num_answers": 3}  # reasons come with the grades
 
     def __init__(

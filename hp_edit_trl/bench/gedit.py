@@ -159,7 +159,6 @@ class GEditBench(Benchmark):
     title = "GEdit-Bench"
     metrics = {"o": Metric("O", 10.0), "sc": Metric("SC", 10.0), "pq": Metric("PQ", 10.0)}
     group = "task_type"
-    scales_edits = True
     judge_options = {"parse": parse_pair, "max_new_tokens": 1400}  # reasons come with the scores
 
     def __init__(
@@ -278,9 +277,6 @@ class GEditBench(Benchmark):
             scores.append(CaseScore(values, {"sc": sc, "pq": pq}, why_no_score(sc, pq)))
         if self.hp_scorer is not None:
             prompts, tasks = [case["prompt"] for case in cases], [SCORER_TASKS[case["task_type"]] for case in cases]
-            pairs = zip(edits, references, strict=True)
-            # At the size of the reference, as in RealPref-Bench
-            edits = [edit.resize(reference.size, Image.Resampling.LANCZOS) for edit, (reference,) in pairs]
             judged = self.hp_scorer.judge_edits(prompts, edits, references, [*tasks], [None] * len(cases))
             for score, hp in zip(scores, judged, strict=True):
                 score.values["hp_score"], score.judgements["hp_score"] = hp.score, hp

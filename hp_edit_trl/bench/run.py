@@ -76,8 +76,8 @@ def run_benchmark(
     again: it resumes with the cases that have no edit or no score yet. With `accelerate launch`, the processes share
     the cases.
 
-    Every editor gets the same cases with the same seeds, and every edit is judged at the size of its reference image
-    (with several, of the one whose aspect ratio is nearest).
+    Every editor gets the same cases with the same seeds. Edits are judged as their editor made them; what is scaled
+    for the judge is up to the benchmark.
 
     Args:
         benchmark ([`Benchmark`]):
@@ -279,7 +279,7 @@ def _make_edits(
                 line["references"] = [_write_reference(folder, case_id, *item) for item in enumerate(images)]
                 if edit is not None:
                     line |= {"sha": _write_edit(folder, case_id, edit), "width": edit.width, "height": edit.height}
-                    line["judged_size"] = list(_judged_size(edit, images))
+                    line["reference_size"] = list(_reference_size(edit, images))
                 lines.append(line)
                 some_made = some_made or edit is not None
                 failed += case_id not in before and str(reason).startswith("editor failed")
@@ -313,12 +313,9 @@ def _score_edits(
             batch = [cases[row] for row in rows[start : start + chunk_size]]
             references = [case_images(case, case["id"]) for case in batch]
             batch = [decoded(case, cases.features, case["id"]) for case in batch]
-            shown = []
-            for case, images in zip(batch, references, strict=True):
-                edit = read_image(str(_edit_file(folder, case["id"])), f"The edit of case {case['id']!r}")
-                size = _judged_size(edit, images)
-                as_it_is = benchmark.scales_edits or edit.size == size
-                shown.append(edit if as_it_is else edit.resize(size, Image.Resampling.LANCZOS))
+            shown = [
+                read_image(str(_edit_file(folder, case["id"])), f"The edit of case {case['id']!r}") for case in batch
+            ]
             lines: list[dict[str, Any]] = []
             untried: list[Judgement] = []
             again: list[Judgement] = []
@@ -373,7 +370,7 @@ def _write_results(
         row |= {name: score["values"][name] if score else None for name in direct}
         row["human"] = None if human is None else human.get(case_id)
         if case_id in edits:
-            width, height = line["judged_size"]
+            width, height = line["reference_size"]
             row["edit"] = str(_edit_file(folder, case_id).relative_to(folder))
             row |= {"width": line["width"], "height": line["height"]}
             row["resized"] = (line["width"], line["height"]) != (width, height)
@@ -394,11 +391,9 @@ def _write_results(
         if row["reason"] is not None:
             reasons[row["reason"].partition(":")[0]] += 1
         rows.append(row)
-    if counts["reshaped"] and not benchmark.scales_edits:
+    if counts["reshaped"]:
         logger.warning(
-            "%d edits differ from their reference images in aspect ratio by more than 5 %%, and were stretched to be "
-            "judged.",
-            counts["reshaped"],
+            "%d edits differ from their reference images in aspect ratio by more than 5 %%.", counts["reshaped"]
         )
     schema = dict.fromkeys(("requirement", "edit", "reason", "answers"), pa.string())
     schema |= {"references": pa.list_(pa.string()), "width": pa.int64(), "height": pa.int64()}
@@ -482,7 +477,7 @@ def _write_reference(folder: Path, case_id: str, number: int, image: Image.Image
     return path
 
 
-def _judged_size(edit: Image.Image, references: list[Image.Image]) -> tuple[int, int]:
+def _reference_size(edit: Image.Image, references: list[Image.Image]) -> tuple[int, int]:
     """The size of the reference image whose aspect ratio is nearest to the edit's."""
     ratio = edit.width / edit.height
     return min((image.size for image in references), key=lambda size: abs(np.log(size[0] / size[1] / ratio)))

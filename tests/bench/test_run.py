@@ -181,7 +181,7 @@ def test_cases_that_go_wrong_are_missing_and_the_rest_goes_on(tmp_path):
     assert judge.asked == asked + 1 and again.results["counts"]["no_score"] == 0
 
 
-def test_the_judge_is_shown_the_edit_at_the_size_of_its_source(tmp_path):
+def test_the_judge_is_shown_edit_and_source_at_equal_areas(tmp_path):
     shown = []
 
     def rule(text, pictures):
@@ -191,7 +191,7 @@ def test_the_judge_is_shown_the_edit_at_the_size_of_its_source(tmp_path):
     run_benchmark(
         bench(judge=RuleJudge(rule=rule)), lambda images, prompts: [Image.new("RGB", (30, 20))] * len(images), tmp_path
     )
-    assert shown and all(source == edit for source, edit in shown)
+    assert shown and all(edit == (30, 20) and 0.9 < w * h / (30 * 20) <= 1 for (w, h), edit in shown)
 
 
 def test_an_editor_that_always_fails_and_a_judge_that_is_gone(tmp_path):
@@ -275,9 +275,9 @@ def test_cases_with_several_references(tmp_path):
         return [Image.new("RGB", (16, 32)) if isinstance(image, list) else image for image in images]
 
     run = run_benchmark(bench(cases, RuleJudge(rule=rule)), tall, tmp_path / "run")
-    # An edit is judged at the size of the reference with the nearest aspect ratio.
+    # An edit is compared with the reference of the nearest aspect ratio.
     wanted = [[(64, 64)] * 2, [(128, 64), (32, 64), (32, 64)]] * 2
-    assert shown == wanted
+    assert shown == [[(64, 64)] * 2, [(32, 16), (16, 32), (16, 32)]] * 2
     assert [len(row["references"]) for row in run.cases] == [1, 2, 1, 2]
     assert [Image.open(run.folder / file).size for file in run.cases[1]["references"]] == wanted[1][:2]
     assert [row["resized"] for row in run.cases] == [False, True] * 2 and run.results["counts"]["reshaped"] == 0
