@@ -257,13 +257,14 @@ class ServerJudge:
         Asks for one judgement of gray squares, with at most two retries: an address where nobody listens, an unknown
         model, a wrong key, a model that takes no images or not so many, and one that spends its answer on reasoning
         all show before the work starts. If the server returns no probabilities, `score_mode` becomes `"integer"`.
+        Several servers are asked at the same time, and all must answer: a smaller pool would only show as a slower run.
 
         Args:
             num_images (`int`, *optional*, defaults to `2`):
                 Number of squares: as many as the largest case has images, its edit included.
 
         Raises:
-            `ConnectionError`: If there is no judgement.
+            `ConnectionError`: If there is no judgement of a server, or several servers have different models.
         """
         self._model = None
         trial = trial_conversation(num_images)
@@ -301,14 +302,14 @@ class ServerJudge:
                 f"{num_images} images: {told.rstrip('.')}. Start them, or leave them out of judge_base_url."
             )
         else:
-            models = {server.shown: server.model for server in replies if server.model is not None}
-            if len(set(models.values())) > 1:
-                told = ", ".join(f"{shown}: {shortened(model)!r}" for shown, model in models.items())
+            known = [server for server in replies if server.model is not None]
+            if len({server.model for server in known}) > 1:
+                told = ", ".join(f"{server.shown}: {shortened(str(server.model))!r}" for server in known)
                 raise ConnectionError(
                     f"The servers of the judge {self.name!r} have different models: {told}. Their scores must not be "
                     "mixed: leave the others out of judge_base_url."
                 )
-            self._model = next(iter(models.values()), None)
+            self._model = known[0].model if known else None
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         """

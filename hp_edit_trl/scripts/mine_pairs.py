@@ -143,7 +143,7 @@ def main(args: MiningArguments) -> None:
     if config is not None:
         components = policy_class(args.model_name_or_path, revision=args.model_revision).quantized_components
         kwargs["quantization_config"] = quantization_config(config, components, kwargs["dtype"])
-    pipeline = load_pipeline(args.model_name_or_path, kwargs)
+    pipeline = load_pipeline(str(args.model_name_or_path), kwargs)
     if args.lora is not None:
         file = lora_file(args.lora)
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
