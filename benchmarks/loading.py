@@ -86,7 +86,7 @@ def load(rank: int, processes: int, port: int, folder: str, case: tuple, queue) 
     result: dict[str, float] = {}
     with measured(result):
         if how == "library":
-            pipeline = loading.load_pipeline(f"{folder}/{stored}", options)
+            pipeline = loading.load_shared_pipeline(f"{folder}/{stored}", options)
         else:
             pipeline = DiffusionPipeline.from_pretrained(f"{folder}/{stored}", **options)
         if sharded:

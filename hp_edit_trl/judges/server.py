@@ -257,7 +257,7 @@ class ServerJudge:
         Asks for one judgement of gray squares, with at most two retries: an address where nobody listens, an unknown
         model, a wrong key, a model that takes no images or not so many, and one that spends its answer on reasoning
         all show before the work starts. If the server returns no probabilities, `score_mode` becomes `"integer"`.
-        Several servers are asked at the same time, and all must answer: a smaller pool would only show as a slower run.
+        Several servers are asked at once, and all must answer: a smaller pool would only show as a slower run.
 
         Args:
             num_images (`int`, *optional*, defaults to `2`):

@@ -28,7 +28,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 FILES = ("revision", "token", "cache_dir", "variant", "use_safetensors", "local_files_only")
 
 
-def load_pipeline(model: str, options: dict[str, Any]) -> DiffusionPipeline:
+def load_shared_pipeline(model: str, options: dict[str, Any]) -> DiffusionPipeline:
     """
     Loads a pipeline as [`~diffusers.DiffusionPipeline.from_pretrained`] does. All processes of a launch must call it.
 
@@ -85,7 +85,7 @@ def write_converted(model: str, options: dict[str, Any], folder: str) -> dict[st
         model (`str`):
             Hub id or local folder.
         options (`dict`):
-            See [`load_pipeline`].
+            See [`load_shared_pipeline`].
         folder (`str`):
             The folder.
 

@@ -133,7 +133,7 @@ def test_a_fault_of_one_server_is_made_up_for_by_another(servers, fault, monkeyp
     pauses, sleep = [], module.asyncio.sleep
     monkeypatch.setattr(module.asyncio, "sleep", lambda delay, *rest: pauses.append(delay) or sleep(delay, *rest))
     bad, good = servers(fault.serve, None)
-    judge = ServerJudge("m", urls([bad, good]), timeout=0.3, max_retries=1, max_concurrency=2)
+    judge = ServerJudge("m", urls([bad, good]), timeout=1.0, max_retries=1, max_concurrency=2)
     scores = [one.score for one in judge([chat(group) for group in range(20)])]
     if fault.failure in ("http 400", "empty"):  # of the request, or of the model: no other server is asked
         assert scores.count(None) == len(bad.requests) > 0 and not judge._servers[0].failures
@@ -182,7 +182,7 @@ def test_a_dead_server_in_the_list_is_named_at_the_start(servers):
     with pytest.raises(
         ConnectionError, match="^3 of 4 servers .* Start them, or leave them out of judge_base"
     ) as told:
-        ServerJudge("m", [DEAD, *listed], max_retries=0, timeout=0.3).load()
+        ServerJudge("m", [DEAD, *listed], max_retries=0, timeout=1.0).load()
     parts = (f"{DEAD}: connection", f"{missing.url}: http 404: ", f"{late.url}: timeout")
     assert all(part in str(told.value) for part in parts) and good.url not in str(told.value)
     ServerJudge("m", good.url).load()

@@ -31,7 +31,7 @@ def own():
 
 def measured(dtype):
     before = own()
-    pipeline = loading.load_pipeline(folder, {"dtype": dtype})
+    pipeline = loading.load_shared_pipeline(folder, {"dtype": dtype})
     state.wait_for_everyone()
     assert not os.listdir(temporary)
     return pipeline, own() - before
