@@ -54,11 +54,9 @@ def measured(result: dict[str, float]):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    start = time.perf_counter()
     try:
         yield
     finally:
-        result["seconds"] = time.perf_counter() - start
         done.set()
         thread.join()
     gc.collect()
@@ -135,11 +133,9 @@ def main() -> None:
             for process in processes:
                 process.join()
             cells = [" / ".join(f"{max(one[key], 0):.0f}" for one in results) for key in ("peak", "after", "pss")]
-            rows.append(
-                [name, f"{max(one['weights'] for one in results):.0f}", *cells, f"{results[0]['seconds']:.0f}"]
-            )
+            rows.append([name, f"{max(one['weights'] for one in results):.0f}", *cells])
             print(rows[-1], flush=True)
-    head = ["weights", "MiB of them", "own, peak", "own, after", "with its share of files", "s"]
+    head = ["weights", "MiB of them", "own, peak", "own, after", "with its share of files"]
     words = f"--processes {options.processes} --layers {options.layers}"
     table = (
         f"`python benchmarks/loading.py {words}`, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores, torch "
