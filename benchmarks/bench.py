@@ -30,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from datasets import Dataset
@@ -131,6 +132,12 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
+
+
+def busy_seconds() -> float:
+    """CPU seconds that everything on the machine has used."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0)
 
 
 # Ratios to the bare model calls
@@ -260,7 +267,7 @@ def growth(quick: bool) -> dict[str, list[dict[str, Any]]]:
         trainers = [make_trainer(MEDIUM, **{**others, option: value}) for value in values]
         turns = [[cpu_seconds(partial(update, trainer)) for trainer in trainers] for _ in range(1 if quick else 5)]
         families[family] = [
-            {"value": value, **count(trainer), "seconds": statistics.median(turn[place] for turn in turns)}
+            {"value": value, **count(trainer), "seconds": min(turn[place] for turn in turns)}
             for place, (value, trainer) in enumerate(zip(values, trainers, strict=True))
         ]
         print(family, families[family], file=sys.stderr, flush=True)
@@ -291,14 +298,14 @@ def learning(file: Path) -> list[dict[str, Any]] | None:
     arms = []
     for arm in dict.fromkeys(run["arm"] for run in record["runs"]):
         runs = [run for run in record["runs"] if run["arm"] == arm]
-        passes = [(run["sampling_passes"] + run["training_passes"]) / 1000 for run in runs]
+        passes = [run["curve"][-1]["thousand_passes"] for run in runs]
         gains = [run["difference"] for run in runs]
         arms.append(
             {
                 "arm": arm,
                 "seeds": len(runs),
-                "sampling": statistics.mean(run["sampling_passes"] / 1000 for run in runs),
-                "training": statistics.mean(run["training_passes"] / 1000 for run in runs),
+                "passes": statistics.mean(passes),
+                "trained": statistics.mean(run["training_passes"] / 1000 for run in runs),
                 "gain": estimate(gains),
                 "per_thousand": estimate([gain / spent for gain, spent in zip(gains, passes, strict=True)]),
                 "curve": [
@@ -318,13 +325,12 @@ def estimate(values: list[float]) -> tuple[float, float]:
 def learning_table(arms: list[dict[str, Any]] | None) -> str:
     if arms is None:
         return "Not measured yet: `python examples/miniature/fewer_passes.py` trains the arms.\n"
-    first = arms[0]["sampling"] + arms[0]["training"]
     return markdown_table(
-        ["options", "seeds", "thousand passes sampled", "trained", "of the first", "gain", "gain per thousand passes"],
+        ["options", "seeds", "thousand passes", "of them trained", "of the first", "gain", "gain per thousand passes"],
         [
             [
-                arm["arm"], arm["seeds"], f"{arm['sampling']:.1f}", f"{arm['training']:.1f}",
-                f"{(arm['sampling'] + arm['training']) / first:.0%}", "{:+.3f} ± {:.3f}".format(*arm["gain"]),
+                arm["arm"], arm["seeds"], f"{arm['passes']:.1f}", f"{arm['trained']:.1f}",
+                f"{arm['passes'] / arms[0]['passes']:.0%}", "{:+.3f} ± {:.3f}".format(*arm["gain"]),
                 "{:+.4f} ± {:.4f}".format(*arm["per_thousand"]),
             ]
             for arm in arms
@@ -393,8 +399,8 @@ def draw(results: dict[str, Any], arms: list[dict[str, Any]] | None, path: Path)
     """Draws all parts that there are results of."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 13), dpi=100, layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[4, 5.5, 4])
+    figure = Figure(figsize=(12, 13 if arms else 9), dpi=100, layout="constrained")
+    top, middle, *bottom = figure.subfigures(2 + bool(arms), 1, height_ratios=[4, 5.5, 4][: 2 + bool(arms)])
     ratios, operations = top.subplots(1, 2)
 
     if rows := results.get("overhead", {}).get("result"):
@@ -403,18 +409,18 @@ def draw(results: dict[str, Any], arms: list[dict[str, Any]] | None, path: Path)
             + (", CFG" if row.get("cfg", 1.0) > 1 else "")
             for row in rows
         ]
-        for offset, (name, color) in enumerate((("rollout", "C0"), ("training", "C1"), ("update", "C7"))):
-            places = [place + 0.25 * (offset - 1) for place in range(len(rows))]
-            ratios.barh(places, [row[name] for row in rows], 0.23, color=color, label=name)
-        ratios.axvline(1, color="black", linewidth=1)
+        for name, style in (("rollout", "oC0"), ("training", "sC1"), ("update", "Dk")):
+            ratios.plot([row[name] for row in rows], range(len(rows)), style, label=name)
+        ratios.axvline(1, color="grey", linewidth=1)
         ratios.set(yticks=range(len(rows)), yticklabels=labels, title="CPU seconds, as a multiple of the bare calls'")
-        ratios.set_xlim(0.9, None)
+        ratios.set_xlim(min(0.9, ratios.get_xlim()[0]), max(1.25, ratios.get_xlim()[1]))
+        ratios.grid(alpha=0.3)
         ratios.invert_yaxis()
-        ratios.legend(fontsize="small")
+        ratios.legend(fontsize="small", loc="lower right")
 
     if updates := results.get("recipe", {}).get("result"):
         left = np.zeros(len(updates))
-        for phase, color in (("rollout", "C0"), ("decoding", "C2"), ("training", "C1")):
+        for phase, color in (("rollout", "C0"), ("training", "C1")):
             widths = [petaflop(figures, phase) for figures in updates.values()]
             operations.barh(range(len(updates)), widths, left=left, color=color, label=phase)
             left += widths
@@ -422,7 +428,7 @@ def draw(results: dict[str, Any], arms: list[dict[str, Any]] | None, path: Path)
             operations.text(total, place, f" {total / left[0]:.0%}", va="center", fontsize="small")
         names = [name.replace("`", "").replace(" (", "\n(") for name in updates]
         operations.set(yticks=range(len(updates)), yticklabels=names, xlim=(0, left[0] * 1.12))
-        operations.set(title="An update of the full-size recipe, PFLOP,\nwith passes left out")
+        operations.set(title="An update of the full-size recipe", xlabel="PFLOP")
         operations.invert_yaxis()
         operations.legend(fontsize="small", loc="lower right")
 
@@ -441,19 +447,21 @@ def draw(results: dict[str, Any], arms: list[dict[str, Any]] | None, path: Path)
             axes.minorticks_off()
         middle.axes[0].legend(fontsize="small")
 
-    curves, gains = bottom.subplots(1, 2)
-    for place, arm in enumerate(arms or []):
-        curves.plot(*zip(*arm["curve"], strict=True), marker="o", markersize=3, color=f"C{place}", label=arm["arm"])
-        value, error = arm["per_thousand"]
-        gains.barh(place, value, xerr=error, color=f"C{place}", capsize=3)
     if arms:
+        curves, gains = bottom[0].subplots(1, 2)
+        for place, arm in enumerate(arms):
+            curves.plot(
+                *zip(*arm["curve"], strict=True), marker="o", markersize=3, color=f"C{place}", label=arm["arm"]
+            )
+            value, error = arm["per_thousand"]
+            gains.barh(place, value, xerr=error, color=f"C{place}", capsize=3)
         curves.set(xlabel="thousand passes through the transformer", ylabel="score on validation cases")
         curves.set_title("Miniature: score over passes")
         curves.grid(alpha=0.3)
-        gains.set(yticks=range(len(arms)), yticklabels=[arm["arm"] for arm in arms])
-        gains.set_title("Miniature: gain per thousand passes, ± its standard error over seeds")
-        gains.invert_yaxis()
         curves.legend(fontsize="small")
+        gains.set(yticks=range(len(arms)), yticklabels=[arm["arm"] for arm in arms])
+        gains.set_title("Miniature: gain per thousand passes")
+        gains.invert_yaxis()
     for axes in figure.axes:
         axes.set_visible(axes.has_data())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -481,12 +489,14 @@ def main() -> None:
     for part in args.parts or [*measures, "learning"]:
         if part == "learning":
             continue
-        load, where, start = os.getloadavg()[0], environment(), time.time()
+        where, start, busy, used = environment(), time.time(), busy_seconds(), time.process_time()
         result = measures[part](args.quick)
+        seconds = time.time() - start
+        others = (busy_seconds() - busy - (time.process_time() - used)) / seconds
         versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "diffusers", "transformers"))
         results[part] = {
-            "measured": f"{time.strftime('%Y-%m-%d')}, {where['machine']}, {versions}; it took "
-            f"{time.time() - start:.0f} s, with a load of {load:.1f} from other work.",
+            "measured": f"{time.strftime('%Y-%m-%d')}, {where['machine']}, {versions}; in "
+            f"{seconds:.0f} s, beside other work on {others:.1f} of {os.cpu_count()} cores.",
             "result": result,
         }
         texts[part] = f"Measured on {results[part]['measured']}\n\n{tables[part](result)}"

@@ -44,7 +44,7 @@ def test_bench_writes_page_and_plot(tmp_path):
     around = page.read_text().partition("## Waiting")[2]
     runs = [
         {
-            "arm": "all passes", "sampling_passes": 6000, "training_passes": 4000, "difference": gain,
+            "arm": "all passes", "training_passes": 4000, "difference": gain,
             "curve": [{"thousand_passes": 0.0, "score": 3.0}, {"thousand_passes": 10.0, "score": 3.0 + gain}],
         }
         for gain in (0.1, 0.2)
@@ -60,7 +60,7 @@ def test_bench_writes_page_and_plot(tmp_path):
     # By hand: 8 processes with 2 cases of 2 edits, of which one is trained, and both passes of CFG
     assert [cell for cell in rows["all three"] if cell != "|"][2:4] == ["368", "128"]
     assert [cell for cell in rows["all passes"] if cell != "|"][2:] == [
-        "2", "6.0", "4.0", "100%", "+0.150", "±", "0.050", "+0.0150", "±", "0.0050",
+        "2", "10.0", "4.0", "100%", "+0.150", "±", "0.050", "+0.0150", "±", "0.0050",
     ]  # fmt: skip
     assert tables.endswith(around)
     plot = tmp_path / "assets" / "performance.png"
