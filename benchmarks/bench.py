@@ -260,16 +260,22 @@ def count(trainer: FlowGRPOEditTrainer) -> dict[str, float]:
     return {"passes": counts.pop("passes"), "operations": sum(counts.values()), "bytes": meter.phase.peak}
 
 
+def mean_seconds(trainer: FlowGRPOEditTrainer, times: int) -> float:
+    return cpu_seconds(lambda: [update(trainer) for _ in range(times)]) / times
+
+
 def growth(quick: bool) -> dict[str, list[dict[str, Any]]]:
     families = {}
     for family, (option, values, others) in list(GROWTH.items())[: 1 if quick else None]:
         values = values[:2] if quick else values
         trainers = [make_trainer(MEDIUM, **{**others, option: value}) for value in values]
-        turns = [[cpu_seconds(partial(update, trainer)) for trainer in trainers] for _ in range(1 if quick else 5)]
-        families[family] = [
-            {"value": value, **count(trainer), "seconds": min(turn[place] for turn in turns)}
-            for place, (value, trainer) in enumerate(zip(values, trainers, strict=True))
-        ]
+        points = [{"value": value, **count(trainer)} for value, trainer in zip(values, trainers, strict=True)]
+        # Small settings several times, so that other work on the machine slows all down alike
+        times = [min(8, round(points[-1]["operations"] / point["operations"])) for point in points]
+        turns = [[mean_seconds(*one) for one in zip(trainers, times, strict=True)] for _ in range(1 if quick else 5)]
+        for place, point in enumerate(points):
+            point["seconds"] = statistics.median(turn[place] for turn in turns)
+        families[family] = points
         print(family, families[family], file=sys.stderr, flush=True)
     return families
 
