@@ -354,8 +354,7 @@ def recipe(quick: bool) -> dict[str, dict[str, Any]]:
     shipped = yaml.safe_load(RECIPE.read_text())
     sampled = shipped["num_generations"]
     shipped["gradient_accumulation_steps"] *= sampled // (shipped.pop("num_trained_generations", None) or sampled)
-    for name in ("same_latent", "num_finish_steps"):
-        shipped.pop(name, None)
+    shipped |= {"same_latent": False, "num_finish_steps": None}
     updates = {}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
