@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that run tests beside each other, each the tests of neighbouring files, which share fixtures
 JOBS ?= 2
 
-.PHONY: demo test test-slow quick check audit format wheel clean
+.PHONY: demo test test-slow quick bench check audit format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_qwen_edit.py
@@ -18,6 +18,10 @@ test-slow: $(VENV)/.installed
 
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+# Writes figures and plot into docs/performance.md, in under ten minutes if nothing else runs
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench.py --write
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

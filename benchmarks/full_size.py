@@ -302,7 +302,8 @@ def updates(options: argparse.Namespace, further: list[str]) -> None:
     parsed, _ = parser.parse([*words, "--output_dir", tempfile.mkdtemp()])
     each = parsed["per_device_train_batch_size"]
     sizes = ["--gradient_accumulation_steps", str(group // each)]
-    sizes += ["--num_generations", str(group)] if name == "grpo" else []
+    # All are trained, so that memory and time are those of whole passes
+    sizes += ["--num_generations", str(group), "--num_trained_generations", str(group)] if name == "grpo" else []
     words += [*sizes, "--save_strategy", "no"]
     plan = Path(tempfile.mkdtemp()) / "plan.json"
     planning = subprocess.Popen(

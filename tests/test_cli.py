@@ -199,7 +199,7 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
         "split": "train",
         "output_dir": str(tmp_path / "out"),
     }
-    shared |= {"judge": "m", "judge_base_url": server.url, "cache": "none", "resolution": 64, "dtype": "float32"}
+    shared |= {"judge": "m", "judge_base_url": [server.url], "cache": "none", "resolution": 64, "dtype": "float32"}
     file, config = tmp_path / "mine.py", tmp_path / "bench.yaml"
     file.write_text("def same(images, prompts):\n    return images\n")
     few = {"num_inference_steps": 2, "true_cfg_scale": 1.0, "negative_prompt": " "}

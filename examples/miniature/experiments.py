@@ -225,6 +225,7 @@ def run_arm(
         trainer.add_callback(progress)
         trainer.train()
     wall_seconds = time.time() - began
+    progress.evaluates = True
     before, after = evaluate_before_after(trainer, test)
     difference, error = paired_difference(before, after)
     clipped = [log["clip_ratio/region_mean"] for log in trainer.state.log_history if "clip_ratio/region_mean" in log]

@@ -20,6 +20,7 @@ STEPS = {
     "sde_window_range": [0, 5],
     "max_steps": 64,
     "eval_steps": 16,
+    "num_finish_steps": None,
 }
 # Half of the edits in each update, and as many updates from a generation batch
 HALF = {"num_trained_generations": 6, "per_device_train_batch_size": 12}

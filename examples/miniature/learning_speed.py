@@ -27,7 +27,7 @@ DYNAMICS = {
 }
 RATIOS = {"": {}, ", Guard": {"normalize_ratio": True, "epsilon": 1e-4}}
 # More denoising steps than in the other experiments, so that windows differ from the whole trajectory
-STEPS = {"num_inference_steps": 8, "max_steps": 64, "eval_steps": 16}
+STEPS = {"num_inference_steps": 8, "max_steps": 64, "eval_steps": 16, "num_finish_steps": None}
 ARMS = [
     Arm(f"{dynamics}, {window}{ratio}", options=a | b | c | STEPS)
     for dynamics, a in DYNAMICS.items()

@@ -74,6 +74,7 @@ class ScoringSummary:
         if tally.requests:
             lost = f"{tally.retries}, {tally.seconds_lost:.1f} s"
             rows += [["requests", tally.requests], ["retries, time lost by failures", lost]]
+            rows += [[f"requests to {server}", count] for server, count in tally.by_server.items()]
         if asked:
             latency = np.quantile([one.seconds for one in asked], [0.5, 0.95])
             rows += [

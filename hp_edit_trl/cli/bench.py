@@ -185,6 +185,8 @@ def _check_option(file: str, name: str, value: Any, options: dict[str, argparse.
         float: (int | float, "a number"),
         _pair: (dict, "a mapping of names to values"),
     }
+    if name == "judge_base_url" and isinstance(value, list):  # servers: the judge checks them
+        return
     kind, wanted = (bool, "true or false") if option.nargs == 0 else kinds[option.type]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{file}: {name} must be {wanted}, but is {redacted({name: value})[name]!r}.")

@@ -187,7 +187,9 @@ def register(commands: Any) -> None:
     what.add_argument("--candidate", help="Markdown file of a revision to compare with the current one")
     what.add_argument("--propose", action="store_true", help="let a model propose questions to add")
     command.add_argument("--proposer", help="model that proposes questions; by default the judge's")
-    command.add_argument("--proposer_base_url", help="its OpenAI-compatible server; by default the judge's")
+    command.add_argument(
+        "--proposer_base_url", help="its OpenAI-compatible server, or several; by default the judge's"
+    )
     command.add_argument("--rounds", type=int, default=3, help="of proposals")
     command.add_argument("--statistic", choices=("pearson", "spearman", "kendall", "mae"), default="pearson")
     command.add_argument("--validation_fraction", type=float, default=0.5)

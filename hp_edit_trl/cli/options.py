@@ -35,7 +35,8 @@ def add_scorer_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--judge_base_url",
-        help="OpenAI-compatible server of the judge, e.g. http://localhost:8000/v1; by default it runs here",
+        help="OpenAI-compatible server of the judge, e.g. http://localhost:8000/v1, or several with commas between "
+        "them; by default it runs here",
     )
     command.add_argument(
         "--score_mode",
@@ -47,7 +48,7 @@ def add_scorer_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max_new_tokens", type=int, help="longest answer; raise it for judges that reason aloud")
     command.add_argument("--batch_size", type=int, default=8, help="cases judged together by a judge in this process")
     command.add_argument(
-        "--max_concurrency", type=int, default=16, help="largest number of concurrent requests to a server"
+        "--max_concurrency", type=int, default=16, help="largest number of concurrent requests to all servers"
     )
     command.add_argument(
         "--timeout", type=float, default=120.0, help="seconds after which a request to a server is given up"

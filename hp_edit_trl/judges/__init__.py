@@ -1,5 +1,6 @@
 """Judges: vision-language models that answer a prompt about images, one file per backend."""
 
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .transformers import TransformersJudge
 
 def load_judge(
     judge: str | Judge,
-    judge_base_url: str | None = None,
+    judge_base_url: str | Sequence[str] | None = None,
     judge_revision: str | None = None,
     score_mode: ScoreMode = "integer",
     *,
@@ -43,8 +44,9 @@ def load_judge(
         judge (`str` or [`Judge`]):
             Hub id, local folder, or the model's name on a server. A [`Judge`] is returned as it is, behind the cache
             if there is one; the other options are then its own.
-        judge_base_url (`str`, *optional*):
-            Address of an OpenAI-compatible server, e.g. `"http://localhost:8000/v1"`.
+        judge_base_url (`str` or `Sequence[str]`, *optional*):
+            Address of an OpenAI-compatible server, e.g. `"http://localhost:8000/v1"`, or of several with that model,
+            see [`ServerJudge`].
         judge_revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository. With a server, a label that tells models of one name apart.
         score_mode (`str`, *optional*, defaults to `"integer"`):
@@ -59,7 +61,7 @@ def load_judge(
         batch_size (`int`, *optional*, defaults to `8`):
             Number of cases judged together by a judge in this process.
         max_concurrency (`int`, *optional*, defaults to `16`):
-            Largest number of concurrent requests to a server.
+            Largest number of concurrent requests, to all servers together.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds after which an attempt to reach a server is given up, from the connection to the last byte.
         max_retries (`int`, *optional*, defaults to `4`):

@@ -59,6 +59,8 @@ class Judgement:
             Number of these that repeated a failed one.
         seconds_lost (`float`, *optional*, defaults to `0.0`):
             Seconds that failed requests and the pauses after them took.
+        servers (`tuple[str, ...]`, *optional*, defaults to `()`):
+            The server of each request.
     """
 
     score: float | None
@@ -73,6 +75,7 @@ class Judgement:
     requests: int = 0
     retries: int = 0
     seconds_lost: float = 0.0
+    servers: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.score is not None and not math.isfinite(self.score):

@@ -99,6 +99,7 @@ class CachedJudge:
                 requests=0,
                 retries=0,
                 seconds_lost=0.0,
+                servers=(),
             )
             for i, key in enumerate(keys)
         ]

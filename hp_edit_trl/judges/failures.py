@@ -63,6 +63,8 @@ class JudgeTally:
             Number of failures by kind, see [`Judgement`]; an answer without a score is of the kind `"no score"`.
         reasons (`dict[str, str]`, *optional*):
             The last reason of each kind.
+        servers (`Counter`, *optional*):
+            Number of requests by server.
     """
 
     judgements: int = 0
@@ -71,6 +73,7 @@ class JudgeTally:
     seconds_lost: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, str] = field(default_factory=dict)
+    servers: Counter[str] = field(default_factory=Counter)
 
     def add(self, judgements: Iterable[Judgement], scores: bool = True) -> "JudgeTally":
         """Adds judgements, and returns itself. `scores=False` is for answers that are meant to have no score."""
@@ -79,6 +82,7 @@ class JudgeTally:
             self.requests += one.requests
             self.retries += one.retries
             self.seconds_lost += one.seconds_lost
+            self.servers.update(one.servers)
             if one.score is None and (scores or not one.answered):
                 self.fail(one.failure or "no score", one.excerpt)
         return self
@@ -96,7 +100,13 @@ class JudgeTally:
         self.seconds_lost += other.seconds_lost
         self.failures.update(other.failures)
         self.reasons |= other.reasons
+        self.servers.update(other.servers)
         return self
+
+    @property
+    def by_server(self) -> dict[str, int]:
+        """Number of requests by server, if there are several."""
+        return dict(sorted(self.servers.items())) if len(self.servers) > 1 else {}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -107,6 +117,7 @@ class JudgeTally:
             "judge/seconds_lost": self.seconds_lost,
             "judge/failures": self.failures.total(),
             **{f"judge/failures/{kind.replace(' ', '_')}": count for kind, count in sorted(self.failures.items())},
+            **{f"judge/requests/{server}": count for server, count in self.by_server.items()},
         }
 
     def by_kind(self, reasons: bool = False) -> str:
@@ -117,8 +128,10 @@ class JudgeTally:
         )
 
     def __str__(self) -> str:
+        shares = ", ".join(f"{count} to {server}" for server, count in self.by_server.items())
+        shares = f" ({shares})" if shares else ""
         return (
-            f"{self.requests} requests, {self.retries} retries, {self.failures.total()} failures"
+            f"{self.requests} requests{shares}, {self.retries} retries, {self.failures.total()} failures"
             f"{f' ({self.by_kind()})' if self.failures else ''}, {self.seconds_lost:.1f} s lost"
         )
 

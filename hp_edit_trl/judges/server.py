@@ -1,7 +1,8 @@
-"""A judge behind an OpenAI-compatible server."""
+"""A judge behind one or several OpenAI-compatible servers."""
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -9,8 +10,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -45,6 +47,9 @@ T = TypeVar("T")
 
 LONGEST_REPLY = 4 * 2**20  # bytes that are read of a reply; 20,000 characters in each of 16 answers are a tenth of it
 LONGEST_PAUSE = 60.0  # seconds; a server that asks for a longer one is asked again after it
+OTHER_MODEL = "other model"
+# Failures that another attempt at the same server would meet again, and another server need not
+OF_THE_SERVER = ("http 404", "redirect", "encoding", "too large", "malformed", OTHER_MODEL)
 
 
 class _Failure(Exception):
@@ -68,6 +73,61 @@ class _Cost:
     requests: int = 0
     retries: int = 0
     seconds_lost: float = 0.0
+    servers: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class _Server:
+    """One of a judge's servers: where requests go, what is shown of that, and how it has fared."""
+
+    url: str
+    shown: str  # without a password or a key in it
+    model: str | None = None  # as the server calls it
+    failures: int = 0  # in a row
+    rests_until: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.shown.partition("://")[2]
+
+
+@dataclass
+class _Call:
+    """What the requests of a call share: their largest number at a time, encoded images, open requests by server."""
+
+    session: Any
+    places: int = 1
+    encoded: dict[bytes, asyncio.Task[str]] = field(default_factory=dict)
+    open: Counter[_Server] = field(default_factory=Counter)
+
+
+def server_addresses(base_url: str | Sequence[str]) -> list[str]:
+    """
+    The addresses of a judge's servers.
+
+    Args:
+        base_url (`str` or `Sequence[str]`):
+            An address, several with commas or spaces between them, or a list of addresses.
+
+    Raises:
+        `ValueError`: If there is none, or one of them is no address.
+    """
+    addresses: Sequence[Any] = base_url.replace(",", " ").split() if isinstance(base_url, str) else base_url
+    if not isinstance(addresses, Sequence) or not addresses:
+        addresses = [base_url]
+    for one in addresses:
+        try:
+            address = urlsplit(one)
+            usable = address.scheme in ("http", "https") and address.hostname and address.port != 0
+            usable = usable and not any(sign.isspace() for sign in one)
+        except (ValueError, TypeError, AttributeError):  # a port that is no number, or no text at all
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"judge_base_url={redacted(one)!r} is not an address such as 'http://localhost:8000/v1', or a list of "
+                "such addresses."
+            )
+    return list(addresses)
 
 
 class ServerJudge:
@@ -81,11 +141,18 @@ class ServerJudge:
     not followed. A server that returns no probabilities for the trial of `load` in the mode `"expected"` is asked for
     whole scores instead, with a warning.
 
+    Several servers of one model share the requests. Those about one case go to the same server, whose cache then holds
+    what they have in common, as long as it has no more than its share of the open requests; others go to the server
+    with the fewest. A server that fails rests for a second, twice as long after each further failure, up to a minute,
+    and the request is repeated at another server at once, if `max_retries` allows. Then one request tries it.
+    Which server answers changes neither the judge's identity nor what is recorded.
+
     Args:
         model (`str`):
             Name of the model on the server.
-        base_url (`str`):
-            Address of the API, e.g. `"http://localhost:8000/v1"`.
+        base_url (`str` or `Sequence[str]`):
+            Address of the API, e.g. `"http://localhost:8000/v1"`; several as a list, or with commas or spaces between
+            them.
         score_mode (`str`, *optional*, defaults to `"integer"`):
             As in [`TransformersJudge`]. `"expected"` needs a server that returns `top_logprobs`; a digit that is not
             among the 20 likeliest tokens counts as impossible.
@@ -99,14 +166,14 @@ class ServerJudge:
         revision (`str`, *optional*):
             Label that tells models of one name apart. It is recorded with the scores and not sent to the server.
         api_key (`str`, *optional*):
-            Key of a hosted API. By default user and password in `base_url`, or else the environment variable
+            Key of a hosted API. By default user and password in the server's address, or else the environment variable
             `OPENAI_API_KEY`, or none.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds after which one attempt is given up, from the connection to the last byte of the reply.
         max_retries (`int`, *optional*, defaults to `4`):
             Number of further attempts.
         max_concurrency (`int`, *optional*, defaults to `16`):
-            Largest number of concurrent requests of a call.
+            Largest number of concurrent requests of a call, to all servers together.
         max_new_tokens (`int`, *optional*, defaults to `16`):
             Longest answer in the mode `"integer"`; raise it for models that reason aloud.
         max_pixels (`int`, *optional*, defaults to `1048576`):
@@ -118,13 +185,13 @@ class ServerJudge:
 
     Raises:
         `ImportError`: If the extra is not installed.
-        `ValueError`: If an option or the address is not valid.
+        `ValueError`: If an option or an address is not valid.
     """
 
     def __init__(
         self,
         model: str,
-        base_url: str,
+        base_url: str | Sequence[str],
         score_mode: ScoreMode = "integer",
         num_answers: int = 1,
         temperature: float = 1.0,
@@ -147,11 +214,7 @@ class ServerJudge:
             import aiohttp  # noqa: F401  # it is imported where it is used, so that a judge can be pickled
         except ImportError as error:
             raise ImportError('A judge on a server needs the extra: pip install "hp-edit-trl[server]"') from error
-        address = urlsplit(base_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(
-                f"judge_base_url={redacted(base_url)!r} is not an address such as 'http://localhost:8000/v1'."
-            )
+        addresses = server_addresses(base_url)
         self.name = model
         self.base_url = base_url
         self.score_mode = score_mode
@@ -167,13 +230,19 @@ class ServerJudge:
         self.max_pixels = max_pixels
         self.min_digit_mass = min_digit_mass
         # A request has one authorization: the key that is given, else what the address holds, else the environment's
-        if api_key:
-            address = address._replace(netloc=address.netloc.rpartition("@")[2])
-        self._api_key = api_key or (None if "@" in address.netloc else os.environ.get("OPENAI_API_KEY"))
-        remember_secrets({"api_key": self._api_key, "base_url": base_url})
-        self._url = urlunsplit(address._replace(path=f"{address.path.rstrip('/')}/chat/completions"))
-        # As it is shown: without a password or a key in it
-        self._shown_url = urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2], query="", fragment=""))
+        self._api_key = api_key or os.environ.get("OPENAI_API_KEY")
+        remember_secrets({"api_key": self._api_key, "base_url": addresses})
+        servers: dict[str, _Server] = {}
+        for address in map(urlsplit, addresses):
+            host = address.netloc.rpartition("@")[2]
+            address = address._replace(netloc=host) if api_key else address
+            url = urlunsplit(address._replace(path=f"{address.path.rstrip('/')}/chat/completions"))
+            shown = urlunsplit(address._replace(netloc=host, path=address.path.rstrip("/"), query="", fragment=""))
+            if url in servers:
+                logger.warning(f"judge_base_url names {shown} more than once: it is one server, with one share.")
+            servers.setdefault(url, _Server(url, shown))
+        self._servers = list(servers.values())
+        self._model: str | None = None  # as all of several servers call it
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -188,34 +257,59 @@ class ServerJudge:
         Asks for one judgement of gray squares, with at most two retries: an address where nobody listens, an unknown
         model, a wrong key, a model that takes no images or not so many, and one that spends its answer on reasoning
         all show before the work starts. If the server returns no probabilities, `score_mode` becomes `"integer"`.
+        Several servers are asked at once, and all must answer: a smaller pool would only show as a slower run.
 
         Args:
             num_images (`int`, *optional*, defaults to `2`):
                 Number of squares: as many as the largest case has images, its edit included.
 
         Raises:
-            `ConnectionError`: If there is no judgement.
+            `ConnectionError`: If there is no judgement of a server, or several servers have different models.
         """
+        self._model = None
         trial = trial_conversation(num_images)
-        try:
-            try:
-                judgement = self._run(self._try(trial))
-            except _NoProbabilities:
-                logger.warning(
-                    f"The server of {self.name!r} returned no top_logprobs, which score_mode='expected' needs: it is "
-                    "asked for whole scores instead (score_mode='integer')."
+        replies = self._run(self._try(trial))
+        without = [server for server, reply in replies.items() if isinstance(reply, _NoProbabilities)]
+        if without:
+            which = ", ".join(server.shown for server in without)
+            logger.warning(
+                f"The server of {self.name!r} returned no top_logprobs ({which}), which score_mode='expected' needs: "
+                "the judge is asked for whole scores instead (score_mode='integer')."
+            )
+            self.score_mode = "integer"
+            replies = self._run(self._try(trial))
+        self._check_trial(replies, num_images)
+        for judgement in replies.values():
+            if judgement.score is None and self.parse is parse_score:
+                logger.warning(f"The judge {self.name!r} answered a trial without a score: {judgement.excerpt!r}.")
+
+    def _check_trial(self, replies: dict[_Server, Any], num_images: int) -> None:
+        """Raises an error unless all servers have given a judgement, and of the same model."""
+        failed = {server: reply for server, reply in replies.items() if isinstance(reply, _Failure)}
+        if len(replies) == 1:
+            for server, failure in failed.items():
+                if failure.kind == REFUSED:
+                    raise JudgeRefusedError(str(failure)) from None
+                raise ConnectionError(
+                    f"The judge {self.name!r} at {server.shown} gives no judgements of {num_images} images: "
+                    f"{failure.kind}: {failure}"
+                ) from failure
+        elif failed:
+            told = "; ".join(f"{server.shown}: {failure.kind}: {failure}" for server, failure in failed.items())
+            refused = any(failure.kind == REFUSED for failure in failed.values())
+            raise (JudgeRefusedError if refused else ConnectionError)(
+                f"{len(failed)} of {len(replies)} servers of the judge {self.name!r} give no judgements of "
+                f"{num_images} images: {told.rstrip('.')}. Start them, or leave them out of judge_base_url."
+            )
+        else:
+            known = [server for server in replies if server.model is not None]
+            if len({server.model for server in known}) > 1:
+                told = ", ".join(f"{server.shown}: {shortened(str(server.model))!r}" for server in known)
+                raise ConnectionError(
+                    f"The servers of the judge {self.name!r} have different models: {told}. Their scores must not be "
+                    "mixed: leave the others out of judge_base_url."
                 )
-                self.score_mode = "integer"
-                judgement = self._run(self._try(trial))
-        except _Failure as failure:
-            if failure.kind == REFUSED:
-                raise JudgeRefusedError(str(failure)) from None
-            raise ConnectionError(
-                f"The judge {self.name!r} at {self._shown_url} gives no judgements of {num_images} images: "
-                f"{failure.kind}: {failure}"
-            ) from failure
-        if judgement.score is None and self.parse is parse_score:
-            logger.warning(f"The judge {self.name!r} answered a trial without a score: {judgement.excerpt!r}.")
+            self._model = known[0].model if known else None
 
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         """
@@ -241,11 +335,8 @@ class ServerJudge:
     def _session(self):
         import aiohttp
 
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if "@" not in urlsplit(self._url).netloc:
-            headers["Authorization"] = f"Bearer {self._api_key or 'none'}"
         return aiohttp.ClientSession(
-            headers=headers,
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
             auto_decompress=False,
             trust_env=False,  # a ~/.netrc would take the place of the key; proxies are looked up below
             timeout=aiohttp.ClientTimeout(total=None),  # that of `asyncio.timeout` bounds all of an attempt
@@ -253,25 +344,33 @@ class ServerJudge:
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
-    def _proxy(self) -> str | None:
-        """The proxy that the environment names for the server."""
-        address = urlsplit(self._url)
-        return None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
+    def _options_of(self, server: _Server) -> dict[str, Any]:
+        """Of a request to a server: its authorization, and the proxy that the environment names for it."""
+        address = urlsplit(server.url)
+        headers = {} if "@" in address.netloc else {"Authorization": f"Bearer {self._api_key or 'none'}"}
+        proxy = None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
+        return {"headers": headers, "proxy": proxy}
 
-    async def _try(self, conversation: list[dict[str, Any]]) -> Judgement:
+    async def _try(self, conversation: list[dict[str, Any]]) -> dict[_Server, Any]:
+        """What each server makes of a conversation, asked at once: a [`Judgement`] or a `_Failure`."""
         async with self._session() as session:
-            return await self._ask(conversation, session, _Cost(), min(2, self.max_retries), {})
+            call, retries = _Call(session), min(2, self.max_retries)
+            asked = [self._ask(conversation, call, _Cost(), retries, [server]) for server in self._servers]
+            replies = await asyncio.gather(*asked, return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException) and not isinstance(reply, _Failure):
+                raise reply
+        return dict(zip(self._servers, replies, strict=True))
 
     async def _judge(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         places = asyncio.Semaphore(self.max_concurrency)
-        encoded: dict[bytes, asyncio.Task[str]] = {}
         judged: dict[int, Judgement] = {}
 
-        async def judge(index: int, session) -> None:
+        async def judge(index: int, call: _Call) -> None:
             async with places:
                 start, cost = time.perf_counter(), _Cost()
                 try:
-                    judgement = await self._ask(conversations[index], session, cost, self.max_retries, encoded)
+                    judgement = await self._ask(conversations[index], call, cost, self.max_retries, self._servers)
                 except _Failure as failure:
                     reason = f"{failure.kind}: {failure}"
                     judgement = Judgement(None, reason, answered=False, failure=failure.kind)
@@ -281,10 +380,11 @@ class ServerJudge:
 
         refused = None
         async with self._session() as session:
+            call = _Call(session, min(self.max_concurrency, len(conversations)))
             try:
                 async with asyncio.TaskGroup() as group:
                     for index in range(len(conversations)):
-                        group.create_task(judge(index, session))
+                        group.create_task(judge(index, call))
             except ExceptionGroup as several:
                 refused = several.exceptions[0]
                 if not isinstance(refused, JudgeRefusedError):
@@ -295,14 +395,14 @@ class ServerJudge:
     async def _ask(
         self,
         conversation: list[dict[str, Any]],
-        session,
+        call: _Call,
         cost: _Cost,
         max_retries: int,
-        encoded: dict[bytes, asyncio.Task[str]],
+        servers: list[_Server],
     ) -> Judgement:
         messages = []
         for message in conversation:
-            content = [await self._as_openai(part, encoded) for part in message["content"]]
+            content = [await self._as_openai(part, call.encoded) for part in message["content"]]
             messages.append({"role": message["role"], "content": content})
         options: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": 0}
         if self.score_mode == "expected":
@@ -315,9 +415,8 @@ class ServerJudge:
             if self.num_answers > 1:
                 options |= {"n": self.num_answers - len(answers), "seed": self.seed + len(answers)}
             body = json.dumps({"model": self.name, "messages": messages, **options}).encode()
-            reply = await self._request(session, body, cost, max_retries)
-            found = _answers(reply)[: self.num_answers - len(answers)]
-            answers += found
+            reply, found = await self._request(call, body, cost, max_retries, servers)
+            answers += found[: self.num_answers - len(answers)]
             usage = reply.get("usage")
             usage = usage if isinstance(usage, dict) else {}
             read += _count(usage.get("prompt_tokens"))
@@ -329,29 +428,58 @@ class ServerJudge:
             raise _Failure("empty", judgement.answer)
         return replace(judgement, input_tokens=read, output_tokens=written)
 
-    async def _request(self, session, body: bytes, cost: _Cost, max_retries: int) -> dict[str, Any]:
-        """A server's reply, after retries. Raises `_Failure` if there is none."""
+    async def _request(
+        self, call: _Call, body: bytes, cost: _Cost, max_retries: int, servers: list[_Server]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The reply of one of the servers and the answers in it, after retries. Raises `_Failure` if there is none."""
+        # What the edits of a case have in common comes before the last image.
+        group = hashlib.sha256(body[: body.rfind(b'"image_url"')]).digest() if len(servers) > 1 else b""
         for attempt in range(max_retries + 1):
+            server = self._choose(servers, group, call)
             start = time.perf_counter()
             cost.requests += 1
             cost.retries += attempt > 0
+            cost.servers += (server.name,)
+            call.open[server] += 1
             try:
-                return await self._attempt(session, body)
+                reply = await self._attempt(server, call.session, body)
             except _Failure as failure:
-                again = failure.retry and attempt < max_retries
-                if again:
+                call.open[server] -= 1
+                moves = len(servers) > 1 and _rest(server, failure)
+                moves = moves and any(_is_ready(other, call) for other in servers)
+                again = (failure.retry or moves) and attempt < max_retries
+                if again and not moves:
                     await asyncio.sleep(min(0.5 * 2**attempt, 8.0) if failure.pause is None else failure.pause)
                 cost.seconds_lost += time.perf_counter() - start
                 if not again:
                     raise
+            else:
+                call.open[server] -= 1
+                if server.failures:
+                    logger.warning(f"The judge's server {server.shown} answers again.")
+                server.failures, server.rests_until = 0, 0.0
+                return reply
         raise AssertionError("the last attempt returns or raises")
 
-    async def _attempt(self, session, body: bytes) -> dict[str, Any]:
+    def _choose(self, servers: list[_Server], group: bytes, call: _Call) -> _Server:
+        """The server for a request: that of its group, or the one with the fewest open requests."""
+        ready = [server for server in servers if _is_ready(server, call)]
+        if not ready:
+            return min(servers, key=lambda server: (server.rests_until, call.open[server]))
+        # Each group has an order of servers of its own, in all processes the same. A loss moves no group but its own.
+        own = max(ready, key=lambda server: hashlib.sha256(group + server.url.encode()).digest())
+        if call.open[own] < math.ceil(call.places / len(ready)):
+            return own
+        first = int(os.environ.get("RANK", 0))  # processes do not all begin with the same one
+        places = {server: (place - first) % len(servers) for place, server in enumerate(servers)}
+        return min(ready, key=lambda server: (call.open[server], places[server]))
+
+    async def _attempt(self, server: _Server, session, body: bytes) -> tuple[dict[str, Any], list[str]]:
         import aiohttp
 
         try:
             async with asyncio.timeout(self.timeout):
-                post = session.post(self._url, data=body, allow_redirects=False, proxy=self._proxy())
+                post = session.post(server.url, data=body, allow_redirects=False, **self._options_of(server))
                 async with post as response:
                     status, headers = response.status, response.headers
                     self._check_headers(status, headers)
@@ -363,14 +491,20 @@ class ServerJudge:
             reason = without_known_secrets(f"{type(error).__name__}: {error}")
             raise _Failure("connection", shortened(reason), retry=True) from error
         if status != 200:
-            self._raise_for_status(status, headers, text)
+            self._raise_for_status(server, status, headers, text)
         try:
             reply = json.loads(text)
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
             raise _Failure("malformed", f"the server's reply is no chat completion: {shortened(redacted(text))!r}")
-        return reply
+        answers = _answers(reply)
+        server.model = reply["model"] if isinstance(reply.get("model"), str) else None
+        if None not in (self._model, server.model) and server.model != self._model:
+            raise _Failure(
+                OTHER_MODEL, f"the server answers with the model {shortened(str(server.model))!r}, not {self._model!r}"
+            )
+        return reply, answers
 
     def _check_headers(self, status: int, headers) -> None:
         """Raises `_Failure` if a reply must not be read."""
@@ -395,12 +529,12 @@ class ServerJudge:
                 raise _Failure("too large", f"the server's reply has more than {LONGEST_REPLY // 2**20} MiB")
         return data.decode("utf-8", "replace")
 
-    def _raise_for_status(self, status: int, headers, text: str) -> None:
+    def _raise_for_status(self, server: _Server, status: int, headers, text: str) -> None:
         reason = f"the server answered {status}: {shortened(without_known_secrets(_error_message(text)))}"
         if status in (401, 403):
             raise _Failure(
                 REFUSED,
-                f"The judge {self.name!r} at {self._shown_url} cannot be used: {reason}. Set the key of the API, with "
+                f"The judge {self.name!r} at {server.shown} cannot be used: {reason}. Set the key of the API, with "
                 "api_key= or the environment variable OPENAI_API_KEY.",
             )
         if status == 429:
@@ -422,6 +556,27 @@ class ServerJudge:
         buffer = io.BytesIO()
         fit_image(image, self.max_pixels).save(buffer, "PNG", compress_level=1)
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _is_ready(server: _Server, call: _Call) -> bool:
+    """Whether a server takes a request: it does not rest, and one that has failed takes one at a time."""
+    return server.rests_until <= time.monotonic() and not (server.failures and call.open[server])
+
+
+def _rest(server: _Server, failure: _Failure) -> bool:
+    """
+    Lets a server rest if it and not the request is the cause of a failure: a second that doubles with each failure
+    after a rest, or longer if it asks for that. Returns whether it is the cause.
+    """
+    if not failure.retry and failure.kind not in OF_THE_SERVER:
+        return False
+    now = time.monotonic()
+    if server.rests_until <= now:  # else one of the requests that failed together has said so
+        pause = max(min(2.0**server.failures, LONGEST_PAUSE), failure.pause or 0.0)
+        server.failures += 1
+        server.rests_until = now + pause
+        logger.warning(f"The judge's server {server.shown} rests for {pause:g} s: {failure.kind}: {failure}")
+    return True
 
 
 def _answers(reply: dict[str, Any]) -> list[str]:

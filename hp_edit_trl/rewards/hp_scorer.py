@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -53,8 +53,9 @@ class HPScorerReward:
         judge (`str` or [`Judge`], *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
             Model id for a [`TransformersJudge`] in this process, or for a [`ServerJudge`] if `judge_base_url` is
             given; or any judge, for settings beyond these.
-        judge_base_url (`str`, *optional*):
-            Address of an OpenAI-compatible server that serves the judge, e.g. `"http://localhost:8000/v1"`.
+        judge_base_url (`str` or `Sequence[str]`, *optional*):
+            Address of an OpenAI-compatible server that serves the judge, e.g. `"http://localhost:8000/v1"`, or of
+            several that share the requests, see [`ServerJudge`].
         scorer_prompts (`str`, *optional*):
             Where the scorer prompts come from: a folder or a Hub repository, see
             [`~hp_edit_trl.rewards.prompts.load_scorer_prompts`]. By default those of this package.
@@ -87,7 +88,7 @@ class HPScorerReward:
     def __init__(
         self,
         judge: str | Judge = "Qwen/Qwen3-VL-32B-Instruct",
-        judge_base_url: str | None = None,
+        judge_base_url: str | Sequence[str] | None = None,
         scorer_prompts: str | None = None,
         scorer_prompts_revision: str | None = None,
         task: str | None = None,

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
 from ..data import mine_preference_pairs
@@ -21,6 +20,7 @@ from ..policies import policy_class
 from ..utils.distributed import in_step, patient_accelerator
 from ..utils.dtypes import parse_dtype
 from ..utils.hub import create_repository
+from ..utils.loading import load_shared_pipeline
 from ..utils.quantization import check_quantization, in_bits, quantization_config
 from ..utils.secrets import guard_output
 from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer
@@ -143,7 +143,7 @@ def main(args: MiningArguments) -> None:
     if config is not None:
         components = policy_class(args.model_name_or_path, revision=args.model_revision).quantized_components
         kwargs["quantization_config"] = quantization_config(config, components, kwargs["dtype"])
-    pipeline = DiffusionPipeline.from_pretrained(args.model_name_or_path, **kwargs)
+    pipeline = load_shared_pipeline(str(args.model_name_or_path), kwargs)
     if args.lora is not None:
         file = lora_file(args.lora)
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)

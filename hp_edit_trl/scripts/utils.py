@@ -51,9 +51,9 @@ class EditScriptArguments(DatasetArguments):
     Args:
         judge (`str`, *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
             Hub id or folder of the judge, or the name of the model on a server.
-        judge_base_url (`str`, *optional*):
-            Address of an OpenAI-compatible server that serves the judge. By default the judge is loaded in each
-            process.
+        judge_base_url (`str` or `list[str]`, *optional*):
+            Address of an OpenAI-compatible server that serves the judge; several as a list, or with commas between
+            them. By default the judge is loaded in each process.
         judge_revision (`str`, *optional*):
             Branch, tag or commit of the judge's repository. With a server, a label that tells models of one name
             apart.
@@ -67,7 +67,7 @@ class EditScriptArguments(DatasetArguments):
         judge_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds after which a request to the judge's server is given up.
         judge_max_concurrency (`int`, *optional*, defaults to `16`):
-            Largest number of concurrent requests of each process to the judge's server.
+            Largest number of concurrent requests of each process to the judge's servers.
         scorer_prompts (`str`, *optional*):
             Folder or Hub repository of scorer prompts. Defaults to the prompts of this package.
         scorer_prompts_revision (`str`, *optional*):
@@ -84,11 +84,11 @@ class EditScriptArguments(DatasetArguments):
         default="Qwen/Qwen3-VL-32B-Instruct",
         metadata={"help": "Hub id or folder of the judge, or the name of the model on a server."},
     )
-    judge_base_url: str | None = field(
+    judge_base_url: list[str] | str | None = field(  # the parser takes the second kind, a YAML file may hold either
         default=None,
         metadata={
-            "help": "Address of an OpenAI-compatible server that serves the judge, e.g. http://localhost:8000/v1. By "
-            "default the judge is loaded in each process."
+            "help": "Address of an OpenAI-compatible server that serves the judge, e.g. http://localhost:8000/v1, or "
+            "several with commas between them. By default the judge is loaded in each process."
         },
     )
     judge_revision: str | None = field(
@@ -113,7 +113,7 @@ class EditScriptArguments(DatasetArguments):
         default=120.0, metadata={"help": "Seconds after which a request to the judge's server is given up."}
     )
     judge_max_concurrency: int = field(
-        default=16, metadata={"help": "Largest number of concurrent requests of each process to the judge's server."}
+        default=16, metadata={"help": "Largest number of concurrent requests of each process to the judge's servers."}
     )
     scorer_prompts: str | None = field(
         default=None,

@@ -36,6 +36,7 @@ from ..utils.dtypes import parse_dtype
 from ..utils.files import read_json
 from ..utils.hub import create_repository
 from ..utils.images import UnreadableImageError
+from ..utils.loading import load_shared_pipeline
 from ..utils.quantization import check_quantization, describe_quantization, quantization_config
 from ..utils.revisions import dataset_revision
 from ..utils.secrets import redact_error, redacted
@@ -107,7 +108,7 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
         options["quantization_config"] = quantization_config(
             config, policy_type.quantized_components, options["dtype"]
         )
-    pipeline = DiffusionPipeline.from_pretrained(model, **options)
+    pipeline = load_shared_pipeline(model, options)
     return policy_type(pipeline, args.offload_encoders), redacted(model)
 
 

@@ -94,9 +94,9 @@ class FlowGRPOEditConfig(BaseEditConfig):
             Let the edits of a case start from the same noise. The steps before the window and the prediction at its
             first step are then computed once per case and process, in sampling and in training. Edits of a group
             differ by the noise of the window alone.
-        num_finish_steps (`int`, *optional*):
-            Number of steps in which a rollout is finished after the window, with a method of second order. Defaults to
-            the remaining steps of the schedule.
+        num_finish_steps (`int`, *optional*, defaults to `2`):
+            Number of steps in which a rollout is finished after the window, with a method of second order, if more
+            are left. With `None`, and where fewer are left, the schedule's own steps are taken.
 
         > Parameters that control evaluation
 
@@ -295,8 +295,7 @@ class FlowGRPOEditConfig(BaseEditConfig):
         default=False, metadata={"help": "Let the edits of a case start from the same noise, which saves passes."}
     )
     num_finish_steps: int | None = field(
-        default=None,
-        metadata={"help": "Number of steps of second order after the window. Defaults to the schedule's own."},
+        default=2, metadata={"help": "Number of steps of second order after the window. None: the schedule's own."}
     )
 
     # Parameters that control evaluation

@@ -114,8 +114,8 @@ class TrainingPlan:
             For each phase: `peak`, its `parts`, `needed` with the allowance for workspaces and fragmentation, and
             whether it `fits`.
         host (`dict[str, int]`):
-            CPU memory while loading: `page_cache` of the weights' files, which the processes of a node share, and
-            `per_process`.
+            CPU memory while loading: `page_cache` of the weights' files, which the processes of a node share, also
+            where the weights have to be converted, and `per_process`.
         update (`dict`):
             Of one update: passes through the transformer, floating-point operations of each process, seconds, calls
             of the judge.
@@ -271,7 +271,7 @@ def plan_training(
         },
         weights=figures["weights"],
         phases=phases,
-        host={"page_cache": files, "per_process": (files if converted else 0) + streamed},
+        host={"page_cache": files, "per_process": (files if converted and num_processes == 1 else 0) + streamed},
         update=update,
         run=run,
         checkpoint={

@@ -509,24 +509,42 @@ class Rehearsal:
             self._make_gradients(trained)
         for name in ("encoding", "rollout", "decoding", "reward"):
             dry.phases.pop(name, None)
-        samples = generate(number)
+        # The number of passes may depend on the window: then the mean over all that may be drawn
+        window, (first, end) = args.sde_window_size, trainer.sde_window_range
+        begins = range(first, end - window + 1)
+        if light or args.sde_window_mode == "fixed" or not (args.same_latent or args.num_finish_steps):
+            begins = begins[:1]
+        for begin in begins:
+            trainer.sde_window_range = (begin, begin + window)
+            trainer._buffered_samples = None
+            generate(number)
+        for name in ("encoding", "rollout", "decoding"):
+            _divide(dry.phases[name].counts, len(begins))
         dry.hold("samples", stored())
         other = [torch.empty(round(each * (count - number)), dtype=torch.uint8, device=CARD)]
         dry.hold("samples", other)
 
-        # One trained step of one microbatch, as if others of its update had come before. Where samples share the first
-        # one, the mean over all.
+        # One trained step of each microbatch, as if others of its update had come before; those that make passes of
+        # the same sizes take the same. Where samples share the first step, the mean over all.
+        samples = trainer._buffered_samples
         if not args.same_latent:
             start = samples[0].trajectory.steps.start
             samples = [replace(s, trajectory=replace(s.trajectory, steps=range(start, start + 1))) for s in samples]
-        steps = len(samples[0].trajectory.steps)
-        trainer._prepare_inputs = lambda inputs: samples
+        size, accumulate, this = args.per_device_train_batch_size, trainer._accumulate_gradients, object()
+
+        def accumulate_once(module: nn.Module, samples: list[Any], update: list[Any]) -> torch.Tensor:
+            passes = [tuple(map(len, one)) for one in trainer._passes(samples, update)]
+            return dry.once((this, *passes), lambda: accumulate(module, samples, update))
+
+        trainer._buffered_samples, trainer._accumulate_gradients = samples, accumulate_once
         self._make_gradients(trained)
-        trainer.training_step(trainer.model, [])
+        starts = range(0, size if light else len(samples), size)
+        for microbatch, start in enumerate(starts):
+            trainer._step, trainer._accumulated = microbatch, microbatch % args.gradient_accumulation_steps
+            trainer._prepare_inputs = lambda _, start=start: samples[start : start + size]
+            trainer.training_step(trainer.model, [])
         trainer.optimizer.zero_grad()
-        counts = dry.phases["training"].counts
-        for name in counts:
-            counts[name] = round(counts[name] / steps)
+        _divide(dry.phases["training"].counts, len(samples[0].trajectory.steps) * len(starts))
 
         trainer._current_eval_dataset = trainer.train_dataset
         with dry.measured("evaluation"):
@@ -593,6 +611,11 @@ def _bytes(values: Any) -> int:
     """Bytes of tensors of any nesting, as a file has them: shared memory once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors(values)}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def _divide(counts: dict[str, Any], number: int) -> None:
+    for name in counts:
+        counts[name] /= number
 
 
 def _combined(result: Any, first: Any, more: Any, times: int) -> Any:

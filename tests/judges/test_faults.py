@@ -95,6 +95,12 @@ def test_the_table_of_the_documentation_has_a_row_for_each_fault():
         "a judge that is gone in the middle of a run",
         "a judge that is mended",
         "an answer without a score",
+        "one of several servers is dead at the start, or refuses the key",
+        "one of several servers has another model",
+        "one of several servers fails: connections, timeouts, 404, 408, 409, 429, 5xx, or replies that are no answer",
+        "all of several servers fail",
+        "one of several servers refuses the key later",
+        "a server is listed twice",
     }
     assert set(rows[1:]) == {fault.name for fault in FAULTS} | others
 

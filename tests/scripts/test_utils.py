@@ -156,6 +156,16 @@ def test_the_judge_of_the_options():
     assert (scorer.task, scorer.alpha, scorer.beta) == ("base", 1.0, 5.0)
 
 
+def test_several_servers_of_the_judge_in_a_file_or_on_the_command_line(tmp_path, runs):
+    listed = ["http://a:8000/v1", "http://b:8000/v1"]
+    main(["grpo", *MODEL, *CPU, "--config", written(tmp_path, judge_base_url=listed)])
+    main(["grpo", *MODEL, *CPU, "--judge_base_url", ",".join(listed)])
+    main(["mine-pairs", *MODEL, "--judge_base_url", ", ".join(listed)])
+    for arguments in runs:
+        servers = load_scorer(arguments[0]).judge._servers
+        assert [server.name for server in servers] == ["a:8000/v1", "b:8000/v1"]
+
+
 def test_datasets_of_a_folder(tmp_path):
     cases = make_cases(4)
     DatasetDict(train=cases, test=cases.select([0])).save_to_disk(tmp_path / "saved")

@@ -115,6 +115,22 @@ def test_operations_are_those_of_a_real_run(measured):
     assert plan.run["updates"] == 2 and plan.run["judge_calls"] == 8
 
 
+def test_passes_that_are_left_out(tmp_path):
+    """By hand, for each of two processes with two groups of 4 edits, of which 2 are trained, in microbatches of 1."""
+    fewer = {"same_latent": True, "num_finish_steps": 1, "num_trained_generations": 2}
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "rollout_batch_size": 4}
+    window = {"num_inference_steps": 6, "sde_window_size": 2, "sde_window_range": [0, 4], "true_cfg_scale": 1.0}
+    with alone(2):
+        args = grpo_config(tmp_path, **fewer, **sizes, **window, gradient_checkpointing=False, num_sample_edits=0)
+    plan = plan_training(
+        FlowGRPOEditTrainer, tiny_pipeline(), args, {}, LoraConfig(target_modules=["to_q"]), num_processes=2
+    )
+    shared = (1 + 2 + 3) / 3  # the window begins at step 0, 1 or 2
+    assert plan.update["rollout_passes"] == 2 * 2 * (shared + 4 * (1 + 1))  # its second step, and the finish
+    assert plan.update["trained_passes"] == 2 * 2 * (1 + 2)  # one of the first step, and each edit's second one
+    assert plan.update["judge_calls"] == 16
+
+
 def assert_same(first, second) -> None:
     """Equal numbers. Sizes may differ by a few blocks of the allocator, whose rounding is not linear."""
     if isinstance(first, dict):

@@ -55,8 +55,8 @@ class BuildConfig:
             Shares of the languages `en` and `zh`.
         writer (`str`, *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
             Vision-language model that writes the prompts.
-        writer_base_url (`str`, *optional*):
-            Address of an OpenAI-compatible server with that model. By default it runs in this process.
+        writer_base_url (`str` or `list[str]`, *optional*):
+            Address of an OpenAI-compatible server with that model, or of several. By default it runs in this process.
         writer_revision (`str`, *optional*):
             Branch, tag or commit of its repository.
         instruction_templates (`str`, *optional*):
@@ -81,8 +81,8 @@ class BuildConfig:
             Options of a pipeline, e.g. `{"num_inference_steps": 40, "lora": "..."}`, see [`PipelineEditor`].
         judge (`str`, *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
             Vision-language model that scores the edits.
-        judge_base_url (`str`, *optional*):
-            Address of an OpenAI-compatible server with that model. By default it runs in this process.
+        judge_base_url (`str` or `list[str]`, *optional*):
+            Address of an OpenAI-compatible server with that model, or of several. By default it runs in this process.
         judge_revision (`str`, *optional*):
             Branch, tag or commit of its repository.
         score_mode (`str`, *optional*, defaults to `"integer"`):
@@ -100,7 +100,7 @@ class BuildConfig:
             Number of rows per batch of the stages `sources`, `category`, `instructions`, `edits` and `scores`. A build
             that is stopped loses at most one batch per process.
         max_concurrency (`int`, *optional*, defaults to `16`):
-            Largest number of concurrent requests to a server.
+            Largest number of concurrent requests, to all servers together.
         push_to_hub (`str`, *optional*):
             Hub repository to push the finished dataset to.
         private (`bool`, *optional*, defaults to `True`):
@@ -127,7 +127,7 @@ class BuildConfig:
     task_weights: dict[str, float] = field(default_factory=TASK_WEIGHTS.copy)
     languages: dict[str, float] = field(default_factory=lambda: {"en": 1.0})
     writer: str = "Qwen/Qwen3-VL-32B-Instruct"
-    writer_base_url: str | None = None
+    writer_base_url: str | list[str] | None = None
     writer_revision: str | None = None
     instruction_templates: str | None = None
     instruction_templates_revision: str | None = None
@@ -139,7 +139,7 @@ class BuildConfig:
     editor_revision: str | None = None
     editor_options: dict[str, Any] = field(default_factory=dict)
     judge: str = "Qwen/Qwen3-VL-32B-Instruct"
-    judge_base_url: str | None = None
+    judge_base_url: str | list[str] | None = None
     judge_revision: str | None = None
     score_mode: ScoreMode = "integer"
     scorer_prompts: str | None = None

@@ -144,7 +144,7 @@ def _stages(
     sizes, seed = config.batch_sizes, config.seed
     templates = load_instruction_templates(config.instruction_templates, config.instruction_templates_revision)
 
-    def load_model(name: str, base_url: str | None, revision: str | None, **options: Any) -> Judge:
+    def load_model(name: str, base_url: str | list[str] | None, revision: str | None, **options: Any) -> Judge:
         return load_judge(name, base_url, revision, max_concurrency=config.max_concurrency, **options)
 
     def make_instructions() -> Stage:

@@ -275,7 +275,8 @@ def test_the_command_with_models_behind_a_server_and_a_folder_of_edits(pictures,
     config = make_config(pictures, tmp_path / "build")
     options = {
         **{name: getattr(config, name) for name in ("output_dir", "min_side", "clip_model", "sources")},
-        **{"writer_base_url": server.url, "judge_base_url": server.url, "languages": {"zh": 1}, "max_repeats": 8},
+        **{"writer_base_url": server.url, "judge_base_url": [server.url, serve(reply).url]},
+        **{"languages": {"zh": 1}, "max_repeats": 8},
         **{"task_weights": {"color": 1}, "benchmark_counts": {}, "editor": str(tmp_path / "edits"), "max_images": 12},
     }
     (tmp_path / "build.yaml").write_text(yaml.safe_dump(options))
