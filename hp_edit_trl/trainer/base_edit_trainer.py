@@ -59,7 +59,7 @@ from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, write_model_card
 from .plan import TrainingPlan, plan_training
 from .recomputation import prepare_checkpointing
-from .sharding import PassCount, check_fsdp, check_shardable, equal_passes, most_of_all, shard, wrap
+from .sharding import PassCount, check_fsdp, check_same_weights, equal_passes, most_of_all, shard, wrap
 from .streaming import BlockStream
 
 
@@ -179,8 +179,9 @@ class BaseEditTrainer(_BaseTrainer):
         self._is_sharded = check_fsdp() and PartialState().num_processes > 1
         self._pass_count = PassCount()
         self._keeps_step = False  # whether passes are made equal already
+        if PartialState().num_processes > 1 and (self._is_sharded or args.offload_transformer):
+            check_same_weights(model)  # which DDP would make equal, if it took care of them
         if self._is_sharded:
-            check_shardable(model)
             shard(model, args.device)
         self._stream = BlockStream(model, args.device) if args.offload_transformer else None
         super().__init__(model=model, args=args, **kwargs)

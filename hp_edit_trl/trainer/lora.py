@@ -114,11 +114,16 @@ def prepare_lora(policy: EditPolicy, peft_config: LoraConfig | None, base_model:
             Seed of the LoRA's initial weights.
 
     Raises:
-        `ValueError`: If the transformer has an adapter already or is quantized to 8 bits by bitsandbytes,
-            `target_modules` match nothing, or a module is not a linear layer.
+        `ValueError`: If the transformer has an adapter already, was trained with `offload_transformer`, or is
+            quantized to 8 bits by bitsandbytes, `target_modules` match nothing, or a module is not a linear layer.
     """
     transformer = policy.pipeline.transformer
     check_trainable(transformer)
+    if getattr(transformer, "is_streamed", False):
+        raise ValueError(
+            "The pipeline was trained with offload_transformer, and blocks of its transformer still come and go: load "
+            "it anew, with the LoRA that was saved."
+        )
     if hasattr(transformer, "peft_config"):
         raise ValueError(
             "The pipeline's transformer has a LoRA loaded already. Call `pipeline.fuse_lora()` and "

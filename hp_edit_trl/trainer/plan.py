@@ -229,9 +229,11 @@ def plan_training(
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1.")
     num_processes = args.world_size if num_processes is None else num_processes
-    if is_sharded and (num_processes < 2 or not args.gradient_checkpointing or options.get("quantization_config")):
+    is_plain = args.gradient_checkpointing and args.num_checkpointed_blocks is None and not args.offload_transformer
+    if is_sharded and (num_processes < 2 or not is_plain or options.get("quantization_config")):
         raise ValueError(
-            "FSDP can be planned with several processes, with gradient_checkpointing, and without quantization."
+            "FSDP can be planned with several processes, with gradient_checkpointing of all blocks, and without "
+            "quantization or offload_transformer."
         )
     with alone(num_processes):
         rehearsal = Rehearsal(
@@ -365,12 +367,15 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
     Options with which the run fits, found by planning it again with each change; and what 4 bits would take in place
     of a transformer that is not whole on the card.
     """
+    args = copy.copy(args)
     changes: dict[str, Any] = {}
     while not all(phase["fits"] for phase in phases.values()):
         failing = {name for name, phase in phases.items() if not phase["fits"]}
         change: dict[str, Any]
         if "training" in failing and not args.gradient_checkpointing:
             change = {"gradient_checkpointing": True}
+        elif "training" in failing and args.num_checkpointed_blocks is not None:
+            change = {"num_checkpointed_blocks": None}
         elif "training" in failing and args.per_device_train_batch_size > 1 and "placing" not in failing:
             size = args.per_device_train_batch_size
             smaller = next(n for n in range(size // 2, 0, -1) if size % n == 0)
@@ -387,6 +392,7 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
             or args.offload_transformer
             or rehearsal.quantization
             or not args.gradient_checkpointing
+            or args.num_checkpointed_blocks is not None
         ):
             break
         elif args.world_size > 1:
@@ -394,7 +400,6 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
             rehearsal.is_sharded = True
         else:
             change = {"offload_transformer": True}
-        args = copy.copy(args)
         if "per_device_train_batch_size" in change and isinstance(args, FlowGRPOEditConfig):
             assert args.steps_per_generation
             args.steps_per_generation *= args.per_device_train_batch_size // change["per_device_train_batch_size"]
@@ -491,11 +496,15 @@ def plan_text(plan: TrainingPlan) -> str:
 
 def advice_text(advice: dict[str, Any]) -> str:
     """The advice of a plan that does not fit, in a sentence or two."""
-    options = ", ".join(f"{name}: {str(value).lower()}" for name, value in advice["options"].items())
+    way = {"fsdp2": "FSDP2 (examples/accelerate/fsdp2.yaml)"}
+    shown = {"True": "true", "False": "false", "None": "null"}
+    options = ", ".join(
+        way.get(name) or f"{name}: {shown.get(str(value), value)}" for name, value in advice["options"].items()
+    )
     served = " Serve the judge on another machine (judge_base_url)." if advice["serve_the_judge"] else ""
     if advice["needed_in_4_bits"] is not None:
         served = (
-            f" With load_in_4bit: true in place of {advice['in_place_of']} it takes "
+            f" With load_in_4bit: true in place of {way.get(advice['in_place_of'], advice['in_place_of'])} it takes "
             f"{_size(advice['needed_in_4_bits'])} GiB.{served}"
         )
     if advice["fits"]:

@@ -114,20 +114,17 @@ def check_not_quantized(model: PeftModel, option: str) -> None:
             )
 
 
-def check_shardable(model: PeftModel) -> None:
+def check_same_weights(model: PeftModel) -> None:
     """
-    Checks that a transformer can be sharded.
+    Checks that all processes have loaded the same frozen weights, by a few values of each.
 
     Args:
         model ([`~peft.PeftModel`]):
             The transformer with its LoRA.
 
     Raises:
-        `ValueError`: If it is quantized, does not name its blocks, or is another one on other processes.
+        `ValueError`: If they have not.
     """
-    transformer_blocks(model, "FSDP")
-    check_not_quantized(model, "FSDP")
-    # Each process keeps a part of the weights that it has loaded. A few values of each tell one model from another.
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -147,12 +144,16 @@ def shard(model: PeftModel, device: torch.device) -> None:
 
     Args:
         model ([`~peft.PeftModel`]):
-            The transformer with its LoRA, see [`check_shardable`].
+            The transformer with its LoRA. All processes must have loaded the same, see [`check_same_weights`].
         device (`torch.device`):
             The process's device.
+
+    Raises:
+        `ValueError`: If the transformer is quantized, or does not name its blocks.
     """
     transformer = model.get_base_model()
     blocks = transformer_blocks(model, "FSDP")
+    check_not_quantized(model, "FSDP")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     lora = {weight for weight in model.parameters() if weight.requires_grad}
     # The transformer itself holds what is in no block. It must come last.

@@ -28,6 +28,9 @@ class BlockStream:
     never holds those of more than two blocks. With gradient checkpointing that is so in backward passes too, which
     compute each block again. Results are the same as without it.
 
+    It belongs to the transformer from then on: what changes a weight, such as merging a LoRA, would be lost in the
+    blocks that are on the device.
+
     On a GPU the weights are copied once into page-locked memory, from which transfers run beside computations. Each
     process has its own copy of them.
 
@@ -44,6 +47,7 @@ class BlockStream:
     def __init__(self, model: PeftModel, device: torch.device):
         blocks = transformer_blocks(model, "offload_transformer")
         check_not_quantized(model, "offload_transformer")
+        model.get_base_model().is_streamed = True
         self.device = device
         self._weights = [
             [

@@ -94,9 +94,13 @@ def test_types_are_those_of_training(folder):
     assert parse(["--model_name_or_path", folder, "--num_processes", "8"])[0]["num_processes"] == 8
 
 
-def test_a_launch_with_fsdp(folder):
+def test_a_launch_with_fsdp(folder, tmp_path):
     file = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
     arguments, _ = parse(["--model_name_or_path", folder, "--config_file", str(file)])
     assert (arguments["num_processes"], arguments["is_sharded"]) == (8, True)
+    first = tmp_path / "fsdp1.yaml"
+    first.write_text(file.read_text().replace("fsdp_version: 2", "fsdp_version: 1"))
+    with pytest.raises(ValueError, match="fsdp_version: 1, but only version 2"):
+        parse(["--model_name_or_path", folder, "--config_file", str(first)])
     arguments, _ = parse(["--model_name_or_path", folder, "--num_processes", "2"])
     assert (arguments["num_processes"], arguments["is_sharded"]) == (2, False)

@@ -216,6 +216,7 @@ def needed_gib(args, is_sharded, is_quantized) -> dict[str, float]:
     weights = 20 if args.offload_encoders else 40
     weights -= 12 if args.offload_transformer else 10 if is_sharded else 9 if is_quantized else 0
     activations = 1 if args.gradient_checkpointing else 30
+    activations += 10 if args.num_checkpointed_blocks else 0
     return {
         "placing": weights,
         "rollout": weights + args.rollout_batch_size,
@@ -236,6 +237,8 @@ ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
         (30, {**ONE, "rollout_batch_size": 2}, {"offload_encoders": True}, True),
         (20, {**ONE, "rollout_batch_size": 1}, {"offload_encoders": True, "offload_transformer": True}, True),
         (8, {**ONE, "rollout_batch_size": 1}, {"offload_encoders": True, "offload_transformer": True}, False),
+        (47.5, {**ONE, "rollout_batch_size": 1, "num_checkpointed_blocks": 3},
+         {"num_checkpointed_blocks": None}, True),
         (20, {**ONE, "rollout_batch_size": 1, "world_size": 4}, {"offload_encoders": True, "fsdp2": True}, True),
     ],
 )  # fmt: skip
@@ -248,7 +251,9 @@ def test_advice_is_the_smallest_change_that_fits(tmp_path, memory, options, chan
 
 def check_advice(args, memory, changes, fits):
     card, rehearsal = parse_card("h100", memory), Stub()
+    before = args.to_dict()
     advised = advice(rehearsal, args, card, judged(rehearsal.measure(args, True)["phases"], card))
+    assert args.to_dict() == before
     assert advised["fits"] == fits and advised["options"] == changes
     last = rehearsal.tried[-1]
     assert last.per_device_train_batch_size * last.steps_per_generation == (
@@ -258,7 +263,9 @@ def check_advice(args, memory, changes, fits):
         assert "rtx4090" in advised["gpus"] and advised["needed"] > 8 * 2**30
     if {"fsdp2", "offload_transformer"} & changes.keys():
         assert advised["needed_in_4_bits"] == pytest.approx((14 * 1.05 + 1) * 2**30, rel=1e-6)
-        assert "With load_in_4bit: true in place of" in advice_text(advised)
+        text = advice_text(advised)
+        assert "With load_in_4bit: true in place of" in text and "fsdp2:" not in text
+        assert ("FSDP2 (examples/accelerate/fsdp2.yaml)" in text) == ("fsdp2" in changes)
     else:
         assert advised["needed_in_4_bits"] is None and "4bit" not in advice_text(advised)
 

@@ -153,5 +153,7 @@ def test_training_is_the_same_to_the_bit(kind, tmp_path):
     assert plain._stream is None and len(offloaded._stream._arrivals) == 2
     for (name, one), other in zip(plain.model.named_parameters(), offloaded.model.parameters(), strict=True):
         assert one.equal(other), name
+    with pytest.raises(ValueError, match="trained with offload_transformer, .*load it anew"):
+        FlowGRPOEditTrainer(offloaded.policy.pipeline, redness, make_config(str(tmp_path)), make_cases(4))
     saved = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("plain", "offloaded")]
     assert saved[0] == saved[1]
