@@ -21,7 +21,7 @@ def make_trainer(folder, reward=redness, **kwargs):
     options = dict(
         per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1, optim="sgd", learning_rate=20.0,
         max_grad_norm=0.0, true_cfg_scale=1.0, sde_window_size=2,
-        num_inference_steps=6, sde_window_mode="fixed", sde_window_range=[1, 4],
+        num_inference_steps=6, sde_window_mode="fixed", sde_window_range=[1, 4], num_finish_steps=None,
     )  # fmt: skip
     lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian")
     args = make_config(folder, **{**options, **kwargs})
