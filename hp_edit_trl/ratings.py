@@ -6,10 +6,11 @@ dataset with its ratings.
 import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from datasets import Dataset, Features, Image, List, Value
 
@@ -59,6 +60,11 @@ class Rating:
     comment: str = ""
 
     @property
+    def value(self) -> int | None:
+        """The score."""
+        return self.score
+
+    @property
     def edit(self) -> EditKey:
         """What identifies the edit: id of the case and editor."""
         return self.id, self.editor
@@ -69,18 +75,107 @@ class Rating:
         return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def ratings_file(output_dir: str | Path, annotator: str) -> Path:
-    """Returns the file of an annotator. Two names never share one, even on file systems that ignore case."""
+class Answer(Protocol):
+    """What a person said about an edit or a case: a [`Rating`] or a [`~hp_edit_trl.reviews.Review`]."""
+
+    @property
+    def annotator(self) -> str:
+        """Name of the person."""
+
+    @property
+    def comment(self) -> str:
+        """Comment of the person."""
+
+    @property
+    def value(self) -> Any:
+        """The answer itself, e.g. a score; `None` if it was skipped."""
+
+    @property
+    def edit(self) -> EditKey:
+        """What it is about."""
+
+
+OneAnswer = TypeVar("OneAnswer", bound=Answer)
+
+
+def answers_file(output_dir: str | Path, annotator: str, kind: str) -> Path:
+    """
+    Returns the file of an annotator's `"ratings"` or `"reviews"`. Two names never share one, even on file systems that
+    ignore case.
+    """
     part = annotator
     if not re.fullmatch(r"[a-z0-9_-]{1,60}", annotator):
         readable = re.sub(r"[^a-z0-9_-]+", "-", annotator.lower())[:40].strip("-")
         part = f"{readable}.{hashlib.sha256(annotator.encode()).hexdigest()[:12]}"
-    return Path(output_dir) / f"ratings-{part}.jsonl"
+    return Path(output_dir) / f"{kind}-{part}.jsonl"
+
+
+def ratings_file(output_dir: str | Path, annotator: str) -> Path:
+    """Returns the file of an annotator's ratings, see [`answers_file`]."""
+    return answers_file(output_dir, annotator, "ratings")
+
+
+def append_answer(file: str | Path, answer: Any) -> None:
+    """Appends a [`Rating`] or a [`~hp_edit_trl.reviews.Review`] to a file and returns once it is on disk."""
+    append_jsonl(file, [asdict(answer)])
 
 
 def append_rating(file: str | Path, rating: Rating) -> None:
     """Appends a rating to a file and returns once it is on disk."""
-    append_jsonl(file, [asdict(rating)])
+    append_answer(file, rating)
+
+
+def read_answers(
+    path: str | Path,
+    kind: str,
+    make: Callable[[dict[str, Any]], OneAnswer],
+    problem: Callable[[OneAnswer], str | None],
+) -> tuple[list[OneAnswer], list[str]]:
+    """
+    Reads the answers of annotators. If an annotator answered several times, the last line counts. Invalid lines are
+    left out and reported; the files are not changed.
+
+    Args:
+        path (`str` or `Path`):
+            A file, or a folder with files `<kind>-*.jsonl`.
+        kind (`str`):
+            `"ratings"` or `"reviews"`.
+        make (`Callable`):
+            Makes an answer of a line's values. Raises `TypeError` if the line is not complete.
+        problem (`Callable`):
+            Returns why an answer is left out; `None` if it counts.
+
+    Returns:
+        `tuple[list, list[str]]`: the answers in the order of the first lines about each edit or case; and a list of
+        what was left out, each with file, line and reason.
+
+    Raises:
+        `FileNotFoundError`: If there are no files.
+    """
+    path = Path(path)
+    files = sorted(path.glob(f"{kind}-*.jsonl")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise FileNotFoundError(f"No {kind} at {path}: pass a file, or a folder with files {kind}-*.jsonl.")
+    answers: dict[Hashable, OneAnswer] = {}
+    problems = []
+    for file in files:
+        for number, values, line in read_jsonl(file):
+            where = f"{file.name}, line {number}"
+            try:
+                if not isinstance(values, dict):
+                    raise TypeError
+                answer = make(values)
+            except TypeError:  # e.g. a crash in the middle of a line
+                what = kind.removesuffix("s")
+                problems.append(f"{where}: not a complete {what}: {line[:60].decode(errors='replace')!r}")
+                continue
+            if (reason := problem(answer)) is not None:
+                problems.append(f"{where}: {reason}")
+            else:
+                answers[answer.annotator, *answer.edit] = answer
+    for one in problems:
+        logger.warning("Left out: %s.", one)
+    return list(answers.values()), problems
 
 
 def read_ratings(
@@ -106,45 +201,34 @@ def read_ratings(
         `FileNotFoundError`: If there are no files.
         `ValueError`: If the ratings were made with several revisions of the rubric, and `rubric` is not given.
     """
-    path = Path(path)
-    files = sorted(path.glob("ratings-*.jsonl")) if path.is_dir() else [path]
-    if not files or not files[0].exists():
-        raise FileNotFoundError(f"No ratings at {path}: pass a file, or a folder with files ratings-*.jsonl.")
     known = None if dataset is None else set(edit_keys(dataset))
-    ratings: dict[tuple, Rating] = {}
-    problems = []
     names = {field.name for field in fields(Rating)}
-    for file in files:
-        for number, values, line in read_jsonl(file):
-            where = f"{file.name}, line {number}"
-            try:
-                if values is None:
-                    raise TypeError
-                rating = Rating(**{name: values[name] for name in names & values.keys()})
-                texts = (rating.annotator, rating.id, rating.rubric, rating.time, rating.comment, rating.editor or "")
-                if not all(isinstance(text, str) for text in texts):
-                    raise TypeError
-            except TypeError:  # e.g. a crash in the middle of a line
-                problems.append(f"{where}: not a complete rating: {line[:60].decode(errors='replace')!r}")
-                continue
-            if rating.score is not None and (type(rating.score) is not int or rating.score not in SCORES):
-                problems.append(f"{where}: the score {rating.score!r} is not an integer from 0 to 5")
-            elif known is not None and rating.edit not in known:
-                of = "" if rating.editor is None else f" by {rating.editor!r}"
-                problems.append(f"{where}: the dataset has no edit of case {rating.id!r}{of}")
-            elif rubric is None or rating.rubric == rubric:
-                ratings[rating.annotator, *rating.edit] = rating
-            else:
-                problems.append(f"{where}: made with the rubric {rating.rubric!r}, not {rubric!r}")
-    for problem in problems:
-        logger.warning("Left out: %s.", problem)
-    found = sorted({rating.rubric for rating in ratings.values()})
+
+    def make(values: dict[str, Any]) -> Rating:
+        rating = Rating(**{name: values[name] for name in names & values.keys()})
+        texts = (rating.annotator, rating.id, rating.rubric, rating.time, rating.comment, rating.editor or "")
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
+        return rating
+
+    def problem(rating: Rating) -> str | None:
+        if rating.score is not None and (type(rating.score) is not int or rating.score not in SCORES):
+            return f"the score {rating.score!r} is not an integer from 0 to 5"
+        if known is not None and rating.edit not in known:
+            of = "" if rating.editor is None else f" by {rating.editor!r}"
+            return f"the dataset has no edit of case {rating.id!r}{of}"
+        if rubric is not None and rating.rubric != rubric:
+            return f"made with the rubric {rating.rubric!r}, not {rubric!r}"
+        return None
+
+    ratings, problems = read_answers(path, "ratings", make, problem)
+    found = sorted({rating.rubric for rating in ratings})
     if len(found) > 1:
         raise ValueError(
             f"The ratings at {path} were made with {len(found)} revisions of the rubric, {', '.join(found)}, in which "
             "a score may mean different things. Choose one with rubric=."
         )
-    return list(ratings.values()), problems
+    return ratings, problems
 
 
 def add_ratings(ratings: Iterable[Rating], output_dir: str | Path) -> int:

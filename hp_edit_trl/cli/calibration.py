@@ -96,12 +96,18 @@ def _measure_agreement(args: argparse.Namespace) -> None:
 
 
 def _annotate(args: argparse.Namespace) -> None:
-    from ..calibration import annotate, load_rubric
+    from ..calibration import annotate, load_guidelines, load_rubric
+    from ..cases import load_split
 
+    if args.verify:
+        dataset = load_split(args.dataset, args.split, args.image_root, revision=args.revision)
+    else:
+        dataset = _load_edits(args)
     annotate(
-        _load_edits(args),
+        dataset,
         args.output_dir,
-        rubric=load_rubric(args.rubric),
+        verify=args.verify,
+        rubric=load_guidelines(args.rubric) if args.verify else load_rubric(args.rubric),
         annotators=None if args.annotators is None else args.annotators.split(","),
         overlap=args.overlap,
         seed=args.seed,
@@ -210,10 +216,15 @@ def register(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the bootstrap resamples")
     command.set_defaults(run=_measure_agreement)
 
-    command = commands.add_parser("annotate", help="serve the page on which people rate edits from 0 to 5")
+    command = commands.add_parser("annotate", help="serve the page on which people rate edits, or verify cases")
     add_dataset_options(command)
-    command.add_argument("--output_dir", default="ratings", help="folder of the ratings, one file per annotator")
-    command.add_argument("--rubric", help="Markdown file with a rubric; by default this package's")
+    command.add_argument(
+        "--verify", action="store_true", help="show cases without an edit, to be accepted, corrected or rejected"
+    )
+    command.add_argument(
+        "--output_dir", help="folder of the answers, one file per annotator; by default ratings, with --verify reviews"
+    )
+    command.add_argument("--rubric", help="Markdown file with a rubric or guidelines; by default this package's")
     command.add_argument("--annotators", help="names of the annotators, separated by commas; by default anyone")
     command.add_argument("--overlap", type=int, help="number of annotators who rate each case; by default all")
     command.add_argument("--seed", type=int, default=0, help="of the assignment of cases and the order of edits")

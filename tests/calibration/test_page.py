@@ -241,7 +241,7 @@ def test_two_people_rate(browser, tmp_path):
         anna.page.keyboard.type("3 cats, 5 dogs s")
         anna.page.wait_for_timeout(300)
         note(anna, "anna", 1)
-        anna.do(anna.page.dblclick, "#score-1")
+        anna.do(anna.page.dblclick, "#answer-1")
         assert "2 of 6 rated" in anna.progress()
         skipped = keys[anna.seen()]
         note(anna, "anna", None)
@@ -255,9 +255,9 @@ def test_two_people_rate(browser, tmp_path):
         anna.key("Backspace")
         assert keys[anna.seen()] == orders["anna"][1]
         assert anna.page.locator("#comment textarea").input_value() == "3 cats, 5 dogs s"
-        assert anna.page.locator("#shown [data-token]").get_attribute("data-score") == "1"
+        assert anna.page.locator("#shown [data-token]").get_attribute("data-answer") == "1"
         outlines = [
-            anna.page.locator(f"#score-{i}").evaluate("b => getComputedStyle(b).outlineStyle") for i in range(6)
+            anna.page.locator(f"#answer-{i}").evaluate("b => getComputedStyle(b).outlineStyle") for i in range(6)
         ]
         assert outlines == ["none", "solid", "none", "none", "none", "none"]
         given["anna"][keys[anna.seen()]] = 5
@@ -286,7 +286,7 @@ def test_two_people_rate(browser, tmp_path):
             if keys[bert.seen()] == edit_keys(edits)[0]:
                 assert NASTY in bert.page.locator(".hp-asked").inner_text()
             note(bert, "bert", score)
-            bert.click(f"#score-{score}")
+            bert.click(f"#answer-{score}")
         bert.page.locator("#comment textarea").fill("The shadow is missing")
         shot(bert, tmp_path, "rating")
         # The server is killed in the middle of everything, and a line is cut off
@@ -329,7 +329,7 @@ def test_two_people_rate(browser, tmp_path):
             if keys[bert.seen()] == edit_keys(edits)[0]:
                 assert NASTY in bert.page.locator(".hp-asked").inner_text()
             note(bert, "bert", 5)
-            bert.click("#score-5")
+            bert.click("#answer-5")
         shot(bert, tmp_path, "finished")
         bert.key("ArrowLeft")
         assert keys[bert.seen()] == orders["bert"][-1]
@@ -520,7 +520,7 @@ def test_ratings_of_another_dataset_are_reported(tmp_path, caplog):
     append_rating(tmp_path / "ratings-anna.jsonl", make_rating(id="case-9", rubric="hp-edit-trl:rubric:1"))
     found = campaign(make_edits(), tmp_path)
     assert "no edit of case 'case-9'" in caplog.text
-    assert found.session("anna").counts()["rated"] == 0
+    assert found.session("anna").counts()["answered"] == 0
 
 
 def test_work_is_dealt_out(tmp_path):
@@ -553,4 +553,4 @@ def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as end:
         cli.main(["annotate", str(tmp_path / "edits")])
-    assert end.value.code == 'hp-edit: The rating page needs Gradio: pip install "hp-edit-trl[annotate]"'
+    assert end.value.code == 'hp-edit: The page for annotators needs Gradio: pip install "hp-edit-trl[annotate]"'

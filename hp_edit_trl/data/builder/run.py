@@ -17,7 +17,7 @@ from .config import BuildConfig
 from .duplicates import Duplicates
 from .edits import MakeEdits
 from .engine import Stage, WorkFolder, run_stage
-from .export import export_build, push_dataset
+from .export import export_build, export_candidates, push_dataset
 from .filter import Filter
 from .instructions import WriteInstructions, load_instruction_templates
 from .plan import Plan
@@ -25,6 +25,7 @@ from .scores import ScoreEdits
 from .sources import ImageCheck, Sources
 from .split import Split
 from .styles import STYLES, Style
+from .verified import Benchmark
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def build_dataset(
 ) -> Path:
     """
     Builds a dataset: reads images, finds their categories, has prompts written and edits made, scores the edits, keeps
-    the hard cases for training, and writes all of it as a dataset with a card.
+    the hard cases for training, and writes all of it as a dataset with a card. The benchmark's candidates are written
+    as soon as they are drawn, for people to verify.
 
     It can be stopped at any time. Started again, it resumes where it stopped, repeats at most one batch per process,
     and ends with the same files. A rejected row keeps its reason; `rejected.parquet` in the work folder lists all of
@@ -116,6 +118,8 @@ def build_dataset(
                 logger.info("%s: %d of %d rows kept; rejected: %s", name, kept, all_rows, dict(reasons))
             if stage.tally is not None and stage.tally.judgements and accelerator.is_main_process:
                 logger.info("%s: %s", name, stage.tally)
+            if name == "split" and accelerator.is_main_process:
+                export_candidates(folder, folder.path / "candidates")
             if kept == 0:
                 raise ValueError(
                     f"The stage {name!r} rejected all of {all_rows} rows ({dict(reasons)}): read the reasons in "
@@ -125,10 +129,18 @@ def build_dataset(
                 del stage
                 empty_device_cache()
         dataset = folder.path / "dataset"
-        if STAGES[last] == "export" and accelerator.is_main_process:
-            export_build(folder, dataset)
-            if config.push_to_hub is not None:
-                logger.info("%s", push_dataset(dataset, config.push_to_hub, private=config.private))
+        if STAGES[last] == "export":
+            benchmark = Benchmark(folder, config.benchmark_counts, config.verified)
+
+            def run(work: WorkFolder, stage: Stage) -> None:
+                run_stage(work, stage, accelerator, engine, num_workers, gpus_per_worker)
+                empty_device_cache()
+
+            benchmark.edit_corrected(make, run)
+            if accelerator.is_main_process:
+                export_build(folder, dataset, benchmark)
+                if config.push_to_hub is not None:
+                    logger.info("%s", push_dataset(dataset, config.push_to_hub, private=config.private))
         accelerator.wait_for_everyone()
     return dataset
 
@@ -176,7 +188,9 @@ def _stages(
             config.num_cases, config.tasks_per_image, config.task_weights, config.languages, seed, styles
         ),
         "instructions": make_instructions,
-        "split": lambda: Split(config.benchmark_counts, config.benchmark_distance, config.max_repeats, seed),
+        "split": lambda: Split(
+            config.benchmark_counts, config.benchmark_distance, config.max_repeats, seed, config.benchmark_reserve
+        ),
         "edits": make_edits,
         "scores": make_scores,
         "filter": lambda: Filter(config.filter_rule, config.filter_threshold),
