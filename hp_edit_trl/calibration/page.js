@@ -71,7 +71,8 @@
       if (event.key === "Escape") field.blur();
       else if (event.key === "Enter" && !event.shiftKey) {
         const into = field.closest("#texts") ? "answer-c" : field.closest("#comment") ? "answer-r" : null;
-        if (into) press(into);
+        // Otherwise the next key would be typed into the text of the next case.
+        if (into && press(into)) field.blur();
       }
       return;
     }

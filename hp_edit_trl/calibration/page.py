@@ -449,10 +449,10 @@ def _answer_buttons(campaign: _Campaign) -> list[tuple]:
     labels = campaign.rubric.labels
     if not isinstance(campaign, _Review):
         return [(_answer_button(str(score), f"{score}\n{label}"), score) for score, label in enumerate(labels)]
-    reasons = [(str(number), reason) for number, reason in enumerate(labels, start=1)]
-    rejecting = [(_answer_button(key, f"{key}\n{reason}"), "reject", reason) for key, reason in reasons]
-    accepting = (_answer_button("a", "a\naccept"), "accept")
-    return [accepting, *rejecting, (_answer_button("r", "r\nother reason"), "reject", "other")]
+    buttons: list[tuple] = [(_answer_button("a", "a\naccept"), "accept")]
+    for number, reason in enumerate(labels, start=1):
+        buttons.append((_answer_button(str(number), f"{number}\n{reason}"), "reject", reason))
+    return [*buttons, (_answer_button("r", "r\nother reason"), "reject", "other")]
 
 
 def annotate(
