@@ -29,7 +29,7 @@ from ..schema import (
     with_presence,
 )
 from .engine import Batch, WorkFolder
-from .verified import Benchmark
+from .verified import BenchmarkChoice
 
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def export_candidates(build: WorkFolder, folder: Path) -> None:
     write_json(folder / "candidates.json", marker)
 
 
-def export_build(build: WorkFolder, folder: Path, benchmark: Benchmark) -> None:
+def export_build(build: WorkFolder, folder: Path, benchmark: BenchmarkChoice) -> None:
     """
     Exports a build whose stages are finished: the dataset, and `rejected.parquet` beside it.
 
@@ -122,7 +122,7 @@ def export_build(build: WorkFolder, folder: Path, benchmark: Benchmark) -> None:
             The work folder.
         folder (`Path`):
             Folder for the dataset.
-        benchmark ([`Benchmark`]):
+        benchmark ([`BenchmarkChoice`]):
             Chooses the cases of the split `test`.
 
     Raises:
@@ -217,7 +217,7 @@ def export_dataset(
         rejected (`Mapping[str, Mapping[str, int]]`, *optional*):
             For the card: the number of rejected rows by stage and reason.
         verified (`Mapping[str, Any]`, *optional*):
-            For the card: how people verified the split `test`, see [`Benchmark.summary`].
+            For the card: how people verified the split `test`, see [`BenchmarkChoice.summary`].
 
     Returns:
         [`Contents`]: statistics of what was written.

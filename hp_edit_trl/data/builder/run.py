@@ -25,7 +25,7 @@ from .scores import ScoreEdits
 from .sources import ImageCheck, Sources
 from .split import Split
 from .styles import STYLES, Style
-from .verified import Benchmark
+from .verified import BenchmarkChoice
 
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def build_dataset(
                 empty_device_cache()
         dataset = folder.path / "dataset"
         if STAGES[last] == "export":
-            benchmark = Benchmark(folder, config.benchmark_counts, config.verified)
+            benchmark = BenchmarkChoice(folder, config.benchmark_counts, config.verified)
 
             def run(work: WorkFolder, stage: Stage) -> None:
                 run_stage(work, stage, accelerator, engine, num_workers, gpus_per_worker)

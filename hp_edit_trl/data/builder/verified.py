@@ -73,7 +73,7 @@ class TakeOver(Stage):
         return {**batch, "reason": [None] * len(batch["id"])}
 
 
-class Benchmark:
+class BenchmarkChoice:
     """
     Chooses the cases of the split `test` among the candidates of a build: those of each task in the order in which
     they were drawn, until it has its count. With reviews, only cases that people accepted, or whose correction they
