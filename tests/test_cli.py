@@ -20,7 +20,7 @@ from hp_edit_trl.calibration import read_scores
 from hp_edit_trl.calibration.probe import INJECTIONS
 from hp_edit_trl.cli import main
 from hp_edit_trl.miniature.tiny import tiny_pipeline
-from hp_edit_trl.ratings import append_rating
+from hp_edit_trl.ratings import Rating, append_rating, ratings_file
 from tests.bench.test_gedit import gedit
 from tests.calibration.test_refine import ARTIFACTS, look, revision, world
 from tests.helpers import make_cases, make_edits
@@ -28,7 +28,7 @@ from tests.judges.test_judges import completion, serve  # noqa: F401
 
 
 def pictures(body):
-    urls = [part["image_url"]["url"] for part in body["messages"][1]["content"] if part["type"] == "image_url"]
+    urls = [part["image_url"]["url"] for part in body["messages"][-1]["content"] if part["type"] == "image_url"]
     return [Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) for url in urls]
 
 
@@ -93,16 +93,16 @@ def test_refine_with_a_candidate_and_with_proposals(server, tmp_path, capsys):
         str(tmp_path),
         *options(server, tmp_path),
     ]
-    revision("3", ARTIFACTS).save(tmp_path / "candidate.md")
+    revision("4", ARTIFACTS).save(tmp_path / "candidate.md")
     main([*command, "--output_dir", str(tmp_path / "a"), "--candidate", str(tmp_path / "candidate.md")])
     assert "yes: better on the held-out cases" in capsys.readouterr().out
-    assert load_scorer_prompts(str(tmp_path / "a"))["color"].name == "3"
+    assert load_scorer_prompts(str(tmp_path / "a"))["color"].name == "4"
     proposer = ["--proposer", "thinker", "--proposer_base_url", server.url]
     main([*command, "--output_dir", str(tmp_path / "b"), "--propose", "--rounds", "1", *proposer])
     asked = [body for body in server.requests if body["model"] == "thinker"]
     assert len(asked) == 1 and "JSON list" in asked[0]["messages"][0]["content"][0]["text"]
     shown = capsys.readouterr()
-    assert f"Proposed for revision 3: {ARTIFACTS}" in shown.err and "yes: better" in shown.out
+    assert f"Proposed for revision 4: {ARTIFACTS}" in shown.err and "yes: better" in shown.out
     assert ARTIFACTS in load_scorer_prompts(str(tmp_path / "b"))["color"].text
     main([*command, "--output_dir", str(tmp_path / "b")])  # the history alone
     assert "yes: better" in capsys.readouterr().out
@@ -329,7 +329,7 @@ def test_the_papers_tables_are_runs_that_parse(recipe, monkeypatch):
         raise ValueError("not here")
 
     monkeypatch.setattr(cli.bench, "_run", no_editor)
-    with pytest.raises(SystemExit, match="runs did not finish"):
+    with pytest.raises(SystemExit, match="runs did not finish|not here"):
         main(["bench", "--config", str(recipe)])
     names = [run["name"] for run in yaml.safe_load(recipe.read_text())["runs"]]
     assert [run.name for run in started] == names and len({run.output_dir for run in started}) == len(names)
@@ -365,8 +365,43 @@ def test_bench_of_gedit_with_a_judge_that_gives_reasons(serve, tmp_path):  # noq
     main(["bench", "gedit", "--editor", f"{tmp_path}/mine.py:same", *where, *options(serve(reply), tmp_path)])
     run = read_run(tmp_path / "out")
     assert [(row["sc"], row["pq"]) for row in run.cases] == [(4, 6)] * 4
-    assert sorted(set(asked)) == [(1, 512), (2, 512)]  # the trial shows two pictures
+    assert sorted(set(asked)) == [(1, 1400), (2, 1400)]  # the trial shows two pictures
     assert "parse parse_pair" in run.settings["benchmark"]["judge"]
+
+
+def test_gedit_with_hp_scores_and_what_people_say(serve, tmp_path, capsys):  # noqa: F811
+    def reply(body, count):
+        if len(body["messages"]) == 1:
+            return 200, completion('{"score": [9, 4], "reasoning": "fine"}')
+        asked = re.search(
+            r'^Instruction: "Instruction (\d+)"$', body["messages"][0]["content"][0]["text"], re.MULTILINE
+        )
+        return 200, completion(str(int(asked[1]) // 2) if asked else "3")
+
+    gedit(12).save_to_disk(tmp_path / "gedit")
+    (tmp_path / "mine.py").write_text("def same(images, prompts):\n    return images\n")
+    (tmp_path / "ratings").mkdir()
+    people = {"key0": 0, "key2": 2, "key4": 1, "key6": 3, "key8": 5, "key10": 4}  # HP-scores: 0 to 5, in this order
+    for annotator in ("ann", "bob"):
+        for case, score in [*people.items(), ("key1", 5)]:  # a Chinese case
+            editor = "mine" if annotator == "ann" else None
+            rating = Rating(annotator, case, editor, score, "r:1", "2026-01-01T00:00:00+00:00")
+            append_rating(ratings_file(tmp_path / "ratings", annotator), rating)
+    command = ["bench", "gedit", "--editor", f"{tmp_path}/mine.py:same", "--dataset", str(tmp_path / "gedit")]
+    command += ["--name", "mine", "--output_dir", str(tmp_path / "out"), *options(serve(reply), tmp_path)]
+    command += ["--benchmark_options", "hp_scorer=true", "language=en", "--ratings", str(tmp_path / "ratings")]
+    main(command)
+    printed = capsys.readouterr().out
+    run = read_run(tmp_path / "out")
+    assert [row["hp_score"] for row in run.cases] == [0, 1, 2, 3, 4, 5]
+    assert [(row["sc"], row["pq"]) for row in run.cases] == [(4, 4)] * 6
+    result = json.loads((tmp_path / "out" / "agreement" / "agreement.json").read_text())
+    pearson = result["agreement"]["overall"]["pearson"]
+    assert pearson["value"] == pytest.approx(1 - 6 * 4 / (6 * 35)) and pearson["low"] < pearson["value"]
+    assert result["agreement"]["overall"]["n"] == 6 and not result["left_out"]["not_scored"]
+    assert set(result["agreement"]["groups"]) == {"color_alter", "subject-add", "text_change"}
+    assert "| all edits " in printed and "0.89 [" in printed and "HP-score" in printed
+    assert (tmp_path / "out" / "agreement" / "human_against_scorer.png").exists()  # figure S1
 
 
 @pytest.mark.parametrize(

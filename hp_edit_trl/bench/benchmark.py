@@ -65,6 +65,8 @@ class Benchmark(ABC):
     - **title** (`str`) -- Name in reports, e.g. `"GEdit-Bench"`.
     - **metrics** (`dict[str, Metric]`) -- The metrics. The first is the main one.
     - **products** (`dict[str, tuple[str, str]]`) -- Those metrics that are the product of two other metrics' means.
+    - **ratios** (`dict[str, tuple[str, str]]`) -- Those that are the ratio of two other metrics' means, of which a
+      larger one is not better.
     - **average** (`str`) -- The main result: `"overall"`, the unweighted mean of the groups' means, or `"cases"`, the
       mean over all cases.
     - **group** (`str`) -- The column whose values are the groups, e.g. `"task"`.
@@ -89,6 +91,7 @@ class Benchmark(ABC):
     title: ClassVar[str]
     metrics: dict[str, Metric]
     products: dict[str, tuple[str, str]] = {}
+    ratios: dict[str, tuple[str, str]] = {}
     average: ClassVar[str] = "overall"
     group: ClassVar[str]
     judge_options: ClassVar[dict[str, Any]] = {}
@@ -134,6 +137,15 @@ class Benchmark(ABC):
         return {"": {}}
 
     @property
+    def table_columns(self) -> dict[str, tuple[str, str, str, str | None]]:
+        """
+        The columns of the report's table, by label: section, metric, kind and group of the row of the summary that
+        each shows, see [`summarize`]. By default the report has a table for each section, with the main metric of each
+        group and the means of all metrics.
+        """
+        return {}
+
+    @property
     def columns(self) -> list[str]:
         """The columns of group and sections."""
         return sorted({self.group, *(column for part in self.sections.values() for column in part)})
@@ -148,6 +160,7 @@ class Benchmark(ABC):
             "split": None if in_memory else self.split,
             "revision": self.revision,
             "judge": describe_judge(self.judge),
+            "score_mode": self.judge.identity.get("score_mode"),
             "scorer_prompts": {name: [prompt.revision, prompt.digest] for name, prompt in self.scorer_prompts.items()},
         }
 

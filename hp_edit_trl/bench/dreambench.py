@@ -19,33 +19,45 @@ from ..judges import Judge, without_reasoning
 from ..rewards.prompts import load_benchmark_prompts
 from ..utils.revisions import model_revision
 from ..utils.texts import without_control_tokens
-from .benchmark import Benchmark, CaseScore, Metric, check_parser, conversation, why_no_score
+from .benchmark import Benchmark, CaseScore, Metric, check_parser, why_no_score
 
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("photorealistic",) * 4 + ("style",) * 3 + ("imaginative",) * 2  # of the nine descriptions, in their order
+# Of the nine descriptions, in their order
+KINDS = ("photorealistic",) * 4 + ("style transfer",) * 3 + ("imaginative",) * 2
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+JUDGED_SIZE = (512, 512)  # of every image as the judge sees it
+# The scorer prompts, each of which comes with the judge's reply to it, and what the authors' files call them
+ORIGINALS = {"concept_preservation": "subject", "style_preservation": "style", "prompt_following": "text"}
+
+
+def read_dreambench_prompts(folder: Path) -> dict[str, str]:
+    """Reads the scorer prompts, and the judge's replies to them, from files of DreamBench++'s own code in a folder."""
+    files = {name: folder / f"user_prompt_{theirs}_full.txt" for name, theirs in ORIGINALS.items()}
+    files |= {f"{name}_reply": folder / f"gpt_prompt_{theirs}_full.txt" for name, theirs in ORIGINALS.items()}
+    return {name: file.read_text(encoding="utf-8").strip() for name, file in files.items() if file.is_file()}
 
 
 def parse_grade(answer: str) -> float | None:
     """
     Reads the grade, 0 to 4, in a judge's answer; `None` if the answer does not hold exactly one.
 
-    Accepts a digit from 0 to 4, alone or as in `"Score: 3"`, `"3/4"`, `"3.0"` or `"**3**"`, also as the only sentence
-    `Score: 3` at the end of a line, after any reasoning that is closed by `</think>`. A grade on another scale, such
-    as `"4/5"`, does not count, and reasoning that was cut off holds no grade.
+    Accepts a digit from 0 to 4, alone or as in `"Score: 3"`, `"3/4"`, `"3.0"`, `"**3**"` or `"Good (3)"`, also as the
+    only sentence `Score: 3` at the end of a line, after any reasoning that is closed by `</think>`. A grade on another
+    scale, such as `"4/5"`, does not count, and reasoning that was cut off holds no grade.
     """
     text = re.sub(r"[*_`#]+", " ", without_reasoning(answer))
     if "<think>" in text:
         return None
-    name, grade = r"(?:final |overall )?(?:score|grade|rating|answer)", r"\[?([0-4])\]?(?:\.0)?(?:\s*/\s*4)?\.?"
+    name, word = r"(?:final |overall )?(?:score|grade|rating|answer)", r"(?:very poor|poor|fair|good|excellent)"
+    grade = rf"(?:{word}\s*)?[\[(]?([0-4])[\])]?(?:\.0)?(?:\s*/\s*4)?(?:\s*\({word}\))?\.?"
     whole = re.fullmatch(rf"\s*(?:{name}\s*(?:is|:|=)?\s*)?{grade}\s*", text, re.IGNORECASE)
     if whole:
         return float(whole[1])
     lines = re.findall(rf"(?:^[ \t>-]*|[.!?;][ \t]+){name}\s*[:=]\s*(.*?)\s*$", text, re.IGNORECASE | re.MULTILINE)
     # A line without a grade counts too: a grade in another line is then not the only one.
-    grades = {match and match[1] for match in (re.fullmatch(grade, line) for line in lines)}
+    grades = {match and match[1] for match in (re.fullmatch(grade, line, re.IGNORECASE) for line in lines)}
     only = grades.pop() if len(grades) == 1 else None
     return None if only is None else float(only)
 
@@ -57,10 +69,14 @@ class DreamBenchPlus(Benchmark):
 
     The judge grades from 0 to 4 how well the subject is preserved (concept preservation, CP; it sees reference and
     edit) and how well the description is followed (prompt following, PF; it sees the edit alone), each several times
-    (`num_answers` of the judge, three in the benchmark). CP and PF are the mean grades divided by 4, and CP·PF is the
-    product of their means. In addition, there are cosine similarities of embeddings: CLIP-I and DINO-I of reference
-    and edit, CLIP-T of description and edit. The main result is the mean over all cases. An answer without a grade is
-    missing.
+    (`num_answers` of the judge, three in the benchmark). CP and PF are the mean grades divided by 4; CP·PF and CP/PF
+    are product and ratio of their means. In addition, there are cosine similarities of embeddings: CLIP-I and DINO-I
+    of reference and edit, CLIP-T of description and edit. The main result is the mean over all cases. An answer
+    without a grade is missing.
+
+    As in the benchmark's own code, the judge is first given its task, has already replied to it, and is then shown the
+    images, squeezed to 512 x 512 pixels, and the description. It answers with an analysis and a grade about the
+    description, and with a grade alone about the subject.
 
     Images for DINO are scaled to 256 pixels on the shorter side and cropped to 224, as in the benchmark's own code.
 
@@ -76,8 +92,10 @@ class DreamBenchPlus(Benchmark):
             Branch, tag or commit of the Hub repository.
         scorer_prompts (`str`, *optional*):
             Folder or Hub repository with the scorer prompts `concept_preservation`, `style_preservation` (for subjects
-            of the category `style`) and `prompt_following` (`.md` or `.txt`), e.g. the benchmark's original prompts.
-            By default those of this package, which paraphrase the originals.
+            of the category `style`) and `prompt_following`, and the judge's reply to each, e.g.
+            `prompt_following_reply` (`.md` or `.txt`). The folder `prompts` of the benchmark's own code does as it is
+            (`user_prompt_*_full.txt`, `gpt_prompt_*_full.txt`). By default the prompts of this package, in our own
+            words.
         scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of that Hub repository.
         clip (`str`, *optional*, defaults to `"openai/clip-vit-base-patch32"`):
@@ -87,13 +105,13 @@ class DreamBenchPlus(Benchmark):
 
     Raises:
         `FileNotFoundError`: If there are no cases at `dataset`. `ValueError`: If the judge reads other scores from its
-        answers, the scorer prompt `prompt_following` has no place
-            for the description, an image does not have nine descriptions, or `clip` is not a CLIP model.
+        answers, an image does not have nine descriptions, or `clip` is not a CLIP model.
     """
 
     name = "dreambench"
     title = "DreamBench++"
     products = {"cp_pf": ("cp", "pf")}
+    ratios = {"cp_over_pf": ("cp", "pf")}
     average = "cases"
     group = "kind"
     judge_options = {"parse": parse_grade, "max_new_tokens": 512, "num_answers": 3}  # reasons come with the grades
@@ -115,13 +133,14 @@ class DreamBenchPlus(Benchmark):
                 num_answers,
             )
         super().__init__(judge, str(dataset), revision=revision)
-        names = ("concept_preservation", "style_preservation", "prompt_following")
+        names = [name for one in ORIGINALS for name in (one, f"{one}_reply")]
         self.scorer_prompts = load_benchmark_prompts(
-            self.name, names, scorer_prompts, scorer_prompts_revision, filled="prompt_following"
+            self.name, names, scorer_prompts, scorer_prompts_revision, read_originals=read_dreambench_prompts
         )
         self.clip = clip
         self.dino = dino
-        self.metrics = {name: Metric(label, 1.0) for name, label in (("cp_pf", "CP·PF"), ("cp", "CP"), ("pf", "PF"))}
+        labels = {"cp_pf": "CP·PF", "cp_over_pf": "CP/PF", "cp": "CP", "pf": "PF"}
+        self.metrics = {name: Metric(label, 1.0) for name, label in labels.items()}
         if dino is not None:
             self.metrics |= {"dino_i": Metric("DINO-I", 1.0)}
         if clip is not None:
@@ -130,6 +149,15 @@ class DreamBenchPlus(Benchmark):
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
         return {"": {}} | {category: {"category": category} for category in sorted(set(self.dataset["category"]))}
+
+    @property
+    def table_columns(self) -> dict[str, tuple[str, str, str, str | None]]:
+        columns: dict[str, tuple[str, str, str, str | None]]
+        columns = {f"CP, {name}": (name, "cp", "cases", None) for name in self.sections if name}
+        columns |= {"CP": ("", "cp", "cases", None)}
+        columns |= {f"PF, {kind}": ("", "pf", "group", kind) for kind in dict.fromkeys(KINDS)}
+        rest = ["pf", *(name for name in self.metrics if name not in ("cp", "pf"))]
+        return columns | {self.metrics[name].label: ("", name, "cases", None) for name in rest}
 
     def _find_folder(self) -> Path:
         """The folder with the images and captions; it is downloaded first if necessary."""
@@ -205,8 +233,10 @@ class DreamBenchPlus(Benchmark):
         for case, (reference,), edit in zip(cases, references, edits, strict=True):
             text = {name: prompt.fill(case["prompt"], quote=False) for name, prompt in self.scorer_prompts.items()}
             preserved = "style_preservation" if case["category"] == "style" else "concept_preservation"
-            conversations.append(conversation(text[preserved], [("Image A", reference), ("Image B", edit)]))
-            conversations.append(conversation(text["prompt_following"], [("The image", edit)]))
+            shown = _squeezed(edit)
+            conversations.append(_question(text, preserved, [_squeezed(reference), shown]))
+            description = {"type": "text", "text": case["prompt"]}
+            conversations.append(_question(text, "prompt_following", [description, shown]))
         judged = self.judge(conversations)
         subjects = [images[0] for images in references]
         cosines: dict[str, list[float]] = {}
@@ -244,6 +274,17 @@ class DreamBenchPlus(Benchmark):
         texts = [without_control_tokens(text, self._clip_processor.tokenizer) for text in texts]
         inputs = self._clip_processor(text=texts, padding=True, truncation=True, return_tensors="pt")
         return self._clip.get_text_features(**inputs.to(PartialState().device)).pooler_output
+
+
+def _squeezed(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image", "image": image.resize(JUDGED_SIZE, Image.Resampling.BICUBIC)}
+
+
+def _question(text: dict[str, str], name: str, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation of three messages: the prompt of this name, the judge's reply to it, and what it is about."""
+    before = [("user", text[name]), ("assistant", text[f"{name}_reply"])]
+    messages = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in before]
+    return [*messages, {"role": "user", "content": shown}]
 
 
 def _cosines(one: torch.Tensor, other: torch.Tensor) -> list[float]:

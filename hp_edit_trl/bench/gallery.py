@@ -31,7 +31,7 @@ def write_gallery(runs: Sequence[Run], output_dir: str | Path) -> Path:
     output_dir = Path(output_dir)
     (output_dir / "images").mkdir(parents=True, exist_ok=True)
     benchmark, labels = runs[0].benchmark, runs[0].labels
-    metrics = [name for name in benchmark["metrics"] if name not in benchmark["products"]]
+    metrics = [name for name in benchmark["metrics"] if name not in benchmark["products"] | benchmark["ratios"]]
     metrics += ["human"] if any(row["human"] is not None for run in runs for row in run.cases) else []
     sections = {name: wanted for name, wanted in benchmark["sections"].items() if wanted}
     cases = []

@@ -1,5 +1,6 @@
 """GEdit-Bench: prompts of users in English and Chinese, judged for semantic consistency and perceptual quality."""
 
+import ast
 import json
 import math
 import re
@@ -9,9 +10,65 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from ..judges import Judge, without_reasoning
+from ..judges import Judge, describe_judge, parse_score, with_parser, without_reasoning
+from ..rewards import HPScorerReward
 from ..rewards.prompts import load_benchmark_prompts
-from .benchmark import Benchmark, CaseScore, Metric, check_has_columns, check_parser, conversation, why_no_score
+from .benchmark import Benchmark, CaseScore, Metric, check_has_columns, check_parser, why_no_score
+
+
+JUDGED_AREA = 512 * 512  # pixels of an image as the judge sees it
+# The prompts as parts of the authors' `vie_prompts.py`, joined by line breaks
+ORIGINALS = {
+    "consistency": ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC"),
+    "quality": ("_context_no_delimit", "_prompts_0shot_rule_PQ"),
+}
+# The scorer prompt of HP-Scorer for each task. The base prompt is for tasks that none of the paper's eight covers:
+# changes of tone are also of season, weather and colors, which the prompt for relighting would take for faults.
+SCORER_TASKS = {
+    "background_change": "background",
+    "color_alter": "color",
+    "material_alter": "base",
+    "motion_change": "base",
+    "ps_human": "base",
+    "style_change": "style",
+    "subject-add": "add",
+    "subject-remove": "remove",
+    "subject-replace": "swap",
+    "text_change": "base",
+    "tone_transfer": "base",
+}
+
+
+def as_judged(image: Image.Image) -> Image.Image:
+    """The image at the size at which GEdit-Bench's own code shows it to the judge: `JUDGED_AREA`, its aspect ratio."""
+    width = math.sqrt(JUDGED_AREA * image.width / image.height)
+    size = max(1, int(width)), max(1, int(width * image.height / image.width))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def read_gedit_prompts(folder: Path) -> dict[str, str]:
+    """
+    Reads the scorer prompts from `vie_prompts.py` of GEdit-Bench's own code, if the folder has it. It is not executed.
+
+    Raises:
+        `ValueError`: If it cannot be parsed, or lacks a part.
+    """
+    file = folder / "vie_prompts.py"
+    if not file.is_file():
+        return {}
+    try:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no Python file: {error}") from error
+    parts = {
+        node.targets[0].id: node.value.value
+        for node in body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }
+    if missing := sorted({name for names in ORIGINALS.values() for name in names} - parts.keys()):
+        raise ValueError(f"{file} has no text {', '.join(missing)}: name the file of GEdit-Bench's own code.")
+    return {prompt: "\n".join(parts[name] for name in names) for prompt, names in ORIGINALS.items()}
 
 
 def parse_pair(answer: str) -> float | None:
@@ -55,8 +112,11 @@ class GEditBench(Benchmark):
     GEdit-Bench: 606 images with an English and a Chinese prompt each, in eleven tasks.
 
     The judge sees reference and edit and gives two scores from 0 to 10, the smaller of which is SC (semantic
-    consistency). It then sees the edit alone and gives two more, the smaller of which is PQ (perceptual quality).
-    \\( O = \sqrt{SC \cdot PQ} \\) for each edit. The main result is the unweighted mean of the tasks' means for each
+    consistency). It then sees the edit alone and gives two more, the smaller of which is PQ (perceptual quality). As
+    in the benchmark's own code, a question is one message, the prompt before the images; these have an area of
+    512 x 512 pixels, each in its own aspect ratio; and an answer is the scores and then the reasons.
+
+    For each edit, \\( O = \sqrt{SC \cdot PQ} \\). The main result is the unweighted mean of the tasks' means for each
     language, and again for the cases that the benchmark marks as the `intersection`: those that every system in its
     authors' comparison could edit. Where a judge's answer holds no scores, they are missing; the benchmark's own code
     draws random scores.
@@ -76,22 +136,30 @@ class GEditBench(Benchmark):
             Branch, tag or commit of the Hub repository.
         scorer_prompts (`str`, *optional*):
             Folder or Hub repository with the scorer prompts `consistency` and `quality` (`.md` or `.txt`), e.g. the
-            benchmark's original prompts. By default those of this package, which paraphrase the originals.
+            benchmark's original prompts, also in the authors' own file `vie_prompts.py`. By default those of this
+            package, in our own words.
         scorer_prompts_revision (`str`, *optional*):
             Branch, tag or commit of that Hub repository.
         image_root (`str`, *optional*):
             Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
+        language (`str`, *optional*):
+            `"en"` or `"cn"`: only the cases with a prompt in this language. By default all.
+        hp_scorer (`bool` or [`HPScorerReward`], *optional*, defaults to `False`):
+            Whether HP-Scorer scores the edits as well, from 0 to 5 (`hp_score`), with the scorer prompts that
+            `SCORER_TASKS` names. `True` asks the same judge; an [`HPScorerReward`] may have another one, or other
+            scorer prompts.
 
     Raises:
         `ValueError`: If the judge reads other scores from its answers, the scorer prompt `consistency` has no place
-            for the prompt, or the dataset lacks a column or a language.
+            for the prompt, the dataset lacks a column or a language, or HP-Scorer has no prompt for a task.
+        `TypeError`: If `hp_scorer` is neither, or the judge is of a kind that cannot be asked for other scores.
     """
 
     name = "gedit"
     title = "GEdit-Bench"
     metrics = {"o": Metric("O", 10.0), "sc": Metric("SC", 10.0), "pq": Metric("PQ", 10.0)}
     group = "task_type"
-    judge_options = {"parse": parse_pair, "max_new_tokens": 512}  # reasons come with the scores
+    judge_options = {"parse": parse_pair, "max_new_tokens": 1400}  # reasons come with the scores
 
     def __init__(
         self,
@@ -102,12 +170,30 @@ class GEditBench(Benchmark):
         scorer_prompts: str | None = None,
         scorer_prompts_revision: str | None = None,
         image_root: str | None = None,
+        language: str | None = None,
+        hp_scorer: bool | HPScorerReward = False,
     ):
         check_parser(judge, parse_pair, min_new_tokens=128)
+        if language not in (None, "en", "cn"):
+            raise ValueError(f"language={language!r} must be 'en' or 'cn', or None for both.")
+        if not isinstance(hp_scorer, bool | HPScorerReward):
+            raise TypeError(f"hp_scorer={hp_scorer!r} must be true, false or an HPScorerReward.")
         super().__init__(judge, dataset, split, revision, image_root)
         self.scorer_prompts = load_benchmark_prompts(
-            self.name, ("consistency", "quality"), scorer_prompts, scorer_prompts_revision, filled="consistency"
+            self.name,
+            ("consistency", "quality"),
+            scorer_prompts,
+            scorer_prompts_revision,
+            filled="consistency",
+            read_originals=read_gedit_prompts,
         )
+        self.language = language
+        self.asks_same_judge = hp_scorer is True
+        self.hp_scorer = hp_scorer if isinstance(hp_scorer, HPScorerReward) else None
+        if self.asks_same_judge:
+            self.hp_scorer = HPScorerReward(with_parser(judge, parse_score))
+        if self.hp_scorer is not None:
+            self.metrics = self.metrics | {"hp_score": Metric("HP-score", 5.0)}
 
     def to_cases(self, raw: Dataset) -> Dataset:
         image = "input_image_raw" if "input_image_raw" in raw.column_names else "input_image"
@@ -118,11 +204,49 @@ class GEditBench(Benchmark):
             raise ValueError(
                 f"Row {languages.index(None)} of GEdit-Bench has no instruction_language: write 'en' or 'cn'."
             )
+        if self.language is not None:
+            rows = [row for row, language in enumerate(languages) if language == self.language]
+            if not rows:
+                raise ValueError(f"{self.title} has no case in the language {self.language!r}.")
+            raw = raw.select(rows)
         cases = raw.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
+        if self.hp_scorer is not None:
+            self.scorer_prompts = self.scorer_prompts | {
+                task: self.hp_scorer.scorer_prompt(task)
+                for task in sorted(set(map(self._scorer_task, cases["task_type"])))
+            }
         if len(set(cases["id"])) < len(cases):  # one key for both languages
             ids = [f"{key}-{language}" for key, language in zip(cases["id"], cases["language"], strict=True)]
             cases = cases.remove_columns("id").add_column("id", ids)
         return cases
+
+    def _scorer_task(self, task_type: str) -> str:
+        if task_type not in SCORER_TASKS:
+            raise ValueError(
+                f"HP-Scorer has no prompt for the task {task_type!r}; those of GEdit-Bench are "
+                f"{', '.join(SCORER_TASKS)}."
+            )
+        return SCORER_TASKS[task_type]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings | {"language": self.language}
+        if self.hp_scorer is None:
+            return settings
+        # Of HP-Scorer, whose scores are compared with people's
+        judge = self.hp_scorer.judge
+        settings |= {"hp_judge": describe_judge(judge), "score_mode": judge.identity.get("score_mode")}
+        return settings | {
+            "scorer_tasks": {task: SCORER_TASKS[task] for task in sorted(set(self.dataset["task_type"]))}
+        }
+
+    def load(self) -> None:
+        super().load()
+        if self.asks_same_judge:
+            # Again, now that the weights are there: they are shared
+            self.hp_scorer.judge = with_parser(self.judge, parse_score)  # type: ignore[union-attr]
+        elif self.hp_scorer is not None:
+            self.hp_scorer.load()
 
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
@@ -142,12 +266,25 @@ class GEditBench(Benchmark):
         conversations = []
         for case, (reference,), edit in zip(cases, references, edits, strict=True):
             text = {name: prompt.fill(case["prompt"], quote=False) for name, prompt in self.scorer_prompts.items()}
-            conversations.append(conversation(text["consistency"], [("Image A", reference), ("Image B", edit)]))
-            conversations.append(conversation(text["quality"], [("The image", edit)]))
+            shown = as_judged(edit)
+            conversations.append(_question(text["consistency"], as_judged(reference), shown))
+            conversations.append(_question(text["quality"], shown))
         judged = self.judge(conversations)
         scores = []
         for sc, pq in zip(judged[::2], judged[1::2], strict=True):
             o = None if sc.score is None or pq.score is None else math.sqrt(sc.score * pq.score)
             values = {"o": o, "sc": sc.score, "pq": pq.score}
             scores.append(CaseScore(values, {"sc": sc, "pq": pq}, why_no_score(sc, pq)))
+        if self.hp_scorer is not None:
+            prompts, tasks = [case["prompt"] for case in cases], [SCORER_TASKS[case["task_type"]] for case in cases]
+            hp_scores = self.hp_scorer.judge_edits(prompts, edits, references, tasks, [None] * len(cases))  # type: ignore[arg-type]
+            for score, hp in zip(scores, hp_scores, strict=True):
+                score.values["hp_score"], score.judgements["hp_score"] = hp.score, hp
+                score.reason = score.reason or why_no_score(hp)
         return scores
+
+
+def _question(text: str, *images: Image.Image) -> list[dict[str, Any]]:
+    """A conversation of one message, the prompt before the images."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    return [{"role": "user", "content": content + [{"type": "image", "image": image} for image in images]}]

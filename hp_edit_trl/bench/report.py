@@ -72,10 +72,11 @@ def write_bench_report(
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("curves.png", "curves.csv", "gallery.html"):  # these are not always written
         (output_dir / name).unlink(missing_ok=True)
-    tables = [_section_table(runs, section) for section in runs[0].benchmark["sections"]]
+    tables = _tables(runs)
     parts = [_markdown(*table) for table in tables]
     if differences:
         parts.append(_difference_table(first, differences))
+        parts += [note + "\n" for name, rows in differences.items() for note in _no_interval(first, name, rows)]
     parts.append("\n".join(f"- {note}" for note in _notes(runs)) + "\n")
     text = "\n".join(parts)
     figures = "![Scores with intervals](bars.png)\n" + ("\n![Rewards in training](curves.png)\n" if curves else "")
@@ -96,10 +97,11 @@ def write_bench_report(
 
 def describe_run(run: Run) -> str:
     """The scores of one run and what is missing, in Markdown."""
-    tables = [_markdown(*_section_table([run], section)) for section in run.benchmark["sections"]]
+    tables = [_markdown(*table) for table in _tables([run])]
     counts = run.results["counts"]
     complete = f"{run.name}: all of the {counts['cases']} cases have an edit and a score."
-    return "\n".join([*tables, *(_missing(run) or [complete]), ""])
+    no_interval = _no_interval(run, run.name, run.results["summary"])
+    return "\n".join([*tables, *(_missing(run) or [complete]), *no_interval, ""])
 
 
 def read_rewards(path: str | Path) -> tuple[str, list[tuple[int, float]]]:
@@ -205,30 +207,59 @@ def _summary_by_key(run: Run, section: str) -> dict[tuple[str, str, str | None],
     return {(row["metric"], row["kind"], row["group"]): row for row in rows}
 
 
-def _section_table(runs: Sequence[Run], section: str) -> tuple[str, list[str], list[list[tuple[str, bool]]]]:
-    """Title, head and cells of a section's table; a cell is its text and whether it is the best of its column."""
+Table = tuple[str, list[str], list[list[tuple[str, bool]]]]
+Column = tuple[str, str, str, str | None]  # section, metric, kind and group of a row of the summary
+
+
+def _tables(runs: Sequence[Run]) -> list[Table]:
+    """The tables of a report: the benchmark's own one, or one for each section."""
+    benchmark, labels = runs[0].benchmark, runs[0].labels
+    if not benchmark["table_columns"]:
+        return [_table(runs, section, _section_columns(runs, section)) for section in benchmark["sections"]]
+    columns: dict[str, Column] = {label: tuple(key) for label, key in benchmark["table_columns"].items()}
+    section, people = next(iter(benchmark["sections"])), ("human", benchmark["average"], None)
+    if any(people in _summary_by_key(run, section) for run in runs):
+        columns[labels["human"]] = section, *people
+    return [_table(runs, section, columns)]
+
+
+def _section_columns(runs: Sequence[Run], section: str) -> dict[str, Column]:
+    """The columns of a section's table, by label: the main metric of each group, and the means of all metrics."""
     benchmark, labels, main = runs[0].benchmark, runs[0].labels, runs[0].main_metric
     summaries = [_summary_by_key(run, section) for run in runs]
-    groups = list(dict.fromkeys(name for rows in summaries for metric, kind, name in rows if kind == "group"))
-    columns: list[tuple[str, tuple[str, str, str | None]]] = [(str(name), (main, "group", name)) for name in groups]
-    columns += [(f"{labels[main]}, overall", (main, "overall", None))]
-    columns += [(f"{labels[main]}, all cases", (main, "cases", None))]
-    columns += [
-        (label, (name, benchmark["average"], None))
+    groups = dict.fromkeys(name for rows in summaries for metric, kind, name in rows if kind == "group")
+    columns: dict[str, Column] = {str(name): (section, main, "group", name) for name in groups}
+    columns[f"{labels[main]}, overall"] = section, main, "overall", None
+    columns[f"{labels[main]}, all cases"] = section, main, "cases", None
+    return columns | {
+        label: (section, name, benchmark["average"], None)
         for name, label in labels.items()
         if name != main and any((name, benchmark["average"], None) in rows for rows in summaries)
-    ]
+    }
+
+
+def _table(runs: Sequence[Run], title: str, columns: dict[str, Column]) -> Table:
+    """Title, head and cells of a table; a cell is its text and whether it is the best of its column."""
+    benchmark = runs[0].benchmark
+    summaries = {section: [_summary_by_key(run, section) for run in runs] for section in benchmark["sections"]}
     cells: list[list[tuple[str, bool]]] = [[(run.name, False)] for run in runs]
-    for _, key in columns:
-        estimates = [rows.get(key) or {"value": None} for rows in summaries]
+    for section, metric, kind, group in columns.values():
+        estimates = [rows.get((metric, kind, group)) or {"value": None} for rows in summaries[section]]
         known = [round(one["value"], 3) for one in estimates if one["value"] is not None]
+        may_be_best = len(runs) > 1 and metric not in benchmark["ratios"]
         for row, one in zip(cells, estimates, strict=True):
             if one["value"] is None:
                 row.append(("–", False))
                 continue
-            text = format_estimate(one) if key[1] == benchmark["average"] else f"{one['value']:.3f}"
-            row.append((text, len(runs) > 1 and round(one["value"], 3) == max(known)))
-    return section, ["editor", *(name for name, _ in columns)], cells
+            with_interval = (section, kind) == (title, benchmark["average"])
+            text = format_estimate(one, digits=_digits(benchmark, metric)) if with_interval else f"{one['value']:.3f}"
+            row.append((text, may_be_best and round(one["value"], 3) == max(known)))
+    return title, ["editor", *columns], cells
+
+
+def _digits(benchmark: dict[str, Any], metric: str) -> int:
+    """Decimal places of a value with its interval."""
+    return 3 if metric in benchmark["metrics"] and benchmark["metrics"][metric]["maximum"] <= 1 else 2
 
 
 def _markdown(title: str, head: list[str], rows: list[list[tuple[str, bool]]]) -> str:
@@ -253,7 +284,12 @@ def _difference_table(first: Run, differences: dict[str, list[dict[str, Any]]]) 
     benchmark, main = first.benchmark, first.main_metric
     several = len(benchmark["sections"]) > 1
     rows = [
-        [name, *([row["section"]] if several else []), format_estimate(row, signed=True), row["n"]]
+        [
+            name,
+            *([row["section"]] if several else []),
+            format_estimate(row, signed=True, digits=_digits(benchmark, main)),
+            row["n"],
+        ]
         for name, compared in differences.items()
         for row in compared
         if (row["metric"], row["kind"]) == (main, benchmark["average"])
@@ -278,7 +314,18 @@ def _notes(runs: Sequence[Run]) -> list[str]:
             f"{name} {value}" for name, value in run.settings["editor"].items() if name != "name" and value is not None
         ]
         notes += [f"{run.name}: {', '.join(editor)}; seed {run.settings['seed']}.", *_missing(run)]
+        notes += _no_interval(run, run.name, run.results["summary"])
     return notes
+
+
+def _no_interval(run: Run, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence about the main results of a run that have no interval, with reasons; none if all have one."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["kind"] == run.benchmark["average"] and row["value"] is not None and row["low"] is None:
+            place = ", ".join(filter(None, (run.labels[row["metric"]], row["section"])))
+            reasons.setdefault(row["reason"], []).append(place)
+    return [f"{name}: {'; '.join(where)}: {reason}." for reason, where in reasons.items()]
 
 
 def _missing(run: Run) -> list[str]:

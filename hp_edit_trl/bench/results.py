@@ -1,5 +1,6 @@
 """Results of a benchmark: how scores are summarized, the folder that holds a run, and the difference of two runs."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..utils.files import read_json
 from ..utils.statistics import bootstrap_weights, estimate
 
 
-FORMAT = 2  # of a results folder
+FORMAT = 3  # of a results folder
 # Settings of a benchmark that say where its cases came from. A hash of the cases tells whether they are the same.
 WHERE_FROM = {"dataset", "split", "revision"}
 
@@ -56,6 +57,28 @@ class Run:
         """Labels of the metrics in tables and figures."""
         return {name: metric["label"] for name, metric in self.benchmark["metrics"].items()} | {"human": "people"}
 
+    @property
+    def hp_scores(self) -> list[dict[str, Any]]:
+        """
+        HP-Scorer's score of each edit, as lines like those that [`~hp_edit_trl.calibration.read_scores`] reads; none
+        if the benchmark has no metric `hp_score`.
+        """
+        if "hp_score" not in self.benchmark["metrics"]:
+            return []
+        lines = []
+        for case in self.cases:
+            if case["edit"] is None:
+                continue
+            task = case[self.benchmark["group"]]
+            name = self.benchmark.get("scorer_tasks", {}).get(task, task)
+            prompt, sha = self.benchmark["scorer_prompts"][name]
+            answer = json.loads(case["answers"] or "{}").get("hp_score")
+            line = {"id": case["id"], "editor": self.name, "task": task, "score": case["hp_score"], "answer": answer}
+            line |= {"judge": self.benchmark.get("hp_judge", self.benchmark["judge"])}
+            line |= {"score_mode": self.benchmark["score_mode"]}
+            lines.append(line | {"scorer_prompt": prompt, "scorer_prompt_sha": sha})
+        return lines
+
 
 def summarize(
     cases: Sequence[dict[str, Any]],
@@ -66,13 +89,14 @@ def summarize(
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
+    ratios: dict[str, tuple[str, str]] | None = None,
 ) -> list[dict[str, Any]]:
     """
     Summarizes the scores of cases: the mean of each group, the unweighted mean of the groups' means, and the mean over
     all cases.
 
     Intervals are percentiles of means over resampled cases. Cases are resampled within their group, because the groups
-    are chosen and not drawn.
+    are chosen and not drawn. So there is no interval where a group has only one case: it could not vary.
 
     Args:
         cases (`Sequence[dict]`):
@@ -93,6 +117,8 @@ def summarize(
             Number of bootstrap resamples.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the resamples.
+        ratios (`dict[str, tuple[str, str]]`, *optional*):
+            Further metrics, each the ratio of two other metrics' means.
 
     Returns:
         `list[dict]`: for each section, metric and group a row of `section`, `kind`, `group`, `metric`, `value`, `low`,
@@ -103,13 +129,10 @@ def summarize(
     Raises:
         `ValueError`: If a value is not finite.
     """
-    rows = []
-    for key, means, n, missing in _summary_rows(
-        cases, metrics, group, sections, products or {}, confidence, num_resamples, seed
-    ):
-        reason = "no case has a value" if n == 0 else "a group has no value"
-        rows.append(key | {"n": n, "missing": missing} | estimate(means, confidence, n, reason))
-    return rows
+    found = _summary_rows(
+        cases, metrics, group, sections, products or {}, ratios or {}, confidence, num_resamples, seed
+    )
+    return [_row(*row, confidence, "") for row in found]
 
 
 def compare(
@@ -149,7 +172,8 @@ def compare(
             f"{one.get(name)!r} and {other.get(name)!r}. Scores can be compared only on the same cases, with the same "
             "judge and scorer prompts."
         )
-    metrics = [name for name in one["metrics"] if name not in one["products"]]
+    derived = one["products"], one["ratios"]
+    metrics = [name for name in one["metrics"] if not any(name in names for names in derived)]
     if any(case["human"] is not None for case in a.cases) and any(case["human"] is not None for case in b.cases):
         metrics.append("human")
     both: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
@@ -158,14 +182,13 @@ def compare(
         both[0].append(first | lacking)
         both[1].append(second | lacking)
     means_a, means_b = (
-        _summary_rows(cases, metrics, one["group"], one["sections"], one["products"], confidence, num_resamples, seed)
+        _summary_rows(cases, metrics, one["group"], one["sections"], *derived, confidence, num_resamples, seed)
         for cases in both
     )
-    rows = []
-    for (key, rows_a, n, missing), (_, rows_b, _, _) in zip(means_a, means_b, strict=True):
-        reason = "no case has a value in both" if n == 0 else "a group has no value in both"
-        rows.append(key | {"n": n, "missing": missing} | estimate(rows_b - rows_a, confidence, n, reason))
-    return rows
+    return [
+        _row(key, rows_b - rows_a, n, missing, alone, confidence, " in both")
+        for (key, rows_a, n, missing, alone), (_, rows_b, *_) in zip(means_a, means_b, strict=True)
+    ]
 
 
 def read_run(folder: str | Path) -> Run:
@@ -213,13 +236,14 @@ def _summary_rows(
     group: str,
     sections: dict[str, dict[str, Any]] | None,
     products: dict[str, tuple[str, str]],
+    ratios: dict[str, tuple[str, str]],
     confidence: float,
     num_resamples: int,
     seed: int,
-) -> list[tuple[dict[str, Any], np.ndarray, int, int]]:
+) -> list[tuple[dict[str, Any], np.ndarray, int, int, list[str]]]:
     """
-    The rows of a summary: the key of each, its mean and the means of the resamples, and the numbers of cases with and
-    without a value.
+    The rows of a summary: the key of each, its mean and the means of the resamples, the numbers of cases with and
+    without a value, and the groups of which only one case has a value.
     """
     table = []
     order = list(dict.fromkeys(str(case[group]) for case in cases))
@@ -238,19 +262,36 @@ def _summary_rows(
                 raise ValueError(f"{metric} of case {case.get('id')!r} is {case[metric]}: it must be a finite number.")
             sums = _group_means(values[metric], weights, groups, names, present[metric])
             means |= {(metric, *key): rows for key, rows in sums.items()}
-        for product, (first, second) in products.items():
-            present[product] = present[first] & present[second]
-            # Both factors on the same cases: those with both values
-            factors = [
-                _group_means(values[factor], weights, groups, names, present[product]) for factor in (first, second)
-            ]
-            means |= {(product, *key): rows * factors[1][key] for key, rows in factors[0].items()}
+        for derived, (first, second) in (products | ratios).items():
+            present[derived] = present[first] & present[second]
+            # Both parts on the same cases: those with both values
+            parts = [_group_means(values[part], weights, groups, names, present[derived]) for part in (first, second)]
+            combine = _divided if derived in ratios else np.multiply
+            means |= {(derived, *key): combine(rows, parts[1][key]) for key, rows in parts[0].items()}
         for (metric, kind, of_group), rows in means.items():
             of = groups == of_group if kind == "group" else np.ones(len(members), bool)
             n = int((of & present[metric]).sum())
             key = {"section": section, "kind": kind, "group": of_group, "metric": metric}
-            table.append((key, rows, n, int(of.sum()) - n))
+            alone = [name for name in names if (groups[of & present[metric]] == name).sum() == 1]
+            table.append((key, rows, n, int(of.sum()) - n, alone))
     return table
+
+
+def _row(
+    key: dict[str, Any], means: np.ndarray, n: int, missing: int, alone: list[str], confidence: float, where: str
+) -> dict[str, Any]:
+    """A row of a summary. It has no interval if only one case of a group has a value."""
+    reason = f"no case has a value{where}"
+    if n > 0:
+        reason = f"a group has no value{where}" if key["kind"] == "overall" else "the mean to divide by is 0"
+    row = key | {"n": n, "missing": missing} | estimate(means, confidence, 1 if alone else n, reason)
+    if alone and n > 1 and row["value"] is not None:
+        row["reason"] = f"no interval from only one case with a value{where} of {', '.join(alone)}"
+    return row
+
+
+def _divided(rows: np.ndarray, by: np.ndarray) -> np.ndarray:
+    return np.divide(rows, by, out=np.full(len(rows), np.nan), where=by > 0)
 
 
 def _group_means(

@@ -125,7 +125,7 @@ def run_benchmark(
         identity = editor.identity
         name = name or " + ".join(str(identity[part]) for part in ("editor", "lora") if identity.get(part))
         human = None if ratings is None else _human_scores(ratings, name, cases["id"][:])
-        layout = ("name", "title", "products", "average", "group", "sections")
+        layout = ("name", "title", "products", "ratios", "average", "group", "sections", "table_columns")
         described = {part: getattr(benchmark, part) for part in layout}
         described["metrics"] = {metric: asdict(value) for metric, value in benchmark.metrics.items()}
         described |= {**benchmark.settings, "cases": len(cases), "cases_sha": _cases_digest(cases, benchmark)}
@@ -357,7 +357,7 @@ def _write_results(
     tried = _read_edit_lines(folder)
     edits = {case_id: line for case_id, line in tried.items() if _is_intact(folder, line)}
     scores = _read_score_lines(folder, edits)
-    direct = [name for name in benchmark.metrics if name not in benchmark.products]
+    direct = [name for name in benchmark.metrics if name not in benchmark.products | benchmark.ratios]
     kept = [name for name in cases.column_names if name in {"id", "prompt", "requirement", *benchmark.columns}]
     names = "edits no_edit resized reshaped no_score judgements parse_failures unparsed_samples unanswered"
     counts = {"cases": len(cases)} | dict.fromkeys(names.split(), 0)
@@ -410,7 +410,14 @@ def _write_results(
     write_atomically(folder / "cases.parquet", lambda part: pq.write_table(table, part))
     asked = [*direct, *(["human"] if human is not None else [])]
     summary = summarize(
-        rows, asked, benchmark.group, benchmark.sections, benchmark.products, confidence, num_resamples
+        rows,
+        asked,
+        benchmark.group,
+        benchmark.sections,
+        benchmark.products,
+        confidence,
+        num_resamples,
+        ratios=benchmark.ratios,
     )
     results = {"format": FORMAT, "summary": summary, "counts": counts, "reasons": dict(reasons.most_common())}
     results |= {"confidence": confidence, "num_resamples": num_resamples, "bootstrap_seed": 0}

@@ -100,6 +100,8 @@ def _bench(args: argparse.Namespace) -> None:
             continue
         if PartialState().is_main_process:
             print(f"{describe_run(finished[-1])}\n{finished[-1].folder}\n")
+            if run.ratings is not None:
+                _write_agreement(finished[-1], run.ratings)
     if args.config is not None and finished and PartialState().is_main_process:
         output_dir = finished[0].folder.parent / "report"
         print(f"{write_bench_report(finished, output_dir)}\n{output_dir}")
@@ -109,6 +111,30 @@ def _bench(args: argparse.Namespace) -> None:
             f"{len(failed)} of {len(runs)} runs did not finish: {', '.join(failed)}. Run the same command again to "
             "resume."
         )
+
+
+def _write_agreement(run: "Run", path: str) -> None:
+    """Compares the HP-scores of a run with people's ratings of its edits, if it has any, and writes `agreement/`."""
+    from dataclasses import replace
+
+    from ..calibration import agreement_tables, compare_with_people, write_agreement
+    from ..ratings import read_ratings
+
+    if not run.hp_scores:
+        return
+    known = {line["id"] for line in run.hp_scores}
+    ratings = [
+        replace(rating, editor=run.name)
+        for rating in read_ratings(path)[0]
+        if rating.editor in (run.name, None) and rating.id in known
+    ]
+    try:
+        result = compare_with_people(ratings, run.hp_scores)
+    except ValueError as error:  # the run is finished nevertheless
+        print(f"hp-edit: {run.name}: no agreement with people: {error}", file=sys.stderr)
+        return
+    write_agreement(result, run.folder / "agreement")
+    print(f"{agreement_tables(result)}\n{run.folder / 'agreement'}\n")
 
 
 def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:

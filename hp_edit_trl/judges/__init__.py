@@ -1,5 +1,6 @@
 """Judges: vision-language models that answer a prompt about images, one file per backend."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,28 @@ def load_judge(
     return loaded if cache is None else CachedJudge(loaded, cache)
 
 
+def with_parser(judge: Judge, parse: Parser) -> Judge:
+    """
+    A judge like another one, with the same model, cache and settings, that reads other scores from its answers.
+
+    Args:
+        judge ([`Judge`]):
+            A [`ServerJudge`] or [`TransformersJudge`], also behind a cache. Weights that it has loaded are shared.
+        parse (`Callable[[str], float | None]`):
+            Reads the score from an answer.
+
+    Raises:
+        `TypeError`: If it is a judge of another kind.
+    """
+    if isinstance(judge, CachedJudge):
+        return CachedJudge(with_parser(judge.judge, parse), judge.path)
+    if not isinstance(judge, ServerJudge | TransformersJudge):
+        raise TypeError(f"A {type(judge).__name__} cannot be made to read its answers with {parse.__name__}.")
+    other = copy(judge)
+    other.parse = parse
+    return other
+
+
 def load_early(judge: Judge, num_images: int = 2) -> None:
     """
     Asks a judge for its trial before other work starts that it is only needed after. Leaves out a model in this
@@ -127,5 +150,6 @@ __all__ = [
     "load_judge",
     "parse_score",
     "shortened",
+    "with_parser",
     "without_reasoning",
 ]

@@ -14,6 +14,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from ..bench.gedit import as_judged
 from ..judges import Judgement, parse_score
 from ..ratings import Rating
 from ..utils.seeding import seeded_generator
@@ -125,13 +126,12 @@ def known_pearson(truths: Sequence[float], scores: Sequence[float], noise: Seque
 
 def read_conversation(conversation: list[dict[str, Any]]) -> tuple[str, str, list[Image.Image]]:
     """Returns what a judge is given: the text of the scorer prompt, the instruction in it, and the images in order."""
-    system, user = conversation
-    text = system["content"][0]["text"]
+    text = conversation[0]["content"][0]["text"]
     found = re.search(r"^Instruction: (.*)$", text, re.MULTILINE)
     instruction = "" if found is None else found[1]
     if instruction.startswith('"'):  # HP-Scorer's prompts quote it, those of benchmarks do not
         instruction = json.loads(instruction)
-    images = [part["image"] for part in user["content"] if part["type"] == "image"]
+    images = [part["image"] for part in conversation[-1]["content"] if part["type"] == "image"]
     return text, instruction, images
 
 
@@ -184,9 +184,15 @@ class TargetJudge:
 
     def __init__(self, dataset: Dataset, parse: Callable[[str], float | None] = parse_score):
         self.parse = parse
-        self.targets = {(row["image"].tobytes(), row["prompt"]): row["target"] for row in dataset}
-        pictures = [row[name] for row in dataset for name in ("image", "target")]
-        self.pictures = np.stack([np.asarray(picture, np.float32) / 255 for picture in pictures])
+        self.size = dataset[0]["image"].size
+        seen = [
+            [self._small(row[name] if parse is parse_score else as_judged(row[name])) for name in ("image", "target")]
+            for row in dataset
+        ]
+        self.targets = {
+            (image.tobytes(), prompt): target for prompt, (image, target) in zip(dataset["prompt"], seen, strict=True)
+        }
+        self.pictures = np.stack([np.asarray(picture, np.float32) / 255 for pictures in seen for picture in pictures])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -199,8 +205,12 @@ class TargetJudge:
         answers = [self._answer(*read_conversation(conversation)[1:]) for conversation in conversations]
         return [Judgement(self.parse(answer), answer) for answer in answers]
 
+    def _small(self, image: Image.Image) -> Image.Image:
+        """A picture at the size of the cases: GEdit-Bench shows larger ones."""
+        return image if image.size == self.size else image.resize(self.size, Image.Resampling.BOX)
+
     def _answer(self, instruction: str, images: list[Image.Image]) -> str:
-        *references, edit = images
+        *references, edit = map(self._small, images)
         if not references:
             away = np.abs(self.pictures - np.asarray(edit, np.float32) / 255).mean((1, 2, 3)).min()
             return json.dumps([round(10 * max(0.0, 1 - float(away) / 0.1))] * 2)

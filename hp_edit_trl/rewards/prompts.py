@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,9 @@ def find_prompts(source: str | None, revision: str | None) -> tuple[Path, str]:
         repo_type, repo_id = ("dataset", source[9:]) if source.startswith("datasets/") else ("model", source)
         try:
             folder = Path(
-                snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=["*.md", "*.txt"])
+                snapshot_download(
+                    repo_id, repo_type=repo_type, revision=revision, allow_patterns=["*.md", "*.txt", "vie_prompts.py"]
+                )
             )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
@@ -198,9 +200,10 @@ def load_benchmark_prompts(
     source: str | None = None,
     revision: str | None = None,
     filled: str | None = None,
+    read_originals: Callable[[Path], dict[str, str]] | None = None,
 ) -> dict[str, ScorerPrompt]:
     """
-    Loads the scorer prompts of a benchmark. Those of this package paraphrase the originals; pass `source` to use the
+    Loads the scorer prompts of a benchmark. Those of this package are in our own words; pass `source` to use the
     originals.
 
     Args:
@@ -210,11 +213,15 @@ def load_benchmark_prompts(
             Names of the prompts that it needs.
         source (`str`, *optional*):
             A local folder or a Hub repository with a file `<name>.md` or `<name>.txt` for each. A file without a
-            header is used as it is. By default the prompts of this package.
+            header is used as it is. The authors' own files do as well, see `read_originals`. By default the prompts of
+            this package.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
         filled (`str`, *optional*):
             Name of a prompt that must have a place for the prompt of the case.
+        read_originals (`Callable[[Path], dict[str, str]]`, *optional*):
+            Reads the prompts from the files of the benchmark's authors in a folder, under the names and in the form
+            that the authors gave them; empty if there are none.
 
     Returns:
         `dict[str, ScorerPrompt]`: the scorer prompts by name. `{prompt}`, `{instruction}` and `<instruction>` in their
@@ -227,25 +234,26 @@ def load_benchmark_prompts(
     folder, origin = find_prompts(source, revision)
     if source is None:
         folder, origin = folder / benchmark, f"{origin}:{benchmark}"
+    originals = {} if source is None or read_originals is None else read_originals(folder)
     prompts = {}
     for name in names:
         files = [path for suffix in ("md", "txt") if (path := folder / f"{name}.{suffix}").is_file()]
-        if not files:
+        if not files and name not in originals:
             raise FileNotFoundError(
-                f"{source or folder} has no prompt {name}.md or {name}.txt, which {benchmark} needs."
+                f"{source or folder} has no prompt {name}.md or {name}.txt, which {benchmark} needs, nor the files of "
+                "its authors."
             )
-        text = files[0].read_text(encoding="utf-8")
-        if text.startswith("---\n"):
+        text = files[0].read_text(encoding="utf-8") if files else originals[name]
+        if files and text.startswith("---\n"):
             header, text = read_header(files[0])
             number = header["revision"]
         else:
             number = f"sha-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        text = re.sub(r"\{instruction\}|<instruction>", "{prompt}", text.strip())
+        text = re.sub(r"\{instruction\}|<instruction>", "{prompt}", text.strip() if files else text)
         if name == filled and "{prompt}" not in text:
             raise ValueError(
                 f"The prompt {name} in {source or folder} has no {{instruction}}, so the judge would not see the "
-                "prompt of the case: write it where that belongs. The original file of a benchmark may lack it "
-                "because the benchmark's code sends the prompt separately."
+                "prompt of the case: write it where that belongs."
             )
         prompts[name] = ScorerPrompt(name, f"{origin}:{name}:{number}", text)
     return prompts

@@ -3,11 +3,11 @@
 from typing import Any
 
 
-def format_estimate(estimate: dict[str, Any], signed: bool = False, interval: bool = True) -> str:
+def format_estimate(estimate: dict[str, Any], signed: bool = False, interval: bool = True, digits: int = 2) -> str:
     """
     The value of an estimate with its interval in brackets, e.g. `"0.89 [0.85, 0.92]"`; a dash if there is no value.
     """
-    style = "+.2f" if signed else ".2f"
+    style = f"{'+' if signed else ''}.{digits}f"
     if estimate["value"] is None:
         return "–"
     value = format(estimate["value"], style)

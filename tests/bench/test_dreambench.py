@@ -50,13 +50,17 @@ class GradeJudge:
 
     def __call__(self, conversations):
         judgements = []
-        for system, user in conversations:
-            pictures = [part["image"] for part in user["content"] if part["type"] == "image"]
-            labels = [part["text"] for part in user["content"][::2]]
-            assert labels == (["Image A:", "Image B:"] if len(pictures) == 2 else labels[:1])
-            self.texts.append(system["content"][0]["text"])
+        for conversation in conversations:
+            task, reply, shown = conversation
+            assert [message["role"] for message in conversation] == ["user", "assistant", "user"]
+            pictures = [part["image"] for part in shown["content"] if part["type"] == "image"]
+            words = [part["text"] for part in shown["content"] if part["type"] == "text"]
+            assert {picture.size for picture in pictures} == {(512, 512)}
+            assert [part["type"] for part in shown["content"]] == ["image" if len(pictures) == 2 else "text", "image"]
+            self.texts.append("\n".join([task["content"][0]["text"], reply["content"][0]["text"], *words]))
             grade = 1 + round(3 * np.asarray(pictures[-1])[..., 0].mean() / 255) - (len(pictures) == 2)
-            answer = "perhaps" if any(word in self.texts[-1] for word in self.wrong) else str(grade)
+            answer = f"Score: {grade}" if len(pictures) == 2 else f"Analysis: It is red.\nScore: {grade}"
+            answer = "perhaps" if any(word in self.texts[-1] for word in self.wrong) else answer
             judgements.append(Judgement(parse_grade(answer), answer))
         return judgements
 
@@ -76,6 +80,8 @@ def redder(images, prompts, seeds):
         ("4/5", None), ("Fine.\nScore: 4/5", None), ("Fine.\nScore: -1", None), ("Fine.\nScore: 3.5", None),
         ("<think>\nScore: 3\nbut", None), ("Analysis: fine. Score: 3", 3), ("Bad. Score: 1. Or so", None),
         ("<think>\nScore: 3\n</think>\nI cannot say", None), ("Score: 3\nScore: good", None),
+        ("Score: Good 3", 3), ("Score: Very Poor (0)", 0), ("Score: 3 (Good)", 3), ("Analysis: 2 of 3.\nScore: 2", 2),
+        ("Score: Terrible 3", None), ("Good", None),
     ],
 )  # fmt: skip
 def test_one_grade_or_none(answer, grade):
@@ -86,10 +92,10 @@ def test_cases_are_the_images_with_nine_descriptions_each(data):
     bench = DreamBenchPlus(GradeJudge(), data, clip=None, dino=None)
     assert len(bench.dataset) == 27 and bench.dataset["id"][8] == "animal-00-8"
     kinds = [row["kind"] for row in bench.dataset if row["category"] == "human"]
-    assert kinds == ["photorealistic"] * 4 + ["style"] * 3 + ["imaginative"] * 2
+    assert kinds == ["photorealistic"] * 4 + ["style transfer"] * 3 + ["imaginative"] * 2
     assert bench.dataset[0]["prompt"] == "Description 0 of 0" and bench.dataset[0]["subject"] == "subject 0"
     assert list(bench.sections) == ["", "animal", "human", "style"]
-    assert list(bench.metrics) == ["cp_pf", "cp", "pf"]
+    assert list(bench.metrics) == ["cp_pf", "cp_over_pf", "cp", "pf"]
 
 
 def test_grades_and_cosines(data, models, tmp_path):
@@ -117,11 +123,12 @@ def test_grades_and_cosines(data, models, tmp_path):
     mean = {row["metric"]: row["value"] for row in over_all}
     assert mean["cp"] == pytest.approx(np.mean([row["cp"] for row in run.cases]))
     assert mean["cp_pf"] == pytest.approx(mean["cp"] * mean["pf"])
+    assert mean["cp_over_pf"] == pytest.approx(mean["cp"] / mean["pf"])
     assert run.settings["benchmark"]["clip"][0] == models["clip"]
     assert any("Description 3 of 1" in text for text in judge.texts)
     assert len(set(judge.texts)) == 29  # a subject or a style is asked for without the description
-    styles = [text for text in judge.texts if text.startswith("Image A shows a style")]
-    assert len(styles) == 9 and len([text for text in judge.texts if text.startswith("Image A shows a subject")]) == 18
+    asked = [sum(f"The first one shows a {what}" in text for text in judge.texts) for what in ("style", "subject")]
+    assert asked == [9, 18]
     assert run.settings["benchmark"]["dino"][0] == models["dino"] and run.settings["benchmark"]["average"] == "cases"
 
 
@@ -148,10 +155,10 @@ def test_an_answer_without_a_grade_is_missing(data, tmp_path):
 
 def test_grades_of_a_server_are_the_mean_of_three(serve, data, tmp_path):  # noqa: F811
     def reply(body, count):
-        system, user = body["messages"]
-        pictures = sum(part["type"] == "image_url" for part in user["content"])
+        shown = body["messages"][-1]["content"]
+        pictures = sum(part["type"] == "image_url" for part in shown)
         texts = ["Score: 4", "3", "4/5"] if pictures == 2 else ["0", "Fine.\nScore: 1", "2"]
-        if "Description 2 of 0" in system["content"][0]["text"]:
+        if shown[0].get("text") == "Description 2 of 0":
             texts = ["0", "5", "none"]
         choices = [completion(text)["choices"][0] for text in texts[: body["n"]]]
         return 200, {**completion(""), "choices": choices}
@@ -166,12 +173,28 @@ def test_grades_of_a_server_are_the_mean_of_three(serve, data, tmp_path):  # noq
     assert {request["n"] for request in server.requests[1:]} == {3}
 
 
-def test_prompts_and_models_that_are_none(data, models, tmp_path):
-    (tmp_path / "concept_preservation.txt").write_text("Is it the same one?")
-    (tmp_path / "style_preservation.txt").write_text("Is it the same style?")
-    (tmp_path / "prompt_following.txt").write_text("Does it agree with the words?")
-    with pytest.raises(ValueError, match="prompt prompt_following in .* has no {instruction}"):
+def test_the_authors_own_files_of_prompts(data, tmp_path):
+    for task in ("subject", "style", "text"):
+        (tmp_path / f"user_prompt_{task}_full.txt").write_text(f"Grade the {task}.\n")
+        (tmp_path / f"user_prompt_{task}_wo_cot.txt").write_text("Not this one.")
+        (tmp_path / f"gpt_prompt_{task}_full.txt").write_text(f"I will grade the {task}.\n")
+    judge = GradeJudge()
+    bench = DreamBenchPlus(judge, data, scorer_prompts=str(tmp_path), clip=None, dino=None)
+    run_benchmark(bench, redder, tmp_path / "run")
+    assert judge.texts[:2] == [
+        "Grade the subject.\nI will grade the subject.",
+        "Grade the text.\nI will grade the text.\nDescription 0 of 0",
+    ]
+    assert judge.texts[-2:] == [
+        "Grade the style.\nI will grade the style.",
+        "Grade the text.\nI will grade the text.\nDescription 8 of 2",
+    ]
+    (tmp_path / "gpt_prompt_text_full.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="has no prompt prompt_following_reply.md or prompt_following_reply.t"):
         DreamBenchPlus(GradeJudge(), data, scorer_prompts=str(tmp_path))
+
+
+def test_a_model_that_is_no_clip(data, models):
     bench = DreamBenchPlus(GradeJudge(), data, clip=models["dino"], dino=None)
     with pytest.raises(ValueError, match="is a model of type vit: name a CLIP model"):
         bench.load()

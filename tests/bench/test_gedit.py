@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hp_edit_trl import ServerJudge
+from hp_edit_trl import HPScorerReward, ServerJudge
 from hp_edit_trl.bench import GEditBench, parse_pair, run_benchmark
+from hp_edit_trl.bench.gedit import SCORER_TASKS, as_judged
 from hp_edit_trl.judges import CachedJudge, Judgement
-from tests.helpers import photo
+from tests.helpers import RuleJudge, photo
 from tests.judges.test_judges import completion, serve  # noqa: F401
 
 
@@ -49,15 +51,14 @@ class PairJudge:
 
     def __call__(self, conversations):
         judgements = []
-        for system, user in conversations:
-            pictures = [part["image"] for part in user["content"] if part["type"] == "image"]
-            labels = [part["text"] for part in user["content"][::2]]
-            assert labels == (["Image A:", "Image B:"] if len(pictures) == 2 else labels[:1])
-            text = system["content"][0]["text"]
+        for (question,) in conversations:
+            first, *rest = question["content"]
+            assert question["role"] == "user" and {part["type"] for part in rest} == {"image"}
+            text, pictures = first["text"], [part["image"] for part in rest]
             self.texts.append((text, [picture.size for picture in pictures]))
             red = np.asarray(pictures[-1])[..., 0].mean() / 255
             score = round(10 * red) if len(pictures) == 2 else 9 - round(4 * red)
-            answer = json.dumps({"reasoning": "because", "score": [score, min(score + 1, 10)]})
+            answer = json.dumps({"score": [score, min(score + 1, 10)], "reasoning": "because"})
             answer = "I cannot say" if any(word in text for word in self.wrong) else answer
             judgements.append(Judgement(parse_pair(answer), answer))
         return judgements
@@ -99,8 +100,8 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
     assert run.settings["benchmark"]["metrics"] == {
         name: {"label": name.upper(), "maximum": 10} for name in ("o", "sc", "pq")
     }
-    # The source has the size of the raw image, and the judge sees both in it.
-    assert {tuple(sizes) for _, sizes in judge.texts} == {((64, 48), (64, 48)), ((64, 48),)}
+    # The judge sees the raw image and the edit, each with an area of 512 x 512.
+    assert {tuple(sizes) for _, sizes in judge.texts} == {((591, 443), (591, 443)), ((591, 443),)}
     assert [text for text, _ in judge.texts if "指令 1\n" in text]
     for section, wanted in {
         "en": lambda row: row["language"] == "en",
@@ -119,7 +120,7 @@ def test_a_run_is_summed_up_as_the_benchmark_does(tmp_path):
         assert overall["value"] == pytest.approx(np.mean([np.mean(values) for values in of_tasks.values()]))
         assert overall["n"] == sum(map(len, of_tasks.values())) == (6 if section in ("en", "cn") else 3)
     benchmark = run.settings["benchmark"]
-    assert benchmark["scorer_prompts"]["quality"][0] == "hp-edit-trl:gedit:quality:1"
+    assert benchmark["scorer_prompts"]["quality"][0] == "hp-edit-trl:gedit:quality:2"
     assert benchmark["judge"] == "judge PairJudge, parse parse_pair"
 
 
@@ -130,9 +131,9 @@ def shown(part) -> np.ndarray:
 
 def test_a_judge_on_a_server_that_goes_by_what_it_is_shown(serve, tmp_path):  # noqa: F811
     def reply(body, count):
-        system, user = body["messages"]
-        text = system["content"][0]["text"]
-        pictures = [shown(part) for part in user["content"] if part["type"] == "image_url"]
+        content = body["messages"][-1]["content"]
+        text = content[0]["text"]
+        pictures = [shown(part) for part in content if part["type"] == "image_url"]
         if "Instruction 4\n" in text:
             return 200, completion('perhaps {"score": [9, 9')  # cut off
         if "Instruction 6\n" in text:
@@ -156,7 +157,8 @@ def test_a_judge_on_a_server_that_goes_by_what_it_is_shown(serve, tmp_path):  # 
         if row["id"] in ("key4", "key6"):
             assert row["sc"] is row["o"] is None
         else:
-            assert (row["sc"], row["o"]) == (pytest.approx(sc), pytest.approx(math.sqrt(sc * pq)))
+            # The mean of a picture changes a little with its size.
+            assert (row["sc"], row["o"]) == (pytest.approx(sc, abs=0.02), pytest.approx(math.sqrt(sc * pq), abs=0.02))
             smaller.add(red < green)
     assert smaller == {True, False}  # each of the two scores was the smaller one somewhere
     counts = run.results["counts"]
@@ -199,6 +201,72 @@ def test_one_key_for_both_languages_and_data_that_are_no_gedit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class DigitJudge(RuleJudge):
+    """Answers with the number in the instruction, modulo 7: a 6 is no score."""
+
+    def __init__(self):
+        super().__init__(rule=self.answer)
+        self.texts = []
+
+    def answer(self, text, pictures):
+        self.texts.append(text)
+        return int(re.search(r'^Instruction: "\D*(\d+)"$', text, re.MULTILINE)[1]) % 7
+
+
+def test_hp_scorer_scores_the_edits_too(tmp_path):
+    judge, data = DigitJudge(), gedit()
+    prompts = HPScorerReward(judge).scorer_prompts
+    bench = GEditBench(PairJudge(), data, hp_scorer=HPScorerReward(judge))
+    run = run_benchmark(bench, redder, tmp_path, name="one")
+    assert [row["hp_score"] for row in run.cases] == [None if i % 7 == 6 else i % 7 for i in range(12)]
+    assert all(row["o"] is not None for row in run.cases) and run.results["counts"]["no_score"] == 1
+    assert run.cases[6]["reason"] == "no score in the answer: 6"
+    # Each task has the prompt of its own, and those that HP-Edit does not know the base prompt.
+    tasks = {"color_alter": "color", "subject-add": "add", "text_change": "base"}
+    wanted = [prompts[tasks[row["task_type"]]].fill(row["instruction"]) for row in data]
+    assert judge.texts == wanted
+    benchmark = run.settings["benchmark"]
+    assert benchmark["scorer_tasks"] == tasks and set(benchmark["scorer_prompts"]) == {
+        "consistency", "quality", "add", "base", "color",
+    }  # fmt: skip
+    assert benchmark["metrics"]["hp_score"] == {"label": "HP-score", "maximum": 5}
+    means = {task: [i % 7 for i in range(12) if TASKS[i % 3] == task and i % 2 == 0 and i % 7 < 6] for task in TASKS}
+    (overall,) = [
+        row
+        for row in run.results["summary"]
+        if (row["section"], row["metric"], row["kind"]) == ("en", "hp_score", "overall")
+    ]
+    assert overall["value"] == pytest.approx(np.mean([np.mean(values) for values in means.values()]))
+    line = run.hp_scores[4]
+    assert line == {
+        "id": "key4", "editor": "one", "task": "subject-add", "score": 4, "answer": "4", "judge":
+        "judge RuleJudge, name rule, score_mode integer", "score_mode": "integer", "scorer_prompt":
+        prompts["add"].revision, "scorer_prompt_sha": prompts["add"].digest,
+    }  # fmt: skip
+    assert {name for name in SCORER_TASKS.values() if name != "base"} <= set(prompts) and len(SCORER_TASKS) == 11
+
+
+def test_what_hp_scorer_cannot_score_and_one_language(tmp_path):
+    bench = GEditBench(PairJudge(), gedit(), language="cn")
+    assert set(bench.dataset["language"]) == {"cn"} and len(bench.dataset) == 6
+    assert list(bench.sections) == ["cn", "cn, intersection"] and bench.settings["language"] == "cn"
+    english = gedit().filter(lambda row: row["instruction_language"] == "en")
+    with pytest.raises(ValueError, match="GEdit-Bench has no case in the language 'cn'"):
+        GEditBench(PairJudge(), english, language="cn").dataset  # noqa: B018
+    with pytest.raises(ValueError, match="language='fr' must be 'en' or 'cn'"):
+        GEditBench(PairJudge(), gedit(), language="fr")
+    with pytest.raises(TypeError, match="hp_scorer='yes' must be true, false or an HPScorerReward"):
+        GEditBench(PairJudge(), gedit(), hp_scorer="yes")
+    with pytest.raises(TypeError, match="A PairJudge cannot be made to read its answers with parse_score"):
+        GEditBench(PairJudge(), gedit(), hp_scorer=True)
+    other = gedit().map(lambda row, i: {"task_type": "crop" if i == 3 else row["task_type"]}, with_indices=True)
+    with pytest.raises(
+        ValueError, match="HP-Scorer has no prompt for the task 'crop'; those of GEdit-Bench are backgr"
+    ):
+        run_benchmark(GEditBench(PairJudge(), other, hp_scorer=HPScorerReward(DigitJudge())), redder, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_prompts_of_ones_own(tmp_path):
     folder = tmp_path / "prompts"
     folder.mkdir()
@@ -218,6 +286,60 @@ def test_prompts_of_ones_own(tmp_path):
     (folder / "consistency.txt").write_text("Theirs, but the instruction is nowhere.")
     with pytest.raises(ValueError, match="prompt consistency in .* has no {instruction}"):
         GEditBench(PairJudge(), gedit(), scorer_prompts=str(folder))
+
+
+# Stands for the authors' file: the names are theirs, the texts are not.
+ORIGINAL = '''
+import os
+_context_no_delimit = """An artist answers:
+{
+"score" : [...],
+"reasoning" : "..."
+}"""
+_context = "Not this one."
+_prompts_0shot_two_image_edit_rule = """RULES:
+Two images.
+"""
+_prompts_0shot_tie_rule_SC = """
+Editing instruction: <instruction>
+"""
+_prompts_0shot_rule_PQ = "RULES: one image."
+raise SystemExit("This file is read, not executed.")
+'''
+
+
+def test_the_authors_own_file_of_prompts(tmp_path):
+    (tmp_path / "vie_prompts.py").write_text(ORIGINAL)
+    judge = PairJudge()
+    run_benchmark(GEditBench(judge, gedit(1), scorer_prompts=str(tmp_path)), redder, tmp_path / "run")
+    context = 'An artist answers:\n{\n"score" : [...],\n"reasoning" : "..."\n}\n'
+    assert [text for text, _ in judge.texts] == [
+        context + "RULES:\nTwo images.\n\n\nEditing instruction: Instruction 0\n",
+        context + "RULES: one image.",
+    ]
+    (tmp_path / "quality.txt").write_text("Mine.")  # a prompt of one's own comes first
+    assert GEditBench(PairJudge(), gedit(1), scorer_prompts=str(tmp_path)).scorer_prompts["quality"].text == "Mine."
+    for text, message in (
+        (ORIGINAL.replace("_tie_rule_SC", ""), "has no text _prompts_0shot_tie_rule_SC"),
+        ("_context_no_delimit = (", "is no Python file"),
+        ("\0", "is no Python file"),
+    ):
+        (tmp_path / "vie_prompts.py").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            GEditBench(PairJudge(), gedit(1), scorer_prompts=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((512, 512), (512, 512)), ((64, 48), (591, 443)), ((4000, 1000), (1024, 256)), ((1000, 3), (9347, 28))],
+)
+def test_images_are_shown_at_one_area_in_their_own_aspect_ratio(size, shown):
+    assert as_judged(Image.new("RGB", size)).size == shown
+
+
+def test_the_prompts_ask_for_scores_first():
+    for prompt in GEditBench(PairJudge(), gedit(1)).scorer_prompts.values():
+        assert 0 < prompt.text.rindex('{"score": [') < prompt.text.rindex('"reasoning"')
 
 
 def test_a_judge_that_reads_other_answers(tmp_path):

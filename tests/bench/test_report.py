@@ -151,6 +151,20 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_result_without_an_interval_says_why(tmp_path):
+    seven = cases(7).map(lambda row, i: {"task": "add" if i < 2 else row["task"]}, with_indices=True)
+    runs = [
+        run_benchmark(bench(seven, RuleJudge()), painter(strength), tmp_path / name, name=name)
+        for name, strength in (("one", 1), ("two", 2))
+    ]
+    text = write_bench_report(runs, tmp_path / "out", gallery=False)
+    head, _, *rows = tables(text)[0]
+    assert len(head) == 1 + 6 + 2 and "[" not in "".join(cell for row in rows for cell in row)
+    others = ", ".join(task for task in head[1:7] if task != "add")
+    assert f"one: HP-score: no interval from only one case with a value of {others}." in text
+    assert f"two: HP-score: no interval from only one case with a value in both of {others}." in text
+
+
 def test_people_have_a_column(tmp_path):
     ratings = [Rating("a", f"case-{i}", None, i % 6, "1", "2026-01-01T00:00:00+00:00") for i in range(16)]
     judge = RuleJudge(rule=lambda text, pictures: 3)
@@ -189,8 +203,24 @@ def test_gedit_has_a_table_for_each_section_and_dreambench_its_product(tmp_path,
         DreamBenchPlus(GradeJudge(), data, clip=None, dino=None), redder, tmp_path / "dream", name="one"
     )
     text = write_bench_report([run], tmp_path / "b")
-    kinds = ["photorealistic", "style", "imaginative"]
-    assert tables(text)[0][0] == ["editor", *kinds, "CP·PF, overall", "CP·PF, all cases", "CP", "PF"]
+    (head, _, cells), *others = tables(text)
+    assert not others and head == [
+        "editor", "CP, animal", "CP, human", "CP, style", "CP", "PF, photorealistic", "PF, style transfer",
+        "PF, imaginative", "PF", "CP·PF", "CP/PF",
+    ]  # fmt: skip
+
+    def mean(metric, **only):
+        rows = [row for row in run.cases if all(row[name] == value for name, value in only.items())]
+        return float(np.mean([row[metric] for row in rows]))
+
+    expected = {f"CP, {category}": mean("cp", category=category) for category in ("animal", "human", "style")}
+    expected |= {f"PF, {kind}": mean("pf", kind=kind) for kind in ("photorealistic", "style transfer", "imaginative")}
+    assert {name: cells[head.index(name)] for name in expected} == {
+        name: f"{value:.3f}" for name, value in expected.items()
+    }
+    cp, pf = mean("cp"), mean("pf")
+    for name, value in {"CP": cp, "PF": pf, "CP·PF": cp * pf, "CP/PF": cp / pf}.items():
+        assert re.fullmatch(rf"{value:.3f} \[0\.\d{{3}}, \d\.\d{{3}}\]", cells[head.index(name)])
     assert (tmp_path / "b" / "bars.png").exists() and (tmp_path / "b" / "gallery.html").exists()
 
 

@@ -33,7 +33,8 @@ def row(rows, metric, kind, group=None, section=""):
 
 def test_means_of_groups_and_cases():
     data = cases()
-    rows = summarize(data, ["score", "other"], "task", products={"both": ("score", "other")})
+    names = "score", "other"
+    rows = summarize(data, names, "task", products={"both": names}, ratios={"over": names})
     of = {
         task: [case["score"] for case in data if case["task"] == task and case["score"] is not None]
         for task in ("add", "remove", "style")
@@ -54,6 +55,12 @@ def test_means_of_groups_and_cases():
     )
     factors = [np.mean([case[name] for case in both]) for name in ("score", "other")]
     assert product["value"] == pytest.approx(factors[0] * factors[1]) and product["n"] == len(both) < len(data)
+    ratio = row(rows, "over", "cases")
+    assert ratio["value"] == pytest.approx(factors[0] / factors[1]) and ratio["n"] == len(both)
+    assert ratio["low"] < ratio["value"] < ratio["high"]
+    zero = summarize([case | {"other": 0.0} for case in data], names, "task", ratios={"over": names})
+    by_zero = row(zero, "over", "cases")
+    assert (by_zero["value"], by_zero["reason"]) == (None, "the mean to divide by is 0")
 
 
 def test_intervals_are_those_of_resampling_within_groups():
@@ -70,6 +77,39 @@ def test_intervals_are_those_of_resampling_within_groups():
     found = row(summarize(data, ["other"], "task", num_resamples=4000), "other", "overall")
     expected = np.quantile(resampled, [0.025, 0.975])
     assert [found["low"], found["high"]] == pytest.approx(expected.tolist(), abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "missing", "alone"),
+    [
+        ("aabcdef", (), "b, c, d, e, f"),  # seven cases in six tasks
+        ("aabbbbb", (), None),
+        ("ab", (), "a, b"),
+        ("aaab", (), "b"),
+        ("aaabb", (4,), "b"),  # only one of its cases has a score
+    ],
+)
+def test_an_interval_needs_two_cases_of_every_task(tasks, missing, alone):
+    data = [
+        {"id": str(i), "task": task, "score": None if i in missing else 1.0 + i % 2, "human": None}
+        for i, task in enumerate(tasks)
+    ]
+    rows = summarize(data, ["score"], "task")
+    worse = [case | {"score": None if case["score"] is None else case["score"] - 1} for case in data]
+    differences = compare(make_run("a", data), make_run("b", worse))
+    for kind in ("overall", "cases"):
+        found, difference = row(rows, "score", kind), row(differences, "score", kind)
+        if alone is None:
+            assert found["low"] < found["value"] < found["high"] and found["reason"] is None
+            assert difference["low"] == pytest.approx(-1) and difference["value"] == pytest.approx(-1)
+            continue
+        assert found["value"] is not None and found["low"] is found["high"] is None
+        assert found["reason"] == f"no interval from only one case with a value of {alone}"
+        assert difference["value"] == pytest.approx(-1) and difference["low"] is None
+        assert difference["reason"] == f"no interval from only one case with a value in both of {alone}"
+    if tasks == "aabcdef":
+        assert row(rows, "score", "group", "a")["low"] is not None  # two cases of its own
+        assert row(rows, "score", "group", "b")["reason"] == "no interval from one case"
 
 
 def test_sections_are_summed_up_by_themselves():
@@ -97,6 +137,7 @@ def make_run(folder, data, **benchmark):
     settings = {
         "metrics": {"score": {"label": "S", "maximum": 5.0}},
         "products": {},
+        "ratios": {},
         "group": "task",
         "sections": {"": {}},
         "judge": "j",
@@ -122,16 +163,16 @@ def test_two_runs_are_compared_on_the_cases_of_both():
 def test_folders_that_are_no_finished_runs_of_this_format(tmp_path):
     with pytest.raises(ValueError, match="no readable file run.json"):
         read_run(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"format": 2, "editor": {"name": "e"}})[:-3])
+    (tmp_path / "run.json").write_text(json.dumps({"format": 3, "editor": {"name": "e"}})[:-3])
     with pytest.raises(ValueError, match="no readable file run.json"):
         read_run(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"format": 2, "editor": {"name": "e"}}))
+    (tmp_path / "run.json").write_text(json.dumps({"format": 3, "editor": {"name": "e"}}))
     with pytest.raises(ValueError, match="did not finish: run `hp-edit bench`"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"format": 7, "versions": {"hp-edit-trl": "9.1"}}))
-    with pytest.raises(ValueError, match=r"in format 7, written by hp-edit-trl 9.1; this version reads format 2"):
+    with pytest.raises(ValueError, match=r"in format 7, written by hp-edit-trl 9.1; this version reads format 3"):
         read_run(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"format": 2, "editor": {"name": "e"}}))
+    (tmp_path / "run.json").write_text(json.dumps({"format": 3, "editor": {"name": "e"}}))
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "cases.parquet").write_bytes(b"PAR1 cut off")
     with pytest.raises(ValueError, match="cases.parquet cannot be read"):

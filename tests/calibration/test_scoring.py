@@ -28,7 +28,7 @@ def test_scores_are_those_of_the_scorer_and_carry_what_made_them(tmp_path):
     for row, line in zip(edits, lines, strict=True):
         (expected,) = scorer.judge_edits([row["prompt"]], [row["edit"]], [[row["image"]]], [row["task"]], [None])
         assert line["score"] == expected.score == round(5 * row["edit"].getpixel((0, 0))[0] / 255)
-        assert line["scorer_prompt"] == f"hp-edit-trl:{row['task']}:2" and line["task"] == row["task"]
+        assert line["scorer_prompt"] == f"hp-edit-trl:{row['task']}:3" and line["task"] == row["task"]
         assert line["judge"] == "judge RuleJudge, name rule, score_mode integer" and line["score_mode"] == "integer"
     assert len(summary.judgements) == 8 and summary.kept == 0
     table = squeezed(summary.table(input_price=2.0, output_price=10.0))
@@ -83,7 +83,7 @@ def test_scores_of_two_scorers_are_not_mixed(tmp_path):
         match="scores for the task .* other settings .judge: 'judge RuleJudge, .*another output_dir",
     ):
         score_dataset(HPScorerReward(RuleJudge("second")), edits, tmp_path)
-    with pytest.raises(ValueError, match="scorer_prompt: 'hp-edit-trl:add:2' -> 'hp-edit-trl:base:2'"):
+    with pytest.raises(ValueError, match="scorer_prompt: 'hp-edit-trl:add:3' -> 'hp-edit-trl:base:3'"):
         score_dataset(HPScorerReward(RuleJudge(), task="base"), edits, tmp_path)
     # A prompt that was changed without a new revision
     scorer = HPScorerReward(RuleJudge())

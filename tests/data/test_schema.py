@@ -287,7 +287,7 @@ def test_to_the_hub_and_back_private_pinned_streamed_and_offline(tmp_path):
         assert rest[0] == f"pinned 3 Make it red, number 0 {pixels[0]} {pixels[1]}"
         origin = f"datasets/someone/prompts@{prompts}"
         assert rest[1] == (
-            f"prompts 9 {load_scorer_prompts()['add'].digest} {origin}:add:2 9 {origin}:instructions/bokeh:1"
+            f"prompts 9 {load_scorer_prompts()['add'].digest} {origin}:add:3 9 {origin}:instructions/bokeh:1"
         )
         # What is meant to be private does not go where everybody reads.
         hub.private.clear()

@@ -109,14 +109,14 @@ def test_benchmarks(results):
         "g_sc": None, "g_pq": (13 / 2 + 5) / 2, "g_o": None, "mean_o": 6, "o_a": 6, "o_b": None, "n": 2, "missing": 1
     }  # fmt: skip
     assert results["dreambench"] == {
-        "cp": 0.5, "pf": 0.5, "cp_pf": 0.25, "cp_x": 0.75, "cp_y": 0, "pf_x": 0.625, "pf_y": 0.375, "n": 3,
-        "missing": 1,
+        "cp": 0.5, "pf": 0.5, "cp_pf": 0.25, "cp_over_pf": 1, "cp_x": 0.75, "cp_y": 0, "pf_x": 0.625, "pf_y": 0.375,
+        "n": 3, "missing": 1,
     }  # fmt: skip
 
 
 def test_a_product_is_of_the_cases_with_both_grades(results):
     without = results["dreambench without both"]
-    assert (without["cp_pf"], without["n"], without["missing"]) == (None, 0, 3)
+    assert (without["cp_pf"], without["cp_over_pf"], without["n"], without["missing"]) == (None, None, 0, 3)
     assert without["cp"] == pytest.approx(0.75) and without["pf"] == pytest.approx(0.5)
 
 

@@ -124,7 +124,7 @@ def test_the_data_set_has_what_the_stages_made(whole):
         assert set(rows["schema_version"]) == {1} and set(rows["license"]) == {"cc0-1.0"}
         for row in rows:
             assert row["image"].size == (row["width"], row["height"]) == row["edit"].size
-            assert row["scorer_prompt"] == f"hp-edit-trl:{row['task']}:2"
+            assert row["scorer_prompt"] == f"hp-edit-trl:{row['task']}:3"
             assert row["writer_prompt"] == f"hp-edit-trl:instructions/{row['task']}:1"
     ids = [case_id for rows in splits.values() for case_id in rows["id"]]
     assert len(set(ids)) == len(ids)

@@ -23,13 +23,13 @@ def scored(rule=None, **changes):
 def test_scores_carry_judge_and_prompt():
     stage, done = scored()
     assert done["score"] == [0, 2, 5] and done["answer"] == ["0", "2", "5"] and done["reason"] == [None] * 3
-    assert done["scorer_prompt"] == ["hp-edit-trl:add:2", "hp-edit-trl:style:2", "hp-edit-trl:bokeh:2"]
+    assert done["scorer_prompt"] == ["hp-edit-trl:add:3", "hp-edit-trl:style:3", "hp-edit-trl:bokeh:3"]
     assert done["scorer_prompt_sha"] == [
         stage.scorer.scorer_prompts[task].digest for task in ("add", "style", "bokeh")
     ]
     assert done["judge"] == ["judge RuleJudge, name rule, score_mode integer"] * 3
     assert done["score_mode"] == ["integer"] * 3
-    assert stage.settings["scorer_prompts"]["add"] == ["hp-edit-trl:add:2", stage.scorer.scorer_prompts["add"].digest]
+    assert stage.settings["scorer_prompts"]["add"] == ["hp-edit-trl:add:3", stage.scorer.scorer_prompts["add"].digest]
 
 
 def test_the_judge_sees_the_requirement_and_a_missing_score_is_missing():
