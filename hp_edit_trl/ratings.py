@@ -7,7 +7,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -25,7 +25,12 @@ RATING = {"annotator": "string", "score": "int64", "comment": "string", "rubric"
 COLUMNS = {
     "human_score": Value("float64"),
     "num_ratings": Value("int64"),
-    "ratings": List({name: Value(kind) for name, kind in RATING.items()}),
+    "ratings": List(
+        {
+            **{name: Value(kind) for name, kind in RATING.items()},
+            "aspects": List({"name": Value("string"), "score": Value("int64")}),
+        }
+    ),
 }
 
 
@@ -49,6 +54,8 @@ class Rating:
             Time of the rating, in ISO 8601.
         comment (`str`, *optional*, defaults to `""`):
             Comment of the annotator.
+        aspects (`dict[str, int]`, *optional*, defaults to `{}`):
+            Further scores from 0 to 5 by name, e.g. of the image quality.
     """
 
     annotator: str
@@ -58,6 +65,7 @@ class Rating:
     rubric: str
     time: str
     comment: str = ""
+    aspects: dict[str, int] = field(default_factory=dict)
 
     @property
     def value(self) -> int | None:
@@ -202,18 +210,21 @@ def read_ratings(
         `ValueError`: If the ratings were made with several revisions of the rubric, and `rubric` is not given.
     """
     known = None if dataset is None else set(edit_keys(dataset))
-    names = {field.name for field in fields(Rating)}
+    names = {one.name for one in fields(Rating)}
 
     def make(values: dict[str, Any]) -> Rating:
         rating = Rating(**{name: values[name] for name in names & values.keys()})
         texts = (rating.annotator, rating.id, rating.rubric, rating.time, rating.comment, rating.editor or "")
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) for text in texts) or not isinstance(rating.aspects, dict):
             raise TypeError
         return rating
 
     def problem(rating: Rating) -> str | None:
         if rating.score is not None and (type(rating.score) is not int or rating.score not in SCORES):
             return f"the score {rating.score!r} is not an integer from 0 to 5"
+        for name, score in rating.aspects.items():
+            if type(score) is not int or score not in SCORES:
+                return f"the score {score!r} of the aspect {name!r} is not an integer from 0 to 5"
         if known is not None and rating.edit not in known:
             of = "" if rating.editor is None else f" by {rating.editor!r}"
             return f"the dataset has no edit of case {rating.id!r}{of}"
@@ -264,7 +275,7 @@ def add_ratings(ratings: Iterable[Rating], output_dir: str | Path) -> int:
     for rating in ratings:
         earlier = last.get((rating.annotator, *rating.edit))
         if earlier is not None:
-            same = (rating.score, rating.comment) == (earlier.score, earlier.comment)
+            same = all(getattr(rating, name) == getattr(earlier, name) for name in ("score", "comment", "aspects"))
             if same or rating.timestamp() <= earlier.timestamp():
                 continue
         append_rating(ratings_file(folder, rating.annotator), rating)
@@ -305,8 +316,8 @@ def ratings_dataset(ratings: Iterable[Rating], dataset: Dataset) -> Dataset:
     Returns:
         [`~datasets.Dataset`]: the edits with the columns `human_score` (the mean over the annotators who scored the
         edit, `None` without any), `num_ratings` (their number) and `ratings` (a list of `{annotator, score, comment,
-        rubric, time}`; the score is `None` if the annotator skipped the edit). Paths of images become images, so that
-        `push_to_hub` and `save_to_disk` include them.
+        rubric, time, aspects}`; the score is `None` if the annotator skipped the edit). Paths of images become images,
+        so that `push_to_hub` and `save_to_disk` include them.
 
     Raises:
         `ValueError`: If the dataset does not contain a rated edit, or already has one of these columns.
@@ -319,7 +330,13 @@ def ratings_dataset(ratings: Iterable[Rating], dataset: Dataset) -> Dataset:
         scores = [rating.score for rating in of_edit if rating.score is not None]
         values["human_score"].append(sum(scores) / len(scores) if scores else None)
         values["num_ratings"].append(len(scores))
-        values["ratings"].append([{name: asdict(one)[name] for name in RATING} for one in of_edit])
+        values["ratings"].append(
+            [
+                {name: asdict(one)[name] for name in RATING}
+                | {"aspects": [{"name": name, "score": score} for name, score in one.aspects.items()]}
+                for one in of_edit
+            ]
+        )
     for name, feature in COLUMNS.items():
         dataset = dataset.add_column(name, values[name], feature=feature)
     features = dict(dataset.features)

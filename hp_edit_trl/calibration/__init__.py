@@ -10,7 +10,7 @@ from .probe import probe_judge
 from .refine import PromptRefiner, add_questions, is_held_out, parse_questions
 from .rubric import Rubric, load_guidelines, load_rubric
 from .scoring import ScoringSummary, read_scores, score_dataset
-from .session import RatingSession, ReviewSession, assign_cases
+from .session import RatingSession, ReviewSession, assign_cases, sample_cases
 
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ __all__ = [
     "parse_questions",
     "probe_judge",
     "read_scores",
+    "sample_cases",
     "score_dataset",
     "to_label_studio",
     "worst_disagreements",

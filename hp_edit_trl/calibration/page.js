@@ -3,6 +3,11 @@
   const TOO_SOON = 400; // milliseconds; a click this early is a second click on the previous edit
   let shown = null, shownAt = 0, zoomed = -1;
 
+  // The first aspect without a score. A digit scores it; with all of them scored, it rates the edit.
+  const openAspect = () =>
+    [...document.querySelectorAll(".aspect")].find((one) => one.offsetParent && !one.querySelector("input:checked"));
+  document.addEventListener("change", (event) => event.target.matches("input[type=radio]") && event.target.blur());
+
   const pictures = () => [...document.querySelectorAll("#shown .hp-images img")];
 
   function zoom(index) {
@@ -66,7 +71,7 @@
       event.preventDefault();
       field.focus();
     };
-    const field = event.target.closest?.("input, textarea, select, [contenteditable]");
+    const field = event.target.closest?.("input:not([type=radio]), textarea, select, [contenteditable]");
     if (field) {
       if (event.key === "Escape") field.blur();
       else if (event.key === "Enter" && !event.shiftKey) {
@@ -83,6 +88,8 @@
     else if (key === "c") enter("prompt");
     else if (key === "r" && !document.querySelector("#comment textarea")?.value.trim()) {
       if (document.getElementById("answer-r")) enter("comment");
+    } else if (/^[0-5]$/.test(key) && openAspect()) {
+      if (performance.now() - shownAt >= TOO_SOON) openAspect().querySelectorAll("input")[Number(key)].click();
     } else if (/^[0-9ar]$/.test(key)) press(`answer-${key}`);
     else if (key === "s") press("skip");
     else if (event.key === "ArrowLeft" || event.key === "Backspace") press("back");

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from ..cases import EditKey, case_images, check_cases, check_edits, edit_keys, without_decoding
-from ..ratings import answers_file
+from ..ratings import SCORES, answers_file
 from ..utils.images import UnreadableImageError, read_image
 from ..utils.secrets import remember_secrets
 from .display import data_url
@@ -75,7 +75,11 @@ class _Campaign:
         annotators: Sequence[str] | None,
         overlap: int | None,
         seed: int,
+        aspects: Sequence[str] = (),
     ):
+        self.aspects = tuple(aspects)
+        if len(set(self.aspects)) < len(self.aspects) or not all(name.strip() for name in self.aspects):
+            raise ValueError(f"aspects={list(aspects)} must be different names.")
         self.bad = self._check(dataset)
         self.dataset = without_decoding(dataset)
         self.output_dir = Path(output_dir)
@@ -116,7 +120,7 @@ class _Campaign:
 
     def _open(self, name: str, keys: list[EditKey]) -> Session:
         file = answers_file(self.output_dir, name, self.kind)
-        return RatingSession(name, keys, file, self.rubric.revision, self.seed)
+        return RatingSession(name, keys, file, self.rubric.revision, self.seed, self.aspects)
 
     def _leave_out_unreadable(self) -> None:
         for key, row in tqdm(list(self.rows.items()), desc="Reading images", disable=None):
@@ -155,6 +159,11 @@ class _Campaign:
     def texts(self, session: Any, key: EditKey) -> tuple[str, str]:
         """Instruction and requirement, where they can be corrected."""
         return "", ""
+
+    def shown_aspects(self, session: Any, key: EditKey) -> list[int | None]:
+        """The scores of an edit's aspects."""
+        given = session.answers[key].aspects if self.aspects and key in session.answers else {}
+        return [given.get(name) for name in self.aspects]
 
     def shown_answer(self, session: Any, key: EditKey) -> str:
         """What the answer to an edit is called in the names of the buttons."""
@@ -281,6 +290,7 @@ def build_app(
     annotators: Sequence[str] | None = None,
     overlap: int | None = None,
     seed: int = 0,
+    aspects: Sequence[str] = (),
 ) -> gr.Blocks:
     """
     Builds the page for annotators. [`annotate`] also serves it, with access control.
@@ -303,6 +313,8 @@ def build_app(
             Number of annotators who get each case. By default, all of them get all cases.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the assignment of cases and of the order of edits.
+        aspects (`Sequence[str]`, *optional*):
+            Aspects that are scored from 0 to 5 beside the edit as a whole, e.g. `"image quality"`.
 
     Returns:
         `gradio.Blocks`: the page.
@@ -313,7 +325,9 @@ def build_app(
     """
     rubric = rubric or (load_guidelines() if verify else load_rubric())
     output_dir = output_dir or ("reviews" if verify else "ratings")
-    campaign = (_Review if verify else _Campaign)(dataset, output_dir, rubric, annotators, overlap, seed)
+    if verify and aspects:
+        raise ValueError(f"aspects={list(aspects)} are for ratings: cases that are verified have no edit to score.")
+    campaign = (_Review if verify else _Campaign)(dataset, output_dir, rubric, annotators, overlap, seed, aspects)
 
     with gr.Blocks(title=campaign.title, analytics_enabled=False, fill_width=True) as app:
         who = gr.Textbox(visible=False)
@@ -338,6 +352,8 @@ def build_app(
                         placeholder="Required (optional)", scale=2, elem_id="requirement", visible=may_require, **field
                     )
                     correct = _answer_button("c", "Save correction", scale=0)
+                with gr.Row(elem_id="aspects", visible=bool(aspects)) as parts:
+                    radios = [gr.Radio(list(SCORES), label=name, elem_classes=["aspect"]) for name in aspects]
                 with gr.Row(elem_id="answers") as answers:
                     buttons = _answer_buttons(campaign)
                 with gr.Row(elem_id="bottom"):
@@ -350,15 +366,16 @@ def build_app(
                 gr.Markdown(rubric.text)
                 gr.Markdown(campaign.keys)
         outputs = [start, page, message, who, token, comment, prompt, requirement, shown]
-        outputs += [texts, answers, skip, forward, again]
+        outputs += [texts, answers, skip, forward, again, parts, *radios]
 
         def view(session: Session, key: EditKey | None) -> list:
             if key is None:
                 token, note, written, content = "", "", ("", ""), campaign.thanks(session)
+                scored: list[int | None] = [None] * len(radios)
             else:
                 try:
                     token, note, written = session.token(key), session.comment(key), campaign.texts(session, key)
-                    content = campaign.show(session, key)
+                    content, scored = campaign.show(session, key), campaign.shown_aspects(session, key)
                 except UnreadableImageError as error:
                     logger.warning("No longer shown: %s", error)
                     session.drop(key)
@@ -377,6 +394,8 @@ def build_app(
                 gr.update(visible=key is not None),
                 gr.update(visible=key in session.answers),
                 gr.update(visible=key is None and session.next_skipped() is not None),
+                gr.update(visible=bool(radios) and key is not None),
+                *[gr.update(value=score) for score in scored],
             ]
 
         def log_in(entered: str | None, request: gr.Request) -> list:
@@ -393,13 +412,12 @@ def build_app(
             named = request.username or request.query_params.get("annotator")
             return log_in(named, request) if named else [gr.skip()] * len(outputs)
 
-        def step(action: Callable[[Any, str, str, str, str], EditKey | None]) -> Callable[..., list]:
-            def run(
-                annotator: str, token: str, comment: str, prompt: str, requirement: str, request: gr.Request
-            ) -> list:
+        def step(action: Callable[..., EditKey | None]) -> Callable[..., list]:
+            def run(request: gr.Request, annotator: str, token: str, comment: str, *fields: Any) -> list:
+                written = [text or "" for text in fields[:2]]
                 try:
                     session = campaign.session(request.username or annotator)
-                    return view(session, action(session, token, comment or "", prompt or "", requirement or ""))
+                    return view(session, action(session, token, comment or "", written, fields[2:]))
                 except StaleError as error:
                     gr.Info(f"{error} Go back to see or change it.")
                     return view(session, session.next())
@@ -411,13 +429,16 @@ def build_app(
 
             return run
 
-        def answer(value: Any, reason: str = "") -> Callable[[Any, str, str, str, str], EditKey | None]:
-            if not verify:
-                return lambda session, token, note, *_: session.rate(token, value, note)
-            return lambda session, token, note, *written: session.review(token, value, note, reason, *written)
+        def answer(value: Any, reason: str = "") -> Callable[..., EditKey | None]:
+            def run(session: Any, token: str, note: str, written: list[str], scores: Sequence) -> EditKey | None:
+                if verify:
+                    return session.review(token, value, note, reason, *written)
+                return session.rate(token, value, note, dict(zip(campaign.aspects, scores, strict=True)))
 
-        def go(direction: str) -> Callable[[Any, str, str, str, str], EditKey | None]:
-            def run(session: Any, token: str, note: str, *written: str) -> EditKey | None:
+            return run
+
+        def go(direction: str) -> Callable[..., EditKey | None]:
+            def run(session: Any, token: str, note: str, written: list[str], scores: Sequence) -> EditKey | None:
                 if verify and token:
                     session.keep_texts(token, *written)
                 return getattr(session, direction)(token or None, note)
@@ -426,7 +447,7 @@ def build_app(
 
         # A click carries all its inputs; the server keeps no state per tab.
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 8}
-        inputs = [who, token, comment, prompt, requirement]
+        inputs = [who, token, comment, prompt, requirement, *radios]
         app.load(load, None, outputs, **hidden)
         enter.click(log_in, [name], outputs, **hidden)
         if campaign.annotators is None:
@@ -464,6 +485,7 @@ def annotate(
     annotators: Sequence[str] | None = None,
     overlap: int | None = None,
     seed: int = 0,
+    aspects: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int = 7860,
     password: str | None = None,
@@ -475,7 +497,7 @@ def annotate(
     images of the dataset are embedded in the page.
 
     Args:
-        dataset, output_dir, verify, rubric, annotators, overlap, seed:
+        dataset, output_dir, verify, rubric, annotators, overlap, seed, aspects:
             See [`build_app`].
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Address to listen on, e.g. `"0.0.0.0"` for the whole network, which requires a password.
@@ -495,6 +517,7 @@ def annotate(
         )
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would copy answers to the browser's storage
     options: dict[str, Any] = {"rubric": rubric, "annotators": annotators, "overlap": overlap, "seed": seed}
+    options["aspects"] = aspects
     output_dir = output_dir or ("reviews" if verify else "ratings")
     app = build_app(dataset, output_dir, verify=verify, **options)
     allowed = None if annotators is None else {annotator_name(name) for name in annotators}

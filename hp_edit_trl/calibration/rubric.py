@@ -22,7 +22,7 @@ class Rubric:
 
     Args:
         revision (`str`):
-            Origin and revision of the text, e.g. `"hp-edit-trl:rubric:1"`. It is saved with every rating.
+            Origin and revision of the text, e.g. `"hp-edit-trl:rubric:2"`. It is saved with every rating.
         text (`str`):
             The instructions, in Markdown.
         labels (`tuple[str, ...]`, *optional*):

@@ -16,7 +16,7 @@ from typing import Any, Generic
 import torch
 from datasets import Dataset
 
-from ..cases import EditKey, prompt_problem
+from ..cases import EditKey, edit_keys, prompt_problem
 from ..ratings import SCORES, OneAnswer, Rating, append_answer, read_ratings
 from ..reviews import VERDICTS, Review, read_reviews
 from ..utils.seeding import seeded_generator
@@ -82,6 +82,46 @@ def assign_cases(
         for annotator in ranked[:overlap]:
             given[annotator] += cases[case_id]
     return given
+
+
+def sample_cases(dataset: Dataset, num_cases: int, seed: int = 0) -> Dataset:
+    """
+    Draws cases, with all their edits, evenly over the tasks, among those that all editors have an edit of. A larger
+    draw with the same seed holds a smaller one.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Edits or cases.
+        num_cases (`int`):
+            Number of cases.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draw.
+
+    Raises:
+        `ValueError`: If there are fewer such cases.
+    """
+    keys = edit_keys(dataset)
+    tasks = dataset["task"][:] if "task" in dataset.column_names else [None] * len(keys)
+    rows: dict[str, list[int]] = {}
+    for row, (case, _) in enumerate(keys):
+        rows.setdefault(case, []).append(row)
+    num_editors = len({editor for _, editor in keys})
+    whole = sorted(
+        (case for case, of_case in rows.items() if len(of_case) == num_editors),
+        key=lambda case: (_draw(seed, "study", case), case),
+    )
+    if not 1 <= num_cases <= len(whole):
+        raise ValueError(
+            f"num_cases={num_cases}: there are {len(whole)} cases with an edit by each of {num_editors} editors."
+        )
+    by_task: Counter = Counter()
+    places = {}
+    for case in whole:
+        task = str(tasks[rows[case][0]])
+        places[case] = by_task[task], task
+        by_task[task] += 1
+    chosen = sorted(whole, key=places.__getitem__)[:num_cases]
+    return dataset.select(sorted(row for case in chosen for row in rows[case]))
 
 
 def _draw(*key: int | str) -> int:
@@ -241,16 +281,29 @@ class RatingSession(Session[Rating]):
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order, together with the name. Adding or removing edits does not change the order of the
             others.
+        aspects (`Iterable[str]`, *optional*):
+            Aspects that are scored beside the edit as a whole.
 
     Raises:
         `ValueError`: If the file holds ratings made with another revision of the rubric.
     """
 
-    def __init__(self, annotator: str, keys: Iterable[EditKey], file: str | Path, rubric: str, seed: int = 0):
+    def __init__(
+        self,
+        annotator: str,
+        keys: Iterable[EditKey],
+        file: str | Path,
+        rubric: str,
+        seed: int = 0,
+        aspects: Iterable[str] = (),
+    ):
+        self.aspects = tuple(aspects)
         answers = check_rubric(Path(file), rubric) if Path(file).exists() else []
         super().__init__(annotator, keys, file, rubric, seed, answers)
 
-    def rate(self, token: str, score: int | None, comment: str = "") -> EditKey | None:
+    def rate(
+        self, token: str, score: int | None, comment: str = "", aspects: Mapping[str, int] | None = None
+    ) -> EditKey | None:
         """
         Writes a rating to the file.
 
@@ -261,6 +314,8 @@ class RatingSession(Session[Rating]):
                 0 to 5; `None` skips the edit.
             comment (`str`, *optional*, defaults to `""`):
                 Comment of the annotator.
+            aspects (`Mapping[str, int]`, *optional*):
+                0 to 5 for each of the session's aspects. A skip has none.
 
         Returns:
             `tuple[str, str | None]` or `None`: the edit to show next; `None` if all are answered.
@@ -272,10 +327,14 @@ class RatingSession(Session[Rating]):
         """
         if score is not None and (type(score) is not int or score not in SCORES):
             raise ValueError(f"The score {score!r} is not an integer from 0 to 5.")
+        given = {} if score is None else {name: (aspects or {}).get(name) for name in self.aspects}
+        if missing := [name for name, value in given.items() if type(value) is not int or value not in SCORES]:
+            raise ValueError(f"Please score {' and '.join(missing)} first, from 0 to 5.")
+        rated: dict[str, Any] = dict(given)
         return self._answer(
             token,
             comment,
-            lambda key, time: Rating(self.annotator, *key, score, self.rubric, time, comment.strip()),
+            lambda key, time: Rating(self.annotator, *key, score, self.rubric, time, comment.strip(), rated),
         )
 
 

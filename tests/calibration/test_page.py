@@ -474,7 +474,7 @@ CLOSED = (
 def test_a_password_and_what_is_not_served(browser, tmp_path):
     make_edits(2).save_to_disk(tmp_path / "edits")
     (tmp_path / "ratings").mkdir()
-    append_rating(ratings_file(tmp_path / "ratings", "anna"), make_rating(rubric="hp-edit-trl:rubric:1"))
+    append_rating(ratings_file(tmp_path / "ratings", "anna"), make_rating(rubric="hp-edit-trl:rubric:2"))
     options = ("--annotators", "anna,bert", "--overlap", "1", "--host", "0.0.0.0")
     with serving(tmp_path, *options, env={"HP_EDIT_PASSWORD": "open sesame"}) as (url, _, _):
         with httpx.Client(base_url=url) as client:
@@ -535,12 +535,13 @@ def test_a_password_and_what_is_not_served(browser, tmp_path):
 @pytest.mark.slow
 def test_the_host_and_the_allowed_names(browser, tmp_path):
     make_edits(2).save_to_disk(tmp_path / "edits")
-    with serving(tmp_path, "--annotators", "anna,bert") as (url, _, _):
+    with serving(tmp_path, "--annotators", "anna,bert", "--aspects", "adherence,image quality") as (url, _, _):
         # A page of another site, whose name was pointed to this machine
         answer = httpx.get(url, headers={"Host": "evil.example.org"})
         assert answer.status_code == 403
         assert "default-src 'self'" in httpx.get(url).headers["content-security-policy"]
-        tab = Tab(browser, f"{url}/?annotator=eve")
+        # On a phone, and with two aspects, which the digits score before they rate the edit
+        tab = Tab(browser, f"{url}/?annotator=eve", 390, 844)
         tab.page.wait_for_selector(".hp-error")
         assert "eve is not one of the annotators" in tab.page.locator(".hp-error").inner_text()
         tab.page.get_by_label("bert", exact=True).check()
@@ -550,12 +551,22 @@ def test_the_host_and_the_allowed_names(browser, tmp_path):
         # The ratings cannot be written: nothing is shown as saved, and the next attempt works.
         (tmp_path / "ratings" / "ratings-bert.jsonl").mkdir()
         before = tab.token()
+        check_phone(tab, tmp_path, "rating-phone")
+        tab.page.click("#answer-3")
+        tab.page.wait_for_selector("text=Please score adherence and image quality first")
+        tab.page.keyboard.press("4")
+        tab.page.locator(".aspect").nth(1).locator("label").nth(2).click()
         tab.page.keyboard.press("3")
         tab.page.wait_for_selector("text=not saved")
         assert tab.token() == before
         (tmp_path / "ratings" / "ratings-bert.jsonl").rmdir()
         tab.key("3")
-    assert [r.score for r in read_ratings(tmp_path / "ratings")[0]] == [3]
+        assert not tab.page.locator(".aspect input:checked").count()  # those of the next edit
+        tab.key("ArrowLeft")
+        chosen = tab.page.locator(".aspect input:checked")
+        assert [chosen.nth(i).get_attribute("value") for i in range(chosen.count())] == ["4", "2"]
+    (rating,) = read_ratings(tmp_path / "ratings")[0]
+    assert (rating.score, rating.aspects) == (3, {"adherence": 4, "image quality": 2})
 
 
 def test_others_need_a_password(tmp_path, monkeypatch):
@@ -624,13 +635,13 @@ def test_a_review_finds_its_case_by_its_id_and_shows_no_edit(tmp_path):
 def test_another_rubric_is_refused_at_the_start(tmp_path):
     append_rating(tmp_path / "ratings-anna.jsonl", make_rating(rubric="ours.md:1"))
     with pytest.raises(
-        ValueError, match="ratings-anna.jsonl were made with the rubric ours.md:1, but this is hp-edit-trl:rubric:1"
+        ValueError, match="ratings-anna.jsonl were made with the rubric ours.md:1, but this is hp-edit-trl:rubric:2"
     ):
         campaign(make_edits(), tmp_path)
 
 
 def test_ratings_of_another_dataset_are_reported(tmp_path, caplog):
-    append_rating(tmp_path / "ratings-anna.jsonl", make_rating(id="case-9", rubric="hp-edit-trl:rubric:1"))
+    append_rating(tmp_path / "ratings-anna.jsonl", make_rating(id="case-9", rubric="hp-edit-trl:rubric:2"))
     found = campaign(make_edits(), tmp_path)
     assert "no edit of case 'case-9'" in caplog.text
     assert found.session("anna").counts()["answered"] == 0

@@ -155,6 +155,26 @@ def test_a_score_outside_the_scale_is_refused(file, score):
     assert not file.exists()
 
 
+def test_all_aspects_are_scored_or_none(file):
+    session = open_session(file, aspects=("adherence", "quality"))
+    token = session.token(session.next())
+    for given in (None, {}, {"adherence": 3, "quality": None}, {"adherence": 3, "quality": 6}, {"quality": True}):
+        with pytest.raises(ValueError, match="Please score .*quality first"):
+            session.rate(token, 4, aspects=given)
+    assert not file.exists()
+    session.rate(token, 4, aspects={"adherence": 3, "quality": 5, "taste": 1})
+    session.rate(session.token(session.next()), None, aspects={"adherence": 3})
+    assert [line["aspects"] for line in lines(file)] == [{"adherence": 3, "quality": 5}, {}]
+    again = open_session(file, aspects=("adherence", "quality"))
+    assert again.answers == session.answers and again.token(again.queue[0]) == session.token(session.queue[0])
+    session.forward(session.token(session.queue[0]), "later")  # a comment keeps them
+    assert lines(file)[-1]["aspects"] == {"adherence": 3, "quality": 5}
+    append_rating(file, make_rating(id="case-3", rubric="r:1"))
+    file.write_text(file.read_text().replace('"quality": 5', '"quality": 7'))
+    _, problems = read_ratings(file)
+    assert len(problems) == 2 and "the score 7 of the aspect 'quality'" in problems[0]
+
+
 def test_a_line_that_was_cut_off_is_reported_and_rated_again(file, caplog):
     session = open_session(file)
     first, second = session.queue[:2]
@@ -230,7 +250,8 @@ def test_an_overlap_that_cannot_be_is_refused(overlap):
 
 def test_the_rubric_is_the_scale_of_the_scorer_prompts():
     rubric = load_rubric()
-    assert rubric.revision == "hp-edit-trl:rubric:1" and len(rubric.labels) == 6 and all(rubric.labels)
+    assert rubric.revision == "hp-edit-trl:rubric:2" and len(rubric.labels) == 6 and all(rubric.labels)
+    assert "identical to the\n  source is a 0" in rubric.text  # section 5.4
     base = load_scorer_prompts()["base"].text
     for score, label in enumerate(rubric.labels):
         assert f"**{score} {label}**" in rubric.text and f"\n- {score}:" in base
