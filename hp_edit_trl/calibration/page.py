@@ -195,9 +195,10 @@ class _Campaign:
         requirement = row.get("requirement")
         required = f"<br><small>Required: {_shown_text(requirement)}</small>" if requirement else ""
         several = " several" if len(references) > 1 else ""
+        scored = " scored" if self.aspects else ""
         alone = " alone" if len(references) == len(figures) else ""
         return (
-            f'<div class="hp-edit" data-token="{session.token(key)}" data-annotator="{annotator}" '
+            f'<div class="hp-edit{scored}" data-token="{session.token(key)}" data-annotator="{annotator}" '
             f'data-answer="{self.shown_answer(session, key)}">'
             f'<div class="hp-head"><span><b>{counts["answered"]} of {len(session.queue)}</b> {self.done}{skipped}'
             f'</span><span class="hp-bar"><i style="width: {done:.1f}%"></i></span><span>{annotator}</span></div>'
@@ -354,7 +355,7 @@ def build_app(
                     correct = _answer_button("c", "Save correction", scale=0)
                 with gr.Row(elem_id="aspects", visible=bool(aspects)) as parts:
                     radios = [gr.Radio(list(SCORES), label=name, elem_classes=["aspect"]) for name in aspects]
-                with gr.Row(elem_id="answers") as answers:
+                with gr.Row(elem_id="answers", elem_classes=[] if verify or aspects else ["stay"]) as answers:
                     buttons = _answer_buttons(campaign)
                 with gr.Row(elem_id="bottom"):
                     back = gr.Button("← Back", elem_id="back", scale=0)

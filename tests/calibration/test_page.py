@@ -377,6 +377,8 @@ def test_two_people_verify_cases(browser, tmp_path):
         assert "0 of 3 reviewed" in anna.progress()
         assert anna.page.locator("#shown img").count() == 1  # the source, and no edit
         shot(anna, tmp_path, "verify")
+        keys = anna.page.locator("#rubric").get_by_text("Keys:").bounding_box()
+        assert keys["x"] + keys["width"] <= 1360 and keys["y"] + keys["height"] <= 850
 
         def asked(tab):
             return next(
@@ -455,7 +457,12 @@ def check_phone(tab, folder, name):
     boxes = [box for box in page.evaluate(f"[...document.querySelectorAll('{shown}')].map({measure})") if box[3]]
     assert len(boxes) >= 8
     for element, box, hidden, _ in boxes:
-        assert box["left"] >= 0 and box["right"] <= 390 and box["height"] >= 30 and hidden <= 0, (element, box, hidden)
+        assert hidden <= 0, (element, hidden)
+        assert box["left"] >= 0 and box["right"] <= 390 and box["height"] >= 30 and box["width"] >= 40, (
+            element,
+            box,
+            hidden,
+        )
     heights = page.evaluate("[...document.querySelectorAll('#shown .hp-images img')].map(i => i.clientHeight)")
     assert min(heights) >= 230, heights
 
@@ -534,7 +541,7 @@ def test_a_password_and_what_is_not_served(browser, tmp_path):
 
 @pytest.mark.slow
 def test_the_host_and_the_allowed_names(browser, tmp_path):
-    make_edits(2).save_to_disk(tmp_path / "edits")
+    make_photo_edits().select([2, 4]).save_to_disk(tmp_path / "edits")
     with serving(tmp_path, "--annotators", "anna,bert", "--aspects", "adherence,image quality") as (url, _, _):
         # A page of another site, whose name was pointed to this machine
         answer = httpx.get(url, headers={"Host": "evil.example.org"})
