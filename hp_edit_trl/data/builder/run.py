@@ -6,11 +6,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from ...editors import Editor, empty_device_cache, load_editor
 from ...judges import Judge, load_early, load_judge
+from ...reviews import read_reviews
 from ...rewards import HPScorerReward, load_scorer_prompts
 from ...utils.config import check_positive
-from ...utils.distributed import patient_accelerator
+from ...utils.distributed import in_step, patient_accelerator
 from .balance import Balance
 from .category import ClipCategories
 from .config import BuildConfig
@@ -84,8 +87,8 @@ def build_dataset(
 
     Raises:
         `ValueError`: If an option is not valid, a stage was made with other settings, an earlier stage is not
-        finished,
-            another builder is running in the folder, or a stage rejects all rows.
+            finished, another builder is running in the folder, a stage rejects all rows, or the benchmark is not
+            verified yet.
         `ConnectionError`: If a server does not answer. Finished batches are kept.
         `OSError`: If the disk is full. Finished batches are kept.
     """
@@ -101,6 +104,8 @@ def build_dataset(
         raise ValueError("engine='ray' starts its own workers: start the build without accelerate launch.")
     make = _stages(config, writer, editor, scorer, styles)
     last = max(STAGES.index(name) for name in stages or STAGES)
+    if config.verified is not None and not Path(config.verified).exists() and accelerator.is_main_process:
+        logger.warning("There are no reviews at verified=%s yet; the export will need them.", config.verified)
     # Locked first: a second builder must learn that before it has read all of its sources.
     with WorkFolder.locked(config.output_dir) if accelerator.is_main_process else nullcontext():
         folder = WorkFolder(config.output_dir, Sources(config.sources))
@@ -118,8 +123,10 @@ def build_dataset(
                 logger.info("%s: %d of %d rows kept; rejected: %s", name, kept, all_rows, dict(reasons))
             if stage.tally is not None and stage.tally.judgements and accelerator.is_main_process:
                 logger.info("%s: %s", name, stage.tally)
-            if name == "split" and accelerator.is_main_process:
-                export_candidates(folder, folder.path / "candidates")
+            if name == "split":
+                with in_step(accelerator):
+                    if accelerator.is_main_process:
+                        export_candidates(folder, folder.path / "candidates")
             if kept == 0:
                 raise ValueError(
                     f"The stage {name!r} rejected all of {all_rows} rows ({dict(reasons)}): read the reasons in "
@@ -130,17 +137,23 @@ def build_dataset(
                 empty_device_cache()
         dataset = folder.path / "dataset"
         if STAGES[last] == "export":
-            benchmark = BenchmarkChoice(folder, config.benchmark_counts, config.verified)
+            # Read once, because people may be adding reviews now, and all processes must have the same.
+            with in_step(accelerator):
+                is_reader = config.verified is not None and accelerator.is_main_process
+                reviews = read_reviews(config.verified)[0] if is_reader else None  # type: ignore[arg-type]
+            (reviews,) = broadcast_object_list([reviews])
+            benchmark = BenchmarkChoice(folder, config.benchmark_counts, reviews, config.verified)
 
             def run(work: WorkFolder, stage: Stage) -> None:
                 run_stage(work, stage, accelerator, engine, num_workers, gpus_per_worker)
                 empty_device_cache()
 
             benchmark.edit_corrected(make, run)
-            if accelerator.is_main_process:
-                export_build(folder, dataset, benchmark)
-                if config.push_to_hub is not None:
-                    logger.info("%s", push_dataset(dataset, config.push_to_hub, private=config.private))
+            with in_step(accelerator):
+                if accelerator.is_main_process:
+                    export_build(folder, dataset, benchmark)
+                    if config.push_to_hub is not None:
+                        logger.info("%s", push_dataset(dataset, config.push_to_hub, private=config.private))
         accelerator.wait_for_everyone()
     return dataset
 

@@ -3,14 +3,14 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Features, Value
 from datasets import Image as ImageFeature
 
-from ...reviews import Verification, read_reviews, verify
+from ...reviews import Review, Verification, verify
 from .engine import Batch, Stage, WorkFolder
 from .instructions import case_id
 
@@ -84,17 +84,22 @@ class BenchmarkChoice:
             The build, with all stages before `export` finished.
         counts (`Mapping[str, int]`):
             Number of cases per task.
+        reviews (`Sequence[Review]`, *optional*):
+            People's reviews of the candidates. By default, the cases were not verified.
         verified (`str`, *optional*):
-            File or folder of reviews. By default, the cases were not verified.
-
-    Raises:
-        `FileNotFoundError`: If there are no reviews.
-        `ValueError`: If the reviews were made with several revisions of the guidelines.
+            Where the reviews are, for messages.
     """
 
-    def __init__(self, build: WorkFolder, counts: Mapping[str, int], verified: str | None = None):
+    def __init__(
+        self,
+        build: WorkFolder,
+        counts: Mapping[str, int],
+        reviews: Sequence[Review] | None = None,
+        verified: str | None = None,
+    ):
         self.build = build
         self.counts = counts
+        self.is_verified = reviews is not None
         self.verified = verified
         columns = build.read(build.live, ["id", "task", "prompt", "place"])
         rows = zip(build.live.tolist(), *columns.values(), strict=True)
@@ -104,9 +109,8 @@ class BenchmarkChoice:
         self.candidates: dict[int, tuple[str, str]] = {row: (task, name) for task, _, row, name, _ in drawn}
         self.verifications: dict[int, Verification] = {}
         self.corrected: WorkFolder | None = None  # the edits of corrected cases
-        if verified is None:
+        if reviews is None:
             return
-        reviews, _ = read_reviews(verified)
         prompts = {name: prompt for *_, name, prompt in drawn}
         current = [review for review in reviews if prompts.get(review.id) == review.prompt]
         if len(current) < len(reviews):
@@ -158,7 +162,7 @@ class BenchmarkChoice:
         pending: dict[str, list[str]] = {}
         for row, (task, name) in self.candidates.items():
             one = self.verifications.get(row)
-            if self.verified is not None and one is None:
+            if self.is_verified and one is None:
                 left_out[row] = "not verified"
             elif one is not None and one.status == "disputed":
                 left_out[row] = "disputed: people corrected it differently"
@@ -195,7 +199,7 @@ class BenchmarkChoice:
 
     def summary(self, chosen: Mapping[int, Any]) -> dict[str, Any] | None:
         """What the card says about the verification; `None` if there was none."""
-        if self.verified is None:
+        if not self.is_verified:
             return None
         status = Counter(one.status for one in self.verifications.values())
         reasons = Counter(reason for one in self.verifications.values() for reason in set(one.reasons))
