@@ -208,16 +208,29 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
         {"name": "absent", "editor": str(tmp_path / "absent")},
         {"name": "as it was", "editor": f"{file}:same"},
     ]
+    shared["ratings"] = str(tmp_path / "ratings")  # there are none yet
     config.write_text(yaml.safe_dump(shared | {"runs": runs}))
     with pytest.raises(SystemExit, match="1 of 3 runs did not finish: absent"):
         main(["bench", "--config", str(config)])
     printed = capsys.readouterr()
+    assert printed.err.count("no ratings in") == 3 and "| people" not in printed.out
     assert "absent: editor=" in printed.err and "Difference from someone/tiny" in printed.out
     assert printed.out.count("all of the 3 cases have an edit and a score.") == 2  # each run prints its result
     assert (tmp_path / "out" / "report" / "gallery.html").exists()
     finished = [read_run(tmp_path / "out" / name) for name in ("someone-tiny", "as it was")]
     assert [run.name for run in finished] == ["someone/tiny", "as it was"]
     assert finished[0].settings["editor"]["negative_prompt"] == " "
+    # People rate one of them; the same file adds their column, and scores nothing again.
+    rating = Rating("a", "case-0", "as it was", 4, "r:1", "2026-01-01T00:00:00+00:00")
+    (tmp_path / "ratings").mkdir()
+    append_rating(tmp_path / "ratings" / "ratings-a.jsonl", rating)
+    asked = len(server.requests)
+    config.write_text(yaml.safe_dump(shared | {"runs": [runs[0], runs[2]]}))
+    main(["bench", "--config", str(config)])
+    printed = capsys.readouterr()
+    assert "someone/tiny: no ratings in" in printed.err and printed.err.count("no ratings in") == 1
+    table = (tmp_path / "out" / "report" / "table.md").read_text()
+    assert "| people" in table and "4.00" in table and len(server.requests) == asked
     for broken, message in (
         (shared, "a list `runs`"),
         (shared | {"runs": [{"editor": "x"}]}, "each of the runs needs a name"),

@@ -38,7 +38,7 @@ FLOORS = (
     {"version", "utils", "tasks", "flow"},
     {"cases"},
     {"ratings"},
-    {"policies", "judges", "lora_formats"},
+    {"policies", "judges", "lora_formats", "reviews"},
     {"editors", "rewards"},
     {"trainer", "calibration", "data", "bench"},
     {"metrics", "miniature", "scripts"},

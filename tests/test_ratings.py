@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,14 +98,17 @@ def test_files_that_are_no_ratings(tmp_path):
 
 def test_ratings_stand_beside_their_edits():
     edits = helpers.make_edits()
-    rated = ratings_dataset(helpers.RATINGS, edits)
+    first = replace(helpers.RATINGS[0], aspects={"image quality": 4})
+    rated = ratings_dataset([first, *helpers.RATINGS[1:]], edits)
     assert rated.column_names == [*edits.column_names, "human_score", "num_ratings", "ratings"]
     found = {(row["id"], row["editor"]): row for row in rated}
     assert len(found) == len(rated) == len(edits)
     assert (found["case-0", "model-one"]["human_score"], found["case-0", "model-one"]["num_ratings"]) == (3.5, 2)
     assert found["case-0", "model-one"]["ratings"][1] == {
         "annotator": "bert", "score": 2, "comment": "hm", "rubric": "r:1", "time": "2026-01-01T10:01:00+00:00",
+        "aspects": [],
     }  # fmt: skip
+    assert found["case-0", "model-one"]["ratings"][0]["aspects"] == [{"name": "image quality", "score": 4}]
     assert (found["case-2", "model-one"]["human_score"], found["case-2", "model-one"]["num_ratings"]) == (0.0, 1)
     for key in (("case-1", "model-two"), ("case-3", "model-one")):  # skipped, not seen: no score, never 0
         assert found[key]["human_score"] is None and found[key]["num_ratings"] == 0

@@ -7,6 +7,7 @@ from .realpref import RealPrefBench
 from .report import describe_run, push_results, read_rewards, write_bench_report
 from .results import Run, compare, read_run, summarize
 from .run import run_benchmark
+from .study import edits_of_runs, scores_of_runs
 
 
 __all__ = [
@@ -22,12 +23,14 @@ __all__ = [
     "compare",
     "conversation",
     "describe_run",
+    "edits_of_runs",
     "parse_grade",
     "parse_pair",
     "push_results",
     "read_rewards",
     "read_run",
     "run_benchmark",
+    "scores_of_runs",
     "summarize",
     "why_no_score",
     "write_bench_report",

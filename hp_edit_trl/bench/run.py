@@ -50,7 +50,7 @@ from .results import FORMAT, WHERE_FROM, Run, check_format, read_run, summarize
 
 logger = logging.getLogger(__name__)
 
-THUMBNAIL = 768  # longest side of a reference image in a results folder
+THUMBNAIL = 1600  # longest side of a reference image in a results folder: as large as people are shown it
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "datasets", "pillow")
 ROW_COLUMNS = {
     "id", "prompt", "requirement", "references", "edit", "width", "height", "resized", "reshaped", "reason", "answers",

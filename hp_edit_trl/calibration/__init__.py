@@ -8,9 +8,9 @@ from .comparison import compare_with_people
 from .label_studio import from_label_studio, label_studio_config, to_label_studio
 from .probe import probe_judge
 from .refine import PromptRefiner, add_questions, is_held_out, parse_questions
-from .rubric import Rubric, load_rubric
+from .rubric import Rubric, load_guidelines, load_rubric
 from .scoring import ScoringSummary, read_scores, score_dataset
-from .session import RatingSession, assign_cases
+from .session import RatingSession, ReviewSession, assign_cases, sample_cases
 
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "PromptRefiner",
     "RatingSession",
+    "ReviewSession",
     "Rubric",
     "ScoringSummary",
     "add_questions",
@@ -43,10 +44,12 @@ __all__ = [
     "krippendorff_alpha",
     "krippendorff_interval",
     "label_studio_config",
+    "load_guidelines",
     "load_rubric",
     "parse_questions",
     "probe_judge",
     "read_scores",
+    "sample_cases",
     "score_dataset",
     "to_label_studio",
     "worst_disagreements",

@@ -111,6 +111,15 @@ def agreement_tables(result: dict[str, Any]) -> str:
     ]
     if editors:
         tables.append(markdown_table(["model", "edits", "mean, people", "mean, scorer"], editors))
+    if aspects := result["aspects"]:
+        names = sorted({editor for one in aspects.values() for editor in one["editors"]})
+        parts = [
+            [name, one["n"], format_estimate(one["pearson"]), format_estimate(one["human"])]
+            + [format_estimate(one["editors"][editor]) if editor in one["editors"] else "–" for editor in names]
+            for name, one in aspects.items()
+        ]
+        head = ["aspect, by people", "edits", "Pearson with the scorer", "mean", *(f"mean, {name}" for name in names)]
+        tables.append(markdown_table(head, parts))
     return "\n".join([*tables, "\n".join(f"- {note}" for note in _notes(result)), ""])
 
 

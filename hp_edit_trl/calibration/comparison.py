@@ -51,6 +51,8 @@ def compare_with_people(
         - `annotators`: by name, against the mean of the others on the same edits: `n`, `skipped`, `pearson`, `bias`.
         - `editors`: by name, the means `human` and `scorer` on the edits that have both, and their number `n`. Empty
           if the edits have no editor.
+        - `aspects`: by name, the means of people's scores of an aspect: `n` (edits with one), `human`, `pearson` with
+          the scorer's scores, and the mean of each editor in `editors`. Empty if people scored the edits alone.
         - `edits`: each rated edit with `id`, `editor`, `task`, `human`, `score`, `answer`, and `ratings` (annotator,
           score, comment).
         - `left_out`: lists of `(id, editor)` by reason: `no_score` (the scorer gave none), `not_scored` (not in the
@@ -121,6 +123,7 @@ def compare_with_people(
             for name in sorted({rating.annotator for given in rated.values() for rating in given.values()})
         },
         "editors": _means_of_editors(values, score_of, task_of, options),
+        "aspects": _aspects(rated, score_of, task_of, options),
         "left_out": {reason: [list(key) for key in keys] for reason, keys in left_out.items()},
         "edits": [
             {
@@ -253,6 +256,38 @@ def _of_annotators(reason: str | None) -> str | None:
         "the scorer gave all edits the same score": "this annotator gave all edits the same score",
     }
     return words.get(reason, reason) if reason else None
+
+
+def _aspects(
+    rated: dict[EditKey, dict[str, Rating]],
+    score_of: dict[EditKey, float | None],
+    task_of: dict[str, str],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    result = {}
+    given = [rating.aspects for ratings in rated.values() for rating in ratings.values()]
+    for name in dict.fromkeys(name for aspects in given for name in aspects):
+        values = {
+            key: float(np.mean(scores))
+            for key, ratings in rated.items()
+            if (scores := [one.aspects[name] for one in ratings.values() if name in one.aspects])
+        }
+
+        def mean(keys: list[EditKey], values: dict[EditKey, float] = values) -> dict[str, Any]:
+            tasks, ids = [task_of.get(key[0]) or NO_TASK for key in keys], [key[0] for key in keys]
+            return mean_with_interval([values[key] for key in keys], tasks, ids, **options)
+
+        tasks, ids = [task_of.get(key[0]) or NO_TASK for key in values], [key[0] for key in values]
+        by_scorer = [score_of.get(key) for key in values]
+        agreed = agreement(list(values.values()), by_scorer, tasks, ids, statistics=("pearson",), **options)["overall"]
+        editors = sorted({key[1] for key in values if key[1] is not None})
+        result[name] = {
+            "n": len(values),
+            "human": mean(list(values)),
+            "pearson": agreed["pearson"],
+            "editors": {editor: mean([key for key in values if key[1] == editor]) for editor in editors},
+        }
+    return result
 
 
 def _means_of_editors(

@@ -167,11 +167,27 @@ def _configured_runs(args: argparse.Namespace) -> list[argparse.Namespace]:
         if folder.startswith("."):
             raise ValueError(f"{args.config}: the run {run['name']!r} must not begin with a dot: it names a folder.")
         values["output_dir"] = str(Path(shared["output_dir"]) / folder)
+        if "ratings" in values and not _are_rated(values["ratings"], run["name"]):
+            print(
+                f"hp-edit: {run['name']}: no ratings in {values['ratings']} yet. Rate the edits of all runs with "
+                f"`hp-edit annotate {shared['output_dir']}/* --output_dir {values['ratings']}`, then run this again.",
+                file=sys.stderr,
+            )
+            del values["ratings"]
         configured.append(argparse.Namespace(**defaults | values))
     folders = [run.output_dir for run in configured]
     if len(set(folders)) < len(folders) or str(Path(shared["output_dir"]) / "report") in folders:
         raise ValueError(f"{args.config}: two of the runs have one name, or one is called report.")
     return configured
+
+
+def _are_rated(path: str, name: str) -> bool:
+    """Whether people have rated edits of a run. A configuration names the ratings before there are any."""
+    from ..ratings import read_ratings
+
+    if not Path(path).is_file() and not any(Path(path).glob("ratings-*.jsonl")):
+        return False
+    return any(rating.editor in (name, None) and rating.score is not None for rating in read_ratings(path)[0])
 
 
 def _check_option(file: str, name: str, value: Any, options: dict[str, argparse.Action]) -> None:

@@ -12,12 +12,32 @@ from .options import IMAGE_ROOT, add_dataset_options, add_scorer_options, scorer
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..bench import Run
+
 
 def _load_edits(args: argparse.Namespace) -> "Dataset":
     """Loads the dataset of edits that the options name."""
     from ..cases import load_edits
 
     return load_edits(args.dataset, args.split, args.revision, args.image_root)
+
+
+def _runs(paths: list[str]) -> "list[Run]":
+    """The runs of a benchmark among folders, e.g. all that `runs/*` names; none if there are none."""
+    from ..bench import read_run
+
+    runs = [path for path in paths if (Path(path) / "run.json").exists()]
+    for path in paths if runs else []:
+        if path not in runs:
+            print(f"hp-edit: left out: {path} is not a results folder of hp-edit bench", file=sys.stderr)
+    return [read_run(path) for path in runs]
+
+
+def _only(paths: list[str], what: str) -> str:
+    """The one path that is meant if there are no runs."""
+    if len(paths) > 1:
+        raise ValueError(f"{', '.join(paths)} are no results folders of hp-edit bench: name those, or one {what}.")
+    return paths[0]
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -83,12 +103,16 @@ def _refine_prompt(args: argparse.Namespace) -> None:
 
 
 def _measure_agreement(args: argparse.Namespace) -> None:
+    from ..bench import edits_of_runs, scores_of_runs
     from ..calibration import agreement_tables, compare_with_people, read_scores, write_agreement
     from ..ratings import read_ratings
 
-    dataset = None if args.dataset is None else _load_edits(args)
+    runs = _runs(args.scores)
+    if runs and args.dataset is not None:
+        raise ValueError("--dataset is for folders of scores: the runs of a benchmark have their edits.")
+    dataset = edits_of_runs(runs) if runs else None if args.dataset is None else _load_edits(args)
     ratings, _ = read_ratings(args.ratings, rubric=args.rubric)
-    scores = read_scores(args.scores)
+    scores = scores_of_runs(runs) if runs else read_scores(_only(args.scores, "folder of scores"))
     result = compare_with_people(ratings, scores, dataset, confidence=args.confidence, seed=args.seed)
     write_agreement(result, args.output_dir, dataset, args.worst)
     print(agreement_tables(result))
@@ -96,15 +120,30 @@ def _measure_agreement(args: argparse.Namespace) -> None:
 
 
 def _annotate(args: argparse.Namespace) -> None:
-    from ..calibration import annotate, load_rubric
+    from ..bench import edits_of_runs
+    from ..calibration import annotate, load_guidelines, load_rubric, sample_cases
+    from ..cases import load_split
 
+    runs = [] if args.verify else _runs(args.dataset)
+    if runs:
+        dataset = edits_of_runs(runs)
+    else:
+        args.dataset = _only(args.dataset, "dataset")
+        if args.verify:
+            dataset = load_split(args.dataset, args.split, args.image_root, revision=args.revision)
+        else:
+            dataset = _load_edits(args)
+    if args.num_cases is not None:
+        dataset = sample_cases(dataset, args.num_cases, args.seed)
     annotate(
-        _load_edits(args),
+        dataset,
         args.output_dir,
-        rubric=load_rubric(args.rubric),
+        verify=args.verify,
+        rubric=load_guidelines(args.rubric) if args.verify else load_rubric(args.rubric),
         annotators=None if args.annotators is None else args.annotators.split(","),
         overlap=args.overlap,
         seed=args.seed,
+        aspects=() if args.aspects is None else [name.strip() for name in args.aspects.split(",")],
         host=args.host,
         port=args.port,
         password=args.password or os.environ.get("HP_EDIT_PASSWORD"),
@@ -200,7 +239,7 @@ def register(commands: Any) -> None:
 
     command = commands.add_parser("measure-agreement", help="measure the agreement between scores and ratings")
     command.add_argument("ratings", help="folder of ratings, or a file")
-    command.add_argument("scores", help="folder of scores, or a file")
+    command.add_argument("scores", nargs="+", help="folder of scores, or a file; or results folders of hp-edit bench")
     command.add_argument("--dataset", help="folder or Hub repository of the edits, for tasks and images")
     command.add_argument("--split", default="train")
     command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
@@ -212,13 +251,22 @@ def register(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the bootstrap resamples")
     command.set_defaults(run=_measure_agreement)
 
-    command = commands.add_parser("annotate", help="serve the page on which people rate edits from 0 to 5")
-    add_dataset_options(command)
-    command.add_argument("--output_dir", default="ratings", help="folder of the ratings, one file per annotator")
-    command.add_argument("--rubric", help="Markdown file with a rubric; by default this package's")
+    command = commands.add_parser("annotate", help="serve the page on which people rate edits, or verify cases")
+    add_dataset_options(command, with_runs=True)
+    command.add_argument(
+        "--verify", action="store_true", help="show cases without an edit, to be accepted, corrected or rejected"
+    )
+    command.add_argument(
+        "--output_dir", help="folder of the answers, one file per annotator; by default ratings, with --verify reviews"
+    )
+    command.add_argument("--rubric", help="Markdown file with a rubric or guidelines; by default this package's")
     command.add_argument("--annotators", help="names of the annotators, separated by commas; by default anyone")
     command.add_argument("--overlap", type=int, help="number of annotators who rate each case; by default all")
-    command.add_argument("--seed", type=int, default=0, help="of the assignment of cases and the order of edits")
+    command.add_argument("--num_cases", type=int, help="draw this many cases, evenly over the tasks; by default all")
+    command.add_argument(
+        "--aspects", help='aspects to score beside the edit, by commas, e.g. "instruction adherence,image quality"'
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the draw, the assignment and the order of edits")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on; any other needs a password")
     command.add_argument("--port", type=int, default=7860)
     command.add_argument("--password", help="better set in the environment as HP_EDIT_PASSWORD")

@@ -12,8 +12,10 @@ def _build(args: argparse.Namespace) -> None:
     from ..utils.config import read_config
 
     logging.getLogger("hp_edit_trl").setLevel(logging.INFO)
+    config = read_config(BuildConfig, args.config)
+    config.verified = args.verified or config.verified
     folder = build_dataset(
-        read_config(BuildConfig, args.config),
+        config,
         stages=None if args.stages is None else args.stages.split(","),
         engine=args.engine,
         num_workers=args.num_workers,
@@ -34,6 +36,9 @@ def register(commands: Any) -> None:
     command = commands.add_parser("build-dataset", help="build a dataset of hard cases; run it again to resume")
     command.add_argument("--config", required=True, help="YAML file with the options of BuildConfig")
     command.add_argument("--stages", help="run only these, e.g. edits,scores; earlier ones must be finished")
+    command.add_argument(
+        "--verified", metavar="FILE", help="people's reviews of the benchmark's candidates: file, or folder"
+    )
     command.add_argument("--engine", choices=("local", "ray"), default="local", help="what runs the stages")
     command.add_argument("--num_workers", type=int, default=1, help="with Ray: workers per stage")
     command.add_argument("--gpus_per_worker", type=float, default=0, help="with Ray")

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 IMAGE_ROOT = "folder, or beginning of an address, below which images may lie that are not files of the dataset itself"
 
 
-def add_dataset_options(command: argparse.ArgumentParser) -> None:
-    """Adds the options that name a dataset of edits."""
-    command.add_argument(
-        "dataset", help="folder or Hub repository of edits, with the columns id, image, edit, prompt, task, editor"
-    )
+def add_dataset_options(command: argparse.ArgumentParser, with_runs: bool = False) -> None:
+    """Adds the options that name a dataset of edits, or runs of a benchmark."""
+    edits = "folder or Hub repository of edits, with the columns id, image, edit, prompt, task, editor"
+    if with_runs:
+        command.add_argument("dataset", nargs="+", help=f"{edits}; or results folders of hp-edit bench")
+    else:
+        command.add_argument("dataset", help=edits)
     command.add_argument("--split", default="train", help="split of the dataset")
     command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
     command.add_argument("--image_root", help=IMAGE_ROOT)

@@ -55,7 +55,7 @@ def test_a_run_from_cases_to_results(tmp_path):
     assert [row["hp_score"] for row in run.cases] == scores and len(set(scores)) > 2
     for row in run.cases:
         (reference,) = row["references"]
-        assert Image.open(run.folder / reference).size[0] <= 768
+        assert Image.open(run.folder / reference).size[0] <= 1600
     assert json.loads(run.cases[0]["answers"]) == {"hp_score": str(scores[0])}
     overall = next(row for row in run.results["summary"] if row["kind"] == "overall")
     by_task = {}

@@ -24,11 +24,12 @@ from PIL import ImageEnhance, ImageFilter
 from PIL.PngImagePlugin import PngInfo
 
 from hp_edit_trl import cli
-from hp_edit_trl.calibration import load_rubric, page
+from hp_edit_trl.calibration import load_guidelines, load_rubric, page
 from hp_edit_trl.calibration.display import MAX_SIDE, shown_jpeg
-from hp_edit_trl.cases import edit_keys, load_edits
+from hp_edit_trl.cases import edit_keys, load_edits, load_split
 from hp_edit_trl.miniature.photographs import load_photographs
 from hp_edit_trl.ratings import append_rating, ratings_file, read_ratings
+from hp_edit_trl.reviews import read_reviews
 from hp_edit_trl.utils.images import read_image
 from tests.calibration.helpers import make_edits, make_rating, with_broken, with_references
 from tests.helpers import photo
@@ -74,7 +75,7 @@ def serving(folder, *options, env=None):
             command, cwd=folder, env={**outside, "PYTHONPATH": str(ROOT), **(env or {})}, stdout=subprocess.PIPE,
             stderr=log, text=True,
         )  # fmt: skip
-        assert "Rate edits at" in server.stdout.readline(), (folder / "server.log").read_text()
+        assert " at http" in server.stdout.readline(), (folder / "server.log").read_text()
         return server
 
     servers = [start()]
@@ -89,8 +90,8 @@ def serving(folder, *options, env=None):
 class Tab:
     """A tab of an annotator, and everything that came over the network for it."""
 
-    def __init__(self, browser, url):
-        self.page = browser.new_context(viewport={"width": 1360, "height": 850}).new_page()
+    def __init__(self, browser, url, width=1360, height=850):
+        self.page = browser.new_context(viewport={"width": width, "height": height}).new_page()
         self.page.set_default_timeout(30_000)
         self.urls, self.bodies = [], []
         self.page.route("**/*", self.record)
@@ -197,7 +198,9 @@ def shot(tab, folder, name):
     tab.page.screenshot(path=folder / f"annotate-{name}.png")
     if os.environ.get("UPDATE_SCREENSHOTS"):
         with PILImage.open(folder / f"annotate-{name}.png") as image:
-            image.resize((1020, 638), PILImage.Resampling.LANCZOS).save(ASSETS / f"annotate-{name}.png", optimize=True)
+            image.resize((image.width * 3 // 4, image.height * 3 // 4), PILImage.Resampling.LANCZOS).save(
+                ASSETS / f"annotate-{name}.png", optimize=True
+            )
 
 
 @pytest.mark.slow
@@ -241,7 +244,7 @@ def test_two_people_rate(browser, tmp_path):
         anna.page.keyboard.type("3 cats, 5 dogs s")
         anna.page.wait_for_timeout(300)
         note(anna, "anna", 1)
-        anna.do(anna.page.dblclick, "#score-1")
+        anna.do(anna.page.dblclick, "#answer-1")
         assert "2 of 6 rated" in anna.progress()
         skipped = keys[anna.seen()]
         note(anna, "anna", None)
@@ -255,9 +258,9 @@ def test_two_people_rate(browser, tmp_path):
         anna.key("Backspace")
         assert keys[anna.seen()] == orders["anna"][1]
         assert anna.page.locator("#comment textarea").input_value() == "3 cats, 5 dogs s"
-        assert anna.page.locator("#shown [data-token]").get_attribute("data-score") == "1"
+        assert anna.page.locator("#shown [data-token]").get_attribute("data-answer") == "1"
         outlines = [
-            anna.page.locator(f"#score-{i}").evaluate("b => getComputedStyle(b).outlineStyle") for i in range(6)
+            anna.page.locator(f"#answer-{i}").evaluate("b => getComputedStyle(b).outlineStyle") for i in range(6)
         ]
         assert outlines == ["none", "solid", "none", "none", "none", "none"]
         given["anna"][keys[anna.seen()]] = 5
@@ -286,7 +289,7 @@ def test_two_people_rate(browser, tmp_path):
             if keys[bert.seen()] == edit_keys(edits)[0]:
                 assert NASTY in bert.page.locator(".hp-asked").inner_text()
             note(bert, "bert", score)
-            bert.click(f"#score-{score}")
+            bert.click(f"#answer-{score}")
         bert.page.locator("#comment textarea").fill("The shadow is missing")
         shot(bert, tmp_path, "rating")
         # The server is killed in the middle of everything, and a line is cut off
@@ -329,7 +332,7 @@ def test_two_people_rate(browser, tmp_path):
             if keys[bert.seen()] == edit_keys(edits)[0]:
                 assert NASTY in bert.page.locator(".hp-asked").inner_text()
             note(bert, "bert", 5)
-            bert.click("#score-5")
+            bert.click("#answer-5")
         shot(bert, tmp_path, "finished")
         bert.key("ArrowLeft")
         assert keys[bert.seen()] == orders["bert"][-1]
@@ -359,6 +362,111 @@ def test_two_people_rate(browser, tmp_path):
     assert orders["anna"] != orders["bert"]
 
 
+@pytest.mark.slow
+def test_two_people_verify_cases(browser, tmp_path):
+    columns = ["id", "image", "prompt", "task", "requirement", "editor"]
+    make_photo_edits().select([0, 2, 4]).select_columns(columns).save_to_disk(tmp_path / "edits")
+    prompts = dict(zip(*(load_split(str(tmp_path / "edits"))[name] for name in ("id", "prompt")), strict=True))
+    with serving(tmp_path, "--verify", env={"HP_EDIT_PASSWORD": "open sesame"}) as (url, servers, start):
+        assert httpx.get(f"{url}/config").status_code == 401
+        anna = Tab(browser, url)
+        anna.page.locator("input").nth(0).fill("anna")
+        anna.page.locator("input[type=password]").fill("open sesame")
+        anna.page.get_by_role("button").last.click()
+        anna.settle()
+        assert "0 of 3 reviewed" in anna.progress()
+        assert anna.page.locator("#shown img").count() == 1  # the source, and no edit
+        shot(anna, tmp_path, "verify")
+        keys = anna.page.locator("#rubric").get_by_text("Keys:").bounding_box()
+        assert keys["x"] + keys["width"] <= 1360 and keys["y"] + keys["height"] <= 850
+
+        def asked(tab):
+            return next(
+                name for name, prompt in prompts.items() if prompt in tab.page.locator(".hp-asked").inner_text()
+            )
+
+        queue = [asked(anna)]
+        first = anna.page.locator("#prompt textarea")
+        assert first.input_value() == prompts[queue[0]]
+        # A change that was not saved is not accepted away, and a blank one is not saved.
+        anna.page.keyboard.press("c")
+        first.fill("Make it a little warmer 1 a r s")
+        anna.page.keyboard.press("Escape")
+        before = anna.token()
+        anna.page.keyboard.press("a")
+        anna.page.wait_for_selector("text=save the correction")
+        assert anna.token() == before and not list((tmp_path / "reviews").glob("*.jsonl"))
+        anna.page.keyboard.press("c")
+        anna.key("Enter")
+        # Rejected by a digit; then in another tab of hers, while this one shows it
+        queue.append(asked(anna))
+        context = anna.page.context
+        anna.key("3")
+        queue.append(asked(anna))
+        other = context.new_page()
+        other.goto(f"{url}/?annotator=anna")
+        other.wait_for_selector("#shown [data-token]")
+        other.wait_for_timeout(450)
+        other.keyboard.press("r")  # which asks for a reason first
+        other.keyboard.type("It is 5 pictures")
+        other.keyboard.press("Enter")
+        other.wait_for_selector(".hp-done")
+        anna.key("a")
+        assert "3 reviewed, 0 skipped" in anna.page.locator(".hp-done").inner_text().replace("of 3 ", "")
+        # Back, to what was said; the server is killed, and started again
+        anna.key("ArrowLeft")
+        assert anna.page.locator("#comment textarea").input_value() == "It is 5 pictures"
+        assert anna.page.locator("#shown [data-token]").get_attribute("data-answer") == "r"
+        anna.key("ArrowLeft")
+        anna.key("Backspace")
+        assert first.input_value() == "Make it a little warmer 1 a r s"
+        servers[-1].send_signal(signal.SIGKILL)
+        servers[-1].wait()
+        servers.append(start())
+        with httpx.Client(base_url=url) as client:
+            client.post("/login", data={"username": "ben", "password": "open sesame"})
+            assert client.get("/gradio_api/info").status_code == 404
+        ben = Tab(browser, url, 390, 844)
+        ben.page.locator("input").nth(0).fill("ben")
+        ben.page.locator("input[type=password]").fill("open sesame")
+        ben.page.get_by_role("button").last.click()
+        ben.settle()
+        check_phone(ben, tmp_path, "verify-phone")
+        ben.do(ben.page.click, "#answer-a")
+        assert "1 of 3 reviewed" in ben.progress()
+    reviews, problems = read_reviews(tmp_path / "reviews")
+    assert problems == [] and [(r.annotator, r.verdict) for r in reviews if r.annotator == "ben"] == [
+        ("ben", "accept")
+    ]
+    reasons = load_guidelines().labels
+    assert [(r.id, r.verdict, r.reason, r.comment) for r in reviews if r.annotator == "anna"] == [
+        (queue[0], "correct", "", ""), (queue[1], "reject", reasons[2], ""),
+        (queue[2], "reject", "other", "It is 5 pictures"),
+    ]  # fmt: skip
+    assert reviews[0].corrected_prompt == "Make it a little warmer 1 a r s" and reviews[0].prompt == prompts[queue[0]]
+    assert reviews[0].corrected_requirement == "Keep everything else"
+
+
+def check_phone(tab, folder, name):
+    """Everything that is needed is there on a phone: nothing is cut off at the side, and pictures can be seen."""
+    page = tab.page
+    shot(tab, folder, name)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shown = "#answers button, #bottom button, #texts button, .aspect label, textarea"
+    measure = "e => [e.id, e.getBoundingClientRect(), e.scrollWidth - e.clientWidth, !!e.offsetParent]"
+    boxes = [box for box in page.evaluate(f"[...document.querySelectorAll('{shown}')].map({measure})") if box[3]]
+    assert len(boxes) >= 8
+    for element, box, hidden, _ in boxes:
+        assert hidden <= 0, (element, hidden)
+        assert box["left"] >= 0 and box["right"] <= 390 and box["height"] >= 30 and box["width"] >= 40, (
+            element,
+            box,
+            hidden,
+        )
+    heights = page.evaluate("[...document.querySelectorAll('#shown .hp-images img')].map(i => i.clientHeight)")
+    assert min(heights) >= 230, heights
+
+
 CLOSED_FOR_FILES = (
     "/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/svelte/", "/static/../",
     "/assets/%2e%2e/", "/gradio_api/queue/../file=", "/",
@@ -373,7 +481,7 @@ CLOSED = (
 def test_a_password_and_what_is_not_served(browser, tmp_path):
     make_edits(2).save_to_disk(tmp_path / "edits")
     (tmp_path / "ratings").mkdir()
-    append_rating(ratings_file(tmp_path / "ratings", "anna"), make_rating(rubric="hp-edit-trl:rubric:1"))
+    append_rating(ratings_file(tmp_path / "ratings", "anna"), make_rating(rubric="hp-edit-trl:rubric:2"))
     options = ("--annotators", "anna,bert", "--overlap", "1", "--host", "0.0.0.0")
     with serving(tmp_path, *options, env={"HP_EDIT_PASSWORD": "open sesame"}) as (url, _, _):
         with httpx.Client(base_url=url) as client:
@@ -433,13 +541,14 @@ def test_a_password_and_what_is_not_served(browser, tmp_path):
 
 @pytest.mark.slow
 def test_the_host_and_the_allowed_names(browser, tmp_path):
-    make_edits(2).save_to_disk(tmp_path / "edits")
-    with serving(tmp_path, "--annotators", "anna,bert") as (url, _, _):
+    make_photo_edits().select([2, 4]).save_to_disk(tmp_path / "edits")
+    with serving(tmp_path, "--annotators", "anna,bert", "--aspects", "adherence,image quality") as (url, _, _):
         # A page of another site, whose name was pointed to this machine
         answer = httpx.get(url, headers={"Host": "evil.example.org"})
         assert answer.status_code == 403
         assert "default-src 'self'" in httpx.get(url).headers["content-security-policy"]
-        tab = Tab(browser, f"{url}/?annotator=eve")
+        # On a phone, and with two aspects, which the digits score before they rate the edit
+        tab = Tab(browser, f"{url}/?annotator=eve", 390, 844)
         tab.page.wait_for_selector(".hp-error")
         assert "eve is not one of the annotators" in tab.page.locator(".hp-error").inner_text()
         tab.page.get_by_label("bert", exact=True).check()
@@ -449,12 +558,22 @@ def test_the_host_and_the_allowed_names(browser, tmp_path):
         # The ratings cannot be written: nothing is shown as saved, and the next attempt works.
         (tmp_path / "ratings" / "ratings-bert.jsonl").mkdir()
         before = tab.token()
+        check_phone(tab, tmp_path, "rating-phone")
+        tab.page.click("#answer-3")
+        tab.page.wait_for_selector("text=Please score adherence and image quality first")
+        tab.page.keyboard.press("4")
+        tab.page.locator(".aspect").nth(1).locator("label").nth(2).click()
         tab.page.keyboard.press("3")
         tab.page.wait_for_selector("text=not saved")
         assert tab.token() == before
         (tmp_path / "ratings" / "ratings-bert.jsonl").rmdir()
         tab.key("3")
-    assert [r.score for r in read_ratings(tmp_path / "ratings")[0]] == [3]
+        assert not tab.page.locator(".aspect input:checked").count()  # those of the next edit
+        tab.key("ArrowLeft")
+        chosen = tab.page.locator(".aspect input:checked")
+        assert [chosen.nth(i).get_attribute("value") for i in range(chosen.count())] == ["4", "2"]
+    (rating,) = read_ratings(tmp_path / "ratings")[0]
+    assert (rating.score, rating.aspects) == (3, {"adherence": 4, "image quality": 2})
 
 
 def test_others_need_a_password(tmp_path, monkeypatch):
@@ -508,19 +627,31 @@ def test_broken_images_are_reported_and_the_rest_is_shown(tmp_path, caplog):
         campaign(edits.select([1]), tmp_path)
 
 
+def test_a_review_finds_its_case_by_its_id_and_shows_no_edit(tmp_path):
+    options = {"rubric": load_guidelines(), "annotators": ["anna", "bert"], "overlap": 1, "seed": 0}
+    cases = make_edits(4, editors=("one",)).remove_columns("edit")
+    found = page._Review(cases, tmp_path, **options)
+    session = found.session("anna")
+    assert len(session.queue) == 2 and "Edit" not in found.show(session, session.queue[0])
+    with pytest.raises(ValueError, match="no column 'id', by which reviews find their case"):
+        page._Review(cases.remove_columns("id"), tmp_path, **options)
+    with pytest.raises(ValueError, match="'case-0'"):  # two rows, which a review could not tell apart
+        page._Review(make_edits(2), tmp_path, **options)
+
+
 def test_another_rubric_is_refused_at_the_start(tmp_path):
     append_rating(tmp_path / "ratings-anna.jsonl", make_rating(rubric="ours.md:1"))
     with pytest.raises(
-        ValueError, match="ratings-anna.jsonl were made with the rubric ours.md:1, but this is hp-edit-trl:rubric:1"
+        ValueError, match="ratings-anna.jsonl were made with the rubric ours.md:1, but this is hp-edit-trl:rubric:2"
     ):
         campaign(make_edits(), tmp_path)
 
 
 def test_ratings_of_another_dataset_are_reported(tmp_path, caplog):
-    append_rating(tmp_path / "ratings-anna.jsonl", make_rating(id="case-9", rubric="hp-edit-trl:rubric:1"))
+    append_rating(tmp_path / "ratings-anna.jsonl", make_rating(id="case-9", rubric="hp-edit-trl:rubric:2"))
     found = campaign(make_edits(), tmp_path)
     assert "no edit of case 'case-9'" in caplog.text
-    assert found.session("anna").counts()["rated"] == 0
+    assert found.session("anna").counts()["answered"] == 0
 
 
 def test_work_is_dealt_out(tmp_path):
@@ -553,4 +684,4 @@ def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as end:
         cli.main(["annotate", str(tmp_path / "edits")])
-    assert end.value.code == 'hp-edit: The rating page needs Gradio: pip install "hp-edit-trl[annotate]"'
+    assert end.value.code == 'hp-edit: The page for annotators needs Gradio: pip install "hp-edit-trl[annotate]"'

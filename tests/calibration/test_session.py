@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 
-from hp_edit_trl.calibration import RatingSession, assign_cases, load_rubric
+from hp_edit_trl.calibration import RatingSession, ReviewSession, assign_cases, load_guidelines, load_rubric
 from hp_edit_trl.calibration.session import StaleError, annotator_name
 from hp_edit_trl.ratings import append_rating, ratings_file, read_ratings
+from hp_edit_trl.reviews import read_reviews
 from hp_edit_trl.rewards import load_scorer_prompts
 from tests.calibration.helpers import make_rating
 
@@ -46,7 +47,7 @@ def test_every_rating_is_in_the_file_before_the_next_edit_is_known(file):
         key = following
     assert key is None
     assert {(line["id"], line["editor"]) for line in lines(file)} == set(KEYS)
-    assert session.counts()["rated"] == len(KEYS) and session.counts()[1] == 2
+    assert session.counts()["answered"] == len(KEYS) and session.counts()[1] == 2
 
 
 def test_orders_depend_on_seed_and_annotator_and_on_nothing_else(file):
@@ -74,7 +75,7 @@ def test_a_session_goes_on_where_the_last_one_was(file):
     again = open_session(file)
     assert again.next() == session.next() == session.queue[2]
     assert again.answers == session.answers
-    assert again.counts() == Counter({"rated": 1, "skipped": 1, 4: 1, None: 1})
+    assert again.counts() == Counter({"answered": 1, "skipped": 1, 4: 1, None: 1})
     # What a page shows keeps its name, so that it can be answered after a restart.
     assert all(again.token(key) == session.token(key) for key in KEYS)
 
@@ -130,7 +131,7 @@ def test_what_was_skipped_can_be_shown_again(file):
     assert session.next_skipped() == session.queue[1]
     assert session.rate(session.token(session.queue[1]), 4) == session.queue[2]
     assert session.rate(session.token(session.queue[2]), 4) is None
-    assert session.next_skipped() is None and session.counts()["rated"] == len(KEYS)
+    assert session.next_skipped() is None and session.counts()["answered"] == len(KEYS)
 
 
 def test_nobody_has_to_have_something(file):
@@ -152,6 +153,26 @@ def test_a_score_outside_the_scale_is_refused(file, score):
     with pytest.raises(ValueError, match="not an integer from 0 to 5"):
         session.rate(session.token(session.next()), score)
     assert not file.exists()
+
+
+def test_all_aspects_are_scored_or_none(file):
+    session = open_session(file, aspects=("adherence", "quality"))
+    token = session.token(session.next())
+    for given in (None, {}, {"adherence": 3, "quality": None}, {"adherence": 3, "quality": 6}, {"quality": True}):
+        with pytest.raises(ValueError, match="Please score .*quality first"):
+            session.rate(token, 4, aspects=given)
+    assert not file.exists()
+    session.rate(token, 4, aspects={"adherence": 3, "quality": 5, "taste": 1})
+    session.rate(session.token(session.next()), None, aspects={"adherence": 3})
+    assert [line["aspects"] for line in lines(file)] == [{"adherence": 3, "quality": 5}, {}]
+    again = open_session(file, aspects=("adherence", "quality"))
+    assert again.answers == session.answers and again.token(again.queue[0]) == session.token(session.queue[0])
+    session.forward(session.token(session.queue[0]), "later")  # a comment keeps them
+    assert lines(file)[-1]["aspects"] == {"adherence": 3, "quality": 5}
+    append_rating(file, make_rating(id="case-3", rubric="r:1"))
+    file.write_text(file.read_text().replace('"quality": 5', '"quality": 7'))
+    _, problems = read_ratings(file)
+    assert len(problems) == 2 and "the score 7 of the aspect 'quality'" in problems[0]
 
 
 def test_a_line_that_was_cut_off_is_reported_and_rated_again(file, caplog):
@@ -229,7 +250,8 @@ def test_an_overlap_that_cannot_be_is_refused(overlap):
 
 def test_the_rubric_is_the_scale_of_the_scorer_prompts():
     rubric = load_rubric()
-    assert rubric.revision == "hp-edit-trl:rubric:1" and len(rubric.labels) == 6 and all(rubric.labels)
+    assert rubric.revision == "hp-edit-trl:rubric:2" and len(rubric.labels) == 6 and all(rubric.labels)
+    assert "identical to the\n  source is a 0" in rubric.text  # section 5.4
     base = load_scorer_prompts()["base"].text
     for score, label in enumerate(rubric.labels):
         assert f"**{score} {label}**" in rubric.text and f"\n- {score}:" in base
@@ -254,3 +276,84 @@ def test_tokens_tell_nothing(file):
     assert len({session.token(key) for key in KEYS}) == len(KEYS)
     for key in KEYS:
         assert key[0] not in session.token(key) and key[1] not in session.token(key)
+
+
+TEXTS = {f"case-{i}": (f"Make it red, number {i}", "keep sharp: the cup" if i == 0 else None) for i in range(4)}
+
+
+def open_reviews(folder, annotator="anna", texts=TEXTS, rubric="g:1"):
+    return ReviewSession(annotator, texts, folder / f"reviews-{annotator}.jsonl", rubric, ("unclear",))
+
+
+def test_reviews_are_saved_at_once_and_a_new_session_resumes(tmp_path):
+    session = open_reviews(tmp_path)
+    first, second, third, fourth = session.queue
+    token = session.token(first)
+    assert session.review(token, "accept") == second
+    with pytest.raises(StaleError, match="already answered"):
+        session.review(token, "reject", reason="unclear")
+    assert session.review(session.token(second), "reject", "why not", "unclear") == third
+    assert session.review(session.token(third), None) == fourth
+    again = open_reviews(tmp_path)
+    assert again.next() == fourth and again.counts() == {
+        "answered": 2,
+        "skipped": 1,
+        "accept": 1,
+        "reject": 1,
+        None: 1,
+    }
+    assert all(again.token(key) == session.token(key) for key in session.queue)
+    # What was said about another instruction is not about this one.
+    other = open_reviews(tmp_path, texts=TEXTS | {first[0]: ("Make it blue", None)})
+    assert other.next() == first and other.counts()["answered"] == 1
+    reviews, problems = read_reviews(tmp_path)
+    assert problems == [] and [(r.id, r.verdict, r.reason, r.comment, r.prompt) for r in reviews] == [
+        (first[0], "accept", "", "", TEXTS[first[0]][0]),
+        (second[0], "reject", "unclear", "why not", TEXTS[second[0]][0]),
+        (third[0], None, "", "", TEXTS[third[0]][0]),
+    ]
+    with pytest.raises(ValueError, match="guidelines g:1, but these are g:2.*--output_dir"):
+        open_reviews(tmp_path, rubric="g:2")
+
+
+def test_a_correction_is_kept_until_it_is_saved_and_never_lost(tmp_path):
+    session, key = open_reviews(tmp_path), ("case-0", None)
+    assert session.texts(key) == ("Make it red, number 0", "keep sharp: the cup")
+    session.keep_texts(session.token(key), "Make the cup red", "keep sharp: the red cup")
+    session.back(session.token(key))
+    assert session.texts(key) == ("Make the cup red", "keep sharp: the red cup")
+    for verdict, prompt, reason in (
+        ("accept", "Make the cup red", "The text was changed: save the correction"),
+        ("correct", " Make it red, number 0", "The text is as it was"),
+        ("correct", " ", "This case has a blank prompt|This case has an empty prompt"),
+        ("correct", "x" * 5000, "This case has a prompt of 5000 characters"),
+        ("reject", "x", "rejected for one of the reasons unclear, other"),
+        ("maybe", "x", "verdict 'maybe' is not one of"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            session.review(session.token(key), verdict, prompt=prompt, requirement="keep sharp: the cup")
+    with pytest.raises(ValueError, match="write the reason"):
+        session.review(session.token(key), "reject", " ", "other")
+    assert not session.file.exists()
+    session.review(session.token(key), "correct", prompt="Make the cup red ", requirement="")
+    assert session.texts(key) == ("Make the cup red", "") == open_reviews(tmp_path).texts(key)
+    # A comment that is added later keeps the correction
+    session.forward(session.token(key), "nicer")
+    (review,) = read_reviews(tmp_path)[0]
+    assert (review.corrected_prompt, review.corrected_requirement, review.comment) == ("Make the cup red", "", "nicer")
+    # Accepted after all
+    session.review(session.token(key), "accept", prompt="Make it red, number 0", requirement="keep sharp: the cup")
+    (review,) = read_reviews(tmp_path)[0]
+    assert (review.verdict, review.corrected_prompt) == ("accept", None)
+
+
+def test_guidelines_of_ones_own(tmp_path):
+    assert load_guidelines().revision == "hp-edit-trl:guidelines:1" and len(load_guidelines().labels) == 5
+    assert all(f"**{reason}**" in load_guidelines().text for reason in load_guidelines().labels)
+    file = tmp_path / "ours.md"
+    file.write_text("---\nrevision: 2\nreasons: [ugly]\n---\nOnly pretty ones.\n")
+    assert load_guidelines(file).labels == ("ugly",) and load_guidelines(file).revision == "ours.md:2"
+    for reasons in ("[]", "ugly", "[a, a]", "[other]", "[1]", "[a, b, c, d, e, f, g, h, i, j]"):
+        file.write_text(f"---\nrevision: 2\nreasons: {reasons}\n---\nOnly pretty ones.\n")
+        with pytest.raises(ValueError, match="ours.md have reasons"):
+            load_guidelines(file)

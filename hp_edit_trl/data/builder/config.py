@@ -73,6 +73,13 @@ class BuildConfig:
         benchmark_distance (`int`, *optional*, defaults to `8`):
             Images are excluded from training if their perceptual hash differs from that of a benchmark image in at
             most this many bits.
+        benchmark_reserve (`float`, *optional*, defaults to `0.25`):
+            Further cases per task, as a share of `benchmark_counts`, that replace those that people reject or that the
+            editor fails with. They are kept out of training, too.
+        verified (`str`, *optional*):
+            File or folder of people's reviews of the benchmark's candidates (`hp-edit annotate --verify`). With it,
+            the split `test` has only cases that were accepted. It is read when the dataset is exported, so that
+            reviews can be given while edits are made.
         editor (`str`, *optional*, defaults to `"Qwen/Qwen-Image-Edit-2509"`):
             A diffusers pipeline, a folder of finished edits, or a function, see [`load_editor`].
         editor_revision (`str`, *optional*):
@@ -135,6 +142,8 @@ class BuildConfig:
     max_repeats: int = 20
     benchmark_counts: dict[str, int] = field(default_factory=BENCHMARK_COUNTS.copy)
     benchmark_distance: int = 8
+    benchmark_reserve: float = 0.25
+    verified: str | None = None
     editor: str = "Qwen/Qwen-Image-Edit-2509"
     editor_revision: str | None = None
     editor_options: dict[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ...utils.files import write_atomically, write_text
+from ...utils.files import read_json, write_atomically, write_json, write_text
 from ...utils.hub import create_repository
 from ...version import __version__
 from ..schema import (
@@ -29,6 +29,7 @@ from ..schema import (
     with_presence,
 )
 from .engine import Batch, WorkFolder
+from .verified import BenchmarkChoice
 
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,27 @@ class Contents:
         return sorted({task for _, task in self.cases})
 
 
-def export_build(build: WorkFolder, folder: Path) -> None:
+def export_candidates(build: WorkFolder, folder: Path) -> None:
+    """
+    Exports the candidates of the benchmark for `hp-edit annotate --verify`, unless they are there already.
+
+    Args:
+        build ([`WorkFolder`]):
+            The work folder, of which `split` is the latest finished stage.
+        folder (`Path`):
+            Folder for the dataset, with the splits `test` and `reserve`.
+    """
+    marker = {"made_from": build.key}
+    splits = build.read(build.live, ["split"])["split"]
+    if "test" not in splits or read_json(folder / "candidates.json") == marker:
+        return
+    parts = {name: _batches(build, build.live[[one == name for one in splits]], CASE_FEATURES) for name in splits}
+    kept = {name: parts[name] for name in ("test", "reserve") if name in parts}
+    export_dataset(kept, folder, name="Candidates of a benchmark, to be verified by people")
+    write_json(folder / "candidates.json", marker)
+
+
+def export_build(build: WorkFolder, folder: Path, benchmark: BenchmarkChoice) -> None:
     """
     Exports a build whose stages are finished: the dataset, and `rejected.parquet` beside it.
 
@@ -101,37 +122,75 @@ def export_build(build: WorkFolder, folder: Path) -> None:
             The work folder.
         folder (`Path`):
             Folder for the dataset.
+        benchmark ([`BenchmarkChoice`]):
+            Chooses the cases of the split `test`.
 
     Raises:
-        `ValueError`: If no case is left for training.
+        `ValueError`: If no case is left for training, or people have yet to verify cases of the benchmark.
         `OSError`: If the disk is full.
     """
-    rejected = list(build.rejected())
+    chosen, left_out = benchmark.choose()
+    rejected = [*build.rejected(), *_left_out(build, left_out)]
     columns = {name: pa.string() for name in ("stage", "row", "reason", "source", "file")} | {"row": pa.int64()}
     table = pa.Table.from_pylist(rejected, schema=pa.schema(list(columns.items())))
     write_atomically(build.path / "rejected.parquet", lambda part: pq.write_table(table, part))
-    counts: dict[str, Counter] = {stage.name: Counter() for stage in build.stages}
+    counts: dict[str, Counter] = {}
     for row in rejected:
-        counts[row["stage"]][row["reason"].partition(":")[0]] += 1
+        counts.setdefault(row["stage"], Counter())[row["reason"].partition(":")[0]] += 1
 
     splits = build.read(build.live, ["split"])["split"]
+    splits = [
+        ("test" if row in chosen else None) if split in ("test", "reserve") else split
+        for row, split in zip(build.live.tolist(), splits, strict=True)
+    ]
     if "train" not in splits:
         raise ValueError(
             f"No case is left for training ({dict(Counter(splits))}): raise filter_threshold, or add images."
         )
-    names = [name for name in [*CASE_FEATURES, *EDIT_FEATURES, *SCORE_FEATURES] if name != "schema_version"]
 
     def batches(split: str) -> Iterator[Batch]:
         rows = build.live[[name == split for name in splits]]
-        for start in range(0, len(rows), 16):
-            batch = build.read(rows[start : start + 16], names)
-            yield {"schema_version": [SCHEMA_VERSION] * len(batch["id"]), **batch}
+        made = [*EDIT_FEATURES, *SCORE_FEATURES, "id", "prompt", "requirement"]
+        for batch, part in zip(_batches(build, rows), _parts(rows), strict=True):
+            places = {i: place for i, row in enumerate(part.tolist()) if (place := chosen.get(row)) is not None}
+            if places:
+                assert benchmark.corrected is not None
+                again = benchmark.corrected.read(np.array(list(places.values())), made)
+                for number, i in enumerate(places):
+                    for name in made:
+                        batch[name][i] = again[name][number]
+                    batch["writer"][i] = f"{batch['writer'][i]}, corrected by people"
+            yield batch
 
     export_dataset(
         {name: batches(name) for name in ("train", "test", "filtered") if name in splits},
         folder,
         rejected={stage: dict(sorted(reasons.items())) for stage, reasons in counts.items() if reasons},
+        verified=benchmark.summary(chosen),
     )
+
+
+def _parts(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[start : start + 16] for start in range(0, len(rows), 16)]
+
+
+def _batches(
+    build: WorkFolder,
+    rows: np.ndarray,
+    features: Mapping[str, Any] = {**CASE_FEATURES, **EDIT_FEATURES, **SCORE_FEATURES},
+) -> Iterator[Batch]:
+    """Rows of a build in batches that can be exported."""
+    names = [name for name in features if name != "schema_version"]
+    for part in _parts(rows):
+        batch = build.read(part, names)
+        yield {"schema_version": [SCHEMA_VERSION] * len(part), **batch}
+
+
+def _left_out(build: WorkFolder, reasons: Mapping[int, str]) -> Iterator[dict[str, Any]]:
+    """The candidates of the benchmark that it does not have, like the rejected rows of a stage."""
+    origin = build.read(np.array(list(reasons), dtype=int), ["source", "file"])
+    for i, (row, reason) in enumerate(reasons.items()):
+        yield {"stage": "export", "row": row, "reason": reason, **{name: values[i] for name, values in origin.items()}}
 
 
 def export_dataset(
@@ -140,6 +199,7 @@ def export_dataset(
     *,
     name: str = "Hard cases for image editing",
     rejected: Mapping[str, Mapping[str, int]] | None = None,
+    verified: Mapping[str, Any] | None = None,
 ) -> Contents:
     """
     Writes a dataset in the form of a Hub repository: `data/*.parquet` with the images inside, in row groups that the
@@ -156,6 +216,8 @@ def export_dataset(
             Title of the card.
         rejected (`Mapping[str, Mapping[str, int]]`, *optional*):
             For the card: the number of rejected rows by stage and reason.
+        verified (`Mapping[str, Any]`, *optional*):
+            For the card: how people verified the split `test`, see [`BenchmarkChoice.summary`].
 
     Returns:
         [`Contents`]: statistics of what was written.
@@ -181,7 +243,7 @@ def export_dataset(
         draw_tasks_and_categories(contents, part / "figures" / "tasks_and_categories.png")
         if any(score is not None for scores in contents.scores.values() for score in scores):
             draw_scores(contents, part / "figures" / "scores.png")
-        _write_card(part, name, contents, features, rejected or {})
+        _write_card(part, name, contents, features, rejected or {}, verified)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
@@ -277,7 +339,12 @@ def _size(value: Any) -> int:
 
 
 def _write_card(
-    folder: Path, name: str, contents: Contents, features: Features, rejected: Mapping[str, Mapping[str, int]]
+    folder: Path,
+    name: str,
+    contents: Contents,
+    features: Features,
+    rejected: Mapping[str, Mapping[str, int]],
+    verified: Mapping[str, Any] | None,
 ) -> None:
     splits = contents.splits
     licenses, known = contents.licenses.items(), {license for _, license in contents.licenses}
@@ -323,6 +390,7 @@ def _write_card(
             ((_cell(source), _cell(license)), count)
             for (source, license), count in sorted(licenses, key=lambda item: (-item[1], str(item[0])))
         ],
+        verified=verified,
         makers=sorted(makers, key=lambda row: (list(MAKERS.values()).index(row[0]), row[1])),
         version=__version__,
     )

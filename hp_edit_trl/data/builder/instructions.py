@@ -67,6 +67,11 @@ class InstructionTemplate:
         return hashlib.sha256(repr((self.text, self.fields, self.requirement)).encode()).hexdigest()[:12]
 
 
+def case_id(image_id: str, task: str, prompt: str) -> str:
+    """The id of a case: a hash of its image, task and prompt."""
+    return hashlib.sha256(repr((image_id, task, prompt)).encode()).hexdigest()[:16]
+
+
 def load_instruction_templates(
     source: str | None = None, revision: str | None = None
 ) -> dict[str, InstructionTemplate]:
@@ -240,8 +245,7 @@ class WriteInstructions(Stage):
                 columns["reason"][row] = str(rejected)
                 continue
             written[row] = prompt
-            key = repr((batch["image_id"][row], template.task, prompt))
-            columns["id"][row] = hashlib.sha256(key.encode()).hexdigest()[:16]
+            columns["id"][row] = case_id(batch["image_id"][row], template.task, prompt)
             columns["prompt"][row], columns["requirement"][row] = prompt, requirement
 
         if self.check_feasibility:

@@ -6,18 +6,21 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from ...editors import Editor, empty_device_cache, load_editor
 from ...judges import Judge, load_early, load_judge
+from ...reviews import read_reviews
 from ...rewards import HPScorerReward, load_scorer_prompts
 from ...utils.config import check_positive
-from ...utils.distributed import patient_accelerator
+from ...utils.distributed import in_step, patient_accelerator
 from .balance import Balance
 from .category import ClipCategories
 from .config import BuildConfig
 from .duplicates import Duplicates
 from .edits import MakeEdits
 from .engine import Stage, WorkFolder, run_stage
-from .export import export_build, push_dataset
+from .export import export_build, export_candidates, push_dataset
 from .filter import Filter
 from .instructions import WriteInstructions, load_instruction_templates
 from .plan import Plan
@@ -25,6 +28,7 @@ from .scores import ScoreEdits
 from .sources import ImageCheck, Sources
 from .split import Split
 from .styles import STYLES, Style
+from .verified import BenchmarkChoice
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +54,8 @@ def build_dataset(
 ) -> Path:
     """
     Builds a dataset: reads images, finds their categories, has prompts written and edits made, scores the edits, keeps
-    the hard cases for training, and writes all of it as a dataset with a card.
+    the hard cases for training, and writes all of it as a dataset with a card. The benchmark's candidates are written
+    as soon as they are drawn, for people to verify.
 
     It can be stopped at any time. Started again, it resumes where it stopped, repeats at most one batch per process,
     and ends with the same files. A rejected row keeps its reason; `rejected.parquet` in the work folder lists all of
@@ -82,8 +87,8 @@ def build_dataset(
 
     Raises:
         `ValueError`: If an option is not valid, a stage was made with other settings, an earlier stage is not
-        finished,
-            another builder is running in the folder, or a stage rejects all rows.
+            finished, another builder is running in the folder, a stage rejects all rows, or the benchmark is not
+            verified yet.
         `ConnectionError`: If a server does not answer. Finished batches are kept.
         `OSError`: If the disk is full. Finished batches are kept.
     """
@@ -99,6 +104,8 @@ def build_dataset(
         raise ValueError("engine='ray' starts its own workers: start the build without accelerate launch.")
     make = _stages(config, writer, editor, scorer, styles)
     last = max(STAGES.index(name) for name in stages or STAGES)
+    if config.verified is not None and not Path(config.verified).exists() and accelerator.is_main_process:
+        logger.warning("There are no reviews at verified=%s yet; the export will need them.", config.verified)
     # Locked first: a second builder must learn that before it has read all of its sources.
     with WorkFolder.locked(config.output_dir) if accelerator.is_main_process else nullcontext():
         folder = WorkFolder(config.output_dir, Sources(config.sources))
@@ -116,6 +123,10 @@ def build_dataset(
                 logger.info("%s: %d of %d rows kept; rejected: %s", name, kept, all_rows, dict(reasons))
             if stage.tally is not None and stage.tally.judgements and accelerator.is_main_process:
                 logger.info("%s: %s", name, stage.tally)
+            if name == "split":
+                with in_step(accelerator):
+                    if accelerator.is_main_process:
+                        export_candidates(folder, folder.path / "candidates")
             if kept == 0:
                 raise ValueError(
                     f"The stage {name!r} rejected all of {all_rows} rows ({dict(reasons)}): read the reasons in "
@@ -125,10 +136,24 @@ def build_dataset(
                 del stage
                 empty_device_cache()
         dataset = folder.path / "dataset"
-        if STAGES[last] == "export" and accelerator.is_main_process:
-            export_build(folder, dataset)
-            if config.push_to_hub is not None:
-                logger.info("%s", push_dataset(dataset, config.push_to_hub, private=config.private))
+        if STAGES[last] == "export":
+            # Read once, because people may be adding reviews now, and all processes must have the same.
+            with in_step(accelerator):
+                is_reader = config.verified is not None and accelerator.is_main_process
+                reviews = read_reviews(config.verified)[0] if is_reader else None  # type: ignore[arg-type]
+            (reviews,) = broadcast_object_list([reviews])
+            benchmark = BenchmarkChoice(folder, config.benchmark_counts, reviews, config.verified)
+
+            def run(work: WorkFolder, stage: Stage) -> None:
+                run_stage(work, stage, accelerator, engine, num_workers, gpus_per_worker)
+                empty_device_cache()
+
+            benchmark.edit_corrected(make, run)
+            with in_step(accelerator):
+                if accelerator.is_main_process:
+                    export_build(folder, dataset, benchmark)
+                    if config.push_to_hub is not None:
+                        logger.info("%s", push_dataset(dataset, config.push_to_hub, private=config.private))
         accelerator.wait_for_everyone()
     return dataset
 
@@ -176,7 +201,9 @@ def _stages(
             config.num_cases, config.tasks_per_image, config.task_weights, config.languages, seed, styles
         ),
         "instructions": make_instructions,
-        "split": lambda: Split(config.benchmark_counts, config.benchmark_distance, config.max_repeats, seed),
+        "split": lambda: Split(
+            config.benchmark_counts, config.benchmark_distance, config.max_repeats, seed, config.benchmark_reserve
+        ),
         "edits": make_edits,
         "scores": make_scores,
         "filter": lambda: Filter(config.filter_rule, config.filter_threshold),

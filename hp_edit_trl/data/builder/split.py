@@ -1,5 +1,6 @@
-"""Stage `split`: draws the cases of the benchmark, and keeps their images out of the training data."""
+"""Stage `split`: draws the candidates of the benchmark, and keeps their images out of the training data."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,11 +20,12 @@ BENCHMARK_COUNTS = {task.name: task.realpref_bench for task in TASKS.values()}
 
 class Split(Stage):
     """
-    Assigns cases to the benchmark (`"test"`) or to training (`"train"`).
+    Assigns cases to the benchmark (`"test"`), to its reserve (`"reserve"`) or to training (`"train"`).
 
     First, prompts that occur too often are rejected. Then the requested number of cases of each task is drawn, evenly
-    over the categories. The other cases of a benchmark image, and all cases of images that look like one, are
-    rejected, so that training sees neither.
+    over the categories, and after them the reserve, which replaces cases that people reject or that the editor fails
+    with. `place` is the order of a task's cases in both. The other cases of their images, and all cases of images
+    that look like one of them, are rejected, so that training sees neither.
 
     Args:
         counts (`Mapping[str, int]`, *optional*):
@@ -34,28 +36,38 @@ class Split(Stage):
             How often the same prompt may occur in a task.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
+        reserve (`float`, *optional*, defaults to `0.25`):
+            Size of the reserve, as a share of the benchmark. A task with fewer cases has a smaller one.
     """
 
     name = "split"
     inputs = ("id", "task", "category", "prompt", "image_id", "image_hash")
-    features = Features({"split": Value("string")})
+    features = Features({"split": Value("string"), "place": Value("int64")})
 
     def __init__(
-        self, counts: Mapping[str, int] = BENCHMARK_COUNTS, max_distance: int = 8, max_repeats: int = 20, seed: int = 0
+        self,
+        counts: Mapping[str, int] = BENCHMARK_COUNTS,
+        max_distance: int = 8,
+        max_repeats: int = 20,
+        seed: int = 0,
+        reserve: float = 0.25,
     ):
         self.counts = dict(counts)
         if any(not isinstance(count, int) or count < 0 for count in self.counts.values()):
             raise ValueError(f"benchmark_counts={self.counts} must be integers of at least 0.")
         if not 0 <= max_distance <= 64:
             raise ValueError(f"max_distance={max_distance} must be in 0..64.")
+        if not 0 <= reserve < math.inf:
+            raise ValueError(f"benchmark_reserve={reserve} must be a number of at least 0.")
         check_positive(max_repeats=max_repeats)
         self.max_distance = max_distance
         self.max_repeats = max_repeats
         self.seed = seed
+        self.reserve = reserve
 
     @property
     def settings(self) -> dict[str, Any]:
-        names = ("counts", "max_distance", "max_repeats", "seed")
+        names = ("counts", "max_distance", "max_repeats", "seed", "reserve")
         return {name: getattr(self, name) for name in names}
 
     def __call__(self, batch: Batch) -> Batch:
@@ -63,7 +75,7 @@ class Split(Stage):
         reasons = repeated_prompts(batch["task"], batch["prompt"], self.max_repeats)
         free = [i for i, reason in enumerate(reasons) if reason is None]
         free.sort(key=lambda i: seeded_generator(self.seed, "benchmark", ids[i]).initial_seed())
-        chosen: set[int] = set()
+        chosen: dict[int, int] = {}  # the place of each candidate
         for task, count in sorted(self.counts.items()):
             by_category: dict[str, list[int]] = {}
             for i in free:
@@ -81,7 +93,9 @@ class Split(Stage):
                 for category, members in by_category.items()
                 for turn in range(len(members))
             ]
-            chosen |= {entry[-1] for entry in sorted(rounds, key=lambda entry: entry[:3])[:count]}
+            wanted = count + math.ceil(count * self.reserve)
+            drawn = sorted(rounds, key=lambda entry: entry[:3])[:wanted]
+            chosen |= {entry[-1]: place for place, entry in enumerate(drawn)}
 
         images = {batch["image_id"][i] for i in chosen}
         hashes = np.array([int(value, 16) for value in batch["image_hash"]], dtype=np.uint64)
@@ -98,8 +112,10 @@ class Split(Stage):
                 nearest = int(bits.argmin())
                 if bits[nearest] <= self.max_distance:
                     reasons[i] = f"near the benchmark: {bits[nearest]} bits from its image {names[nearest]}"
-        split = ["test" if i in chosen else "train" for i in range(len(ids))]
-        return {"split": split, "reason": reasons}
+        split = ["train"] * len(ids)
+        for i, place in chosen.items():
+            split[i] = "test" if place < self.counts[batch["task"][i]] else "reserve"
+        return {"split": split, "place": [chosen.get(i) for i in range(len(ids))], "reason": reasons}
 
 
 def repeated_prompts(tasks: Sequence[str], prompts: Sequence[str], max_repeats: int) -> list[str | None]:

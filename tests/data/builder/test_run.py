@@ -14,8 +14,11 @@ from hp_edit_trl import HPScorerReward, miniature
 from hp_edit_trl.cli import main
 from hp_edit_trl.data import load_realpref
 from hp_edit_trl.data.builder import BuildConfig, WorkFolder, build_dataset
+from hp_edit_trl.data.builder.instructions import case_id
 from hp_edit_trl.editors import Editor
 from hp_edit_trl.miniature.tiny import tiny_clip, tiny_judge
+from hp_edit_trl.ratings import append_answer
+from hp_edit_trl.reviews import Review
 from hp_edit_trl.tasks import TASKS
 from hp_edit_trl.utils.config import read_config
 from tests.data.builder.test_export import digests
@@ -135,6 +138,63 @@ def test_the_data_set_has_what_the_stages_made(whole):
     assert ("duplicates", "near duplicate", "smaller-coffee.jpg") in reasons
     card = (whole / "README.md").read_text()
     assert "| sources | too small | 1 |" in card and "| scikit-image | cc0-1.0 |" in card
+
+
+def test_the_benchmark_has_what_people_accepted_and_its_reserve_replaces_the_rest(pictures, whole, tmp_path, caplog):
+    shutil.copytree(whole.parent, tmp_path / "build")
+    candidates = {name: load_realpref(str(tmp_path / "build" / "candidates"), name) for name in ("test", "reserve")}
+    first = {row["task"]: row for row in candidates["test"]}
+    second = {row["task"]: row for row in candidates["reserve"]}
+    assert first.keys() == second.keys() == {"add", "remove"} and "edit" not in candidates["test"].features
+    unverified = load_realpref(str(whole), "test")
+    assert {row["task"]: row["id"] for row in unverified} == {task: row["id"] for task, row in first.items()}
+    assert "No person has verified the cases of `test`." in (whole / "README.md").read_text()
+    hidden = {row["image_id"] for row in candidates["reserve"]}
+    assert not hidden & {id_ for name in ("train", "filtered") for id_ in load_realpref(str(whole), name)["image_id"]}
+
+    def review(name, row, verdict, prompt=None, **more):
+        one = Review(name, row["id"], prompt or row["prompt"], verdict, "g:1", "2026-01-01T00:00:00+00:00", **more)
+        append_answer(tmp_path / "reviews" / f"reviews-{name}.jsonl", one)
+
+    (tmp_path / "reviews").mkdir()
+    review("anna", first["add"], "reject", reason="unclear")
+    review("ben", first["add"], "accept")
+    review("anna", first["remove"], "accept", prompt="Another instruction")  # which it had before
+    options = {"verified": str(tmp_path / "reviews"), "editor": Moody()}
+    with pytest.raises(ValueError, match="not verified yet: add lacks 1 cases.*remove lacks 1 cases.*--split reserve"):
+        build(pictures, tmp_path / "build", **options)
+    assert "1 of 3 reviews" in caplog.text and digests(tmp_path / "build" / "dataset") == digests(whole)
+    assert options["editor"].calls == 0  # people can go on while edits are there
+
+    wanted = {"corrected_prompt": "Remove the largest thing", "corrected_requirement": ""}
+    review("ben", first["remove"], "correct", **wanted)
+    review("anna", second["add"], "accept")
+    folder = build(pictures, tmp_path / "build", **options)
+    assert options["editor"].calls == 1  # of the corrected case alone
+    test = {row["task"]: row for row in load_realpref(str(folder), "test")}
+    assert test.keys() == {"add", "remove"} and test["add"]["id"] == second["add"]["id"]
+    row = test["remove"]
+    assert (row["prompt"], row["requirement"]) == ("Remove the largest thing", None)
+    assert row["id"] == case_id(row["image_id"], "remove", row["prompt"]) != first["remove"]["id"]
+    assert row["image_id"] == first["remove"]["image_id"] and row["writer"].endswith(", corrected by people")
+    assert row["score"] is not None and row["edit"].size == row["image"].size
+    for name in ("train", "filtered"):  # the rest is as it was
+        assert load_realpref(str(folder), name)["id"] == load_realpref(str(whole), name)["id"]
+    card = (folder / "README.md").read_text()
+    assert "All 2 cases of `test` were verified by people" in card and "to 1 of 2 people" in card
+    for line in (
+        "| accepted as it was | 1 |", "| instruction or requirement corrected | 1 |", "| rejected | 1 |",
+        "| rejected as: unclear | 1 |", "| export | rejected by people | 1 |", "| export | not verified | 1 |",
+    ):  # fmt: skip
+        assert line in card, line
+    build(pictures, tmp_path / "build", **options)
+    assert options["editor"].calls == 1
+
+    # All candidates of a task are rejected: there is no more to do, and it is said.
+    review("anna", second["add"], "reject", reason="other", comment="odd")
+    folder = build(pictures, tmp_path / "build", **options)
+    assert set(load_realpref(str(folder), "test")["task"]) == {"remove"}
+    assert "has 0 of 1 cases of the task 'add', because its reserve is exhausted" in caplog.text
 
 
 def test_stopped_and_run_again_it_ends_with_the_same_bytes(pictures, whole, tmp_path):

@@ -33,7 +33,14 @@ def rows(count: int = 240) -> dict[str, list]:
 def test_the_benchmark_has_what_was_asked_for_evenly_over_categories():
     batch = rows()
     done = Split({"add": 12, "remove": 8})(batch)
-    assert done.keys() == {"split", "reason"} and set(done["split"]) == {"train", "test"}
+    assert done.keys() == {"split", "place", "reason"} and set(done["split"]) == {"train", "test", "reserve"}
+    reserve = [i for i, split in enumerate(done["split"]) if split == "reserve"]
+    assert Counter(batch["task"][i] for i in reserve) == {"add": 3, "remove": 2}
+    assert sorted(done["place"][i] for i in reserve) == [8, 9, 12, 13, 14]
+    # A larger reserve changes nothing in the benchmark; a task may have less than it asks for.
+    more = Split({"add": 12, "remove": 8}, reserve=20)(batch)
+    assert [one == "test" for one in more["split"]] == [one == "test" for one in done["split"]]
+    assert Counter(batch["task"][i] for i, one in enumerate(more["split"]) if one == "reserve")["add"] == 68
     chosen = [i for i, split in enumerate(done["split"]) if split == "test"]
     assert Counter(batch["task"][i] for i in chosen) == {"add": 12, "remove": 8}
     assert all(done["reason"][i] is None for i in chosen)
@@ -45,7 +52,7 @@ def test_the_benchmark_has_what_was_asked_for_evenly_over_categories():
 def test_training_sees_no_image_of_the_benchmark_nor_one_that_looks_like_it():
     batch = rows()
     done = Split({"add": 12, "remove": 8}, max_distance=8)(batch)
-    test = [i for i, split in enumerate(done["split"]) if split == "test"]
+    test = [i for i, split in enumerate(done["split"]) if split in ("test", "reserve")]
     train = [i for i, split in enumerate(done["split"]) if split == "train" and done["reason"][i] is None]
     assert not {batch["image_id"][i] for i in test} & {batch["image_id"][i] for i in train}
     for i in train:
@@ -60,7 +67,7 @@ def test_training_sees_no_image_of_the_benchmark_nor_one_that_looks_like_it():
 def test_the_distance_counts_bits(max_distance, rejected):
     batch = {name: values[:4] for name, values in rows().items()}
     batch["task"] = ["add", "remove", "remove", "remove"]  # the only "add" is of image 0
-    done = Split({"add": 1}, max_distance=max_distance)(batch)
+    done = Split({"add": 1}, max_distance=max_distance, reserve=0)(batch)
     assert done["split"][0] == "test" and done["reason"][1].startswith("in the benchmark: ")
     expected = "near the benchmark: 6 bits from its image image-0" if rejected else None
     assert done["reason"][2:] == [expected] * 2
@@ -95,6 +102,9 @@ def test_a_benchmark_larger_than_what_there_is():
         Split()(rows())
     with pytest.raises(ValueError, match="benchmark_counts=.* must be integers"):
         Split({"add": -1})
+    for reserve in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="benchmark_reserve=.* must be a number of at least 0"):
+            Split({}, reserve=reserve)
     with pytest.raises(ValueError, match="max_distance=65"):
         Split({}, max_distance=65)
 
