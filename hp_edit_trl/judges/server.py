@@ -144,7 +144,8 @@ class ServerJudge:
     Several servers of one model share the requests. Those about one case go to the same server, whose cache then holds
     what they have in common, as long as it has no more than its share of the open requests; others go to the server
     with the fewest. A server that fails rests for a second, twice as long after each further failure, up to a minute,
-    and the request is repeated at another server at once, if `max_retries` allows. Then one request tries it.
+    and at least 10 times as long as an attempt that took more than a second. The request is repeated at another server
+    at once, if `max_retries` allows. After the rest one request tries the server.
     Which server answers changes neither the judge's identity nor what is recorded.
 
     Args:
@@ -445,7 +446,7 @@ class ServerJudge:
                 reply = await self._attempt(server, call.session, body)
             except _Failure as failure:
                 call.open[server] -= 1
-                moves = len(servers) > 1 and _rest(server, failure)
+                moves = len(servers) > 1 and _rest(server, failure, time.perf_counter() - start)
                 moves = moves and any(_is_ready(other, call) for other in servers)
                 again = (failure.retry or moves) and attempt < max_retries
                 if again and not moves:
@@ -563,16 +564,19 @@ def _is_ready(server: _Server, call: _Call) -> bool:
     return server.rests_until <= time.monotonic() and not (server.failures and call.open[server])
 
 
-def _rest(server: _Server, failure: _Failure) -> bool:
+def _rest(server: _Server, failure: _Failure, seconds: float = 0.0) -> bool:
     """
     Lets a server rest if it and not the request is the cause of a failure: a second that doubles with each failure
-    after a rest, or longer if it asks for that. Returns whether it is the cause.
+    after a rest, longer if it asks for that, and 10 times as long as an attempt that took more than a second. Returns
+    whether it is the cause.
     """
     if not failure.retry and failure.kind not in OF_THE_SERVER:
         return False
     now = time.monotonic()
     if server.rests_until <= now:  # else one of the requests that failed together has said so
-        pause = max(min(2.0**server.failures, LONGEST_PAUSE), failure.pause or 0.0)
+        pause = max(min(2.0 ** min(server.failures, 6), LONGEST_PAUSE), failure.pause or 0.0)
+        if seconds > 1.0:  # a server that accepts requests and never answers costs about a tenth of the time
+            pause = max(pause, 10 * seconds)
         server.failures += 1
         server.rests_until = now + pause
         logger.warning(f"The judge's server {server.shown} rests for {pause:g} s: {failure.kind}: {failure}")

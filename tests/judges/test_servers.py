@@ -162,6 +162,20 @@ def test_a_server_rests_longer_after_each_failure_and_then_takes_one_request(mon
     module._rest(other, module._Failure("rate limit", "slow down", retry=True, pause=7.0))
     assert other.rests_until - now[0] == 7 and judge._choose(judge._servers, b"", call) is one
     assert not module._rest(other, module._Failure("empty", "nothing"))
+    # Time that was lost; any number of failures
+    one.failures, now[0] = 5000, 1000.0
+    for seconds, rest in ((0.5, 60), (120.0, 1200)):
+        module._rest(one, module._Failure("timeout", "late", retry=True), seconds)
+        assert one.rests_until - now[0] == rest
+        now[0] = one.rests_until
+
+
+def test_a_server_that_never_answers_rests_for_ten_times_the_time_that_it_cost(servers):
+    silent = servers(lambda connection: time.sleep(2))[0]
+    judge = ServerJudge("m", [silent.url, DEAD], timeout=1.1, max_retries=1)
+    judge([chat(0)])
+    rests = {one.shown: one.rests_until - time.monotonic() for one in judge._servers}
+    assert 9 < rests[silent.url] and rests[DEAD] < 1
 
 
 def test_all_servers_dead(servers):
