@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 from PIL import Image
 
 from ..utils.images import image_digest
-from ..utils.secrets import redacted, remember_secrets, without_known_secrets
+from ..utils.secrets import HIDDEN, redacted, remember_secrets, without_known_secrets
 from ..utils.texts import without_control_tokens
 from .base import (
     DIGITS,
@@ -33,6 +34,7 @@ from .base import (
     digit_of_token,
     expected_score,
     fit_image,
+    is_empty,
     mean_score,
     parse_score,
     shortened,
@@ -107,12 +109,15 @@ def server_addresses(base_url: str | Sequence[str]) -> list[str]:
 
     Args:
         base_url (`str` or `Sequence[str]`):
-            An address, several with commas or spaces between them, or a list of addresses.
+            An address, several with commas or spaces between them, or a list of addresses. In a text, each begins
+            with `http://` or `https://`, so that a password may hold a comma.
 
     Raises:
         `ValueError`: If there is none, or one of them is no address.
     """
-    addresses: Sequence[Any] = base_url.replace(",", " ").split() if isinstance(base_url, str) else base_url
+    addresses: Sequence[Any] = base_url
+    if isinstance(base_url, str):
+        addresses = re.split(r"[,\s]+(?=https?://)", re.sub(r"^[,\s]+|[,\s]+$", "", base_url))
     if not isinstance(addresses, Sequence) or not addresses:
         addresses = [base_url]
     for one in addresses:
@@ -120,12 +125,15 @@ def server_addresses(base_url: str | Sequence[str]) -> list[str]:
             address = urlsplit(one)
             usable = address.scheme in ("http", "https") and address.hostname and address.port != 0
             usable = usable and not any(sign.isspace() for sign in one)
+            usable = usable and "," not in f"{address.hostname}{address.path}"
         except (ValueError, TypeError, AttributeError):  # a port that is no number, or no text at all
             usable = False
         if not usable:
+            # What stands before the "@" may be a password, of any signs
+            shown = re.sub(r"^(https?://)?.*@", rf"\1{HIDDEN}@", one, flags=re.DOTALL) if isinstance(one, str) else one
             raise ValueError(
-                f"judge_base_url={redacted(one)!r} is not an address such as 'http://localhost:8000/v1', or a list of "
-                "such addresses."
+                f"judge_base_url={redacted(shown)!r} is not an address such as 'http://localhost:8000/v1', or a list "
+                "of such addresses."
             )
     return list(addresses)
 
@@ -505,6 +513,8 @@ class ServerJudge:
             raise _Failure(
                 OTHER_MODEL, f"the server answers with the model {shortened(str(server.model))!r}, not {self._model!r}"
             )
+        if self.score_mode == "expected" and not all(map(is_empty, answers)):
+            _digit_weights(reply)  # raises `_Failure`
         return reply, answers
 
     def _check_headers(self, status: int, headers) -> None:
