@@ -67,7 +67,9 @@ if state.is_main_process:
 def test_two_processes_convert_weights_once_and_share_them(tmp_path):
     # About 25M parameters
     tiny_pipeline(num_layers=1, num_attention_heads=6, attention_head_dim=128).save_pretrained(tmp_path / "model")
-    (tmp_path / "temporary").mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "temporary" / f"hp-edit-trl-{platform.node()}-{gone.pid}-abc").mkdir(parents=True)  # of a killed start
     done = Script("-c", SCRIPT, tmp_path / "model", tmp_path / "temporary", processes=2).wait()
     assert done.returncode == 0 and "told" in done.stdout, done.stderr[-4000:]
     assert "could not be shared" in done.stderr and "Set TMPDIR to another disk" in done.stderr
