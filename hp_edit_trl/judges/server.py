@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 from PIL import Image
 
 from ..utils.images import image_digest
-from ..utils.secrets import redacted, remember_secrets, without_known_secrets
+from ..utils.secrets import HIDDEN, redacted, remember_secrets, without_known_secrets
 from ..utils.texts import without_control_tokens
 from .base import (
     DIGITS,
@@ -33,6 +34,7 @@ from .base import (
     digit_of_token,
     expected_score,
     fit_image,
+    is_empty,
     mean_score,
     parse_score,
     shortened,
@@ -107,12 +109,15 @@ def server_addresses(base_url: str | Sequence[str]) -> list[str]:
 
     Args:
         base_url (`str` or `Sequence[str]`):
-            An address, several with commas or spaces between them, or a list of addresses.
+            An address, several with commas or spaces between them, or a list of addresses. In a text, each begins
+            with `http://` or `https://`, so that a password may hold a comma.
 
     Raises:
         `ValueError`: If there is none, or one of them is no address.
     """
-    addresses: Sequence[Any] = base_url.replace(",", " ").split() if isinstance(base_url, str) else base_url
+    addresses: Sequence[Any] = base_url
+    if isinstance(base_url, str):
+        addresses = re.split(r"[,\s]+(?=https?://)", re.sub(r"^[,\s]+|[,\s]+$", "", base_url))
     if not isinstance(addresses, Sequence) or not addresses:
         addresses = [base_url]
     for one in addresses:
@@ -120,12 +125,15 @@ def server_addresses(base_url: str | Sequence[str]) -> list[str]:
             address = urlsplit(one)
             usable = address.scheme in ("http", "https") and address.hostname and address.port != 0
             usable = usable and not any(sign.isspace() for sign in one)
+            usable = usable and "," not in f"{address.hostname}{address.path}"
         except (ValueError, TypeError, AttributeError):  # a port that is no number, or no text at all
             usable = False
         if not usable:
+            # What stands before the "@" may be a password, of any signs
+            shown = re.sub(r"^(https?://)?.*@", rf"\1{HIDDEN}@", one, flags=re.DOTALL) if isinstance(one, str) else one
             raise ValueError(
-                f"judge_base_url={redacted(one)!r} is not an address such as 'http://localhost:8000/v1', or a list of "
-                "such addresses."
+                f"judge_base_url={redacted(shown)!r} is not an address such as 'http://localhost:8000/v1', or a list "
+                "of such addresses."
             )
     return list(addresses)
 
@@ -144,7 +152,8 @@ class ServerJudge:
     Several servers of one model share the requests. Those about one case go to the same server, whose cache then holds
     what they have in common, as long as it has no more than its share of the open requests; others go to the server
     with the fewest. A server that fails rests for a second, twice as long after each further failure, up to a minute,
-    and the request is repeated at another server at once, if `max_retries` allows. Then one request tries it.
+    and at least 10 times as long as an attempt that took more than a second. The request is repeated at another server
+    at once, if `max_retries` allows. After the rest one request tries the server.
     Which server answers changes neither the judge's identity nor what is recorded.
 
     Args:
@@ -445,7 +454,7 @@ class ServerJudge:
                 reply = await self._attempt(server, call.session, body)
             except _Failure as failure:
                 call.open[server] -= 1
-                moves = len(servers) > 1 and _rest(server, failure)
+                moves = len(servers) > 1 and _rest(server, failure, time.perf_counter() - start)
                 moves = moves and any(_is_ready(other, call) for other in servers)
                 again = (failure.retry or moves) and attempt < max_retries
                 if again and not moves:
@@ -504,6 +513,8 @@ class ServerJudge:
             raise _Failure(
                 OTHER_MODEL, f"the server answers with the model {shortened(str(server.model))!r}, not {self._model!r}"
             )
+        if self.score_mode == "expected" and not all(map(is_empty, answers)):
+            _digit_weights(reply)  # raises `_Failure`
         return reply, answers
 
     def _check_headers(self, status: int, headers) -> None:
@@ -563,16 +574,19 @@ def _is_ready(server: _Server, call: _Call) -> bool:
     return server.rests_until <= time.monotonic() and not (server.failures and call.open[server])
 
 
-def _rest(server: _Server, failure: _Failure) -> bool:
+def _rest(server: _Server, failure: _Failure, seconds: float = 0.0) -> bool:
     """
     Lets a server rest if it and not the request is the cause of a failure: a second that doubles with each failure
-    after a rest, or longer if it asks for that. Returns whether it is the cause.
+    after a rest, longer if it asks for that, and 10 times as long as an attempt that took more than a second. Returns
+    whether it is the cause.
     """
     if not failure.retry and failure.kind not in OF_THE_SERVER:
         return False
     now = time.monotonic()
     if server.rests_until <= now:  # else one of the requests that failed together has said so
-        pause = max(min(2.0**server.failures, LONGEST_PAUSE), failure.pause or 0.0)
+        pause = max(min(2.0 ** min(server.failures, 6), LONGEST_PAUSE), failure.pause or 0.0)
+        if seconds > 1.0:  # a server that accepts requests and never answers costs about a tenth of the time
+            pause = max(pause, 10 * seconds)
         server.failures += 1
         server.rests_until = now + pause
         logger.warning(f"The judge's server {server.shown} rests for {pause:g} s: {failure.kind}: {failure}")

@@ -3,9 +3,12 @@
 import contextlib
 import ctypes
 import gc
+import glob
 import importlib
 import math
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -35,7 +38,8 @@ def load_shared_pipeline(model: str, options: dict[str, Any]) -> DiffusionPipeli
     Weights in the type that they are stored in are pages of their files, which the processes of a machine share. To
     convert them, each process would copy them into memory of its own. Therefore the first process of each machine
     converts large components one by one and writes them into a temporary folder (`TMPDIR`), from which all read them.
-    The folder is gone when they have; its pages stay as long as they are used. If it cannot be written, there is a
+    The folder is gone when they have; its pages stay as long as they are used. What a killed start has left is removed
+    by the next one. If it cannot be written, there is a
     warning, and each process makes its own copy.
 
     Args:
@@ -55,7 +59,10 @@ def load_shared_pipeline(model: str, options: dict[str, Any]) -> DiffusionPipeli
         folder, components, failure = "", {}, None
         try:
             if state.is_local_main_process and neighbours > 1:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hp-edit-trl-"))
+                # An error while it is removed would leave the other processes waiting.
+                prefix = f"{_prefix()}{os.getpid()}-"
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True))
+                remove_left_folders(folder)
                 written = write_converted(model, options, folder)
         except Exception as error:  # what is wrong with the model is said below
             failure = f"{type(error).__name__}: {error}"
@@ -76,10 +83,26 @@ def load_shared_pipeline(model: str, options: dict[str, Any]) -> DiffusionPipeli
     return DiffusionPipeline.from_pretrained(model, **options, **components)
 
 
+def remove_left_folders(folder: str) -> None:
+    """
+    Removes the folders of converted weights that killed processes of this user and machine have left.
+
+    Args:
+        folder (`str`):
+            This process's own folder. The others lie beside it.
+    """
+    user = os.stat(folder).st_uid
+    for other in Path(folder).parent.glob(f"{glob.escape(_prefix())}*"):
+        process = re.match(r"(\d+)-", other.name.removeprefix(_prefix()))
+        with contextlib.suppress(PermissionError, FileNotFoundError):  # it is another's, or another start removes it
+            if process and other.stat().st_uid == user and not _is_alive(int(process[1])):
+                shutil.rmtree(other, ignore_errors=True)
+
+
 def write_converted(model: str, options: dict[str, Any], folder: str) -> dict[str, tuple[str, str]]:
     """
     Writes those components of a pipeline that are large and have to be converted, converted, each in a folder of its
-    own below `folder`. Returns library and class of each.
+    own below `folder`. Components that `options` give are left out. Returns library and class of each.
 
     Args:
         model (`str`):
@@ -97,7 +120,9 @@ def write_converted(model: str, options: dict[str, Any], folder: str) -> dict[st
     index = DiffusionPipeline.load_config(path)
     sizes = converted_bytes(path, options["dtype"], options.get("variant"))
     sizes = {
-        name: size for name, size in sizes.items() if size >= SHARED_FROM and isinstance(index.get(name), list | tuple)
+        name: size
+        for name, size in sizes.items()
+        if size >= SHARED_FROM and isinstance(index.get(name), list | tuple) and name not in options
     }
     if (free := shutil.disk_usage(folder).free) < sum(sizes.values()):
         raise OSError(
@@ -127,16 +152,33 @@ def converted_bytes(folder: str | Path, dtype: torch.dtype, variant: str | None 
         dtype (`torch.dtype`):
             Type that the weights are loaded in.
         variant (`str`, *optional*):
-            Variant of the files.
+            Variant of the files. By default those of no variant count.
     """
     sizes: Counter[str] = Counter()
     for file in Path(folder).glob("*/*.safetensors"):
-        if variant is None or f".{variant}" in file.name:
+        # `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model-00001-of-00002.fp16.safetensors`
+        name = re.sub(r"-\d+-of-\d+", "", file.name.removesuffix(".safetensors"))
+        if name.partition(".")[2] == (variant or ""):
             with safe_open(file, framework="pt") as weights:
                 for part in map(weights.get_slice, weights.keys()):
                     if FLOATS.get(part.get_dtype(), dtype) != dtype:
                         sizes[file.parent.name] += math.prod(part.get_shape()) * dtype.itemsize
     return dict(sizes)
+
+
+def _prefix() -> str:
+    """Of this machine's temporary folders; machines may share a disk, and a process id is that of one machine."""
+    return f"hp-edit-trl-{platform.node()}-"
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # where this signal would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _free() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -162,6 +163,20 @@ def test_a_server_rests_longer_after_each_failure_and_then_takes_one_request(mon
     module._rest(other, module._Failure("rate limit", "slow down", retry=True, pause=7.0))
     assert other.rests_until - now[0] == 7 and judge._choose(judge._servers, b"", call) is one
     assert not module._rest(other, module._Failure("empty", "nothing"))
+    # Time that was lost; any number of failures
+    one.failures, now[0] = 5000, 1000.0
+    for seconds, rest in ((0.5, 60), (120.0, 1200)):
+        module._rest(one, module._Failure("timeout", "late", retry=True), seconds)
+        assert one.rests_until - now[0] == rest
+        now[0] = one.rests_until
+
+
+def test_a_server_that_never_answers_rests_for_ten_times_the_time_that_it_cost(servers):
+    silent = servers(lambda connection: time.sleep(2))[0]
+    judge = ServerJudge("m", [silent.url, DEAD], timeout=1.1, max_retries=1)
+    judge([chat(0)])
+    rests = {one.shown: one.rests_until - time.monotonic() for one in judge._servers}
+    assert rests[silent.url] > 9 and rests[DEAD] < 1
 
 
 def test_all_servers_dead(servers):
@@ -219,6 +234,17 @@ def test_servers_without_probabilities_make_the_judge_one_of_whole_scores(server
     assert judge.score_mode == "integer" and f"no top_logprobs ({other.url})" in caplog.text
 
 
+@pytest.mark.parametrize("unusable", [None, logprobs({"4": math.nan}), logprobs({"4": 0.0, "3": 0.0})])
+def test_unusable_probabilities_of_one_server_are_made_up_for_by_another(servers, unusable):
+    choice = {} if unusable is None else {"logprobs": unusable}
+    bad, good = servers(
+        http(200, completion("4", **choice)), http(200, completion("4", logprobs=logprobs({"4": 0.0})))
+    )
+    judge = ServerJudge("m", urls([bad, good]), "expected", max_retries=1, max_concurrency=2)
+    assert [one.score for one in judge([chat(group) for group in range(10)])] == [4.0] * 10
+    assert bad.requests and judge._servers[0].failures
+
+
 def test_what_is_recorded_does_not_depend_on_the_server(servers, tmp_path):
     started = servers(None, None)
     several = CachedJudge(ServerJudge("m", urls(started)), tmp_path / "cache")
@@ -250,6 +276,24 @@ def test_secrets_stay_with_their_server(servers, monkeypatch):
 def test_addresses_are_a_list_or_a_text(given):
     assert server_addresses(given) == ["http://a:1/v1", "http://b/v1"]
     assert [one.name for one in load_judge("m", given)._servers] == ["a:1/v1", "b/v1"]
+
+
+def test_a_password_may_hold_a_comma():
+    listed = ["http://me:pa55,w0rd@a/v1", "http://b/v1"]  # not a secret
+    assert server_addresses(", ".join(listed)) == listed
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "http://me:pa55,w0rd@a:port/v1", "http://me:pa55 w0rd@a/v1", "me:pa55,w0rd@a/v1", ["me:pa55@w0rd@a/v1"],
+        "http://b/v1,c,http://me:pa55,w0rd@a/v1",
+    ],
+)  # fmt: skip
+def test_an_error_shows_no_part_of_a_password(given):
+    with pytest.raises(ValueError, match="is not an address") as told:
+        server_addresses(given)
+    assert "pa55" not in str(told.value) and "w0rd" not in str(told.value)
 
 
 @pytest.mark.parametrize(

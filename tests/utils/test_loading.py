@@ -1,9 +1,16 @@
 """Processes of a machine share converted weights."""
 
+import os
+import platform
+import subprocess
+
+import pytest
 import torch
+from safetensors.torch import save_file
 
 from hp_edit_trl.miniature.tiny import tiny_pipeline
-from hp_edit_trl.utils.loading import converted_bytes
+from hp_edit_trl.utils import loading
+from hp_edit_trl.utils.loading import converted_bytes, remove_left_folders, write_converted
 from tests.processes import Script
 
 
@@ -60,7 +67,9 @@ if state.is_main_process:
 def test_two_processes_convert_weights_once_and_share_them(tmp_path):
     # About 25M parameters
     tiny_pipeline(num_layers=1, num_attention_heads=6, attention_head_dim=128).save_pretrained(tmp_path / "model")
-    (tmp_path / "temporary").mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "temporary" / f"hp-edit-trl-{platform.node()}-{gone.pid}-abc").mkdir(parents=True)  # of a killed start
     done = Script("-c", SCRIPT, tmp_path / "model", tmp_path / "temporary", processes=2).wait()
     assert done.returncode == 0 and "told" in done.stdout, done.stderr[-4000:]
     assert "could not be shared" in done.stderr and "Set TMPDIR to another disk" in done.stderr
@@ -74,3 +83,35 @@ def test_which_weights_are_converted(tmp_path):
     to_half = converted_bytes(tmp_path, torch.bfloat16)
     assert to_half.keys() == {"transformer", "text_encoder"} and to_half["transformer"] == 2 * sizes["transformer"]
     assert converted_bytes(tmp_path, torch.float32) == {"vae": 4 * sizes["vae"]}
+
+
+def test_components_that_are_given_are_not_converted(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "SHARED_FROM", 1)
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "converted").mkdir()
+    options = {"dtype": torch.bfloat16, "text_encoder": None, "vae": pipeline.vae}
+    assert write_converted(str(tmp_path / "model"), options, str(tmp_path / "converted")).keys() == {"transformer"}
+
+
+@pytest.mark.parametrize(("variant", "size"), [(None, 1 + 2 + 4), ("fp32", 8 + 16), ("fp", 0), ("ema", 32)], ids=str)
+def test_files_of_another_variant_do_not_count(tmp_path, variant, size):
+    names = ["diffusion_pytorch_model", "model-00001-of-00002", "model-00002-of-00002"]
+    names += ["model.fp32", "model.fp32-00001-of-00002", "model-00001-of-00002.ema"]
+    (tmp_path / "vae").mkdir()
+    for place, name in enumerate(names):
+        save_file({"a": torch.zeros(2**place)}, tmp_path / "vae" / f"{name}.safetensors")
+    assert converted_bytes(tmp_path, torch.bfloat16, variant).get("vae", 0) == 2 * size
+
+
+def test_what_killed_starts_have_left_is_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    node = platform.node()
+    left = f"hp-edit-trl-{node}-{gone.pid}-abc"
+    kept = [f"hp-edit-trl-{node}-{os.getpid()}-abc", f"hp-edit-trl-{node}-{os.getppid()}-abc", f"other-{gone.pid}-abc"]
+    kept += [f"hp-edit-trl-another{node}-{gone.pid}-abc", "hp-edit-trl-abc"]
+    for name in (left, *kept):
+        (tmp_path / name / "transformer").mkdir(parents=True)
+    remove_left_folders(str(tmp_path / kept[0]))
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
