@@ -256,18 +256,18 @@ def test_what_is_recorded_does_not_depend_on_the_server(servers, tmp_path):
 
 
 def test_secrets_stay_with_their_server(servers, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-environment-1")  # not a secret
-    one, other = servers(error(400, "s3cret-of-one is wrong"), error(400, "sk-of-the-environment-1 is wrong"))
+    monkeypatch.setenv("OPENAI_API_KEY", "key-of-env-1")
+    one, other = servers(error(400, "s3cret-of-one is wrong"), error(400, "key-of-env-1 is wrong"))
     with_user = one.url.replace("//", "//me:s3cret-of-one@")  # not a secret
     judge = ServerJudge("m", f"{with_user}?token=t0ken-of-one, {other.url}")
     judged = [judge([chat(group)])[0] for group in range(20)]
     assert one.requests and other.requests
     assert {b"basic" in head.lower() for head, _ in one.requests} == {True}
-    assert {b"bearer sk-of-the-environment-1" in head.lower() for head, _ in other.requests} == {True}
+    assert {b"bearer key-of-env-1" in head.lower() for head, _ in other.requests} == {True}
     with pytest.raises(ConnectionError) as told:
         judge.load()
     shown = f"{judged} {told.value} {judge.identity}"
-    assert not any(secret in shown for secret in ("s3cret-of-one", "t0ken-of-one", "sk-of-the-environment-1"))
+    assert not any(secret in shown for secret in ("s3cret-of-one", "t0ken-of-one", "key-of-env-1"))
 
 
 @pytest.mark.parametrize(
@@ -286,10 +286,13 @@ def test_a_password_may_hold_a_comma():
 @pytest.mark.parametrize(
     "given",
     [
-        "http://me:pa55,w0rd@a:port/v1", "http://me:pa55 w0rd@a/v1", "me:pa55,w0rd@a/v1", ["me:pa55@w0rd@a/v1"],
-        "http://b/v1,c,http://me:pa55,w0rd@a/v1",
+        "http://me:pa55,w0rd@a:port/v1",  # not a secret
+        "http://me:pa55 w0rd@a/v1",
+        "me:pa55,w0rd@a/v1",
+        ["me:pa55@w0rd@a/v1"],
+        "http://b/v1,c,http://me:pa55,w0rd@a/v1",  # not a secret
     ],
-)  # fmt: skip
+)
 def test_an_error_shows_no_part_of_a_password(given):
     with pytest.raises(ValueError, match="is not an address") as told:
         server_addresses(given)
