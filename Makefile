@@ -19,7 +19,7 @@ test-slow: $(VENV)/.installed
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
-# Writes figures and plot into docs/performance.md, in under ten minutes if nothing else runs
+# Writes figures and plot into docs/performance.md
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench.py --write
 
