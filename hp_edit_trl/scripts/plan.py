@@ -23,6 +23,7 @@ from ..trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
 from ..trainer.plan import plan_training
 from ..trainer.rehearsal import alone
+from ..trainer.sharding import check_fsdp_version
 from ..utils.files import write_json
 from . import dpo, grpo
 from .utils import ScriptParser
@@ -112,9 +113,8 @@ def read_launch(launch: Namespace | None) -> tuple[int, bool]:
     config: Any = yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
     config = config or {}
     is_sharded = bool(launch.use_fsdp) or config.get("distributed_type") == "FSDP"
-    version = (config.get("fsdp_config") or {}).get("fsdp_version") or launch.fsdp_version
-    if is_sharded and str(version) != "2":
-        raise ValueError(f"The launch has fsdp_version: {version}, but only version 2 is supported.")
+    if is_sharded:
+        check_fsdp_version((config.get("fsdp_config") or {}).get("fsdp_version") or launch.fsdp_version)
     return int(launch.num_processes or config.get("num_processes") or 1), is_sharded
 
 

@@ -49,6 +49,16 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on")
 
 
+def check_fsdp_version(version: str | int) -> None:
+    """Raises `ValueError` for another version of FSDP than 2."""
+    if str(version) != "2":
+        raise ValueError(
+            f"The accelerate config has fsdp_version: {version}, but only version 2 is supported, which can shard the "
+            "frozen transformer and leave the LoRA whole. Set fsdp_version: 2 as in examples/accelerate/fsdp2.yaml, "
+            "or convert the config with `accelerate to-fsdp2`."
+        )
+
+
 def check_fsdp() -> bool:
     """
     Whether this is a launch with FSDP2, by an accelerate config.
@@ -58,12 +68,7 @@ def check_fsdp() -> bool:
     """
     if not is_set("ACCELERATE_USE_FSDP"):
         return False
-    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":  # accelerate's default is 1
-        raise ValueError(
-            f"The accelerate config has fsdp_version: {version}, but only version 2 is supported, which can shard the "
-            "frozen transformer and leave the LoRA whole. Set fsdp_version: 2 as in examples/accelerate/fsdp2.yaml, "
-            "or convert the config with `accelerate to-fsdp2`."
-        )
+    check_fsdp_version(os.environ.get("FSDP_VERSION", "1"))  # accelerate's default is 1
     for variable, (cause, remedy) in REFUSED.items():
         if is_set(variable):
             raise ValueError(f"{variable.lower()}: true in the accelerate config {cause}. Set {remedy}.")

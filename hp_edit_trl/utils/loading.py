@@ -39,8 +39,7 @@ def load_shared_pipeline(model: str, options: dict[str, Any]) -> DiffusionPipeli
     convert them, each process would copy them into memory of its own. Therefore the first process of each machine
     converts large components one by one and writes them into a temporary folder (`TMPDIR`), from which all read them.
     The folder is gone when they have; its pages stay as long as they are used. What a killed start has left is removed
-    by the next one. If it cannot be written, there is a
-    warning, and each process makes its own copy.
+    by the next one. If it cannot be written, there is a warning, and each process makes its own copy.
 
     Args:
         model (`str`):
