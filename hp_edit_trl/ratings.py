@@ -128,11 +128,6 @@ def append_answer(file: str | Path, answer: Any) -> None:
     append_jsonl(file, [asdict(answer)])
 
 
-def append_rating(file: str | Path, rating: Rating) -> None:
-    """Appends a rating to a file and returns once it is on disk."""
-    append_answer(file, rating)
-
-
 def read_answers(
     path: str | Path,
     kind: str,
@@ -278,7 +273,7 @@ def add_ratings(ratings: Iterable[Rating], output_dir: str | Path) -> int:
             same = all(getattr(rating, name) == getattr(earlier, name) for name in ("score", "comment", "aspects"))
             if same or rating.timestamp() <= earlier.timestamp():
                 continue
-        append_rating(ratings_file(folder, rating.annotator), rating)
+        append_answer(ratings_file(folder, rating.annotator), rating)
         last[rating.annotator, *rating.edit] = rating
         added += 1
     return added

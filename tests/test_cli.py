@@ -20,7 +20,7 @@ from hp_edit_trl.calibration import read_scores
 from hp_edit_trl.calibration.probe import INJECTIONS
 from hp_edit_trl.cli import main
 from hp_edit_trl.miniature.tiny import tiny_pipeline
-from hp_edit_trl.ratings import Rating, append_rating, ratings_file
+from hp_edit_trl.ratings import Rating, append_answer, ratings_file
 from tests.bench.test_gedit import gedit
 from tests.calibration.test_refine import ARTIFACTS, look, revision, world
 from tests.helpers import make_cases, make_edits
@@ -84,7 +84,7 @@ def test_refine_with_a_candidate_and_with_proposals(server, tmp_path, capsys):
     dataset, ratings = world()
     dataset.save_to_disk(tmp_path / "edits")
     for rating in ratings:
-        append_rating(tmp_path / f"ratings-{rating.annotator}.jsonl", rating)
+        append_answer(tmp_path / f"ratings-{rating.annotator}.jsonl", rating)
     command = [
         "refine-prompt",
         "color",
@@ -223,7 +223,7 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
     # People rate one of them; the same file adds their column, and scores nothing again.
     rating = Rating("a", "case-0", "as it was", 4, "r:1", "2026-01-01T00:00:00+00:00")
     (tmp_path / "ratings").mkdir()
-    append_rating(tmp_path / "ratings" / "ratings-a.jsonl", rating)
+    append_answer(tmp_path / "ratings" / "ratings-a.jsonl", rating)
     asked = len(server.requests)
     config.write_text(yaml.safe_dump(shared | {"runs": [runs[0], runs[2]]}))
     main(["bench", "--config", str(config)])
@@ -399,7 +399,7 @@ def test_gedit_with_hp_scores_and_what_people_say(serve, tmp_path, capsys):  # n
         for case, score in [*people.items(), ("key1", 5)]:  # a Chinese case
             editor = "mine" if annotator == "ann" else None
             rating = Rating(annotator, case, editor, score, "r:1", "2026-01-01T00:00:00+00:00")
-            append_rating(ratings_file(tmp_path / "ratings", annotator), rating)
+            append_answer(ratings_file(tmp_path / "ratings", annotator), rating)
     command = ["bench", "gedit", "--editor", f"{tmp_path}/mine.py:same", "--dataset", str(tmp_path / "gedit")]
     command += ["--name", "mine", "--output_dir", str(tmp_path / "out"), *options(serve(reply), tmp_path)]
     command += ["--benchmark_options", "hp_scorer=true", "language=en", "--ratings", str(tmp_path / "ratings")]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from datasets import Image, load_from_disk
 
-from hp_edit_trl.ratings import Rating, add_ratings, append_rating, ratings_dataset, ratings_file, read_ratings
+from hp_edit_trl.ratings import Rating, add_ratings, append_answer, ratings_dataset, ratings_file, read_ratings
 from tests.calibration import helpers
 from tests.helpers import make_edits
 
@@ -18,26 +18,26 @@ def test_what_was_written_is_read_and_the_last_word_counts(tmp_path):
     first = rating(comment='schön "?"\n')
     skipped = rating(case="case-1", score=None)
     for one in (first, skipped, rating(editor="two", score=0)):
-        append_rating(tmp_path / "ratings-anna.jsonl", one)
-    append_rating(tmp_path / "ratings-ben.jsonl", rating("ben", score=5))
+        append_answer(tmp_path / "ratings-anna.jsonl", one)
+    append_answer(tmp_path / "ratings-ben.jsonl", rating("ben", score=5))
     ratings, problems = read_ratings(tmp_path, make_edits(2))
     assert problems == []
     assert ratings == [first, skipped, rating(editor="two", score=0), rating("ben", score=5)]
-    append_rating(tmp_path / "ratings-anna.jsonl", rating(score=1))
+    append_answer(tmp_path / "ratings-anna.jsonl", rating(score=1))
     ratings, _ = read_ratings(tmp_path / "ratings-anna.jsonl")
     assert ratings == [rating(score=1), skipped, rating(editor="two", score=0)]
 
 
 def test_a_file_cut_in_the_middle_of_a_line(tmp_path, caplog):
     file = tmp_path / "ratings-anna.jsonl"
-    append_rating(file, rating())
-    append_rating(file, rating(case="case-1", comment="ü" * 30))
+    append_answer(file, rating())
+    append_answer(file, rating(case="case-1", comment="ü" * 30))
     whole = file.read_bytes()
     for cut in range(len(whole) - 2, whole.index(b"\n") + 1, -7):  # in the middle of a letter, too
         file.write_bytes(whole[:cut])
         ratings, problems = read_ratings(tmp_path)
         assert ratings == [rating()] and "ratings-anna.jsonl, line 2: not a complete rating" in problems[0]
-    append_rating(file, rating(case="case-1", score=4))
+    append_answer(file, rating(case="case-1", score=4))
     ratings, problems = read_ratings(tmp_path)
     assert ratings == [rating(), rating(case="case-1", score=4)] and len(problems) == 1
     assert "Left out: ratings-anna.jsonl, line 2" in caplog.text
@@ -45,9 +45,9 @@ def test_a_file_cut_in_the_middle_of_a_line(tmp_path, caplog):
 
 @pytest.mark.parametrize("score", [6, -1, 3.5, 4.0, "4", True, [4]])
 def test_scores_that_are_none(tmp_path, score):
-    append_rating(tmp_path / "ratings-anna.jsonl", rating(score=2))
-    append_rating(tmp_path / "ratings-anna.jsonl", rating(score=score))
-    append_rating(tmp_path / "ratings-anna.jsonl", rating(case="case-1"))
+    append_answer(tmp_path / "ratings-anna.jsonl", rating(score=2))
+    append_answer(tmp_path / "ratings-anna.jsonl", rating(score=score))
+    append_answer(tmp_path / "ratings-anna.jsonl", rating(case="case-1"))
     ratings, problems = read_ratings(tmp_path)
     assert ratings == [rating(score=2), rating(case="case-1")]
     assert problems == [f"ratings-anna.jsonl, line 2: the score {score!r} is not an integer from 0 to 5"]
@@ -55,7 +55,7 @@ def test_scores_that_are_none(tmp_path, score):
 
 def test_edits_that_the_dataset_does_not_hold(tmp_path):
     for one in (rating(), rating(case="elsewhere"), rating(editor="three"), rating(editor=None)):
-        append_rating(tmp_path / "r.jsonl", one)
+        append_answer(tmp_path / "r.jsonl", one)
     ratings, problems = read_ratings(tmp_path / "r.jsonl", make_edits(1))
     assert ratings == [rating()]
     assert [problem.split(": ")[1] for problem in problems] == [
@@ -67,7 +67,7 @@ def test_edits_that_the_dataset_does_not_hold(tmp_path):
 
 def test_two_revisions_of_the_rubric(tmp_path):
     for one in (rating(), rating(case="case-1", rubric="r:2")):
-        append_rating(tmp_path / "r.jsonl", one)
+        append_answer(tmp_path / "r.jsonl", one)
     with pytest.raises(ValueError, match="made with 2 revisions of the rubric, r:1, r:2"):
         read_ratings(tmp_path / "r.jsonl")
     ratings, problems = read_ratings(tmp_path / "r.jsonl", rubric="r:2")
@@ -148,7 +148,7 @@ def test_a_later_rating_is_not_taken_back(tmp_path):
     first, second = helpers.make_rating(score=1, minute=1), helpers.make_rating(score=2, minute=2)
     newer = helpers.make_rating(score=5, minute=9)
     assert add_ratings([first, second], tmp_path) == 2
-    append_rating(ratings_file(tmp_path, "anna"), newer)
+    append_answer(ratings_file(tmp_path, "anna"), newer)
     assert add_ratings([first, second], tmp_path) == 0
     assert read_ratings(tmp_path)[0] == [newer]
     assert add_ratings([helpers.make_rating(score=0, minute=10)], tmp_path) == 1

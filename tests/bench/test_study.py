@@ -11,7 +11,7 @@ from hp_edit_trl.bench import edits_of_runs, run_benchmark, scores_of_runs
 from hp_edit_trl.calibration import load_rubric, page, sample_cases
 from hp_edit_trl.cases import edit_keys
 from hp_edit_trl.cli import main
-from hp_edit_trl.ratings import Rating, append_rating, ratings_file
+from hp_edit_trl.ratings import Rating, append_answer, ratings_file
 from hp_edit_trl.utils.images import read_image
 from tests.bench.test_run import Painter, bench
 
@@ -75,7 +75,7 @@ def test_figures_from_runs_and_ratings(runs, tmp_path, capsys, monkeypatch):
         for (case, editor), score in given.items():
             aspects = {"instruction adherence": int(score), "image quality": 5 - int(score)}
             rating = Rating(name, case, editor, int(score), "r:1", "2026-01-01T00:00:00+00:00", aspects=aspects)
-            append_rating(ratings_file(tmp_path / "ratings", name), rating)
+            append_answer(ratings_file(tmp_path / "ratings", name), rating)
     (tmp_path / "runs").mkdir()
     for run in runs:
         (tmp_path / "runs" / run.folder.name).symlink_to(run.folder)

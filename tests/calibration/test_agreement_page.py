@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from hp_edit_trl.calibration import agreement_tables, compare_with_people, worst_disagreements, write_agreement
 from hp_edit_trl.cli import main
-from hp_edit_trl.ratings import append_rating, read_ratings
+from hp_edit_trl.ratings import append_answer, read_ratings
 from tests.calibration.test_comparison import line, rate
 from tests.helpers import photo
 
@@ -54,7 +54,7 @@ def files(tmp_path_factory):
             for name, shift in (("ada", 0), ("ben", 1)):
                 given = None if (i, name) == (1, "ben") else min(5, (i + shift + 3) % 6)
                 rating = rate(name, f"c{i}", given, editor, comment=NASTY if name == "ben" else "")
-                append_rating(folder / "ratings" / f"ratings-{name}.jsonl", rating)
+                append_answer(folder / "ratings" / f"ratings-{name}.jsonl", rating)
     text = {name: Value("string") for name in ("id", "editor", "task", "prompt", "requirement")}
     images = {name: Image(decode=False) for name in ("image", "edit")}
     Dataset.from_list(rows, features=Features({**text, **images})).save_to_disk(folder / "data")

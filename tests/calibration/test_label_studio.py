@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from hp_edit_trl import cli
 from hp_edit_trl.calibration import from_label_studio, label_studio_config, load_rubric, to_label_studio
-from hp_edit_trl.ratings import add_ratings, append_rating, ratings_file, read_ratings
+from hp_edit_trl.ratings import add_ratings, append_answer, ratings_file, read_ratings
 from tests.calibration.helpers import RATINGS, make_edits, pixels, with_broken, with_references
 from tests.fake_hub import fake_hub
 from tests.processes import Script
@@ -21,7 +21,7 @@ def export(tmp_path, edits, ratings, *options):
     """The command, on files."""
     edits.save_to_disk(tmp_path / "edits")
     for rating in ratings:
-        append_rating(ratings_file(tmp_path, rating.annotator), rating)
+        append_answer(ratings_file(tmp_path, rating.annotator), rating)
     cli.main(
         ["export-ratings", str(tmp_path), str(tmp_path / "edits"), "--output_dir", str(tmp_path / "out"), *options]
     )
@@ -46,7 +46,7 @@ def test_to_the_hub_and_back(tmp_path):
     edits = make_edits()
     edits.save_to_disk(tmp_path / "edits")
     for rating in RATINGS:
-        append_rating(ratings_file(tmp_path, rating.annotator), rating)
+        append_answer(ratings_file(tmp_path, rating.annotator), rating)
     with fake_hub() as hub:
         command = ["-m", "hp_edit_trl.cli", "export-ratings", ".", "edits", "--output_dir", "out"]
         done = Script(*command, "--push-to-hub", "someone/rated", cwd=tmp_path, environment=hub.env).wait()

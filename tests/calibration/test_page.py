@@ -28,7 +28,7 @@ from hp_edit_trl.calibration import load_guidelines, load_rubric, page
 from hp_edit_trl.calibration.display import MAX_SIDE, shown_jpeg
 from hp_edit_trl.cases import edit_keys, load_edits, load_split
 from hp_edit_trl.miniature.photographs import load_photographs
-from hp_edit_trl.ratings import append_rating, ratings_file, read_ratings
+from hp_edit_trl.ratings import append_answer, ratings_file, read_ratings
 from hp_edit_trl.reviews import read_reviews
 from hp_edit_trl.utils.images import read_image
 from tests.calibration.helpers import make_edits, make_rating, with_broken, with_references
@@ -478,7 +478,7 @@ CLOSED = (
 def test_a_password_and_what_is_not_served(browser, tmp_path):
     make_edits(2).save_to_disk(tmp_path / "edits")
     (tmp_path / "ratings").mkdir()
-    append_rating(ratings_file(tmp_path / "ratings", "anna"), make_rating(rubric="hp-edit-trl:rubric:2"))
+    append_answer(ratings_file(tmp_path / "ratings", "anna"), make_rating(rubric="hp-edit-trl:rubric:2"))
     options = ("--annotators", "anna,bert", "--overlap", "1", "--host", "0.0.0.0")
     with serving(tmp_path, *options, env={"HP_EDIT_PASSWORD": "open sesame"}) as (url, _, _):
         with httpx.Client(base_url=url) as client:
@@ -637,7 +637,7 @@ def test_a_review_finds_its_case_by_its_id_and_shows_no_edit(tmp_path):
 
 
 def test_another_rubric_is_refused_at_the_start(tmp_path):
-    append_rating(tmp_path / "ratings-anna.jsonl", make_rating(rubric="ours.md:1"))
+    append_answer(tmp_path / "ratings-anna.jsonl", make_rating(rubric="ours.md:1"))
     with pytest.raises(
         ValueError, match="ratings-anna.jsonl were made with the rubric ours.md:1, but this is hp-edit-trl:rubric:2"
     ):
@@ -645,7 +645,7 @@ def test_another_rubric_is_refused_at_the_start(tmp_path):
 
 
 def test_ratings_of_another_dataset_are_reported(tmp_path, caplog):
-    append_rating(tmp_path / "ratings-anna.jsonl", make_rating(id="case-9", rubric="hp-edit-trl:rubric:2"))
+    append_answer(tmp_path / "ratings-anna.jsonl", make_rating(id="case-9", rubric="hp-edit-trl:rubric:2"))
     found = campaign(make_edits(), tmp_path)
     assert "no edit of case 'case-9'" in caplog.text
     assert found.session("anna").counts()["answered"] == 0

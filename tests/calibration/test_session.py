@@ -8,7 +8,7 @@ import pytest
 
 from hp_edit_trl.calibration import RatingSession, ReviewSession, assign_cases, load_guidelines, load_rubric
 from hp_edit_trl.calibration.session import StaleError, annotator_name
-from hp_edit_trl.ratings import append_rating, ratings_file, read_ratings
+from hp_edit_trl.ratings import append_answer, ratings_file, read_ratings
 from hp_edit_trl.reviews import read_reviews
 from hp_edit_trl.rewards import load_scorer_prompts
 from tests.calibration.helpers import make_rating
@@ -169,7 +169,7 @@ def test_all_aspects_are_scored_or_none(file):
     assert again.answers == session.answers and again.token(again.queue[0]) == session.token(session.queue[0])
     session.forward(session.token(session.queue[0]), "later")  # a comment keeps them
     assert lines(file)[-1]["aspects"] == {"adherence": 3, "quality": 5}
-    append_rating(file, make_rating(id="case-3", rubric="r:1"))
+    append_answer(file, make_rating(id="case-3", rubric="r:1"))
     file.write_text(file.read_text().replace('"quality": 5', '"quality": 7'))
     _, problems = read_ratings(file)
     assert len(problems) == 2 and "the score 7 of the aspect 'quality'" in problems[0]
@@ -192,10 +192,10 @@ def test_a_line_that_was_cut_off_is_reported_and_rated_again(file, caplog):
 
 
 def test_ratings_made_with_another_rubric_are_refused(file):
-    append_rating(file, make_rating(rubric="r:0"))
+    append_answer(file, make_rating(rubric="r:0"))
     with pytest.raises(ValueError, match=r"rubric r:0, but this is r:1.*--rubric.*--output_dir"):
         open_session(file)
-    append_rating(file, make_rating(id="case-1", rubric="r:1"))
+    append_answer(file, make_rating(id="case-1", rubric="r:1"))
     with pytest.raises(ValueError, match="several revisions"):
         open_session(file)
 
@@ -210,7 +210,7 @@ def test_two_names_never_share_a_file(tmp_path):
     assert len({file.name.lower() for file in files}) == len(names)  # also where case does not matter
     assert all(file.parent == tmp_path and file.name.isascii() and len(file.name) < 100 for file in files)
     for name, file in zip(names, files, strict=True):
-        append_rating(file, make_rating(annotator=name))
+        append_answer(file, make_rating(annotator=name))
     assert {rating.annotator for rating in read_ratings(tmp_path)[0]} == names
 
 
