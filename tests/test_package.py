@@ -26,6 +26,15 @@ def test_importing_is_quick_and_pulls_in_nothing_heavy():
     assert float(done.stdout) < 2
 
 
+def test_a_judge_on_a_server_needs_no_models_here():
+    code = (
+        "import sys; from hp_edit_trl.judges import load_judge; load_judge('m', 'http://127.0.0.1:9/v1'); "
+        "assert not {'torch', 'transformers', 'diffusers', 'torchvision'} & set(sys.modules), sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_public_name_is_there():
     for name in hp_edit_trl.__all__:
         assert getattr(hp_edit_trl, name).__doc__, name

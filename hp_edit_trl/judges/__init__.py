@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .base import (
     Judge,
@@ -19,7 +19,18 @@ from .base import (
 from .cache import CachedJudge
 from .failures import FailureLimit, JudgeRefusedError, JudgeTally
 from .server import ServerJudge
-from .transformers import TransformersJudge
+
+
+if TYPE_CHECKING:
+    from .transformers import TransformersJudge
+
+
+def __getattr__(name: str) -> Any:
+    if name != "TransformersJudge":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .transformers import TransformersJudge  # takes seconds to import, a server none
+
+    return TransformersJudge
 
 
 def load_judge(
@@ -93,6 +104,8 @@ def load_judge(
             options |= {"max_concurrency": max_concurrency, "timeout": timeout, "max_retries": max_retries}
             loaded = ServerJudge(judge, judge_base_url, score_mode, revision=judge_revision, **options)
         else:
+            from .transformers import TransformersJudge
+
             init_kwargs = {} if judge_revision is None else {"revision": judge_revision}
             options |= {"batch_size": batch_size, "model_init_kwargs": init_kwargs}
             loaded = TransformersJudge(judge, score_mode, **options)
@@ -114,6 +127,8 @@ def with_parser(judge: Judge, parse: Parser) -> Judge:
     """
     if isinstance(judge, CachedJudge):
         return CachedJudge(with_parser(judge.judge, parse), judge.path)
+    from .transformers import TransformersJudge
+
     if not isinstance(judge, ServerJudge | TransformersJudge):
         raise TypeError(f"A {type(judge).__name__} cannot be made to read its answers with {parse.__name__}.")
     other = copy(judge)
@@ -132,6 +147,8 @@ def load_early(judge: Judge, num_images: int = 2) -> None:
         num_images (`int`, *optional*, defaults to `2`):
             Number of images of the largest case: its references and the edit.
     """
+    from .transformers import TransformersJudge
+
     inner = judge.judge if isinstance(judge, CachedJudge) else judge
     if not isinstance(inner, TransformersJudge):
         load_for(judge, num_images)

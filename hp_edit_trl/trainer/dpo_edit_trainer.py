@@ -23,9 +23,9 @@ from ..cases import BadCaseError, case_images, check_pairs, check_references, pa
 from ..flow.preference import draw_sigma, flow_error, implicit_reward, preference_loss, safeguard_scale
 from ..policies import EditConditions, EditPolicy, bucketed, check_prompt_lengths
 from ..utils.distributed import in_step
+from ..utils.dtypes import plain_values
 from ..utils.files import write_atomically
 from ..utils.images import UnreadableImageError, image_digest
-from ..utils.quantization import plain_values
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy, load_policy
 from .checkpoints import can_be_read

@@ -181,11 +181,6 @@ def unquantized_dtype(model: Any) -> torch.dtype:
     return (is_quantized(model) and model.config.get("_pre_quantization_dtype")) or model.dtype
 
 
-def plain_values(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a weight; of one that torchao has quantized, which few operations take, those it stands for."""
-    return tensor.dequantize() if hasattr(tensor, "__tensor_flatten__") else tensor
-
-
 def is_quantized(module: Any) -> bool:
     """Whether something is a quantized model of diffusers or transformers."""
     return isinstance(module, nn.Module) and getattr(module, "is_quantized", False)  # others lack the attribute

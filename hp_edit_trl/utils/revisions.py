@@ -10,7 +10,7 @@ from datasets import Dataset
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig
 
-from .quantization import plain_values
+from .dtypes import plain_values
 
 
 EDGE = 65536  # bytes at either end of a file that are read
