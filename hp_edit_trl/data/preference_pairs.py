@@ -484,9 +484,9 @@ def build_preference_dataset(
         )
 
     folder = output_dir / "dataset"
-    _write_parquet(_joined(dataset, pairs), folder / "pairs")
+    _write_parquet(_joined(dataset, pairs), folder / "pairs", "chosen")
     texts = dataset.select_columns([name for name in ("id", "prompt", "task") if name in dataset.column_names])
-    _write_parquet(_joined(texts.cast_column("id", Value("string")), samples), folder / "samples")
+    _write_parquet(_joined(texts.cast_column("id", Value("string")), samples), folder / "samples", "edit")
     write_text(folder / "dropped.jsonl", "".join(json.dumps(entry) + "\n" for entry in dropped))
     thresholds = {"min_gap": min_gap, "min_chosen_score": min_chosen_score}
     all_scores = [sample["score"] for sample in samples]
@@ -518,12 +518,11 @@ def _reason_against_pair(scores: list[float], min_gap: float, min_chosen_score: 
     return None
 
 
-def _write_parquet(dataset: Dataset, folder: Path) -> None:
-    """Writes a dataset as Parquet files with their images inside, of about `FILE_BYTES` each."""
+def _write_parquet(dataset: Dataset, folder: Path, column: str) -> None:
+    """Writes a dataset as Parquet files of about `FILE_BYTES` with the images inside; `column` has mined edits."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.parquet"):
         old.unlink()
-    column = "edit" if "edit" in dataset.column_names else "chosen"
     paths = [value["path"] for value in dataset.cast_column(column, ImageFeature(decode=False))[column]]
     per_row = 3 if column == "chosen" else 1  # reference, chosen and rejected image have about the same size
     num_files = max(1, math.ceil(per_row * sum(os.path.getsize(path) for path in paths) / FILE_BYTES))

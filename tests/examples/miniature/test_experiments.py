@@ -1,5 +1,7 @@
 import csv
 import json
+import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import experiments
@@ -7,6 +9,8 @@ import pytest
 import yaml
 from experiments import Arm, run_experiment, summarize
 from PIL import Image
+
+from hp_edit_trl import FlowGRPOEditConfig
 
 
 CONFIG = Path(__file__).parents[3] / "examples" / "miniature" / "experiment.yaml"
@@ -120,3 +124,20 @@ def test_passes_of_dpo_are_counted(config, tmp_path):
     trainer.train()
     # Chosen and rejected edit, by policy and reference model
     assert progress.counted == {"sampling": 0, "training": 3 * 4 * 4}
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["compare_dpo_grpo.py", "fewer_passes.py", "filtering_and_scorer.py", "learning_speed.py", "lora_rank.py"],
+)
+def test_every_experiment_has_arms_that_can_be_trained(script, tmp_path):
+    folder = Path(experiments.__file__).parent
+    arms = runpy.run_path(str(folder / script))["ARMS"]
+    assert len({arm.name for arm in arms}) == len(arms) > 2
+    for arm in arms:
+        if arm.method == "grpo":
+            config = yaml.safe_load((folder / "experiment.yaml").read_text()) | arm.options
+            names = {field.name for field in fields(FlowGRPOEditConfig)}
+            options = {name: value for name, value in config.items() if name in names}
+            FlowGRPOEditConfig(**options | {"output_dir": str(tmp_path), "report_to": "none"})
+            assert set(arm.options) <= names | {"lora_r", "lora_alpha"}
