@@ -54,6 +54,7 @@ from ..utils.files import (
     write_json,
     write_text,
 )
+from ..utils.hub import CITATION
 from ..utils.images import UnreadableImageError, image_digest, png_bytes, read_image
 from ..utils.secrets import redacted
 from ..utils.seeding import seeded_generator
@@ -556,6 +557,7 @@ def _write_card(
         num_edits=len(scores),
         num_scored=len(known),
         mean_score=sum(known) / len(known),
+        citation=CITATION,
         version=__version__,
         **thresholds,
     )

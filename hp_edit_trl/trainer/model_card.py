@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps
 
 from ..utils.files import write_text
+from ..utils.hub import CITATION
 from ..utils.images import comparison_sheet
 from ..utils.secrets import redacted
 from ..version import __version__
@@ -195,6 +196,7 @@ def write_model_card(
         model_name=model_name,
         method=method,
         paper=paper,
+        citation=CITATION,
         repo_id=repo_id,
         base_model_name=base_model,
         base_model_revision=base_model_revision,

@@ -1,6 +1,19 @@
-"""Repositories on the Hub that hold users' images."""
+"""Repositories on the Hub that hold users' images, and what their cards cite."""
 
 from huggingface_hub import HfApi
+
+
+# The paper that the library implements
+CITATION = """\
+@inproceedings{li2026hpedit,
+    title = {HP-Edit: A Human-Preference Post-Training Framework for Image Editing},
+    author = {Fan Li and Chonghuinan Wang and Lina Lei and Yuping Qiu and Jiaqi Xu and Jiaxiu Jiang and Xinran Qin and
+        Zhikai Chen and Fenglong Song and Zhixin Wang and Renjing Pei and Wangmeng Zuo},
+    booktitle = {CVPR},
+    year = 2026,
+    eprint = {2604.19406},
+    archivePrefix = {arXiv}
+}"""
 
 
 def create_repository(

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...utils.files import read_json, write_atomically, write_json, write_text
-from ...utils.hub import create_repository
+from ...utils.hub import CITATION, create_repository
 from ...version import __version__
 from ..schema import (
     CASE_FEATURES,
@@ -391,6 +391,7 @@ def _write_card(
             for (source, license), count in sorted(licenses, key=lambda item: (-item[1], str(item[0])))
         ],
         verified=verified,
+        citation=CITATION,
         makers=sorted(makers, key=lambda row: (list(MAKERS.values()).index(row[0]), row[1])),
         version=__version__,
     )
