@@ -165,4 +165,10 @@ class Estimate:
         if self.prices:
             cost = sum(price * amounts[what] for what, price in self.prices.items())
             told += f"; at {', '.join(f'{price:g} per {what}' for what, price in self.prices.items())}: {cost:,.2f}"
-        return f"{markdown_table(head, rows)}{told}."
+        told = f"{markdown_table(head, rows)}{told}."
+        if all(self.outcome.planned.values()) and self.outcome.planned:
+            return told
+        return (
+            f"{told} Assumed shares are the largest that go with the means of Qwen-Image-Edit-2509 in table 1 of "
+            "HP-Edit, and no prompts are expected to be rejected: there may be more to make."
+        )

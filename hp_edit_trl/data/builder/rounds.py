@@ -26,8 +26,8 @@ class Earlier:
 
     @property
     def key(self) -> str | None:
-        """Hash of the settings of all earlier rounds; `None` if there are none."""
-        return self.rounds[-1].key if self.rounds else None
+        """Hash of the settings of all stages that this depends on, up to `split`; `None` if there are no rounds."""
+        return next(stage.key for stage in self.rounds[-1].stages if stage.name == "split") if self.rounds else None
 
     @cached_property
     def tasks(self) -> dict[str, set[str]]:

@@ -202,6 +202,8 @@ class _Build:
             if stage is None or not (is_wanted or folder.is_finished(stage)):
                 if is_first and STAGES.index(name) < STAGES.index(self.last):
                     raise ValueError(f"The stage {name!r} is not finished in {folder.path}: run it first.")
+                if not is_first and self.accelerator.is_main_process:
+                    logger.info("%s stops before the stage %r, which is not among %s.", folder.path, name, self.stages)
                 return False
             if name == "edits" and STAGES.index(self.last) > STAGES.index(name) and not folder.is_finished(stage):
                 scores = make["scores"]()
@@ -251,6 +253,8 @@ class _Build:
         assert isinstance(plan, Plan)
         available = Counter(task for _, task in plan.assign(batch))
         if not available:
+            if missing := [task for task, count in estimate.missing.items() if count]:
+                logger.warning("No images are left for the tasks %s, which have fewer cases than wanted.", missing)
             return None
         logger.info("Before round %d:\n%s", len(rounds) + 1, estimate.describe(available))
         return estimate.next_round(config.sample_size)

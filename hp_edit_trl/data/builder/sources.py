@@ -166,10 +166,10 @@ def _checked(spec: Any, name: str) -> tuple[str, dict[str, Any]]:
     if unknown := sorted(str(key) for key in options if key not in known):
         raise ValueError(f"{name} has unknown keys {unknown}; a {kinds[0]} may have {list(known)}.")
     tasks = options.get("tasks", list(TASKS))
-    if not isinstance(tasks, list) or not tasks or (unknown := [task for task in tasks if task not in TASKS]):
-        wrong = tasks if not isinstance(tasks, list) or not tasks else unknown
+    known_tasks = isinstance(tasks, list) and [task for task in tasks if isinstance(task, str) and task in TASKS]
+    if not tasks or known_tasks != tasks:
         raise ValueError(
-            f"{name}: tasks must be a list of tasks, but has {redacted(wrong)!r}. Correct it; there are {list(TASKS)}."
+            f"{name}: tasks must be a list of tasks, but is {redacted(tasks)!r}. Correct it; there are {list(TASKS)}."
         )
     if ("targets" in options or "target_column" in options) and len({*tasks}) != 1:
         raise ValueError(f"{name} has targets, so it must name the one task that they are for, e.g. `tasks: [bokeh]`.")
