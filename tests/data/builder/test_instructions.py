@@ -459,6 +459,7 @@ TASK_WORD = {
 def test_a_plan_is_written():
     """The columns of the plan are those that the instructions read."""
     images = {"image_id": [f"{i:016x}" for i in range(20)], "category": ["dog"] * 20}
+    images["tasks"] = [",".join(TASKS)] * 20
     plan = Plan(tasks_per_image=2, languages={"en": 1, "zh": 1})(images)
     rows = range(len(plan["task"]))
     batch = {name: plan[name] for name in ("task", "language", "style")}

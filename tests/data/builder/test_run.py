@@ -218,10 +218,13 @@ def test_stopped_and_run_again_it_ends_with_the_same_bytes(pictures, whole, tmp_
     )
     assert "No images are left for the tasks ['add', " in caplog.text
     assert f"| add | 10 | {got['add']} |" in (folder / "README.md").read_text()
-    # Stopped between the rounds
+    # Stopped between the rounds, and the second one made in parts, as if on several machines
     for name in ("round-2", "dataset"):
         shutil.rmtree(tmp_path / "build" / name)
-    build(pictures, tmp_path / "build")
+    for stages in ("edits,scores", "plan,instructions,split", "edits,scores", "filter,export"):
+        build(pictures, tmp_path / "build", stages=stages.split(","))
+        parts = {path.name for path in tmp_path.glob("build/round-2/*")}
+        assert ("edits" in parts) == ("filter" in parts or stages == "edits,scores" and "plan" in parts)
     assert digests(tmp_path / "build") == digests(whole.parent)
 
 
