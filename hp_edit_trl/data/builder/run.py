@@ -165,13 +165,14 @@ class _Build:
         self.options: dict[str, Any] = {}  # of `run_stage`
 
     def run(self, folder: WorkFolder, stage: Stage) -> Counter:
-        """Runs a stage. Its model is gone before the next one is loaded."""
+        """Runs a stage, and says what became of its rows."""
         reasons = run_stage(folder, stage, self.accelerator, **self.options)
         kept, all_rows = len(folder.live), len(folder.stages[-1].rows)
         if self.accelerator.is_main_process:
             logger.info("%s: %d of %d rows kept; rejected: %s", stage.name, kept, all_rows, dict(reasons))
             if stage.tally is not None and stage.tally.judgements:
                 logger.info("%s: %s", stage.name, stage.tally)
+        empty_device_cache()
         return reasons
 
     def make_rounds(self, images: WorkFolder) -> list[WorkFolder]:
@@ -220,7 +221,7 @@ class _Build:
                     f"The stage {name!r} rejected all of {all_rows} rows ({dict(reasons)}): read the reasons in "
                     f"{folder.path / name}, correct the cause, and remove that folder."
                 )
-            del stage
+            del stage  # it may have a model, which must be gone before the next one is loaded
             empty_device_cache()
         return True
 
