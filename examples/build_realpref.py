@@ -45,7 +45,8 @@ def main(output_dir: Path, num_scenes: int, engine: str) -> None:
         min_side=32,
         resolution=128,
         clip_model=str(clip),
-        task_weights=dict.fromkeys(TASKS, 1),
+        task_counts=dict.fromkeys(TASKS, max(1, num_scenes // 16)),
+        sample_size=max(1, num_scenes // 40),
         benchmark_counts=dict.fromkeys(TASKS, max(1, num_scenes // 40)),
     )
     pipeline = miniature.load_pipeline()

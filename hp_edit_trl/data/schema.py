@@ -43,6 +43,8 @@ CASE_FEATURES = Features(
         "writer_prompt": TEXT,
     }
 )
+# Columns that some cases have besides: what an edit should look like, and a picture of the style that it should have
+GUIDE_FEATURES = Features({"target": ImageFeature(), "style_image": ImageFeature()})
 # Further columns of a case with an edit
 EDIT_FEATURES = Features(
     {"edit": ImageFeature(), "editor": TEXT, "editor_revision": TEXT, "edit_seed": Value("int64")}
@@ -75,9 +77,9 @@ def load_realpref(
     Loads a dataset of cases, checks every row against the schema, and casts its columns. Images are opened, but not
     decoded.
 
-    The schema is `CASE_FEATURES`, plus `EDIT_FEATURES` if there is a column `edit`, and `SCORE_FEATURES` if there is a
-    column `score`. Other columns are kept. A dataset without `schema_version` was written before there was a schema:
-    the missing columns are added, without values.
+    The schema is `CASE_FEATURES`, plus `EDIT_FEATURES` if there is a column `edit`, `SCORE_FEATURES` if there is a
+    column `score`, and those of `GUIDE_FEATURES` that there are. Other columns are kept. A dataset without
+    `schema_version` was written before there was a schema: the missing columns are added, without values.
 
     Args:
         repo_or_folder (`str`):
@@ -155,6 +157,7 @@ def _expected(columns: list[str]) -> Features:
     features = dict(CASE_FEATURES)
     features |= EDIT_FEATURES if "edit" in columns else {}
     features |= SCORE_FEATURES if "score" in columns else {}
+    features |= {name: feature for name, feature in GUIDE_FEATURES.items() if name in columns}
     return Features(features)
 
 

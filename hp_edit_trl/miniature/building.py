@@ -192,7 +192,7 @@ class SimulatedWriter:
 
     def _answer(self, conversation: list[dict[str, Any]]) -> dict[str, Any]:
         text = conversation[0]["content"][0]["text"]
-        (image,) = (part["image"] for part in conversation[-1]["content"] if part["type"] == "image")
+        image, *_ = (part["image"] for part in conversation[-1]["content"] if part["type"] == "image")
         task, found = next(
             (name, match) for name, pattern in self.questions.items() if (match := pattern.fullmatch(text))
         )

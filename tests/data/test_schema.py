@@ -188,6 +188,18 @@ def test_broken_files_are_named(tmp_path):
         load_realpref(str(folder))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_targets_and_pictures_of_styles_are_images_where_there_are_some(tmp_path, streaming):
+    pictures = [encoded(photo(64, 48, 7)), *[None] * 4]
+    rows = make_rows(5) | {"target": pictures, "style_image": pictures[::-1]}
+    export_dataset({"train": [rows]}, tmp_path / "set", wanted={"color": 5, "add": 2})
+    loaded = load_realpref(str(tmp_path / "set"), streaming=streaming)
+    found = [(row["target"] is not None, row["style_image"] is not None) for row in loaded]
+    assert found == [(True, False), *[(False, False)] * 3, (False, True)]
+    card = (tmp_path / "set" / "README.md").read_text()
+    assert "| color | 5 | 5 |\n| add | 2 | 0 |\n| all | 7 | 5 |\n" in card
+
+
 def test_a_stream_can_be_sent_to_another_process(tmp_path):
     stream = pickle.loads(pickle.dumps(load_realpref(save(make(), tmp_path / "set"), streaming=True)))
     assert [row["id"] for row in stream] == make()["id"]

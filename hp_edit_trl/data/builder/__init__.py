@@ -14,7 +14,7 @@ from .run import build_dataset
 from .scores import ScoreEdits
 from .sources import ImageCheck, Sources
 from .split import Split
-from .styles import STYLES, Style
+from .styles import STYLES, Style, StyleImages
 
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Split",
     "Stage",
     "Style",
+    "StyleImages",
     "WorkFolder",
     "WriteInstructions",
     "build_dataset",

@@ -11,7 +11,8 @@ from .engine import Batch, Stage
 class Balance(Stage):
     """
     Chooses images as evenly over the categories as possible. All images of rare categories are kept; of the others,
-    those with the highest `category_score`. The choice does not depend on the order of the images.
+    those with the highest `category_score`. The choice does not depend on the order of the images. Images that are for
+    other tasks count as another category, so that the images of one task do not displace those of another.
 
     Args:
         total (`int`, *optional*):
@@ -26,7 +27,7 @@ class Balance(Stage):
     """
 
     name = "balance"
-    inputs = ("image_id", "category", "category_score")
+    inputs = ("image_id", "category", "category_score", "tasks")
 
     def __init__(self, total: int | None = None, quota: int | None = None, seed: int = 0):
         check_positive(total=total, quota=quota)
@@ -39,18 +40,18 @@ class Balance(Stage):
         return {"total": self.total, "quota": self.quota, "seed": self.seed}
 
     def __call__(self, batch: Batch) -> Batch:
-        by_category: dict[str, list[int]] = {}
-        for row, category in enumerate(batch["category"]):
-            by_category.setdefault(category, []).append(row)
+        by_category: dict[tuple[str, str], list[int]] = {}
+        for row, key in enumerate(zip(batch["category"], batch["tasks"], strict=True)):
+            by_category.setdefault(key, []).append(row)
         room = self._room({category: len(rows) for category, rows in by_category.items()})
         reasons: list[str | None] = [None] * len(batch["category"])
         for category, rows in by_category.items():
             rows.sort(key=lambda row: (-batch["category_score"][row], batch["image_id"][row]))
             for place, row in enumerate(rows[room[category] :], start=room[category] + 1):
-                reasons[row] = f"over quota: number {place} of {len(rows)} of {category}, {room[category]} are kept"
+                reasons[row] = f"over quota: number {place} of {len(rows)} of {category[0]}, {room[category]} are kept"
         return {"reason": reasons}
 
-    def _room(self, counts: dict[str, int]) -> dict[str, int]:
+    def _room(self, counts: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
         """How many images of each category to keep."""
         available = {name: min(count, self.quota or count) for name, count in counts.items()}
         total = min(self.total or sum(available.values()), sum(available.values()))
@@ -61,6 +62,6 @@ class Balance(Stage):
         # The largest common cap that stays within the total
         cap = bisect_right(range(max(available.values(), default=0) + 1), total, key=filled) - 1
         larger = [name for name, count in available.items() if count > cap]
-        larger.sort(key=lambda name: seeded_generator(self.seed, "balance", name).initial_seed())
+        larger.sort(key=lambda name: seeded_generator(self.seed, "balance", *name).initial_seed())
         one_more = larger[: total - filled(cap)]
         return {name: min(count, cap + (name in one_more)) for name, count in available.items()}

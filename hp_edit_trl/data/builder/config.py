@@ -1,11 +1,13 @@
 """The options of a build."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...judges.base import ScoreMode
 from ...utils.config import check_positive
-from .plan import TASK_WEIGHTS
+from .estimate import PRICES
+from .plan import TASK_COUNTS, checked_counts
 from .split import BENCHMARK_COUNTS
 
 
@@ -42,15 +44,21 @@ class BuildConfig:
         min_category_score (`float`, *optional*):
             Images are rejected if the cosine similarity to their best category is lower.
         max_images (`int`, *optional*):
-            Number of images to choose, evenly over the categories. By default all.
+            Number of images to choose from, evenly over the categories. By default all.
         category_quota (`int`, *optional*):
             Largest number of images per category.
-        num_cases (`int`, *optional*):
-            Number of cases. By default `tasks_per_image` per image.
+        task_counts (`dict[str, int]`, *optional*):
+            Number of cases per task for the split `train`, after the filter. Cases are made in rounds until each task
+            has its count, or its images are used up. Defaults to the counts of RealPref-50K (HP-Edit, table S6).
         tasks_per_image (`int`, *optional*, defaults to `1`):
-            Number of different tasks per image.
-        task_weights (`dict[str, float]`, *optional*):
-            Shares of the tasks. Defaults to the counts of RealPref-50K (HP-Edit, table S6).
+            Largest number of different tasks per image.
+        sample_size (`int`, *optional*, defaults to `100`):
+            Number of cases per task in the first round, besides those for the benchmark. It measures how many cases
+            the filter keeps, on which the size of later rounds depends. 0 assumes it in the first round, from table 1
+            of HP-Edit.
+        prices (`dict[str, float]`, *optional*):
+            Price of an `edit`, a `judgement` and a `prompt`, as far as they cost something: what a build will cost is
+            told with what it will take.
         languages (`dict[str, float]`, *optional*, defaults to `{"en": 1.0}`):
             Shares of the languages `en` and `zh`.
         writer (`str`, *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
@@ -63,6 +71,9 @@ class BuildConfig:
             Folder or Hub repository of instruction templates. By default those of this package.
         instruction_templates_revision (`str`, *optional*):
             Branch, tag or commit of that repository.
+        style_images (`str`, *optional*):
+            Folder of pictures of the styles, see [`StyleImages`]. The writer is shown one of them with each image for
+            the task `style`; it is kept in the column `style_image`.
         check_feasibility (`bool`, *optional*, defaults to `True`):
             Ask the writer whether each prompt can be carried out.
         max_repeats (`int`, *optional*, defaults to `20`):
@@ -100,7 +111,7 @@ class BuildConfig:
             Branch, tag or commit of that repository.
         filter_rule (`str`, *optional*, defaults to `"below"`):
             `"below"`: train on cases with scores below `filter_threshold`. `"hardest"`: train on this share of the
-            cases of each task, those with the lowest scores.
+            cases of each task and round, those with the lowest scores.
         filter_threshold (`float`, *optional*, defaults to `5.0`):
             The score or the share.
         batch_sizes (`dict[str, int]`, *optional*):
@@ -114,7 +125,7 @@ class BuildConfig:
             Whether to create that repository as a private one.
 
     Raises:
-        `ValueError`: If `batch_sizes` or `max_concurrency` is not valid.
+        `ValueError`: If a count, a price, `batch_sizes` or `max_concurrency` is not valid.
     """
 
     sources: list[dict[str, Any]]
@@ -129,15 +140,17 @@ class BuildConfig:
     min_category_score: float | None = None
     max_images: int | None = None
     category_quota: int | None = None
-    num_cases: int | None = None
+    task_counts: dict[str, int] = field(default_factory=TASK_COUNTS.copy)
     tasks_per_image: int = 1
-    task_weights: dict[str, float] = field(default_factory=TASK_WEIGHTS.copy)
+    sample_size: int = 100
+    prices: dict[str, float] = field(default_factory=dict)
     languages: dict[str, float] = field(default_factory=lambda: {"en": 1.0})
     writer: str = "Qwen/Qwen3-VL-32B-Instruct"
     writer_base_url: str | list[str] | None = None
     writer_revision: str | None = None
     instruction_templates: str | None = None
     instruction_templates_revision: str | None = None
+    style_images: str | None = None
     check_feasibility: bool = True
     max_repeats: int = 20
     benchmark_counts: dict[str, int] = field(default_factory=BENCHMARK_COUNTS.copy)
@@ -165,3 +178,24 @@ class BuildConfig:
             raise ValueError(f"batch_sizes has unknown stages {unknown}; stages with batches: {list(BATCH_SIZES)}.")
         self.batch_sizes = BATCH_SIZES | self.batch_sizes
         check_positive(**self.batch_sizes, max_concurrency=self.max_concurrency)
+        self.task_counts = checked_counts("task_counts", self.task_counts)
+        if not self.task_counts:
+            raise ValueError(
+                f"task_counts asks for no case: give at least one of {list(TASK_COUNTS)} a count above 0."
+            )
+        benchmark = checked_counts("benchmark_counts", self.benchmark_counts)
+        if others := [task for task in benchmark if task not in self.task_counts]:
+            raise ValueError(
+                f"benchmark_counts asks for cases of {others}, which task_counts does not: give both the same tasks."
+            )
+        if self.style_images is not None and "style" not in self.task_counts:
+            raise ValueError(
+                f"style_images={self.style_images!r} is set, but task_counts has no 'style': leave it out, or add it."
+            )
+        if isinstance(self.sample_size, bool) or not isinstance(self.sample_size, int) or self.sample_size < 0:
+            raise ValueError(f"sample_size={self.sample_size!r} must be an integer of at least 0.")
+        for what, price in self.prices.items():
+            if what not in PRICES:
+                raise ValueError(f"prices names {what!r}; there are prices of {list(PRICES)}.")
+            if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < math.inf:
+                raise ValueError(f"prices: the price of {what!r} is {price!r}, but must be a number of at least 0.")

@@ -122,6 +122,8 @@ class FinishedStage:
             Number of rows in each of its files.
         level (`int`):
             How many stages up to this one replaced the rows. Columns of an earlier level are found through `parents`.
+        folder (`Path`):
+            Where its files are.
     """
 
     name: str
@@ -130,6 +132,7 @@ class FinishedStage:
     rows: np.ndarray
     batch_size: int
     level: int
+    folder: Path
 
 
 class WorkFolder:
@@ -153,6 +156,12 @@ class WorkFolder:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict()}
+
+    def branch(self, name: str) -> "WorkFolder":
+        """A build that begins with the finished stages of this one, and has its own later ones in a subfolder."""
+        branch = WorkFolder(self.path / name, self.sources)
+        branch.stages, branch.parents, branch.live = [*self.stages], [*self.parents], self.live
+        return branch
 
     @property
     def key(self) -> str:
@@ -190,6 +199,14 @@ class WorkFolder:
             yield
             lock.truncate(0)
 
+    def has_column(self, name: str) -> bool:
+        """Whether a finished stage has added a column."""
+        return any(name in stage.columns for stage in self.stages)
+
+    def rows(self, name: str) -> np.ndarray:
+        """The numbers of the rows of a finished stage, also of those that it rejected."""
+        return next(stage.rows for stage in self.stages if stage.name == name)
+
     def read(self, rows: np.ndarray, columns: tuple[str, ...] | list[str]) -> Batch:
         """
         Reads columns of rows.
@@ -226,7 +243,7 @@ class WorkFolder:
         for shard in np.unique(shards):
             members = np.flatnonzero(shards == shard)
             order.append(members)
-            file = self._file(stage.name, int(shard))
+            file = _file(stage.folder, int(shard))
             try:
                 parquet = self._parquet(file)
                 per_group = parquet.metadata.row_group(0).num_rows
@@ -250,9 +267,6 @@ class WorkFolder:
         self._open.move_to_end(file)
         return self._open[file]
 
-    def _file(self, name: str, number: int) -> Path:
-        return self.path / name / f"{number:08d}.parquet"
-
     def input_batch(self, stage: Stage, number: int) -> tuple[np.ndarray, Batch]:
         """The rows of a stage's batch, and their columns."""
         size = stage.batch_size or max(len(self.live), 1)
@@ -265,7 +279,7 @@ class WorkFolder:
     def compute(self, stage: Stage, number: int) -> dict[str, int]:
         """Computes and writes one batch of a stage. Returns how many rows it has, and how many are rejected."""
         rows, batch = self.input_batch(stage, number)
-        file = self._file(stage.name, number)
+        file = _file(self.path / stage.name, number)
         before = pq.read_table(file) if file.exists() else None
         if before is not None:
             again = np.flatnonzero(before[UNANSWERED].to_numpy())
@@ -326,9 +340,13 @@ class WorkFolder:
         for unfinished in folder.glob("*.part"):
             unfinished.unlink()
 
+    def has_begun(self, name: str) -> bool:
+        """Whether a stage has begun."""
+        return (self.path / name / "manifest.json").exists()
+
     def is_finished(self, stage: Stage) -> bool:
         """Whether a stage is finished, given that all earlier ones are."""
-        return (self.path / stage.name / "manifest.json").exists() and not self.missing(stage)
+        return self.has_begun(stage.name) and not self.missing(stage)
 
     def missing(self, stage: Stage) -> list[int]:
         """The numbers of the batches of a stage that have no file yet."""
@@ -402,6 +420,7 @@ class WorkFolder:
             np.concatenate([empty, *rows]),
             stage.batch_size or max(len(self.live), sum(map(len, rows)), 1),
             len(self.parents),
+            folder,
         )
         self.live = np.concatenate([empty, *live])
         self.stages.append(done)
@@ -412,9 +431,14 @@ class WorkFolder:
         return reasons
 
     def rejected(self) -> Iterator[dict[str, Any]]:
-        """Every rejected row of the finished stages: `stage`, `row`, `reason`, and its image's `source` and `file`."""
+        """
+        Every rejected row of the stages that are finished in this folder: `stage`, `row`, `reason`, and its image's
+        `source` and `file`.
+        """
         for number, stage in enumerate(self.stages):
-            for file in sorted((self.path / stage.name).glob("[0-9]*.parquet")):
+            if stage.folder.parent != self.path:  # of the build that this one branched off
+                continue
+            for file in sorted(stage.folder.glob("[0-9]*.parquet")):
                 table = pq.read_table(file, columns=["row", "reason"])
                 table = table.filter(table["reason"].is_valid())
                 rows = images = table["row"].to_numpy()
@@ -541,6 +565,10 @@ def _on_ray(
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.parquet"
 
 
 def _write(file: Path, table: pa.Table, row_group_size: int) -> None:

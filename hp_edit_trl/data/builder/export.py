@@ -4,7 +4,7 @@ import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ...version import __version__
 from ..schema import (
     CASE_FEATURES,
     EDIT_FEATURES,
+    GUIDE_FEATURES,
     SCHEMA_VERSION,
     SCORE_FEATURES,
     check_row,
@@ -29,6 +30,7 @@ from ..schema import (
     with_presence,
 )
 from .engine import Batch, WorkFolder
+from .rounds import over_count
 from .verified import BenchmarkChoice
 
 
@@ -56,6 +58,10 @@ MAKERS = {
     "scorer_prompt_sha": "hash of the scorer prompt",
     "score_mode": "mode of the score",
 }
+
+
+# The columns of each case of a finished build
+EXPORTED = {**CASE_FEATURES, **EDIT_FEATURES, **SCORE_FEATURES}
 
 
 class Contents:
@@ -113,60 +119,82 @@ def export_candidates(build: WorkFolder, folder: Path) -> None:
     write_json(folder / "candidates.json", marker)
 
 
-def export_build(build: WorkFolder, folder: Path, benchmark: BenchmarkChoice) -> None:
+def export_build(
+    rounds: Sequence[WorkFolder], folder: Path, benchmark: BenchmarkChoice, counts: Mapping[str, int]
+) -> None:
     """
     Exports a build whose stages are finished: the dataset, and `rejected.parquet` beside it.
 
     Args:
-        build ([`WorkFolder`]):
-            The work folder.
+        rounds (`Sequence[WorkFolder]`):
+            The work folders of its rounds.
         folder (`Path`):
             Folder for the dataset.
         benchmark ([`BenchmarkChoice`]):
-            Chooses the cases of the split `test`.
+            Chooses the cases of the split `test`, among those of the first round.
+        counts (`Mapping[str, int]`):
+            Number of cases per task for the split `train`. Those beyond it are left out.
 
     Raises:
         `ValueError`: If no case is left for training, or people have yet to verify cases of the benchmark.
         `OSError`: If the disk is full.
     """
     chosen, left_out = benchmark.choose()
-    rejected = [*build.rejected(), *_left_out(build, left_out)]
+    splits: list[list[str | None]] = []  # of the rows of each round
+    rejected = []
+    trained: Counter[str] = Counter()
+    for number, (build, over) in enumerate(zip(rounds, over_count(rounds, counts), strict=True)):
+        tasks, found = build.read(build.live, ["task", "split"]).values()
+        of_benchmark = chosen if number == 0 else {}
+        rows = build.live.tolist()
+        splits.append([])
+        for row, task, split in zip(rows, tasks, found, strict=True):
+            if split in ("test", "reserve"):
+                split = "test" if row in of_benchmark else None
+            splits[-1].append(None if row in over else split)
+            trained[task] += splits[-1][-1] == "train"
+        reasons = {row: f"over the count: {tasks[i]} has its cases" for i, row in enumerate(rows) if row in over}
+        rejected += [*build.rejected(), *_left_out(build, reasons | (left_out if number == 0 else {}))]
     columns = {name: pa.string() for name in ("stage", "row", "reason", "source", "file")} | {"row": pa.int64()}
     table = pa.Table.from_pylist(rejected, schema=pa.schema(list(columns.items())))
-    write_atomically(build.path / "rejected.parquet", lambda part: pq.write_table(table, part))
-    counts: dict[str, Counter] = {}
-    for row in rejected:
-        counts.setdefault(row["stage"], Counter())[row["reason"].partition(":")[0]] += 1
+    write_atomically(rounds[0].path / "rejected.parquet", lambda part: pq.write_table(table, part))
+    stages: dict[str, Counter] = {}
+    for one in rejected:
+        stages.setdefault(one["stage"], Counter())[one["reason"].partition(":")[0]] += 1
 
-    splits = build.read(build.live, ["split"])["split"]
-    splits = [
-        ("test" if row in chosen else None) if split in ("test", "reserve") else split
-        for row, split in zip(build.live.tolist(), splits, strict=True)
-    ]
-    if "train" not in splits:
-        raise ValueError(
-            f"No case is left for training ({dict(Counter(splits))}): raise filter_threshold, or add images."
-        )
+    known = {split for of_round in splits for split in of_round}
+    if "train" not in known:
+        total = Counter(split for of_round in splits for split in of_round)
+        raise ValueError(f"No case is left for training ({dict(total)}): raise filter_threshold, or add images.")
+    if short := [f"{task} {trained[task]:,} of {count:,}" for task, count in counts.items() if trained[task] < count]:
+        logger.warning(
+            "The dataset has fewer cases for training than task_counts asks for: %s. If the images of these tasks are "
+            "used up, add some (for a build in another output_dir), or raise tasks_per_image.",
+            ", ".join(short),
+        )  # fmt: skip
+    guides = {name: feature for name, feature in GUIDE_FEATURES.items() if rounds[0].has_column(name)}
 
     def batches(split: str) -> Iterator[Batch]:
-        rows = build.live[[name == split for name in splits]]
         made = [*EDIT_FEATURES, *SCORE_FEATURES, "id", "prompt", "requirement"]
-        for batch, part in zip(_batches(build, rows), _parts(rows), strict=True):
-            places = {i: place for i, row in enumerate(part.tolist()) if (place := chosen.get(row)) is not None}
-            if places:
-                assert benchmark.corrected is not None
-                again = benchmark.corrected.read(np.array(list(places.values())), made)
-                for number, i in enumerate(places):
-                    for name in made:
-                        batch[name][i] = again[name][number]
-                    batch["writer"][i] = f"{batch['writer'][i]}, corrected by people"
-            yield batch
+        for build, of_round in zip(rounds, splits, strict=True):
+            rows = build.live[[name == split for name in of_round]]
+            for batch, part in zip(_batches(build, rows, {**EXPORTED, **guides}), _parts(rows), strict=True):
+                again = {i: place for i, row in enumerate(part.tolist()) if (place := chosen.get(row)) is not None}
+                if split == "test" and again:
+                    assert benchmark.corrected is not None
+                    corrected = benchmark.corrected.read(np.array(list(again.values())), made)
+                    for number, i in enumerate(again):
+                        for name in made:
+                            batch[name][i] = corrected[name][number]
+                        batch["writer"][i] = f"{batch['writer'][i]}, corrected by people"
+                yield batch
 
     export_dataset(
-        {name: batches(name) for name in ("train", "test", "filtered") if name in splits},
+        {name: batches(name) for name in ("train", "test", "filtered") if name in known},
         folder,
-        rejected={stage: dict(sorted(reasons.items())) for stage, reasons in counts.items() if reasons},
+        rejected={stage: dict(sorted(reasons.items())) for stage, reasons in stages.items() if reasons},
         verified=benchmark.summary(chosen),
+        wanted=counts,
     )
 
 
@@ -177,7 +205,7 @@ def _parts(rows: np.ndarray) -> list[np.ndarray]:
 def _batches(
     build: WorkFolder,
     rows: np.ndarray,
-    features: Mapping[str, Any] = {**CASE_FEATURES, **EDIT_FEATURES, **SCORE_FEATURES},
+    features: Mapping[str, Any],
 ) -> Iterator[Batch]:
     """Rows of a build in batches that can be exported."""
     names = [name for name in features if name != "schema_version"]
@@ -200,6 +228,7 @@ def export_dataset(
     name: str = "Hard cases for image editing",
     rejected: Mapping[str, Mapping[str, int]] | None = None,
     verified: Mapping[str, Any] | None = None,
+    wanted: Mapping[str, int] | None = None,
 ) -> Contents:
     """
     Writes a dataset in the form of a Hub repository: `data/*.parquet` with the images inside, in row groups that the
@@ -218,6 +247,8 @@ def export_dataset(
             For the card: the number of rejected rows by stage and reason.
         verified (`Mapping[str, Any]`, *optional*):
             For the card: how people verified the split `test`, see [`BenchmarkChoice.summary`].
+        wanted (`Mapping[str, int]`, *optional*):
+            For the card: number of cases per task that the split `train` should have.
 
     Returns:
         [`Contents`]: statistics of what was written.
@@ -243,7 +274,7 @@ def export_dataset(
         draw_tasks_and_categories(contents, part / "figures" / "tasks_and_categories.png")
         if any(score is not None for scores in contents.scores.values() for score in scores):
             draw_scores(contents, part / "figures" / "scores.png")
-        _write_card(part, name, contents, features, rejected or {}, verified)
+        _write_card(part, name, contents, features, rejected or {}, verified, wanted)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
@@ -260,7 +291,7 @@ def export_dataset(
 def _checked(batches: Iterable[Batch], split: str, features: Features | None) -> Iterator[Batch]:
     """Passes batches on. Raises `ValueError` if their columns differ, also from `features`, or a row does not fit."""
     columns = None if features is None else set(features)
-    known = {*CASE_FEATURES, *EDIT_FEATURES, *SCORE_FEATURES}
+    known = {*EXPORTED, *GUIDE_FEATURES}
     seen: dict[tuple, int] = {}
     for batch in batches:
         if missing := CASE_FEATURES.keys() - batch.keys():
@@ -291,7 +322,7 @@ def _write_split(batches: Iterable[Batch], folder: Path, split: str, contents: C
     written = 0
     for group, size in _groups(batches):
         if features is None:
-            known = {**CASE_FEATURES, **EDIT_FEATURES, **SCORE_FEATURES}
+            known = {**EXPORTED, **GUIDE_FEATURES}
             features = Features({column: known[column] for column in group})
         if writer is None or written >= FILE_BYTES:
             if writer is not None:
@@ -345,6 +376,7 @@ def _write_card(
     features: Features,
     rejected: Mapping[str, Mapping[str, int]],
     verified: Mapping[str, Any] | None,
+    wanted: Mapping[str, int] | None,
 ) -> None:
     splits = contents.splits
     licenses, known = contents.licenses.items(), {license for _, license in contents.licenses}
@@ -392,6 +424,8 @@ def _write_card(
         ],
         verified=verified,
         citation=CITATION,
+        wanted=wanted,
+        got={task: contents.cases["train", task] for task in wanted or {}},
         makers=sorted(makers, key=lambda row: (list(MAKERS.values()).index(row[0]), row[1])),
         version=__version__,
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from ...cases import prompt_problem
@@ -24,7 +25,7 @@ from ...utils.config import check_positive
 from ...utils.images import UnreadableImageError, read_image
 from ...utils.texts import quoted
 from .engine import Batch, Stage
-from .styles import LANGUAGES, STYLES, Style, styles_by_name
+from .styles import LANGUAGES, STYLES, Style, StyleImages, styles_by_name
 
 
 # Shortest and longest prompt: English in words, Chinese in characters
@@ -53,6 +54,10 @@ class InstructionTemplate:
         requirement (`str`, *optional*):
             Template of the requirement of a case, with the placeholders `{style}`, `{style_description}` and the
             fields.
+        target (`str`, *optional*):
+            What is said before the target of an image. Without it, the writer is not shown any.
+        style_image (`str`, *optional*):
+            What is said before a picture of the style, likewise.
     """
 
     task: str
@@ -60,11 +65,14 @@ class InstructionTemplate:
     text: str
     fields: tuple[str, ...] = ()
     requirement: str | None = None
+    target: str | None = None
+    style_image: str | None = None
 
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits of a hash of everything that the answers depend on."""
-        return hashlib.sha256(repr((self.text, self.fields, self.requirement)).encode()).hexdigest()[:12]
+        texts = (self.text, self.fields, self.requirement, self.target, self.style_image)
+        return hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
 
 
 def case_id(image_id: str, task: str, prompt: str) -> str:
@@ -77,8 +85,8 @@ def load_instruction_templates(
 ) -> dict[str, InstructionTemplate]:
     """
     Loads instruction templates. Each is a Markdown file with a header that has `task`, `revision` and optionally
-    `fields` and `requirement`, followed by the text. They are in the subfolder `instructions` of `source`, or in
-    `source` itself.
+    `fields`, `requirement`, `target` and `style_image`, followed by the text. They are in the subfolder `instructions`
+    of `source`, or in `source` itself.
 
     Args:
         source (`str`, *optional*):
@@ -106,8 +114,10 @@ def load_instruction_templates(
             raise ValueError(
                 f"The instruction template {path} names the field 'instruction', which always exists: leave it out."
             )
-        if not isinstance(requirement, str | None):
-            raise ValueError(f"The instruction template {path} has the requirement {requirement!r}: put it in quotes.")
+        shown = {name: header.get(name) for name in ("target", "style_image")}
+        for name, value in (("requirement", requirement), *shown.items()):
+            if not isinstance(value, str | None):
+                raise ValueError(f"The instruction template {path} has the {name} {value!r}: put it in quotes.")
         if unknown := set(re.findall(r"\{(\w+)\}", requirement or "")) - {*fields, "style", "style_description"}:
             raise ValueError(
                 f"The requirement of the instruction template {path} uses {sorted(unknown)}; its fields are {fields}."
@@ -118,7 +128,7 @@ def load_instruction_templates(
         if task in templates:
             raise ValueError(f"The instruction template {path} is a second one for the task {task!r}.")
         name = f"{origin}:instructions/{task}:{header['revision']}"
-        templates[task] = InstructionTemplate(task, name, text, tuple(fields), requirement)
+        templates[task] = InstructionTemplate(task, name, text, tuple(fields), requirement, **shown)
     if not templates:
         raise FileNotFoundError(f"There are no instruction templates (*.md) in {folder}.")
     return templates
@@ -126,8 +136,8 @@ def load_instruction_templates(
 
 class WriteInstructions(Stage):
     """
-    A vision-language model, the writer, writes the prompt of each case. A second question asks it whether the prompt
-    can be carried out.
+    A vision-language model, the writer, writes the prompt of each case. It is also shown the target, or the picture of
+    the style, if there is one. A second question asks it whether the prompt can be carried out.
 
     A row is rejected if the answer is not the requested JSON object, or if the prompt is too short, too long, in
     another language or repetitive, has placeholders or several lines, or does not contain the values of the fields. A
@@ -141,6 +151,10 @@ class WriteInstructions(Stage):
             [`load_instruction_templates`].
         styles (`Sequence[Style]`, *optional*):
             The styles that the column `style` names. Defaults to `STYLES`.
+        style_images ([`StyleImages`], *optional*):
+            The pictures that the column `style_file` names. They are added as the column `style_image`.
+        with_targets (`bool`, *optional*, defaults to `False`):
+            Whether there is a column `target`.
         min_length (`Mapping[str, int]`, *optional*, defaults to `{"en": 3, "zh": 4}`):
             Shortest prompt in each language: English in words, Chinese in characters.
         max_length (`Mapping[str, int]`, *optional*, defaults to `{"en": 60, "zh": 100}`):
@@ -155,7 +169,7 @@ class WriteInstructions(Stage):
     """
 
     name = "instructions"
-    inputs = ("image", "image_id", "task", "category", "language", "style")
+    inputs: tuple[str, ...] = ("image", "image_id", "task", "category", "language", "style")
     features = Features({name: Value("string") for name in ("id", "prompt", "requirement", "writer", "writer_prompt")})
 
     def __init__(
@@ -163,6 +177,8 @@ class WriteInstructions(Stage):
         writer: Judge,
         templates: dict[str, InstructionTemplate] | None = None,
         styles: Sequence[Style] = STYLES,
+        style_images: StyleImages | None = None,
+        with_targets: bool = False,
         min_length: Mapping[str, int] = MIN_LENGTH,
         max_length: Mapping[str, int] = MAX_LENGTH,
         batch_size: int = 16,
@@ -171,6 +187,13 @@ class WriteInstructions(Stage):
         self.writer = writer
         self.templates = load_instruction_templates() if templates is None else templates
         self.styles = styles_by_name(styles)
+        self.style_images = style_images
+        self.with_targets = with_targets
+        if with_targets:
+            self.inputs += ("target",)
+        if style_images is not None:
+            self.inputs += ("style_file",)
+            self.features = Features({**self.features, "style_image": ImageFeature()})
         self.min_length = dict(min_length)
         self.max_length = dict(max_length)
         self.batch_size = batch_size
@@ -222,7 +245,7 @@ class WriteInstructions(Stage):
         unanswered = [False] * count
         writer = describe_judge(self.writer)
         columns: Batch = {name: [None] * count for name in (*self.features, "reason")}
-        images, questions = {}, {}
+        images, questions, shown = {}, {}, {}
         for row, task in enumerate(batch["task"]):
             values = self._values(task, batch["category"][row], batch["language"][row], batch["style"][row])
             template = self.templates[task]
@@ -233,8 +256,18 @@ class WriteInstructions(Stage):
                 columns["reason"][row] = f"unreadable image: {_excerpt(str(error))}"
                 continue
             questions[row] = (template, values)
+            if self.style_images is not None and batch["style_file"][row] is not None:
+                content = self.style_images.read(batch["style_file"][row])
+                columns["style_image"][row] = picture = {"bytes": content, "path": None}
+                if template.style_image is not None:
+                    shown[row] = template.style_image, read_image(picture, batch["style_file"][row])
+            if self.with_targets and batch["target"][row] is not None and template.target is not None:
+                name = f"The target of the image {batch['image_id'][row]!r}"
+                shown[row] = template.target, read_image(batch["target"][row], name)
 
-        answers = self._ask({row: _question(_filled(t.text, v), images[row]) for row, (t, v) in questions.items()})
+        answers = self._ask(
+            {row: _question(_filled(t.text, v), images[row], shown.get(row)) for row, (t, v) in questions.items()}
+        )
         written = {}
         for row, answer in answers.items():
             template, values = questions[row]
@@ -413,11 +446,15 @@ def _infeasible(judgement: Judgement) -> str | None:
     )
 
 
-def _question(text: str, image: Image.Image) -> list[dict[str, Any]]:
-    return [
-        {"role": "system", "content": [{"type": "text", "text": text}]},
-        {"role": "user", "content": [{"type": "text", "text": "The picture:"}, {"type": "image", "image": image}]},
-    ]
+def _question(text: str, image: Image.Image, second: tuple[str, Image.Image] | None = None) -> list[dict[str, Any]]:
+    """The conversation about an image, and a second one that is introduced by a text."""
+    parts = [("The picture:", image), *([second] if second is not None else [])]
+    content = [part for says, shown in parts for part in _shown(says, shown)]
+    return [{"role": "system", "content": [{"type": "text", "text": text}]}, {"role": "user", "content": content}]
+
+
+def _shown(text: str, image: Image.Image) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}, {"type": "image", "image": image}]
 
 
 def _filled(text: str, values: dict[str, str]) -> str:

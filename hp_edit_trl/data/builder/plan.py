@@ -13,71 +13,115 @@ from ...tasks import TASKS
 from ...utils.config import check_positive
 from ...utils.seeding import seeded_generator
 from .engine import Batch, Stage
-from .styles import LANGUAGES, STYLES, Style, styles_by_name
+from .rounds import Earlier
+from .styles import LANGUAGES, STYLES, Style, StyleImages, styles_by_name
 
 
-TASK_WEIGHTS: dict[str, float] = {task.name: task.realpref_50k for task in TASKS.values()}
+TASK_COUNTS: dict[str, int] = {task.name: task.realpref_50k for task in TASKS.values()}
 
 
 class Plan(Stage):
     """
-    Decides the cases: for which tasks, in which language and style, prompts are written for each image. An image
-    becomes one case or several.
+    Decides the cases of a round: for which tasks, in which language and style, prompts are written for each image. An
+    image becomes one case or several, in this round or a later one.
 
-    The number of cases of a task follows its weight exactly (largest remainder), unless an image would get a task
-    twice. Tasks are spread evenly over the categories, languages over the tasks, and styles over the cases of the task
-    `style`.
+    An image gets only tasks that its source is for, and no task twice. Each task gets as many cases as it asks for; if
+    there are too few images, they are divided in proportion (largest remainder). Images that are for fewer tasks are
+    used first. Tasks are spread evenly over the categories, languages over the tasks, and styles and their pictures
+    over the cases of the task `style`.
 
     Args:
-        num_cases (`int`, *optional*):
-            Number of cases. By default `tasks_per_image` per image.
+        counts (`Mapping[str, int]`, *optional*):
+            Number of cases per task. Defaults to the counts of RealPref-50K (HP-Edit, table S6).
         tasks_per_image (`int`, *optional*, defaults to `1`):
-            Number of different tasks per image. If `num_cases` is smaller than that would give, images have fewer, and
-            their numbers differ by at most one.
-        task_weights (`Mapping[str, float]`, *optional*):
-            Shares of the tasks. Defaults to the counts of RealPref-50K (HP-Edit, table S6).
+            Largest number of different tasks per image, in all rounds together. No image has a second one before all
+            have one.
         languages (`Mapping[str, float]`, *optional*, defaults to `{"en": 1.0}`):
             Shares of the languages `"en"` and `"zh"`.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
         styles (`Sequence[Style]`, *optional*):
             The styles to draw from. Defaults to `STYLES`.
+        style_images ([`StyleImages`], *optional*):
+            Pictures of the styles, of which each case gets one.
+        earlier ([`Earlier`], *optional*):
+            The earlier rounds, if this is not the first one.
 
     Raises:
-        `ValueError`: If a task or language is unknown, a weight is not valid, or there are fewer tasks than an image
-            should get.
+        `ValueError`: If a task or language is unknown, or a number is not valid.
     """
 
     name = "plan"
-    inputs = ("image_id", "category")
+    inputs = ("image_id", "category", "tasks")
     features = Features({"task": Value("string"), "language": Value("string"), "style": Value("string")})
 
     def __init__(
         self,
-        num_cases: int | None = None,
+        counts: Mapping[str, int] = TASK_COUNTS,
         tasks_per_image: int = 1,
-        task_weights: Mapping[str, float] = TASK_WEIGHTS,
         languages: Mapping[str, float] = MappingProxyType({"en": 1.0}),
         seed: int = 0,
         styles: Sequence[Style] = STYLES,
+        style_images: StyleImages | None = None,
+        earlier: Earlier | None = None,
     ):
-        self.num_cases = num_cases
+        check_positive(tasks_per_image=tasks_per_image)
+        self.counts = checked_counts("counts", counts)
         self.tasks_per_image = tasks_per_image
-        self.task_weights = _checked_weights("task_weights", task_weights, TASKS)
         self.languages = _checked_weights("languages", languages, LANGUAGES)
         self.seed = seed
         self.styles = styles_by_name(styles)
-        check_positive(num_cases=num_cases)
-        if not 1 <= tasks_per_image <= len(self.task_weights):
-            raise ValueError(
-                f"tasks_per_image={tasks_per_image} must be at least 1, and at most {len(self.task_weights)}, the "
-                f"number of tasks with a weight: {list(self.task_weights)}."
-            )
+        self.style_images = style_images
+        self.earlier = earlier or Earlier()
+        if style_images is not None:
+            self.features = Features({**self.features, "style_file": Value("string")})
 
     @property
     def settings(self) -> dict[str, Any]:
-        names = ("num_cases", "tasks_per_image", "task_weights", "languages", "seed")
-        return {**{name: getattr(self, name) for name in names}, "styles": list(self.styles)}
+        names = ("counts", "tasks_per_image", "languages", "seed")
+        settings = {name: getattr(self, name) for name in names} | {"styles": list(self.styles)}
+        pictures = None if self.style_images is None else self.style_images.digest
+        return {**settings, "style_images": pictures, "earlier_rounds": self.earlier.key}
+
+    def assign(self, batch: Batch) -> list[tuple[int, str]]:
+        """
+        Gives images their tasks.
+
+        Args:
+            batch (`dict[str, list]`):
+                The columns `image_id`, `category` and `tasks` of all images.
+
+        Returns:
+            `list[tuple[int, str]]`: the rows of the images, each with a task.
+        """
+        ids, categories = batch["image_id"], [str(category) for category in batch["category"]]
+        used = {row: set(self.earlier.tasks.get(image, ())) for row, image in enumerate(ids)}
+        missing = dict(self.counts)
+        cases = []
+        for served in sorted(set(batch["tasks"]), key=lambda served: (served.count(","), served)):
+            # Images are arranged in a circle, each category spread evenly over it. Each task takes the next ones.
+            by_category: dict[str, list[int]] = {}
+            rows = [row for row, tasks in enumerate(batch["tasks"]) if tasks == served]
+            for row in sorted(rows, key=lambda row: self._draw("plan image", ids[row])):
+                by_category.setdefault(categories[row], []).append(row)
+            offsets = {name: self._draw("plan category", name) / 2**63 for name in by_category}
+            circle = _interleaved(by_category, offsets)
+            places = [row for turn in range(self.tasks_per_image) for row in circle if len(used[row]) <= turn]
+            wanted = {task: missing[task] for task in served.split(",") if missing.get(task)}
+            if sum(wanted.values()) > len(places):
+                wanted = _shares(len(places), wanted, len(circle))
+            for task, count in wanted.items():
+                left = []
+                for row in places:
+                    if count and task not in used[row]:
+                        used[row].add(task)
+                        cases.append((row, task))
+                        missing[task] -= 1
+                        count -= 1
+                    else:
+                        left.append(row)
+                places = left
+        return cases
 
     def __call__(self, batch: Batch) -> Batch:
         ids, categories = batch["image_id"], [str(category) for category in batch["category"]]
@@ -86,35 +130,22 @@ class Plan(Stage):
                 f"The image {repeated[0]!r} occurs more than once, but cases are identified by their image: run the "
                 "stage 'duplicates' first."
             )
-        available = len(ids) * self.tasks_per_image
-        count = available if self.num_cases is None else self.num_cases
-        if count > available:
-            raise ValueError(
-                f"num_cases={count} was requested, but {len(ids)} images with tasks_per_image={self.tasks_per_image} "
-                f"give only {available}: lower num_cases, raise tasks_per_image, or add images."
-            )
+        cases, draw = self.assign(batch), self._draw
 
-        def draw(purpose: str, *key: str) -> int:
-            return seeded_generator(self.seed, purpose, *key).initial_seed()
-
-        # Images are arranged in a circle, each category spread evenly over it. Each task takes the next images of the
-        # circle, as many as it has cases. No image comes twice, because no task has more cases than there are images.
-        by_category: dict[str, list[int]] = {}
-        for image in sorted(range(len(ids)), key=lambda image: draw("plan image", ids[image])):
-            by_category.setdefault(categories[image], []).append(image)
-        circle = _interleaved(by_category, {name: draw("plan category", name) / 2**63 for name in by_category})
-        counts = _shares(count, self.task_weights, len(ids))
-        tasks = [task for task in counts for _ in range(counts[task])]
-        cases = [(circle[i % len(circle)], task) for i, task in enumerate(tasks)]
-
-        # Styles take turns over the cases of the task `style`, sorted by category.
+        # Styles take turns over the cases of the task `style`, sorted by category, and so do the pictures of a style.
         names = sorted(self.styles, key=lambda name: draw("plan style", name))
         painted = [image for image, task in cases if task == "style"]
         painted.sort(key=lambda i: (draw("plan style category", categories[i]), draw("plan style image", ids[i])))
-        style = {(image, "style"): names[i % len(names)] for i, image in enumerate(painted)}
+        turns = Counter(self.earlier.styles)
+        style, file = {}, {}
+        for i, image in enumerate(painted, start=turns.total()):
+            style[image, "style"] = name = names[i % len(names)]
+            if self.style_images is not None and (files := self.style_images.files.get(name)):
+                file[image, "style"] = files[turns[name] % len(files)]
+            turns[name] += 1
 
         # Languages take turns within each task and style.
-        shares = _shares(count, self.languages, count)
+        shares = _shares(len(cases), self.languages, len(cases))
         dealt = _interleaved({name: [name] * number for name, number in shares.items()}, dict.fromkeys(shares, 0.5))
         order = sorted(
             cases,
@@ -123,13 +154,27 @@ class Plan(Stage):
         language = dict(zip(order, dealt, strict=True))
 
         cases.sort(key=lambda case: draw("plan order", ids[case[0]], case[1]))
-        return {
+        planned: Batch = {
             "parent": [image for image, _ in cases],
             "task": [task for _, task in cases],
             "language": [language[case] for case in cases],
             "style": [style.get(case) for case in cases],
             "reason": [None] * len(cases),
         }
+        return planned if self.style_images is None else {**planned, "style_file": [file.get(case) for case in cases]}
+
+    def _draw(self, purpose: str, *key: str) -> int:
+        return seeded_generator(self.seed, purpose, *key).initial_seed()
+
+
+def checked_counts(option: str, counts: Mapping[str, int]) -> dict[str, int]:
+    """The counts above zero, in the order of the tasks. Raises `ValueError` if a task or a count is not one."""
+    for task, count in counts.items():
+        if task not in TASKS:
+            raise ValueError(f"{option} names {task!r}, which is no task; there are {list(TASKS)}.")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"{option}: the count of {task!r} is {count!r}, but must be an integer of at least 0.")
+    return {task: counts[task] for task in TASKS if counts.get(task)}
 
 
 def _checked_weights(option: str, weights: Mapping[str, float], known: Mapping[str, Any]) -> dict:

@@ -1,11 +1,15 @@
 """Building a dataset of hard cases (stage 2 of HP-Edit) from images: the stages, one after the other."""
 
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ...editors import Editor, empty_device_cache, load_editor
@@ -20,24 +24,27 @@ from .config import BuildConfig
 from .duplicates import Duplicates
 from .edits import MakeEdits
 from .engine import Stage, WorkFolder, run_stage
+from .estimate import Estimate, assumed_shares
 from .export import export_build, export_candidates, push_dataset
 from .filter import Filter
 from .instructions import WriteInstructions, load_instruction_templates
 from .plan import Plan
+from .rounds import Earlier, Outcome
 from .scores import ScoreEdits
 from .sources import ImageCheck, Sources
 from .split import Split
-from .styles import STYLES, Style
+from .styles import STYLES, Style, StyleImages
 from .verified import BenchmarkChoice
 
 
 logger = logging.getLogger(__name__)
 
 # Each stage is in the module of its name.
-STAGES = (
-    "sources", "duplicates", "category", "balance", "plan", "instructions", "split", "edits", "scores", "filter",
-    "export",
-)  # fmt: skip
+IMAGE_STAGES = ("sources", "duplicates", "category", "balance")
+ROUND_STAGES = ("plan", "instructions", "split", "edits", "scores", "filter")
+STAGES = (*IMAGE_STAGES, *ROUND_STAGES, "export")
+
+FEW = 10  # a later round may be so small that all of its rows are rejected
 
 
 def build_dataset(
@@ -57,6 +64,9 @@ def build_dataset(
     the hard cases for training, and writes all of it as a dataset with a card. The benchmark's candidates are written
     as soon as they are drawn, for people to verify.
 
+    Cases are made in rounds, until each task has its count or its images are used up. Before each round, the log says
+    what the build will still take.
+
     It can be stopped at any time. Started again, it resumes where it stopped, repeats at most one batch per process,
     and ends with the same files. A rejected row keeps its reason; `rejected.parquet` in the work folder lists all of
     them. Launched with `accelerate launch`, each process takes a part of the batches.
@@ -74,7 +84,8 @@ def build_dataset(
         styles (`Sequence[Style]`, *optional*):
             The styles that the task `style` draws from. Defaults to `STYLES`.
         stages (`list[str]`, *optional*):
-            Names from `STAGES`: run only these. All stages before them must be finished.
+            Names from `STAGES`: run only these. All stages before them must be finished. A new round begins only with
+            `"plan"`.
         engine (`str`, *optional*, defaults to `"local"`):
             `"local"` or `"ray"`, see [`run_stage`].
         num_workers (`int`, *optional*, defaults to `1`):
@@ -86,9 +97,9 @@ def build_dataset(
         `Path`: the folder of the dataset, which [`load_realpref`] reads.
 
     Raises:
-        `ValueError`: If an option is not valid, a stage was made with other settings, an earlier stage is not
-            finished, another builder is running in the folder, a stage rejects all rows, or the benchmark is not
-            verified yet.
+        `ValueError`: If an option is not valid, a task has no source or no usable image, a stage was made with other
+            settings, an earlier stage is not finished, another builder is running in the folder, a stage rejects all
+            rows, or the benchmark is not verified yet.
         `ConnectionError`: If a server does not answer. Finished batches are kept.
         `OSError`: If the disk is full. Finished batches are kept.
     """
@@ -102,60 +113,152 @@ def build_dataset(
     accelerator = patient_accelerator()
     if engine == "ray" and accelerator.num_processes > 1:
         raise ValueError("engine='ray' starts its own workers: start the build without accelerate launch.")
-    make = _stages(config, writer, editor, scorer, styles)
-    last = max(STAGES.index(name) for name in stages or STAGES)
+    build = _Build(config, _stages(config, writer, editor, scorer, styles), stages, accelerator)
+    build.options = {"engine": engine, "num_workers": num_workers, "gpus_per_worker": gpus_per_worker}
     if config.verified is not None and not Path(config.verified).exists() and accelerator.is_main_process:
         logger.warning("There are no reviews at verified=%s yet; the export will need them.", config.verified)
     # Locked first: a second builder must learn that before it has read all of its sources.
     with WorkFolder.locked(config.output_dir) if accelerator.is_main_process else nullcontext():
-        folder = WorkFolder(config.output_dir, Sources(config.sources))
-        for name in STAGES[: min(last, len(make) - 1) + 1]:
-            stage = make[name]()
-            if stages is not None and name not in stages and not folder.is_finished(stage):
-                raise ValueError(f"The stage {name!r} is not finished in {config.output_dir}: run it first.")
-            if name == "edits" and last >= STAGES.index("scores") and not folder.is_finished(stage):
-                scores = make["scores"]()
-                assert isinstance(scores, ScoreEdits)
-                load_early(scores.scorer.judge)
-            reasons = run_stage(folder, stage, accelerator, engine, num_workers, gpus_per_worker)
-            kept, all_rows = len(folder.live), len(folder.stages[-1].rows)
-            if accelerator.is_main_process:
-                logger.info("%s: %d of %d rows kept; rejected: %s", name, kept, all_rows, dict(reasons))
-            if stage.tally is not None and stage.tally.judgements and accelerator.is_main_process:
-                logger.info("%s: %s", name, stage.tally)
-            if name == "split":
-                with in_step(accelerator):
-                    if accelerator.is_main_process:
-                        export_candidates(folder, folder.path / "candidates")
-            if kept == 0:
-                raise ValueError(
-                    f"The stage {name!r} rejected all of {all_rows} rows ({dict(reasons)}): read the reasons in "
-                    f"{folder.path / name}, correct the cause, and remove that folder."
-                )
-            if stage.batch_size is not None:  # it may have a model, which must be gone before the next one is loaded
-                del stage
-                empty_device_cache()
-        dataset = folder.path / "dataset"
-        if STAGES[last] == "export":
+        sources = Sources(config.sources)
+        if unserved := [task for task in config.task_counts if task not in sources.tasks]:
+            raise ValueError(
+                f"No source is for the tasks {unserved}, of which task_counts asks for cases: add one, name the task "
+                "in the `tasks` of one, or leave it out of task_counts and benchmark_counts."
+            )
+        for name in ("sources", "instructions"):
+            build.make[name] = partial(build.make[name], sources.have_targets)
+        images = WorkFolder(config.output_dir, sources)
+        dataset = images.path / "dataset"
+        rounds = build.make_rounds(images)
+        if build.last == "export":
             # Read once, because people may be adding reviews now, and all processes must have the same.
             with in_step(accelerator):
                 is_reader = config.verified is not None and accelerator.is_main_process
                 reviews = read_reviews(config.verified)[0] if is_reader else None  # type: ignore[arg-type]
             (reviews,) = broadcast_object_list([reviews])
-            benchmark = BenchmarkChoice(folder, config.benchmark_counts, reviews, config.verified)
-
-            def run(work: WorkFolder, stage: Stage) -> None:
-                run_stage(work, stage, accelerator, engine, num_workers, gpus_per_worker)
-                empty_device_cache()
-
-            benchmark.edit_corrected(make, run)
+            benchmark = BenchmarkChoice(rounds[0], config.benchmark_counts, reviews, config.verified)
+            benchmark.edit_corrected(build.make, build.run)
             with in_step(accelerator):
                 if accelerator.is_main_process:
-                    export_build(folder, dataset, benchmark)
+                    export_build(rounds, dataset, benchmark, config.task_counts)
                     if config.push_to_hub is not None:
                         logger.info("%s", push_dataset(dataset, config.push_to_hub, private=config.private))
         accelerator.wait_for_everyone()
     return dataset
+
+
+class _Build:
+    """A build in progress: takes work folders through their stages."""
+
+    def __init__(
+        self,
+        config: BuildConfig,
+        make: dict[str, Callable[..., Stage]],
+        stages: list[str] | None,
+        accelerator: Accelerator,
+    ):
+        self.config = config
+        self.make = make
+        self.stages = STAGES if stages is None else stages
+        self.last = max(self.stages, key=STAGES.index)
+        self.accelerator = accelerator
+        self.options: dict[str, Any] = {}  # of `run_stage`
+
+    def run(self, folder: WorkFolder, stage: Stage) -> Counter:
+        """Runs a stage, and says what became of its rows."""
+        reasons = run_stage(folder, stage, self.accelerator, **self.options)
+        kept, all_rows = len(folder.live), len(folder.stages[-1].rows)
+        if self.accelerator.is_main_process:
+            logger.info("%s: %d of %d rows kept; rejected: %s", stage.name, kept, all_rows, dict(reasons))
+            if stage.tally is not None and stage.tally.judgements:
+                logger.info("%s: %s", stage.name, stage.tally)
+        empty_device_cache()
+        return reasons
+
+    def make_rounds(self, images: WorkFolder) -> list[WorkFolder]:
+        """Takes images through their stages, and makes rounds of cases from them. Returns the finished rounds."""
+        rounds: list[WorkFolder] = []
+        is_finished = self._take(images, {name: self.make[name] for name in IMAGE_STAGES})
+        while is_finished:
+            number = len(rounds) + 1
+            folder = images.branch("." if number == 1 else f"round-{number}")
+            # Decided once, because all processes must agree.
+            with in_step(self.accelerator):
+                counts = self._counts(folder, rounds) if self.accelerator.is_main_process else None
+            (counts,) = broadcast_object_list([counts])
+            if counts is None:
+                break
+            earlier = Earlier(rounds)
+            make = {name: self.make[name] for name in ROUND_STAGES}
+            make |= {"plan": partial(make["plan"], counts, earlier), "split": partial(make["split"], earlier)}
+            is_finished = self._take(folder, make, is_first=number == 1)
+            rounds += [folder] if is_finished else []
+        return rounds
+
+    def _take(self, folder: WorkFolder, make: Mapping[str, Callable[[], Stage]], is_first: bool = True) -> bool:
+        """Takes a folder through stages. Returns whether all of them are finished."""
+        for name in make:
+            is_wanted = name in self.stages
+            stage = make[name]() if is_wanted or folder.has_begun(name) else None
+            if stage is None or not (is_wanted or folder.is_finished(stage)):
+                if is_first and STAGES.index(name) < STAGES.index(self.last):
+                    raise ValueError(f"The stage {name!r} is not finished in {folder.path}: run it first.")
+                if not is_first and self.accelerator.is_main_process:
+                    logger.info("%s stops before the stage %r, which is not among %s.", folder.path, name, self.stages)
+                return False
+            if name == "edits" and STAGES.index(self.last) > STAGES.index(name) and not folder.is_finished(stage):
+                scores = make["scores"]()
+                assert isinstance(scores, ScoreEdits)
+                load_early(scores.scorer.judge)
+            reasons = self.run(folder, stage)
+            if name == "split" and is_first:
+                with in_step(self.accelerator):
+                    if self.accelerator.is_main_process:
+                        export_candidates(folder, folder.path / "candidates")
+            all_rows = len(folder.stages[-1].rows)
+            if len(folder.live) == 0 and (is_first or all_rows > FEW):
+                raise ValueError(
+                    f"The stage {name!r} rejected all of {all_rows} rows ({dict(reasons)}): read the reasons in "
+                    f"{folder.path / name}, correct the cause, and remove that folder."
+                )
+            del stage  # it may have a model, which must be gone before the next one is loaded
+            empty_device_cache()
+        return True
+
+    def _counts(self, folder: WorkFolder, rounds: list[WorkFolder]) -> dict[str, int] | None:
+        """
+        The number of cases per task of a round; `None` if there is none, because all tasks have their cases, their
+        images are used up, or it may not begin. A round that has begun keeps its numbers.
+        """
+        config = self.config
+        if folder.has_begun("plan"):
+            return json.loads((folder.path / "plan" / "manifest.json").read_text())["settings"]["counts"]
+        if "plan" not in self.stages:
+            if not rounds:
+                raise ValueError(f"The stage 'plan' is not finished in {folder.path}: run it first.")
+            return None
+        split = self.make["split"](Earlier())
+        assert isinstance(split, Split)
+        candidates = {} if rounds else split.candidates
+        outcome = Outcome.of(rounds)
+        assumed = assumed_shares(config.filter_rule, config.filter_threshold)
+        estimate = Estimate(config.task_counts, assumed, outcome, candidates, config.prices)
+        batch = folder.read(folder.live, Plan.inputs)
+        served = {task for tasks in set(batch["tasks"]) for task in tasks.split(",")}
+        if unserved := [task for task in config.task_counts if task not in served]:
+            raise ValueError(
+                f"All images of the sources for the tasks {unserved} were rejected: read the reasons in "
+                f"{folder.path / 'sources'} and the stages after it, correct the cause, and remove those folders."
+            )
+        plan = self.make["plan"](estimate.planned, Earlier(rounds))
+        assert isinstance(plan, Plan)
+        available = Counter(task for _, task in plan.assign(batch))
+        if not available:
+            if missing := [task for task, count in estimate.missing.items() if count]:
+                logger.warning("No images are left for the tasks %s, which have fewer cases than wanted.", missing)
+            return None
+        logger.info("Before round %d:\n%s", len(rounds) + 1, estimate.describe(available))
+        return estimate.next_round(config.sample_size)
 
 
 def _stages(
@@ -164,18 +267,23 @@ def _stages(
     editor: Editor | Callable[..., Any] | None,
     scorer: HPScorerReward | None,
     styles: Sequence[Style],
-) -> dict[str, Callable[[], Stage]]:
+) -> dict[str, Callable[..., Stage]]:
     """What makes each stage, when its turn comes. Options of later stages are checked now, before hours of work."""
     sizes, seed = config.batch_sizes, config.seed
+    style_images = None
+    if config.style_images is not None:
+        style_images = StyleImages(config.style_images, styles, config.resolution)
     templates = load_instruction_templates(config.instruction_templates, config.instruction_templates_revision)
 
     def load_model(name: str, base_url: str | list[str] | None, revision: str | None, **options: Any) -> Judge:
         return load_judge(name, base_url, revision, max_concurrency=config.max_concurrency, **options)
 
-    def make_instructions() -> Stage:
+    def make_instructions(have_targets: bool = False) -> Stage:
         model = writer or load_model(config.writer, config.writer_base_url, config.writer_revision, max_new_tokens=384)
         size, check = sizes["instructions"], config.check_feasibility
-        return WriteInstructions(model, templates, styles, batch_size=size, check_feasibility=check)
+        return WriteInstructions(
+            model, templates, styles, style_images, have_targets, batch_size=size, check_feasibility=check
+        )
 
     def make_edits() -> Stage:
         made = editor or load_editor(config.editor, config.editor_revision, **config.editor_options)
@@ -190,33 +298,42 @@ def _stages(
         made = HPScorerReward(judge, scorer_prompts=prompts, scorer_prompts_revision=revision)
         return ScoreEdits(made, sizes["scores"])
 
-    make: dict[str, Callable[[], Stage]] = {
-        "sources": lambda: ImageCheck(config.min_side, config.max_side, config.resolution, sizes["sources"]),
+    make: dict[str, Callable[..., Stage]] = {
+        "sources": lambda have_targets=False: ImageCheck(
+            config.min_side, config.max_side, config.resolution, sizes["sources"], have_targets
+        ),
         "duplicates": lambda: Duplicates(config.duplicate_distance),
         "category": lambda: ClipCategories(
             config.clip_model, config.clip_revision, batch_size=sizes["category"], min_score=config.min_category_score
         ),
         "balance": lambda: Balance(config.max_images, config.category_quota, seed),
-        "plan": lambda: Plan(
-            config.num_cases, config.tasks_per_image, config.task_weights, config.languages, seed, styles
+        "plan": lambda counts, earlier: Plan(
+            counts, config.tasks_per_image, config.languages, seed, styles, style_images, earlier
         ),
         "instructions": make_instructions,
-        "split": lambda: Split(
-            config.benchmark_counts, config.benchmark_distance, config.max_repeats, seed, config.benchmark_reserve
+        "split": lambda earlier: Split(
+            config.benchmark_counts,
+            config.benchmark_distance,
+            config.max_repeats,
+            seed,
+            config.benchmark_reserve,
+            earlier,
         ),
         "edits": make_edits,
         "scores": make_scores,
         "filter": lambda: Filter(config.filter_rule, config.filter_threshold),
     }
-    for name in ("sources", "duplicates", "balance", "plan", "split", "filter"):
+    for name in ("sources", "duplicates", "balance", "filter"):
         make[name]()
+    make["plan"](config.task_counts, None)
+    make["split"](None)
     prompts = (
         scorer.scorer_prompts if scorer else load_scorer_prompts(config.scorer_prompts, config.scorer_prompts_revision)
     )
-    for task in (task for task, weight in config.task_weights.items() if weight):
+    for task in config.task_counts:
         for what, known in (("instruction template", templates), ("scorer prompt", prompts)):
             if task not in known:
                 raise ValueError(
-                    f"There is no {what} for the task {task!r}, which task_weights asks for; there are {list(known)}."
+                    f"There is no {what} for the task {task!r}, which task_counts asks for; there are {list(known)}."
                 )
     return make

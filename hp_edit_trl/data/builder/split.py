@@ -13,6 +13,7 @@ from ...utils.config import check_positive
 from ...utils.seeding import seeded_generator
 from .engine import Batch, Stage
 from .instructions import compact_text
+from .rounds import Earlier
 
 
 BENCHMARK_COUNTS = {task.name: task.realpref_bench for task in TASKS.values()}
@@ -25,7 +26,7 @@ class Split(Stage):
     First, prompts that occur too often are rejected. Then the requested number of cases of each task is drawn, evenly
     over the categories, and after them the reserve, which replaces cases that people reject or that the editor fails
     with. `place` is the order of a task's cases in both. The other cases of their images, and all cases of images
-    that look like one of them, are rejected, so that training sees neither.
+    that look like one of them, are rejected, so that training sees neither. The first round draws the whole benchmark.
 
     Args:
         counts (`Mapping[str, int]`, *optional*):
@@ -38,6 +39,8 @@ class Split(Stage):
             Seed of the draw.
         reserve (`float`, *optional*, defaults to `0.25`):
             Size of the reserve, as a share of the benchmark. A task with fewer cases has a smaller one.
+        earlier ([`Earlier`], *optional*):
+            The earlier rounds, if this is not the first one.
     """
 
     name = "split"
@@ -51,6 +54,7 @@ class Split(Stage):
         max_repeats: int = 20,
         seed: int = 0,
         reserve: float = 0.25,
+        earlier: Earlier | None = None,
     ):
         self.counts = dict(counts)
         if any(not isinstance(count, int) or count < 0 for count in self.counts.values()):
@@ -64,6 +68,12 @@ class Split(Stage):
         self.max_repeats = max_repeats
         self.seed = seed
         self.reserve = reserve
+        self.earlier = earlier or Earlier()
+
+    @property
+    def candidates(self) -> dict[str, int]:
+        """Number of cases per task in the benchmark and its reserve."""
+        return {task: count + math.ceil(count * self.reserve) for task, count in self.counts.items()}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -72,11 +82,13 @@ class Split(Stage):
 
     def __call__(self, batch: Batch) -> Batch:
         ids = batch["id"]
-        reasons = repeated_prompts(batch["task"], batch["prompt"], self.max_repeats)
+        before = self.earlier.prompts
+        tasks, prompts = ([*(pair[i] for pair in before), *batch[name]] for i, name in enumerate(("task", "prompt")))
+        reasons = repeated_prompts(tasks, prompts, self.max_repeats)[len(before) :]
         free = [i for i, reason in enumerate(reasons) if reason is None]
         free.sort(key=lambda i: seeded_generator(self.seed, "benchmark", ids[i]).initial_seed())
         chosen: dict[int, int] = {}  # the place of each candidate
-        for task, count in sorted(self.counts.items()):
+        for task, count in sorted(self.counts.items()) if not self.earlier.rounds else ():
             by_category: dict[str, list[int]] = {}
             for i in free:
                 if batch["task"][i] == task:
@@ -85,7 +97,7 @@ class Split(Stage):
             if count > available:
                 raise ValueError(
                     f"The benchmark asks for {count} cases of the task {task!r}, but there are {available}: add "
-                    "images, or set benchmark_counts ({} for no benchmark)."
+                    "images, raise sample_size if there are more, or set benchmark_counts ({} for no benchmark)."
                 )
             # One case per category in turn, the rarest category first, so that all occur before one occurs twice
             rounds = [
@@ -93,19 +105,17 @@ class Split(Stage):
                 for category, members in by_category.items()
                 for turn in range(len(members))
             ]
-            wanted = count + math.ceil(count * self.reserve)
-            drawn = sorted(rounds, key=lambda entry: entry[:3])[:wanted]
+            drawn = sorted(rounds, key=lambda entry: entry[:3])[: self.candidates[task]]
             chosen |= {entry[-1]: place for place, entry in enumerate(drawn)}
 
-        images = {batch["image_id"][i] for i in chosen}
         hashes = np.array([int(value, 16) for value in batch["image_hash"]], dtype=np.uint64)
-        known = {batch["image_id"][i]: int(hashes[i]) for i in sorted(chosen)}
+        known = self.earlier.benchmark | {batch["image_id"][i]: int(hashes[i]) for i in sorted(chosen)}
         benchmark = np.array(list(known.values()), dtype=np.uint64)
         names = list(known)
         for i in free:
             if i in chosen:
                 continue
-            if batch["image_id"][i] in images:
+            if batch["image_id"][i] in known:
                 reasons[i] = "in the benchmark: its image is there with another prompt"
             elif len(benchmark):
                 bits = np.bitwise_count(benchmark ^ hashes[i])

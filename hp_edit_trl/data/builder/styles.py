@@ -1,7 +1,10 @@
-"""The languages of prompts, and the styles that the task `style` draws from."""
+"""The languages of prompts, and the styles that the task `style` draws from, with pictures of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from .sources import ImageCheck, ImageFolder, RejectedImageError
 
 
 LANGUAGES = {"en": "English", "zh": "Simplified Chinese"}
@@ -114,3 +117,63 @@ def styles_by_name(styles: Sequence[Style]) -> dict[str, Style]:
     if len(by_name) < max(len(styles), 1):
         raise ValueError(f"styles must not be empty and have distinct names, but are {[s.name for s in styles]}.")
     return by_name
+
+
+class StyleImages:
+    """
+    Pictures of styles, for the writer of the prompts: a folder with one subfolder per style, named as the style is in
+    English. Styles without a folder have none.
+
+    Args:
+        root (`str`):
+            The folder.
+        styles (`Sequence[Style]`):
+            The styles that there are.
+        resolution (`int`, *optional*):
+            Larger pictures are scaled down to the area of a square with this side, in pixels.
+
+    Raises:
+        `FileNotFoundError`: If there is no such folder.
+        `ValueError`: If it has a subfolder of no style or without images, images outside of subfolders, or an image
+            that cannot be used. It names all of them.
+    """
+
+    def __init__(self, root: str, styles: Sequence[Style], resolution: int | None = None):
+        self._check = ImageCheck(min_side=1, resolution=resolution)
+        self._folder = ImageFolder(root, f"style_images={root}")
+        known = {name.casefold(): name for name in styles_by_name(styles)}
+        problems = []
+        self.files: dict[str, list[str]] = {}
+        for folder in sorted(path for path in Path(root).iterdir() if path.is_dir() and path.name[0] != "."):
+            style = known.get(folder.name.casefold())
+            files = [file for file in self._folder.files if file.startswith(f"{folder.name}/")]
+            if style is None:
+                problems.append(f"{folder.name!r} is no style")
+            elif style in self.files:
+                problems.append(f"{folder.name!r} is a second folder of the style {style!r}")
+            elif not files:
+                problems.append(f"{folder.name!r} has no images")
+            else:
+                self.files[style] = files
+        problems += [f"{file!r} is in no folder of a style" for file in self._folder.files if "/" not in file]
+        for file in sum(self.files.values(), []) if not problems else []:
+            try:
+                self.read(file)
+            except RejectedImageError as rejected:
+                problems.append(f"{file!r} cannot be used ({rejected})")
+        if not self.files:
+            problems.append("it has no folders of styles")
+        if problems:
+            more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+            raise ValueError(
+                f"style_images={root}: {'; '.join(problems[:10])}{more}. Each folder must have the name of "
+                f"a style and images of it: rename or remove what does not. The styles are {list(known.values())}."
+            )
+
+    @property
+    def digest(self) -> str:
+        return self._folder.digest
+
+    def read(self, file: str) -> bytes:
+        """The bytes of a picture, as a build stores it. Raises `RejectedImageError` if it cannot be used."""
+        return self._check.normalized(*self._folder.read(file))[0]

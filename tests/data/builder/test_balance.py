@@ -16,6 +16,7 @@ def images(counts: dict[str, int], seed: int = 0) -> dict[str, list]:
         "image_id": [f"{draw.getrandbits(64):016x}" for _ in rows],
         "category": [category for category, _ in rows],
         "category_score": [score for _, score in rows],
+        "tasks": ["add"] * len(rows),
     }
 
 
@@ -68,7 +69,10 @@ def test_closed_forms():
         assert sorted(chosen.values()) == expected
     assert len(kept(batch)) == 303 and len(kept(batch, total=1000)) == 303
     assert len(kept(batch, quota=10)) == 33 and len(kept(batch, quota=10, total=1000)) == 33
-    assert Balance(5)({"image_id": [], "category": [], "category_score": []}) == {"reason": []}
+    assert Balance(5)({"image_id": [], "category": [], "category_score": [], "tasks": []}) == {"reason": []}
+    # The few images of pairs are not displaced by the many others of their category.
+    batch["tasks"] = ["bokeh" if row % 20 == 0 else "add,remove" for row in range(303)]
+    assert Counter(batch["tasks"][row] for row in kept(batch, total=63))["bokeh"] == 16
     reasons = Balance(quota=2)(images({"cup": 3}))["reason"]
     assert sorted(filter(None, reasons)) == ["over quota: number 3 of 3 of cup, 2 are kept"]
 

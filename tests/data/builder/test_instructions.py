@@ -327,6 +327,37 @@ def test_only_what_is_left_is_asked_about_a_second_time():
     assert WriteInstructions(writer)(batch_of())["reason"] == [] and writer.calls == []
 
 
+class Pictures:
+    """A style's picture, named by its file."""
+
+    def read(self, file):
+        return encoded(photo(20, 10, int(file)))["bytes"]
+
+
+def test_the_writer_sees_the_target_and_the_picture_of_the_style():
+    batch = batch_of(("bokeh", "en"), ("style", "en"), ("bokeh", "en"), ("style", "en"))
+    target = encoded(photo(48, 32, 50))
+    batch |= {"target": [target, None, None, None], "style_file": [None, "7", None, None]}
+    texts = [json.dumps(GOOD[task, "en"]) for task in batch["task"]]
+    writer = Writer(texts)
+    stage = WriteInstructions(writer, style_images=Pictures(), with_targets=True)
+    assert {"target", "style_file"} < set(stage.inputs) and not {"target", "style_file"} & {*WriteInstructions.inputs}
+    done = stage(batch)
+    assert done["reason"] == [None] * 4 and done["style_image"] == [None, encoded(photo(20, 10, 7)), None, None]
+    questions, second = writer.calls
+    shown = [one[-1]["content"] for one in questions]
+    assert [len(parts) for parts in shown] == [4, 4, 2, 2] and all(len(one[-1]["content"]) == 2 for one in second)
+    templates = load_instruction_templates()
+    assert shown[0][2]["text"] == templates["bokeh"].target and "sharp" in shown[0][2]["text"]
+    assert shown[1][2]["text"] == templates["style"].style_image
+    assert shown[0][3]["image"].tobytes() == photo(48, 32, 50).tobytes() and shown[1][3]["image"].size == (20, 10)
+    # A template without a text for it does not show it.
+    plain = {**templates, "bokeh": InstructionTemplate("bokeh", "1", templates["bokeh"].text, ("subject",))}
+    assert plain["bokeh"].digest != templates["bokeh"].digest
+    WriteInstructions(writer := Writer(texts), plain, style_images=Pictures(), with_targets=True)(batch)
+    assert [len(one[-1]["content"]) for one in writer.calls[0]] == [2, 4, 2, 2]
+
+
 def test_ids_go_by_image_task_and_prompt():
     batch = batch_of(*[("bokeh", "en")] * 2)
     first = WriteInstructions(Writer([good()] * 2))(batch)["id"]
@@ -428,6 +459,7 @@ TASK_WORD = {
 def test_a_plan_is_written():
     """The columns of the plan are those that the instructions read."""
     images = {"image_id": [f"{i:016x}" for i in range(20)], "category": ["dog"] * 20}
+    images["tasks"] = [",".join(TASKS)] * 20
     plan = Plan(tasks_per_image=2, languages={"en": 1, "zh": 1})(images)
     rows = range(len(plan["task"]))
     batch = {name: plan[name] for name in ("task", "language", "style")}

@@ -1,6 +1,7 @@
 """A whole build: from pictures to a dataset, from the configuration to the command."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import ImageFilter
 
 from hp_edit_trl import HPScorerReward, miniature
 from hp_edit_trl.cli import main
@@ -21,13 +23,14 @@ from hp_edit_trl.ratings import append_answer
 from hp_edit_trl.reviews import Review
 from hp_edit_trl.tasks import TASKS
 from hp_edit_trl.utils.config import read_config
+from hp_edit_trl.utils.images import read_image
 from tests.data.builder.test_export import digests
 from tests.helpers import photo
 from tests.judges.test_judges import completion, serve  # noqa: F401
 from tests.processes import Script
 
 
-TASK_WEIGHTS = {task.name: task.realpref_50k for task in TASKS.values()}
+TASK_COUNTS = {task.name: task.realpref_50k for task in TASKS.values()}
 BENCHMARK_COUNTS = {task.name: task.realpref_bench for task in TASKS.values()}
 
 
@@ -53,7 +56,8 @@ def make_config(pictures, output_dir, **changes):
         min_side=32,
         resolution=64,
         clip_model=str(pictures / "clip"),
-        task_weights=dict.fromkeys(TASKS, 1),
+        task_counts=dict.fromkeys(TASKS, 10),
+        sample_size=2,
         benchmark_counts={"add": 1, "remove": 1},
         batch_sizes={"sources": 8, "instructions": 5, "edits": 3, "scores": 7},
     )
@@ -197,16 +201,110 @@ def test_the_benchmark_has_what_people_accepted_and_its_reserve_replaces_the_res
     assert "has 0 of 1 cases of the task 'add', because its reserve is exhausted" in caplog.text
 
 
-def test_stopped_and_run_again_it_ends_with_the_same_bytes(pictures, whole, tmp_path):
-    for stop_at in (2, 4):
+def test_stopped_and_run_again_it_ends_with_the_same_bytes(pictures, whole, tmp_path, caplog):
+    for stop_at in (2, 10):  # in the first round, and in the second one
         with pytest.raises(KeyboardInterrupt):
             build(pictures, tmp_path / "build", Moody(stop_at))
+    assert list((tmp_path / "build" / "round-2" / "edits").glob("*.parquet"))
     editor = Moody()
     folder = build(pictures, tmp_path / "build", editor)
-    batches = len(list((tmp_path / "build" / "edits").glob("*.parquet")))
-    assert editor.calls == batches - 1 - 3  # what was there before was not made again
-    assert digests(folder) == digests(whole)
+    batches = len(list((tmp_path / "build").glob("**/edits/*.parquet")))
+    assert editor.calls == batches - 1 - 9  # what was there before was not made again
     assert digests(tmp_path / "build") == digests(whole.parent)
+    # The images are used up: it is said, in the log and on the card.
+    got = Counter(load_realpref(str(folder), "train")["task"])
+    assert 0 < got["add"] < 10 and f"fewer cases for training than task_counts asks for: add {got['add']} of 10, " in (
+        caplog.text
+    )
+    assert "No images are left for the tasks ['add', " in caplog.text
+    assert f"| add | 10 | {got['add']} |" in (folder / "README.md").read_text()
+    # Stopped between the rounds, and the second one made in parts, as if on several machines
+    for name in ("round-2", "dataset"):
+        shutil.rmtree(tmp_path / "build" / name)
+    for stages in ("edits,scores", "plan,instructions,split", "edits,scores", "filter,export"):
+        build(pictures, tmp_path / "build", stages=stages.split(","))
+        parts = {path.name for path in tmp_path.glob("build/round-2/*")}
+        assert ("edits" in parts) == ("filter" in parts or stages == "edits,scores" and "plan" in parts)
+    assert digests(tmp_path / "build") == digests(whole.parent)
+
+
+def test_rounds_end_when_each_task_has_its_count_and_keep_what_earlier_ones_made(pictures, whole, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = tmp_path / "build"
+    shutil.copytree(whole.parent, folder, ignore=shutil.ignore_patterns("round-2", "dataset"))
+    options = {"prices": {"edit": 0.5, "prompt": 0.25}}
+    dataset = build(pictures, folder, task_counts=dict.fromkeys(TASKS, 1), **options)
+    train = load_realpref(str(dataset), "train")
+    assert Counter(train["task"]) == dict.fromkeys(TASKS, 1)
+    assert "| color | 1 | 1 |" in (dataset / "README.md").read_text() and "fewer cases" not in caplog.text
+    rejected = Counter(row["reason"] for row in pq.read_table(folder / "rejected.parquet").to_pylist())
+    assert sum(count for reason, count in rejected.items() if reason.startswith("over the count: ")) > 0
+    # With larger counts, more cases are made from the images that are left.
+    before, made = digests(folder), {path.name for path in folder.iterdir() if (path / "manifest.json").exists()}
+    build(pictures, folder, task_counts=dict.fromkeys(TASKS, 2), **options)
+    more = load_realpref(str(dataset), "train")
+    assert Counter(more["task"]) == dict.fromkeys(TASKS, 2) and set(train["id"]) < set(more["id"])
+    after = digests(folder)
+    assert made >= {"plan", "edits", "filter"}
+    assert all(after[name] == digest for name, digest in before.items() if name.split("/")[0] in made)
+    (table,) = [message for message in caplog.messages if message.startswith("Before round 2:")]
+    assert re.search(r"color +\| 2 +\| \d +\| \d+.0% of \d+ +\| \d+ +\| 2", table), table
+    edits, cases, cost = re.search(
+        r": (\d+) edits.* prompts for (\d+) cases; .*per prompt: ([\d.]+)\.", table
+    ).groups()
+    assert int(edits) * 0.5 + int(cases) * 0.25 == float(cost)
+
+
+def test_bokeh_from_pairs_and_styles_with_pictures(pictures, tmp_path):
+    (tmp_path / "sharp").mkdir()
+    (tmp_path / "blurred").mkdir()
+    for file in sorted((pictures / "scenes").iterdir())[:4]:
+        image = read_image(str(file), "A scene")
+        image.save(tmp_path / "sharp" / file.name)
+        image.filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "blurred" / file.name)
+    for style in ("sepia", "mosaic"):
+        (tmp_path / "styles" / style).mkdir(parents=True)
+        photo(40, 40).save(tmp_path / "styles" / style / "1.png")
+    pairs = {"folder": str(tmp_path / "sharp"), "targets": str(tmp_path / "blurred"), "tasks": ["bokeh"]}
+    options = {
+        "sources": [pairs, {"folder": str(pictures / "scenes")}],
+        "task_counts": {"bokeh": 9, "style": 6, "color": 1},
+        "benchmark_counts": {"style": 1},
+        "style_images": str(tmp_path / "styles"),
+        "sample_size": 8,
+    }
+    folder = build(pictures, tmp_path / "build", Blank(), **options)
+    rows = [row for name in ("train", "test") for row in load_realpref(str(folder), name)]
+    bokeh = [row for row in rows if row["task"] == "bokeh"]
+    assert 0 < len(bokeh) <= 4 and {row["source"] for row in bokeh} == {"sharp"}
+    assert all(row["target"].size == row["image"].size and row["target"] != row["image"] for row in bokeh)
+    assert all(row["target"] is None for row in rows if row["task"] != "bokeh")
+    named = {row["style_image"] is not None for row in rows if re.search("sepia|mosaic", row["prompt"])}
+    assert named == {True} and {row["style_image"] is None for row in rows if "negative" in row["prompt"]} <= {True}
+    assert all(row["style_image"] is None for row in rows if row["task"] != "style")
+    # Said before anything is read
+    for changes, message in (
+        ({"sources": [pairs]}, r"No source is for the tasks \['color', 'style'\]"),
+        ({"style_images": str(pictures / "scenes")}, "is in no folder of a style"),
+        (
+            {"benchmark_counts": {"add": 1}},
+            r"benchmark_counts asks for cases of \['add'\], which task_counts does not",
+        ),
+        ({"task_counts": {"bokeh": 3}, "benchmark_counts": {}}, "style_images=.* but task_counts has no 'style'"),
+        ({"task_counts": {}}, "task_counts asks for no case"),
+        ({"task_counts": {"bokhe": 3}}, "task_counts names 'bokhe', which is no task"),
+        ({"sample_size": -1}, "sample_size=-1 must be an integer of at least 0"),
+        ({"prices": {"image": 1}}, "prices names 'image'; there are prices of"),
+        ({"prices": {"edit": -1}}, "the price of 'edit' is -1, but must be a number of at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(pictures, tmp_path / "other", Blank(), **{**options, **changes})
+    assert not (tmp_path / "other" / "sources").exists()
+    # All targets are of another shape
+    for file in (tmp_path / "blurred").iterdir():
+        photo(40, 90).save(file)
+    with pytest.raises(ValueError, match=r"All images of the sources for the tasks \['bokeh'\] were rejected: read"):
+        build(pictures, tmp_path / "other", Blank(), **options)
 
 
 def build_code(pictures: Path, out: Path, **options) -> str:
@@ -220,7 +318,7 @@ def test_ray_builds_the_same(pictures, whole, tmp_path):
     # Each stage on Ray starts a process of its own: those before the edits are taken over.
     out = tmp_path / "build"
     shutil.copytree(whole.parent, out)
-    for name in ("edits", "scores", "filter", "dataset"):
+    for name in ("edits", "scores", "filter", "dataset", "round-2/edits", "round-2/scores", "round-2/filter"):
         shutil.rmtree(out / name)
     code = build_code(pictures, out, engine="ray") + "import ray\nray.shutdown()"
     done = Script("-c", code, environment={"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}).wait()
@@ -252,7 +350,8 @@ def test_stages_alone_and_with_other_settings(pictures, whole, tmp_path):
         build(pictures, tmp_path / "build", stages=["edit"])
     # The filter can be changed without anything being edited or scored again.
     shutil.copytree(whole.parent, tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy" / "filter")
+    for name in ("filter", "round-2/filter"):
+        shutil.rmtree(tmp_path / "copy" / name)
     editor = Moody()
     folder = build(pictures, tmp_path / "copy", editor, filter_rule="hardest", filter_threshold=0.3)
     assert editor.calls == 0
@@ -262,7 +361,7 @@ def test_stages_alone_and_with_other_settings(pictures, whole, tmp_path):
 def test_a_task_without_a_prompt_is_said_before_anything_is_read(pictures, tmp_path):
     shutil.copytree(ROOT / "prompts" / "instructions", tmp_path / "templates")
     (tmp_path / "templates" / "bokeh.md").unlink()
-    with pytest.raises(ValueError, match="no instruction template for the task 'bokeh', which task_weights asks for"):
+    with pytest.raises(ValueError, match="no instruction template for the task 'bokeh', which task_counts asks for"):
         build(pictures, tmp_path / "build", instruction_templates=str(tmp_path / "templates"))
     with pytest.raises(FileNotFoundError, match="neither a local folder nor a Hub repository"):
         build(pictures, tmp_path / "build", instruction_templates=str(tmp_path / "nowhere"))
@@ -282,9 +381,8 @@ def test_everything_rejected_is_said(pictures, tmp_path):
     with pytest.raises(ValueError, match="No case is left for training .*raise filter_threshold"):
         # Photographs that were left as they are: the stand-in for a judge finds nothing wrong with them.
         only = [{"folder": str(pictures / "photographs"), "license": "cc0-1.0"}]
-        build(
-            pictures, tmp_path / "two", Blank(), filter_threshold=0.1, benchmark_counts={}, sources=only, num_cases=3
-        )
+        options = {"filter_threshold": 0.1, "benchmark_counts": {}, "sources": only, "task_counts": {"color": 3}}
+        build(pictures, tmp_path / "two", Blank(), **options)
 
 
 class Blank(Editor):
@@ -296,7 +394,7 @@ class Blank(Editor):
 
 def test_the_defaults_are_the_papers():
     config = BuildConfig(sources=[], output_dir="x")
-    assert config.task_weights == TASK_WEIGHTS and sum(TASK_WEIGHTS.values()) == 55795
+    assert config.task_counts == TASK_COUNTS and sum(TASK_COUNTS.values()) == 55795
     assert config.benchmark_counts == BENCHMARK_COUNTS and sum(BENCHMARK_COUNTS.values()) == 1638
     assert config.filter_threshold == 5 and config.filter_rule == "below"
 
@@ -337,7 +435,7 @@ def test_the_command_with_models_behind_a_server_and_a_folder_of_edits(pictures,
         **{name: getattr(config, name) for name in ("output_dir", "min_side", "clip_model", "sources")},
         **{"writer_base_url": server.url, "judge_base_url": [server.url, serve(reply).url]},
         **{"languages": {"zh": 1}, "max_repeats": 8},
-        **{"task_weights": {"color": 1}, "benchmark_counts": {}, "editor": str(tmp_path / "edits"), "max_images": 12},
+        **{"task_counts": {"color": 12}, "benchmark_counts": {}, "editor": str(tmp_path / "edits"), "max_images": 12},
     }
     (tmp_path / "build.yaml").write_text(yaml.safe_dump(options))
     command = ["build-dataset", "--config", str(tmp_path / "build.yaml")]

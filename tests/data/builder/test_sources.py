@@ -25,6 +25,7 @@ from PIL import Image, ImageCms, ImageOps, ImageSequence
 from hp_edit_trl.data.builder.duplicates import Duplicates
 from hp_edit_trl.data.builder.engine import WorkFolder, run_stage
 from hp_edit_trl.data.builder.sources import ImageCheck, Sources
+from hp_edit_trl.tasks import TASKS
 from hp_edit_trl.utils.images import image_digest, read_image
 from tests.fake_hub import fake_hub
 from tests.helpers import photo
@@ -45,6 +46,7 @@ def check(*contents: bytes, **options) -> list[dict]:
         "problem": [None] * count,
         "source": ["test"] * count,
         "license": [None] * count,
+        "tasks": ["add"] * count,
     }
     stage = ImageCheck(**{"min_side": 8, **options})
     with warnings.catch_warnings():
@@ -720,6 +722,93 @@ def test_sources_that_cannot_be_used(tmp_path_factory, spec, kind, message):
         ]
     with pytest.raises(kind, match=message):
         Sources(spec)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Photos, sharp and with a blurred target: of the same size, of half the size, and not in every case usable."""
+    for folder in ("sharp/a", "bokeh/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    contents = {
+        "a/1": (photo(64, 48, 1), encoded(photo(64, 48, 1).convert("L"), "PNG")),
+        "2": (photo(64, 48, 2), encoded(photo(32, 24, 9), "PNG")),
+        "3": (photo(64, 48, 3), encoded(photo(48, 48, 9), "PNG")),
+        "4": (photo(64, 48, 4), encoded(photo(64, 48, 4), "PNG")),
+        "5": (photo(64, 48, 5), b"no picture"),
+    }
+    for name, (image, target) in contents.items():
+        (tmp_path / f"sharp/{name}.png").write_bytes(encoded(image, "PNG"))
+        (tmp_path / f"bokeh/{name}.jpg").write_bytes(target)
+    return {"folder": str(tmp_path / "sharp"), "targets": str(tmp_path / "bokeh"), "tasks": ["bokeh"]}
+
+
+def test_pairs_in_folders_and_columns(pairs, folder, tmp_path):
+    sources = Sources([pairs, {"folder": str(folder)}])
+    assert sources.have_targets and sources.tasks == {*TASKS}
+    batch = sources.read(0, 6)
+    rest = ",".join(task for task in TASKS if task != "bokeh")
+    assert batch["tasks"] == ["bokeh"] * 5 + [rest] and batch["target"][5] is batch["target_problem"][5] is None
+    files, contents = batch["file"][:5], batch["target"][:5]
+    dataset = {
+        name: [{"bytes": content, "path": None} for content in batch[name][:5]] for name in ("content", "target")
+    }
+    Dataset.from_dict(dataset).cast_column("content", ImageFeature()).to_parquet(str(tmp_path / "pairs.parquet"))
+    columns = {"image_column": "content", "target_column": "target", "tasks": ["bokeh"]}
+    stored = Sources([{"parquet": str(tmp_path / "pairs.parquet"), **columns}]).read(0, 5)
+    assert stored["target"] == contents and stored["tasks"] == ["bokeh"] * 5
+    done = ImageCheck(min_side=8, with_targets=True)(batch)
+    found = dict(zip(files, zip(done["target"], done["reason"], strict=False), strict=False))
+    assert read_image(found["a/1.png"][0], "The target").size == (64, 48) == read_image(found["2.png"][0], "It").size
+    assert found["3.png"] == (None, "target of another shape: 48 x 48 pixels, its image has 64 x 48")
+    assert found["4.png"][1].startswith("target equals its image") and "target unreadable: " in found["5.png"][1]
+    assert done["target"][5] is None is done["reason"][5]
+    # What is scaled down, is scaled down together.
+    small = ImageCheck(min_side=8, resolution=32, with_targets=True)(batch)
+    sizes = {read_image(small[name][files.index("a/1.png")], name).size for name in ("image", "target")}
+    assert len(sizes) == 1 and sizes.pop()[0] < 64
+    # Other files are other pairs: a build that has begun does not mix them.
+    Path(pairs["targets"], "2.jpg").write_bytes(b"another")
+    assert Sources([pairs]).settings != Sources([pairs | {"targets": pairs["folder"]}]).settings != sources.settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ["bokhe"]}, r"sources\[0\]: tasks must be a list of tasks, but is \['bokhe'\]. Correct it"),
+        ({"tasks": []}, r"tasks must be a list of tasks, but is \[\]"),
+        ({"tasks": "bokeh"}, "tasks must be a list of tasks, but is 'bokeh'"),
+        ({"tasks": [3]}, r"but is \[3\]"),
+        ({"tasks": [["bokeh"]]}, r"but is \[\['bokeh'\]\]"),
+        ({"tasks": {"bokeh": 1}}, r"but is \{'bokeh': 1\}"),
+        ({"tasks": None}, "has targets, so it must name the one task that they are for"),
+        ({"tasks": ["bokeh", "relight"]}, "must name the one task that they are for"),
+        ({"targets": "HERE/nowhere"}, "nowhere is not a folder: correct the path"),
+        ({"targets": "HERE/sharp/a"}, r"5 of 5 images have no target, e.g. 2.png. Give both files of a pair the same"),
+        ({"folder": "HERE/fewer"}, r"4 of 5 targets have no image, e.g. 3.jpg"),
+        ({"folder": "HERE/twice"}, "twice has 2.jpg and 2.png, so it is not clear which one is of the pair"),
+        ({"target_column": "x"}, r"has unknown keys \['target_column'\]; a folder may have"),
+    ],
+)
+def test_pairs_that_cannot_be_used(pairs, tmp_path, change, message):
+    for name, files in (("fewer", ["2.png"]), ("twice", ["2.png", "2.jpg"])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes(encoded(PHOTO, "PNG"))
+    change = {
+        key: value.replace("HERE", str(tmp_path)) if isinstance(value, str) else value for key, value in change.items()
+    }
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Sources([{**pairs, **change}])
+
+
+def test_sources_that_leave_others_no_task(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"sources\[1\] .* serves no task, because other sources name all of them"):
+        Sources([{"folder": str(folder), "tasks": list(TASKS)}, {"folder": str(folder)}])
+    rows(2).save_to_disk(str(tmp_path / "one"))
+    for column, problem in (("x", "does not exist"), ("photo", "is the column of the images")):
+        with pytest.raises(ValueError, match=f"target_column='{column}' {problem}. Set it to another one of"):
+            options = {"image_column": "photo", "target_column": column, "tasks": ["bokeh"]}
+            Sources([{"dataset": str(tmp_path / "one"), **options}])
 
 
 def test_through_the_engine(folder, tmp_path):

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from hp_edit_trl import tasks
+from hp_edit_trl.data.builder.rounds import Earlier
 from hp_edit_trl.data.builder.split import Split, repeated_prompts
 
 
@@ -82,6 +83,33 @@ def test_the_draw_depends_on_the_seed_and_not_on_the_order():
     assert [done["split"][i] for i in order] == other["split"]
     assert [done["reason"][i] for i in order] == other["reason"]
     assert Split({"add": 12}, seed=1)(batch)["split"] != done["split"]
+
+
+class Before(Earlier):
+    """An earlier round, told directly."""
+
+    def __init__(self, batch, done):
+        self.rounds = [None]
+        self.prompts = list(zip(batch["task"], batch["prompt"], strict=True))
+        chosen = [i for i, place in enumerate(done["place"]) if place is not None]
+        self.benchmark = {batch["image_id"][i]: int(batch["image_hash"][i], 16) for i in chosen}
+
+
+def test_later_rounds_draw_no_benchmark_and_stay_away_from_it():
+    batch = rows()
+    batch["prompt"] = ["Remove the cup" if i % 24 == 1 else prompt for i, prompt in enumerate(batch["prompt"])]
+    first = {name: values[:60] for name, values in batch.items()}
+    later = {name: values[60:] for name, values in batch.items()}
+    done = Split({"add": 12, "remove": 8}, max_repeats=4)(first)
+    near = int(first["image_hash"][done["place"].index(0)], 16) ^ 0b111
+    later["image_hash"] = [f"{near:016x}", *later["image_hash"][1:]]
+    later["image_id"] = [later["image_id"][0], first["image_id"][done["place"].index(1)], *later["image_id"][2:]]
+    after = Split({"add": 12, "remove": 8}, max_repeats=4, earlier=Before(first, done))(later)
+    assert set(after["split"]) == {"train"} and set(after["place"]) == {None}
+    assert after["reason"][0].startswith("near the benchmark: 3 bits") and "in the benchmark" in after["reason"][1]
+    # Three of the first rows have the prompt, so one more may have it.
+    same = [i for i, prompt in enumerate(later["prompt"]) if prompt == "Remove the cup"]
+    assert [after["reason"][i] is None for i in same] == [True] + [False] * (len(same) - 1) and len(same) == 7
 
 
 def test_prompts_that_are_repeated_too_often_are_in_neither():
