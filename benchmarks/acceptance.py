@@ -99,20 +99,21 @@ class World:
     @property
     def sizes(self) -> tuple[float, float]:
         """Sizes of the judge's errors that give the two agreements."""
-        # They do not depend on what these change.
-        same = replace(self, cases=100, validation_fraction=0.8, tasks=1)
-        return _size(replace(same, after=0.0), 1), _size(replace(same, before=0.0), 2)
+        # They do not depend on the fields that are set here.
+        world = replace(self, cases=100, edits=3, validation_fraction=0.8, tasks=1, scale=1.0, rare=False, common=0.0)
+        before = _size(replace(world, after=0.0), 1)
+        if self.scale == 1 and not self.rare:
+            return before, _size(replace(world, before=self.after, after=0.0), 1)
+        return before, _size(replace(world, before=0.0, scale=self.scale, rare=self.rare), 2)
 
 
 @cache
 def _size(world: World, which: int) -> float:
-    """The size of the errors with one of the prompts, found in a large population."""
-    target = (world.before, world.after)[which - 1]
+    """The size of the errors with the current prompt (1) or the candidate (2), found in a large population."""
+    target = world.before if which == 1 else world.after
 
     def distance(size: float) -> float:
-        drawn = world.draw(
-            np.random.default_rng(which), 60_000 if world.statistic == "kendall" else 200_000, (size, size)
-        )
+        drawn = world.draw(np.random.default_rng(0), 40_000, (size, size))
         return statistic_of(world.statistic, drawn[0].ravel(), drawn[which].ravel()) - target
 
     return float(brentq(distance, 0.01, 9, xtol=1e-3))

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import norm, rankdata
+from scipy.special import ndtr, ndtri
+from scipy.stats import rankdata
 
 from ..utils.seeding import seeded_generator
 from .agreement import statistic_of
@@ -101,7 +102,7 @@ def swap_test(
     rng = np.random.default_rng(seeded_generator(seed, "swap test").initial_seed())
     as_good = 0
     for start in range(0, num_permutations, BATCH):
-        swapped = rng.random((min(BATCH, num_permutations - start), num_cases)) < 0.5
+        swapped = rng.integers(2, size=(min(BATCH, num_permutations - start), num_cases), dtype=np.uint8)
         as_good += int((gains(swapped.astype(float)) >= observed).sum())
     return (1 + as_good) / (1 + num_permutations)
 
@@ -174,6 +175,8 @@ def acceptance_power(
     group_of = np.zeros(len(people), int) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     parts = [group_of == group for group in range(group_of.max() + 1)]
     parts = [of for of in parts if statistic == "mae" or np.ptp(people[of]) > 0]
+    if not parts:
+        return [{"gain": gain, "power": None, "cases": None} for gain in gains]
 
     def size_of_errors(agreement: float) -> float | None:
         def distance(size: float) -> float:
@@ -190,11 +193,11 @@ def acceptance_power(
         scores = _scores(people, errors(num_simulations), size)
         return np.mean([_rows(statistic, people[of], scores[:, of]) for of in parts], axis=0)
 
-    z = norm.ppf(1 - one_sided_level(1, confidence))
+    z = ndtri(1 - one_sided_level(1, confidence))
 
     def power(cases: float, effect: float) -> float:
         held_out = validation_fraction * cases
-        return float(norm.cdf(effect * math.sqrt(cases - held_out)) * norm.cdf(effect * math.sqrt(held_out) - z))
+        return float(ndtr(effect * math.sqrt(cases - held_out)) * ndtr(effect * math.sqrt(held_out) - z))
 
     results: list[dict[str, float | None]] = []
     size_before = size_of_errors(before)
