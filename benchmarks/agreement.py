@@ -22,6 +22,7 @@ from hp_edit_trl.tasks import TASKS
 
 MODELS = {"model-a": -0.8, "model-b": 0.0, "model-c": 0.6}  # quality of their edits
 ANNOTATORS = {"ada": 0.25, "ben": -0.35, "chloe": 0.1}  # bias of their ratings
+JUDGE = {"judge": "simulated", "score_mode": "integer", "scorer_prompt": "simulated:1"}
 PICTURES = {
     "human_against_scorer.png": "agreement-human-against-scorer.png",
     "mean_per_model.png": "agreement-mean-per-model.png",
@@ -51,16 +52,7 @@ def main(output_dir: Path, assets: Path | None) -> None:
                 error = rng.normal(0, spread)
                 generous = 0.15 * (5 - truth)
                 score = None if rng.random() < 0.01 else whole(truth + generous + error)
-                scores.append(
-                    key
-                    | {
-                        "task": task,
-                        "score": score,
-                        "judge": "simulated",
-                        "score_mode": "integer",
-                        "scorer_prompt": "simulated:1",
-                    }
-                )
+                scores.append(key | {"task": task, "score": score, **JUDGE})
                 known = [one for one in given if one is not None]
                 if known:
                     compared.append((np.mean(known), score, whole(truth + generous + 0.7 * error), key["id"]))
