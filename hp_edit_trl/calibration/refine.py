@@ -66,7 +66,7 @@ def scores_by_edit(ratings: Sequence[Rating]) -> dict[EditKey, list[Rating]]:
     return given
 
 
-def check_options(
+def check_refinement(
     statistic: str = "pearson",
     validation_fraction: float = 0.8,
     confidence: float = 0.95,
@@ -257,7 +257,7 @@ class PromptRefiner:
         seed: int = 0,
         from_base: bool = False,
     ):
-        check_options(statistic, validation_fraction, confidence)
+        check_refinement(statistic, validation_fraction, confidence)
         bad = check_edits(dataset, "dataset", on_bad_case="skip")
         self.task = task
         self.judge = scorer.judge
@@ -521,7 +521,7 @@ class PromptRefiner:
             `ValueError`: If an option is not valid, or a proposal cannot be used.
             `ConnectionError`: If the judge or the proposer does not answer. Nothing that was finished is lost.
         """
-        check_options(self.statistic, rounds=rounds, target=target)
+        check_refinement(self.statistic, rounds=rounds, target=target)
         self.scores(self.start)
         while True:
             self.scores(self.current)

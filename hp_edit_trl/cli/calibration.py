@@ -73,7 +73,7 @@ def _refine_prompt(args: argparse.Namespace) -> None:
         refine_tasks,
         summary_table,
     )
-    from ..calibration.refine import check_options
+    from ..calibration.refine import check_refinement
     from ..cases import max_references
     from ..judges import load_judge
     from ..ratings import read_ratings
@@ -92,7 +92,7 @@ def _refine_prompt(args: argparse.Namespace) -> None:
             f"{args.candidate} is a prompt for the task {candidate.task!r}, but --tasks names {args.tasks}: leave out "
             "--tasks."
         )
-    check_options(args.statistic, args.validation_fraction, args.confidence, args.rounds, args.target)
+    check_refinement(args.statistic, args.validation_fraction, args.confidence, args.rounds, args.target)
     runs = _runs(args.dataset)
     if runs:
         dataset = edits_of_runs(runs)
