@@ -15,7 +15,7 @@ from ..rewards import HPScorerReward
 from ..utils.tables import markdown_table
 from .acceptance import GAINS, POWER, acceptance_power, effective_edits
 from .agreement import statistic_of
-from .refine import BASE, PromptRefiner, check_refinement, check_rated, read_history, scores_by_edit, starting_prompt
+from .refine import BASE, PromptRefiner, check_rated, check_refinement, read_history, scores_by_edit, starting_prompt
 
 
 ASSUMED = {"pearson": (0.5, 0.7), "spearman": (0.5, 0.7), "kendall": (0.4, 0.6), "mae": (0.7, 1.0)}  # agreements
