@@ -10,10 +10,10 @@ refined until both agree (docs/building_an_hp_scorer.md).
 People, judge and proposer are simulated, and the raters' noise is known. So is the correct agreement, which is printed
 beside the measured one. With people and a real judge, each step is a command:
 
-    hp-edit annotate someone/edits --output_dir ratings
-    hp-edit score someone/edits --output_dir scores --judge_base_url http://localhost:8000/v1
-    hp-edit measure-agreement ratings scores --dataset someone/edits --output_dir agreement
-    hp-edit refine-prompt remove someone/edits --ratings ratings --output_dir my-prompts --propose \\
+    hp-edit bench realpref --dataset someone/cases --editor someone/editor --output_dir runs/a   # and runs/b, runs/c
+    hp-edit annotate runs/* --output_dir ratings
+    hp-edit measure-agreement ratings runs/* --output_dir agreement
+    hp-edit refine-prompt runs/* --ratings ratings --output_dir my-prompts --from_base --target 0.85 \\
         --judge_base_url http://localhost:8000/v1
 """
 
@@ -21,7 +21,19 @@ import argparse
 from pathlib import Path
 
 from hp_edit_trl import HPScorerReward, miniature
-from hp_edit_trl.calibration import PromptRefiner, compare_with_people, read_scores, score_dataset, write_agreement
+from hp_edit_trl.calibration import (
+    compare_with_people,
+    history_table,
+    plan_refinement,
+    plan_table,
+    rated_tasks,
+    read_history,
+    read_scores,
+    refine_tasks,
+    score_dataset,
+    summary_table,
+    write_agreement,
+)
 from hp_edit_trl.judges import CachedJudge
 
 
@@ -55,23 +67,25 @@ def main(output_dir: Path, cases_per_task: int, rounds: int, num_resamples: int)
     start = HPScorerReward(judge, task="base")
     measure(start, "base")
 
-    # ... and adds questions to it, task by task. Here each task starts from the base prompt.
-    scorer = HPScorerReward(judge)
-    scorer.scorer_prompts = {"base": scorer.scorer_prompts["base"]}
-    for task in miniature.world.TASKS:
-        refiner = PromptRefiner(task, scorer, edits, ratings, output_dir / "prompts")
-        for _ in range(rounds - len(refiner.history)):  # a second run resumes
-            refiner.compare(*refiner.propose(miniature.SimulatedProposer()))
-        print(f"\n{task}\n{refiner.table()}")
+    # ... and adds questions to it, task by task. A second run resumes.
+    prompts = output_dir / "prompts"
+    tasks, _ = rated_tasks(edits, ratings)
+    print(plan_table(plan_refinement(tasks, HPScorerReward(judge), prompts, from_base=True), rounds))
+    proposer = miniature.SimulatedProposer()
+    summaries = refine_tasks(
+        tasks, HPScorerReward(judge), edits, ratings, prompts, proposer, rounds, target=0.95, from_base=True
+    )
+    table = summary_table(list(summaries))
+    print(f"{history_table(read_history(prompts))}\n{table}")
 
     print()
-    measure(HPScorerReward(judge, scorer_prompts=str(output_dir / "prompts")), "refined")
+    measure(HPScorerReward(judge, scorer_prompts=str(prompts)), "refined")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/calibrate-scorer"))
     parser.add_argument("--cases_per_task", type=int, default=60, help="each edited by two editors")
-    parser.add_argument("--rounds", type=int, default=2, help="of proposals for each task")
+    parser.add_argument("--rounds", type=int, default=3, help="of proposals for each task")
     parser.add_argument("--num_resamples", type=int, default=1000, help="of the bootstrap")
     main(**vars(parser.parse_args()))

@@ -11,6 +11,7 @@ from unittest import mock
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as pipeline_module
 import pytest
 import yaml
+from datasets import Dataset
 from diffusers import FluxKontextPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline
 from PIL import Image
 
@@ -85,27 +86,119 @@ def test_refine_with_a_candidate_and_with_proposals(server, tmp_path, capsys):
     dataset.save_to_disk(tmp_path / "edits")
     for rating in ratings:
         append_answer(tmp_path / f"ratings-{rating.annotator}.jsonl", rating)
-    command = [
-        "refine-prompt",
-        "color",
-        str(tmp_path / "edits"),
-        "--ratings",
-        str(tmp_path),
-        *options(server, tmp_path),
-    ]
+    command = ["refine-prompt", str(tmp_path / "edits"), "--ratings", str(tmp_path), *options(server, tmp_path)]
     revision("4", ARTIFACTS).save(tmp_path / "candidate.md")
-    main([*command, "--output_dir", str(tmp_path / "a"), "--candidate", str(tmp_path / "candidate.md")])
+    candidate = ["--candidate", str(tmp_path / "candidate.md")]
+    main([*command, "--output_dir", str(tmp_path / "a"), *candidate])
     assert "yes: better on the held-out cases" in capsys.readouterr().out
     assert load_scorer_prompts(str(tmp_path / "a"))["color"].name == "4"
     proposer = ["--proposer", "thinker", "--proposer_base_url", server.url]
-    main([*command, "--output_dir", str(tmp_path / "b"), "--propose", "--rounds", "1", *proposer])
+    main([*command, "--output_dir", str(tmp_path / "b"), "--tasks", "color,remove", "--rounds", "1", *proposer])
     asked = [body for body in server.requests if body["model"] == "thinker"]
     assert len(asked) == 1 and "JSON list" in asked[0]["messages"][0]["content"][0]["text"]
     shown = capsys.readouterr()
-    assert f"Proposed for revision 4: {ARTIFACTS}" in shown.err and "yes: better" in shown.out
+    assert "left out: The task 'remove' has no rated edits; there are ratings for color." in shown.err
+    assert "yes: better" in shown.out and "1 of 1 rounds are used" in shown.out and "gain of 0.15" in shown.out
     assert ARTIFACTS in load_scorer_prompts(str(tmp_path / "b"))["color"].text
-    main([*command, "--output_dir", str(tmp_path / "b")])  # the history alone
-    assert "yes: better" in capsys.readouterr().out
+    count = len(server.requests)
+    main([*command, "--output_dir", str(tmp_path / "b"), "--plan"])  # nobody is asked
+    assert "yes: better" in capsys.readouterr().out and len(server.requests) == count
+    for wrong, message in [
+        ([*candidate, "--from-base"], "begin the folder with --from_base --rounds 0"),
+        ([*candidate, "--tasks", "remove"], "is a prompt for the task 'color', but --tasks names remove"),
+        (["--from-base"], "did not start from the base prompt: choose another output_dir"),
+        (["--tasks", "remove"], "No task can be refined. The task 'remove' has no rated edits"),
+        (["--rounds", "-1"], "rounds=-1 must not be negative"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            main([*command, "--output_dir", str(tmp_path / "b"), *wrong])
+    (tmp_path / "other").mkdir()
+    append_answer(tmp_path / "other" / "ratings-x.jsonl", Rating("x", "other", None, 3, "r:1", "2026-01-01T00:00:00Z"))
+    command[3] = str(tmp_path / "other")
+    with pytest.raises(SystemExit, match="None of the 1 ratings at .*other is of these edits"):
+        main([*command, "--output_dir", str(tmp_path / "c")])
+    assert len(server.requests) == count and not (tmp_path / "c").exists()
+
+
+EDITORS = """
+import numpy as np
+from PIL import Image
+
+
+def edits(images, prompts, seeds, shift):
+    made = []
+    for image, prompt, seed in zip(images, prompts, seeds):
+        rng = np.random.default_rng([seed, shift])
+        pixels = np.zeros((16, 16, 3), np.uint8)
+        pixels[..., 0] = rng.integers(256)
+        pixels[-1] = 255 if rng.integers(2) else pixels[0]
+        made.append(Image.fromarray(pixels))
+    return made
+
+
+def first(images, prompts, seeds):
+    return edits(images, prompts, seeds, 0)
+
+
+def second(images, prompts, seeds):
+    return edits(images, prompts, seeds, 1)
+"""
+
+
+def test_stage_1_from_cases_to_prompts(server, tmp_path, capsys):
+    """The steps of docs/building_an_hp_scorer.md; `measure-agreement` of runs is in tests/bench/test_study.py."""
+    cases = [
+        {
+            "id": f"case {i}",
+            "prompt": f"Make it red, {i}",
+            "image": Image.new("RGB", (16, 16), (0, 0, i)),
+            "task": task,
+        }
+        for i, task in enumerate(["color", "style"] * 18)
+    ]
+    Dataset.from_list(cases).save_to_disk(tmp_path / "cases")
+    (tmp_path / "editors.py").write_text(EDITORS)
+    (tmp_path / "ratings").mkdir()
+    judge = options(server, tmp_path)
+    bench = ["bench", "realpref", "--dataset", str(tmp_path / "cases"), "--split", "train", *judge]
+    runs = [str(tmp_path / "runs" / name) for name in ("first", "second")]
+    for run in runs:
+        name = Path(run).name
+        main([*bench, "--editor", f"{tmp_path / 'editors.py'}:{name}", "--output_dir", run])
+    for run in map(read_run, runs):
+        for case in run.cases:
+            score = look("blotches", [Image.open(run.folder / case["edit"])])
+            for name in ("anna", "ben"):
+                rating = Rating(name, case["id"], run.name, score, "r:1", "2026-01-01T00:00:00+00:00")
+                append_answer(ratings_file(tmp_path / "ratings", name), rating)
+    ratings, prompts = str(tmp_path / "ratings"), str(tmp_path / "prompts")
+    split = ["--validation_fraction", "0.6"]
+    refine = ["refine-prompt", *runs, "--ratings", ratings, "--output_dir", prompts, *split, *judge]
+    count = len(server.requests)
+    main([*refine, "--plan"])
+    plan = squeezed(capsys.readouterr().out)
+    assert (
+        re.search(r"\| color \| 18 \| 2 \| 2 \| 0\.\d\d \| \d", plan) and "assumed" not in plan
+    )  # known from the runs
+    main([*refine, "--plan", "--from-base"])
+    assert "| color | 18 | 2 | 2 | 0.70 assumed |" in squeezed(capsys.readouterr().out)
+    assert len(server.requests) == count and not Path(prompts).exists()
+    main([*refine, "--from-base", "--target", "0.95"])
+    rows = [row for row in squeezed(capsys.readouterr().out).splitlines() if "the target is reached" in row]
+    assert [row.split(" | ")[:4] for row in rows] == [["| color", "3", "1", "1"], ["| style", "3", "1", "1"]]
+    assert sorted(load_scorer_prompts(prompts)) == ["base", "color", "style"]
+    count = len(server.requests)
+    main([*refine, "--from-base", "--target", "0.95"])
+    assert "the target is reached" in capsys.readouterr().out and len(server.requests) <= count + 2  # a trial
+    # The edits are scored again with the refined prompts, and agree with people
+    again = str(tmp_path / "again")
+    main(
+        [*bench, "--editor", f"{runs[0]}/edits", "--name", "first", "--scorer_prompts", prompts, "--output_dir", again]
+    )
+    refined = read_run(again)
+    assert [case["hp_score"] for case in refined.cases] == [
+        look("blotches", [Image.open(refined.folder / case["edit"])]) for case in refined.cases
+    ]
 
 
 def test_what_goes_wrong_is_said_in_a_line(server, tmp_path):
@@ -121,8 +214,12 @@ def test_what_goes_wrong_is_said_in_a_line(server, tmp_path):
         (["score", edits, "--judge", str(tmp_path / "edits"), "--cache", "none"], "has no processor"),
         (["score", edits, "--judge_base_url", server.url, "--scorer_prompts", str(tmp_path)], "No scorer prompts"),
         (
-            ["refine-prompt", "add", edits, "--ratings", edits, "--output_dir", edits, "--judge_base_url", server.url],
+            ["refine-prompt", edits, "--ratings", edits, "--output_dir", edits, "--judge_base_url", server.url],
             "No ratings at",
+        ),
+        (
+            ["refine-prompt", edits, "--ratings", edits, "--output_dir", edits, "--target", "1.5"],
+            "target=1.5 is no value of the statistic pearson: use one from -1 to 1",
         ),
     ]:
         with pytest.raises(SystemExit, match=message):

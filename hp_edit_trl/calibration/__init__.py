@@ -2,12 +2,28 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .agreement import agreement, agreement_difference, krippendorff_alpha, krippendorff_interval
+from .acceptance import acceptance_power, swap_test
+from .agreement import (
+    agreement,
+    agreement_difference,
+    krippendorff_alpha,
+    krippendorff_interval,
+    mean_agreement,
+)
 from .agreement_page import agreement_tables, worst_disagreements, write_agreement
 from .comparison import compare_with_people
 from .label_studio import from_label_studio, label_studio_config, to_label_studio
 from .probe import probe_judge
-from .refine import PromptRefiner, add_questions, is_held_out, parse_questions
+from .refine import (
+    PromptRefiner,
+    add_questions,
+    history_table,
+    is_held_out,
+    parse_questions,
+    read_history,
+    summary_table,
+)
+from .refine_tasks import plan_refinement, plan_table, rated_tasks, refine_tasks
 from .rubric import Rubric, load_guidelines, load_rubric
 from .scoring import ScoringSummary, read_scores, score_dataset
 from .session import RatingSession, ReviewSession, assign_cases, sample_cases
@@ -31,6 +47,7 @@ __all__ = [
     "ReviewSession",
     "Rubric",
     "ScoringSummary",
+    "acceptance_power",
     "add_questions",
     "agreement",
     "agreement_difference",
@@ -40,17 +57,26 @@ __all__ = [
     "build_app",
     "compare_with_people",
     "from_label_studio",
+    "history_table",
     "is_held_out",
     "krippendorff_alpha",
     "krippendorff_interval",
     "label_studio_config",
     "load_guidelines",
     "load_rubric",
+    "mean_agreement",
     "parse_questions",
+    "plan_refinement",
+    "plan_table",
     "probe_judge",
+    "rated_tasks",
+    "read_history",
     "read_scores",
+    "refine_tasks",
     "sample_cases",
     "score_dataset",
+    "summary_table",
+    "swap_test",
     "to_label_studio",
     "worst_disagreements",
     "write_agreement",

@@ -126,6 +126,7 @@ def agreement_difference(
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """
     Measures how much better or worse scorer `b` agrees with people than scorer `a`, on the edits that both scored.
@@ -143,6 +144,9 @@ def agreement_difference(
             One of `STATISTICS`.
         clusters, confidence, num_resamples, seed:
             See [`agreement`].
+        groups (`Sequence[str]`, *optional*):
+            Group of each edit, e.g. its task. The statistics are then unweighted means over the groups; a group in
+            which one of the two is undefined is left out.
 
     Returns:
         `dict`: `difference` (`b` minus `a`), `low` and `high` of its interval, `a` and `b` (the statistic of each
@@ -160,11 +164,10 @@ def agreement_difference(
             f"There are {len(people)} human values, {len(a)} and {len(b)} scores: each edit needs all three."
         )
     both = ~(np.isnan(a) | np.isnan(b))
-    cluster_of, group_of = (labels[both] for labels in cluster_labels(clusters, None, len(people)))
+    cluster_of, group_of = (labels[both] for labels in cluster_labels(clusters, groups, len(people)))
     people, a, b = people[both], a[both], b[both]
     weights = bootstrap_weights(cluster_of, group_of, confidence, num_resamples, seed)
-    rows_a, rows_b = (_resampled(statistic, people, scores, weights) for scores in (a, b))
-    reason = _why_undefined(statistic, people, a) or _why_undefined(statistic, people, b)
+    (rows_a, rows_b), reason = _mean_over_groups(statistic, people, (a, b), group_of, weights)
     result = estimate(rows_b - rows_a, confidence, len(np.unique(cluster_of)), reason)
     return {
         "difference": result.pop("value"),
@@ -175,6 +178,41 @@ def agreement_difference(
         "missing": int((~both).sum()),
         "statistic": statistic,
     }
+
+
+def mean_agreement(
+    human: Sequence[float],
+    scores: Sequence[float | None],
+    clusters: Sequence[Hashable] | None = None,
+    statistic: str = "pearson",
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """
+    Measures one statistic of the agreement between people and a scorer: the unweighted mean over the groups in which
+    it is defined.
+
+    Args:
+        human, scores, clusters, confidence, num_resamples, seed, groups:
+            See [`agreement`].
+        statistic (`str`, *optional*, defaults to `"pearson"`):
+            One of `STATISTICS`.
+
+    Returns:
+        `dict`: `value`, `low`, `high`, `undefined_resamples` and `reason`, as in [`agreement`].
+
+    Raises:
+        `ValueError`: As in [`agreement`], or if the statistic is unknown.
+    """
+    _check_statistics([statistic])
+    people, scorer = _checked(human, "human"), _checked(scores, "scores", may_miss=True)
+    present = ~np.isnan(scorer)
+    cluster_of, group_of = (labels[present] for labels in cluster_labels(clusters, groups, len(people)))
+    weights = bootstrap_weights(cluster_of, group_of, confidence, num_resamples, seed)
+    (rows,), reason = _mean_over_groups(statistic, people[present], (scorer[present],), group_of, weights)
+    return estimate(rows, confidence, len(np.unique(cluster_of)), reason)
 
 
 def krippendorff_alpha(
@@ -338,7 +376,42 @@ def statistic_of(statistic: str, human: np.ndarray, scores: np.ndarray, weights:
 
 
 def _resampled(statistic: str, human: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return np.array([statistic_of(statistic, human, scores, row) for row in weights])
+    if statistic != "pearson":
+        return np.array([statistic_of(statistic, human, scores, row) for row in weights])
+    # The most used one, from weighted sums, which is many times as fast
+    if not len(human):
+        return np.full(len(weights), np.nan)
+    x, y = human - human.mean(), scores - scores.mean()
+    columns = np.stack([x, y, x * x, y * y, x * y], axis=1)
+    of_x, of_y, of_xx, of_yy, of_xy = (weights @ columns / np.maximum(weights.sum(1), 1)[:, None]).T
+    variances = np.stack([of_xx - of_x**2, of_yy - of_y**2])
+    defined = ((weights > 0).sum(1) >= 3) & (variances > 1e-14).all(0)
+    rows = np.full(len(weights), np.nan)
+    np.divide(of_xy - of_x * of_y, np.sqrt(np.maximum(variances, 0).prod(0)), out=rows, where=defined)
+    return np.clip(rows, -1, 1)
+
+
+def _mean_over_groups(
+    statistic: str, human: np.ndarray, scores: Sequence[np.ndarray], group_of: np.ndarray, weights: np.ndarray
+) -> tuple[list[np.ndarray], str | None]:
+    """
+    The statistic of each of several scores on the resamples, as a mean over the groups in which it is defined for all
+    of them, and why it is not defined in others.
+    """
+    parts = [group_of == name for name in np.unique(group_of)] or [np.ones(len(human), bool)]
+    problems = [[_why_undefined(statistic, human[of], one[of]) for of in parts] for one in scores]
+    in_all = [not any(of_part) for of_part in zip(*problems, strict=True)]
+    means = []
+    for one, of_one in zip(scores, problems, strict=True):
+        # If no group is defined for all, those that are for this one tell at least its own value.
+        used = in_all if any(in_all) else [problem is None for problem in of_one]
+        rows = [
+            _resampled(statistic, human[of], one[of], weights[:, of])
+            for of, use in zip(parts, used, strict=True)
+            if use
+        ]
+        means.append(np.mean(rows, axis=0) if rows else np.full(len(weights), np.nan))
+    return means, next((problem for of_one in problems for problem in of_one if problem), None)
 
 
 def _why_undefined(statistic: str, human: np.ndarray, scores: np.ndarray) -> str | None:

@@ -62,44 +62,87 @@ def _probe_judge(args: argparse.Namespace) -> None:
 
 
 def _refine_prompt(args: argparse.Namespace) -> None:
-    from ..calibration import PromptRefiner
+    from ..bench import edits_of_runs, scores_of_runs
+    from ..calibration import (
+        PromptRefiner,
+        history_table,
+        plan_refinement,
+        plan_table,
+        rated_tasks,
+        read_history,
+        refine_tasks,
+        summary_table,
+    )
+    from ..calibration.refine import check_refinement
     from ..cases import max_references
     from ..judges import load_judge
     from ..ratings import read_ratings
     from ..rewards import read_scorer_prompt
 
-    dataset = _load_edits(args)
-    ratings, _ = read_ratings(args.ratings, dataset, args.rubric)
+    candidate = None if args.candidate is None else read_scorer_prompt(args.candidate)
+    tasks = None if args.tasks is None else [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if candidate is not None and args.from_base:
+        raise ValueError(
+            "--candidate is compared with the current prompt, but --from_base says where to start: begin the folder "
+            "with --from_base --rounds 0, which measures the base prompt, then compare the candidate without "
+            "--from_base."
+        )
+    if candidate is not None and tasks not in (None, [candidate.task]):
+        raise ValueError(
+            f"{args.candidate} is a prompt for the task {candidate.task!r}, but --tasks names {args.tasks}: leave out "
+            "--tasks."
+        )
+    check_refinement(args.statistic, args.validation_fraction, args.confidence, args.rounds, args.target)
+    runs = _runs(args.dataset)
+    if runs:
+        dataset = edits_of_runs(runs)
+    else:
+        args.dataset = _only(args.dataset, "dataset")
+        dataset = _load_edits(args)
+    ratings, left_out = read_ratings(args.ratings, dataset, args.rubric)
+    if not ratings:
+        raise ValueError(
+            f"None of the {len(left_out)} ratings at {args.ratings} is of these edits, which are named by id and "
+            "editor: name the dataset or the runs that were rated."
+        )
+    split: dict[str, Any] = {"validation_fraction": args.validation_fraction, "seed": args.seed}
+    named = tasks if candidate is None else [candidate.task]
+    rated, missing = rated_tasks(dataset, ratings, named, args.statistic, **split)
+    for reason in missing.values():
+        print(f"hp-edit: left out: {reason}", file=sys.stderr)
     scorer = scorer_of(args)
-    refiner = PromptRefiner(
-        args.task,
-        scorer,
-        dataset,
-        ratings,
-        args.output_dir,
-        statistic=args.statistic,
-        validation_fraction=args.validation_fraction,
-        confidence=args.confidence,
-        seed=args.seed,
-    )
-    if args.candidate is not None or args.propose:
-        scorer.load(1 + max_references(dataset))
-    if args.candidate is not None:
-        refiner.compare(read_scorer_prompt(args.candidate))
-    elif args.propose:
-        revision = args.judge_revision if args.proposer is None else None
-        base_url = args.proposer_base_url or args.judge_base_url
-        proposer = load_judge(args.proposer or args.judge, base_url, revision, max_new_tokens=2048, timeout=600)
-        try:
-            for _ in range(args.rounds):
-                candidate, questions = refiner.propose(proposer)
-                for question in questions:
-                    print(f"Proposed for revision {candidate.name}: {question}", file=sys.stderr)
-                refiner.compare(candidate, questions)
-        except (ValueError, ConnectionError):
-            print(refiner.table())  # of the rounds before
-            raise
-    print(refiner.table())
+    options: dict[str, Any] = {"statistic": args.statistic, "confidence": args.confidence, **split}
+    options["from_base"] = args.from_base
+    scores = scores_of_runs(runs) if runs and all(run.hp_scores for run in runs) else []
+    rounds = args.rounds if candidate is None else 1
+    print(plan_table(plan_refinement(rated, scorer, args.output_dir, scores, **options), rounds), flush=True)
+    history = [entry for one in rated for entry in read_history(args.output_dir, one.task)]
+    if args.plan:
+        if history:
+            print(history_table(history))
+        return
+    scorer.load(1 + max_references(dataset))
+    if candidate is not None:
+        refiner = PromptRefiner(candidate.task, scorer, dataset, ratings, args.output_dir, **options)
+        refiner.compare(candidate)
+        print(refiner.table())
+        return
+    revision = args.judge_revision if args.proposer is None else None
+    base_url = args.proposer_base_url or args.judge_base_url
+    proposer = load_judge(args.proposer or args.judge, base_url, revision, max_new_tokens=2048, timeout=600)
+    summaries: list[dict[str, Any]] = []
+    try:
+        for summary in refine_tasks(
+            rated, scorer, dataset, ratings, args.output_dir, proposer, args.rounds, args.target, **options
+        ):
+            print(f"hp-edit: {summary['task']}: {summary['reason']}", file=sys.stderr)
+            summaries.append(summary)
+    finally:  # also what was done before a judge failed
+        history = [entry for one in rated for entry in read_history(args.output_dir, one.task)]
+        print(f"{history_table(history)}\n{summary_table(summaries)}")
+    if failed := [summary["task"] for summary in summaries if summary["failed"]]:
+        raise ValueError(f"{', '.join(failed)} did not finish. Run the same command again to resume.")
+    print(args.output_dir)
 
 
 def _measure_agreement(args: argparse.Namespace) -> None:
@@ -216,23 +259,33 @@ def register(commands: Any) -> None:
     add_scorer_options(command)
     command.set_defaults(run=_probe_judge)
 
-    command = commands.add_parser("refine-prompt", help="refine a task's scorer prompt against ratings")
-    command.add_argument("task")
-    add_dataset_options(command)
+    command = commands.add_parser("refine-prompt", help="refine scorer prompts against ratings, or resume")
+    add_dataset_options(command, with_runs=True)
     command.add_argument("--ratings", required=True, help="folder of ratings, or a file")
     command.add_argument("--rubric", help="use only ratings made with this revision of the rubric")
     command.add_argument("--output_dir", required=True, help="folder of the scorer prompts and their history")
+    command.add_argument(
+        "--tasks",
+        help="tasks, separated by commas; by default all that have ratings. 'base' is the base prompt, refined on the "
+        "edits of all tasks",
+    )
+    command.add_argument(
+        "--from_base",
+        action="store_true",
+        help="start from the base prompt, which has the criteria alone, and not from finished prompts",
+    )
     what = command.add_mutually_exclusive_group()
     what.add_argument("--candidate", help="Markdown file of a revision to compare with the current one")
-    what.add_argument("--propose", action="store_true", help="let a model propose questions to add")
+    what.add_argument("--plan", action="store_true", help="only show what can be detected, and what was done so far")
+    command.add_argument("--target", type=float, help="stop when the agreement on the held-out cases is reached")
+    command.add_argument("--rounds", type=int, default=3, help="of proposals for each task, earlier ones included")
     command.add_argument("--proposer", help="model that proposes questions; by default the judge's")
     command.add_argument(
         "--proposer_base_url", help="its OpenAI-compatible server, or several; by default the judge's"
     )
-    command.add_argument("--rounds", type=int, default=3, help="of proposals")
     command.add_argument("--statistic", choices=("pearson", "spearman", "kendall", "mae"), default="pearson")
-    command.add_argument("--validation_fraction", type=float, default=0.5)
-    command.add_argument("--confidence", type=float, default=0.95)
+    command.add_argument("--validation_fraction", type=float, default=0.8, help="share of held-out cases")
+    command.add_argument("--confidence", type=float, default=0.95, help="that nothing without merit is adopted")
     command.add_argument("--seed", type=int, default=0)
     add_scorer_options(command)
     command.set_defaults(run=_refine_prompt)

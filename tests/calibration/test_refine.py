@@ -75,7 +75,7 @@ def first_prompts(judge):
 def test_the_split_is_fixed_by_the_case_alone():
     ids = [f"case {i}" for i in range(4000)]
     held_out = [is_held_out(one) for one in ids]
-    assert abs(np.mean(held_out) - 0.5) < 0.03
+    assert abs(np.mean(held_out) - 0.8) < 0.03
     assert held_out[:100] == [is_held_out(one) for one in ids[:100]]
     assert abs(np.mean([is_held_out(one, 0.2) for one in ids]) - 0.2) < 0.03
     assert held_out != [is_held_out(one, seed=1) for one in ids]
@@ -94,7 +94,8 @@ def test_a_better_prompt_is_adopted_and_the_folder_is_one_of_prompts(tmp_path):
         [look(text, [dataset[i]["image"], dataset[i]["edit"]]) for i in side]
         for text in (load_scorer_prompts()["color"].text, revision("2", ARTIFACTS).text)
     ]
-    expected = agreement_difference(human, *scores, [f"case {i}" for i in side], num_resamples=2000)
+    groups = ["color"] * len(side)
+    expected = agreement_difference(human, *scores, [f"case {i}" for i in side], num_resamples=2000, groups=groups)
     assert entry["validation"]["difference"] == pytest.approx(expected["difference"])
     assert entry["validation"]["low"] == pytest.approx(expected["low"])
     assert entry["validation"]["before"] == pytest.approx(np.corrcoef(human, scores[0])[0, 1])
@@ -113,7 +114,7 @@ def test_a_worse_prompt_never_looks_at_the_held_out_cases(tmp_path):
     assert work.current.name == "1" and load_scorer_prompts(str(tmp_path))["color"].name == "1"
 
 
-def test_a_gain_within_its_interval_is_not_adopted_and_each_look_costs_confidence(tmp_path):
+def test_a_gain_that_may_be_chance_is_not_adopted_and_each_look_costs_confidence(tmp_path):
     # One blotched edit on each side of the split is judged better: a gain, but none to rely on.
     dataset, ratings = world(noise=1.0)
     blotched = [i for i, row in enumerate(dataset) if row["edit"].getpixel((0, 15))[1] == 255]
@@ -128,7 +129,7 @@ def test_a_gain_within_its_interval_is_not_adopted_and_each_look_costs_confidenc
     for k in (1, 2):
         entry = work.compare(revision(f"{k + 1}", "Was patience shown?" + " At all?" * k))
         assert entry["look"] == k and entry["validation"]["gain"] > 0 and not entry["adopted"]
-        assert entry["reason"] == "the gain on the held-out cases is within its interval"
+        assert entry["reason"].startswith("the gain on the held-out cases may be chance")
         assert entry["validation"]["confidence"] == pytest.approx(1 - 2 * 0.05 / (k * (k + 1)))
     # Asked again, it does not look again
     assert work.compare(revision("3", "Was patience shown? At all? At all?")) == entry
@@ -257,7 +258,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="'color' has 0 rated cases for calibration and 0 held out"):
         refiner(tmp_path, data=(dataset, []))
     few = [Rating(r.annotator, r.id, None, r.score if r.id < "case 2" else None, "r:1", r.time) for r in ratings]
-    with pytest.raises(ValueError, match="at least eight are needed on each side"):
+    with pytest.raises(ValueError, match="2 rated cases for calibration and 10 held out; at least 5 and 8 are needed"):
         refiner(tmp_path, data=(dataset, few))
     with pytest.raises(ValueError, match="statistic='r2' is unknown"):
         refiner(tmp_path, statistic="r2")
@@ -373,8 +374,9 @@ def test_the_swap_test_against_all_permutations(statistic):
         swapped = np.array([swaps["abcdefgh".index(cluster)] for cluster in clusters])
         gains.append(measure(np.where(swapped, before, after)) - measure(np.where(swapped, after, before)))
     exact = np.mean(np.array(gains) >= gains[0] - 1e-9)
-    found = swap_test(human, before, after, clusters, statistic, 4000)
-    assert found == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 4000) + 1e-3)
+    count = 500 if statistic == "kendall" else 4000
+    found = swap_test(human, before, after, clusters, statistic, count)
+    assert found == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / count) + 2 / count)
 
 
 def test_the_table_says_what_was_compared(tmp_path):

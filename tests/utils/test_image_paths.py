@@ -143,7 +143,7 @@ def test_all_doors_refuse(tmp_path, private, capsys):
         ["score", path], ["probe-judge", path], ["annotate", path], ["check-dataset", path],
         ["export-ratings", path, path, "--output_dir", f"{tmp_path}/out"],
         ["import-ratings", path, path, "--output_dir", f"{tmp_path}/out"],
-        ["refine-prompt", "add", path, "--ratings", path, "--output_dir", f"{tmp_path}/out"],
+        ["refine-prompt", path, "--ratings", path, "--output_dir", f"{tmp_path}/out"],
     ):  # fmt: skip
         with pytest.raises(SystemExit, match=REFUSED):
             main(command)
