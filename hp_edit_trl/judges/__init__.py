@@ -18,7 +18,7 @@ from .base import (
 )
 from .cache import CachedJudge
 from .failures import FailureLimit, JudgeRefusedError, JudgeTally
-from .server import ServerJudge
+from .server import ScoreServer, ServerJudge
 from .transformers import TransformersJudge
 
 
@@ -144,6 +144,8 @@ __all__ = [
     "JudgeRefusedError",
     "JudgeTally",
     "Judgement",
+    "Parser",
+    "ScoreServer",
     "ServerJudge",
     "TransformersJudge",
     "describe_judge",

@@ -1,7 +1,29 @@
-"""Reward functions made of a judge's answers, and their scorer prompts."""
+"""Reward functions for edits, most of them made of a judge's answers, and their scorer prompts."""
 
+from .base import Reward, Rewards
+from .editing_judges import EditScoreReward, FIRMReward, RationalReward, UnifiedPairReward, UnifiedReward
+from .gate import Gate
 from .hp_scorer import HPScorerReward
+from .http import HTTPReward
 from .prompts import ScorerPrompt, load_scorer_prompts, read_scorer_prompt
+from .tournament import TournamentReward
+from .vlm import VLMReward
 
 
-__all__ = ["HPScorerReward", "ScorerPrompt", "load_scorer_prompts", "read_scorer_prompt"]
+__all__ = [
+    "EditScoreReward",
+    "FIRMReward",
+    "Gate",
+    "HPScorerReward",
+    "HTTPReward",
+    "RationalReward",
+    "Reward",
+    "Rewards",
+    "ScorerPrompt",
+    "TournamentReward",
+    "UnifiedPairReward",
+    "UnifiedReward",
+    "VLMReward",
+    "load_scorer_prompts",
+    "read_scorer_prompt",
+]
