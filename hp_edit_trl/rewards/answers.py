@@ -5,18 +5,22 @@ import re
 from typing import Any
 
 from ..judges import without_reasoning
+from ..judges.base import LONGEST_ANSWER
 
 
 def final_answer(answer: str) -> str:
-    """What follows the reasoning that `</think>` closes; nothing if the reasoning was cut off."""
+    """
+    What follows the reasoning that `</think>` closes; nothing if the reasoning was cut off, or if the answer is so
+    long that its writer is stuck in a loop.
+    """
     text = without_reasoning(answer).strip()
-    return "" if "<think>" in text else text
+    return "" if "<think>" in text or len(text) > LONGEST_ANSWER else text
 
 
 def json_values(text: str, key: str) -> list[Any]:
     """The values of a key in all JSON objects in a text."""
     found, decoder = [], json.JSONDecoder()
-    for start in (match.start() for match in re.finditer(r"\{", text)):
+    for start in (match.start() for match in re.finditer(r'\{\s*"', text)):
         try:
             value, _ = decoder.raw_decode(text, start)
         except RecursionError:  # a judge that repeats one bracket until its answer ends
@@ -85,16 +89,21 @@ def parse_aspects(answer: str) -> float | None:
     one is missing, or outside the range.
     """
     text = final_answer(answer).partition("# Summary")[0]
-    headings = ("Text Faithfulness", "Image Faithfulness", "Physical and Visual Quality", "Text Rendering")
-    pattern = ".*?".join(
-        rf"\d\.\W*{heading}\W.*?##\W*Score\W*?[:*\s\[]+(\d+(?:\.\d+)?|N/?A)\b" for heading in headings
-    )
-    match = re.search(pattern, text, re.DOTALL | re.IGNORECASE)
-    if match is None:
-        return None
-    *needed, rendering = match.groups()
-    given = needed if rendering.upper() in ("N/A", "NA") else [*needed, rendering]
-    if any(one.upper() in ("N/A", "NA") for one in given):
+    starts = []
+    for heading in ("Text Faithfulness", "Image Faithfulness", "Physical and Visual Quality", "Text Rendering"):
+        found = re.compile(rf"\d\.\W{{0,8}}{heading}", re.IGNORECASE).search(text, starts[-1] if starts else 0)
+        if found is None:
+            return None
+        starts.append(found.end())
+    given = []
+    for start, end in zip(starts, [*starts[1:], None], strict=True):
+        score = re.search(r"##\W{0,8}Score[:*\s\[]+(\d+(?:\.\d+)?|N/?A\b)", text[start:end], re.IGNORECASE)
+        if score is None:
+            return None
+        given.append(score[1].upper())
+    if given[-1] in ("N/A", "NA"):  # only a text that has to be shown can be rendered
+        given.pop()
+    if any(one in ("N/A", "NA") for one in given):
         return None
     scores = [float(one) for one in given]
     return sum(scores) / len(scores) if all(1 <= one <= 4 for one in scores) else None
