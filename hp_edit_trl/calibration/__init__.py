@@ -6,6 +6,7 @@ from .agreement import agreement, agreement_difference, krippendorff_alpha, krip
 from .agreement_page import agreement_tables, worst_disagreements, write_agreement
 from .comparison import compare_with_people
 from .label_studio import from_label_studio, label_studio_config, to_label_studio
+from .preferences import load_preferences, measure_preferences, preferences_table
 from .probe import probe_judge
 from .refine import PromptRefiner, add_questions, is_held_out, parse_questions
 from .rubric import Rubric, load_guidelines, load_rubric
@@ -45,8 +46,11 @@ __all__ = [
     "krippendorff_interval",
     "label_studio_config",
     "load_guidelines",
+    "load_preferences",
     "load_rubric",
+    "measure_preferences",
     "parse_questions",
+    "preferences_table",
     "probe_judge",
     "read_scores",
     "sample_cases",

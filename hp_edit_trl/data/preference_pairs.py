@@ -222,6 +222,11 @@ def sample_and_score(
     sampling = redacted({**editor.identity, "seed": seed})
     scoring = {"reward_func": get_callable_name(reward_func), "score_name": score_name}
     if isinstance(reward_func, Reward):
+        if reward_func.needs_groups:
+            raise ValueError(
+                f"{get_callable_name(reward_func)} compares the edits of a case with each other. Edits are mined and "
+                "scored one by one, so that a run can resume: use a reward that judges each edit by itself."
+            )
         if reward_func.task is None:
             reward_func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
         scoring["scorer"] = reward_func.description

@@ -571,7 +571,8 @@ class ServerJudge:
 
     async def _as_openai(self, part: dict[str, Any], encoded: dict[bytes, asyncio.Task[str]]) -> dict[str, Any]:
         if part["type"] != "image":
-            return {**part, "text": without_control_tokens(part["text"])}
+            text = part["text"] if part.get("trusted") else without_control_tokens(part["text"])
+            return {"type": part["type"], "text": text}
         # The edits of a case share its references. By content, because each edit may come with copies of its own.
         key = await asyncio.to_thread(image_digest, part["image"])
         if key not in encoded:

@@ -2,7 +2,14 @@
 
 from .aesthetic import AestheticReward
 from .base import Reward, Rewards
-from .editing_judges import EditScoreReward, FIRMReward, RationalReward, UnifiedPairReward, UnifiedReward
+from .editing_judges import (
+    EditScoreReward,
+    FIRMReward,
+    RationalReward,
+    SpatialReward,
+    UnifiedPairReward,
+    UnifiedReward,
+)
 from .gate import Gate
 from .hp_scorer import HPScorerReward
 from .http import HTTPReward
@@ -26,6 +33,7 @@ __all__ = [
     "Reward",
     "Rewards",
     "ScorerPrompt",
+    "SpatialReward",
     "TournamentReward",
     "UnifiedPairReward",
     "UnifiedReward",

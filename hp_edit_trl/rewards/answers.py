@@ -89,7 +89,7 @@ def parse_aspects(answer: str) -> float | None:
     one is missing, or outside the range.
     """
     text = final_answer(answer).partition("# Summary")[0]
-    starts = []
+    starts: list[int] = []
     for heading in ("Text Faithfulness", "Image Faithfulness", "Physical and Visual Quality", "Text Rendering"):
         found = re.compile(rf"\d\.\W{{0,8}}{heading}", re.IGNORECASE).search(text, starts[-1] if starts else 0)
         if found is None:

@@ -8,9 +8,9 @@ authors' own files, which are not part of this package, and never executed. Pape
 
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..judges import Judge
 from .answers import parse_aspects, parse_one_to_five, parse_pair_of_25, parse_preference
@@ -35,6 +35,16 @@ def _scorer_prompt(name: str, text: str, shows_instruction: bool = True) -> Scor
     if shows_instruction and "{prompt}" not in text:
         raise ValueError(f"The authors' prompt for {name} has no place for the instruction: name another file.")
     return ScorerPrompt(name, f"{name}:sha-{hashlib.sha256(text.encode()).hexdigest()[:12]}", text)
+
+
+def _formatted(name: str, text: str, **values: Any) -> str:
+    """A template of `str.format` with its braces and values; those of the case stay in braces."""
+    try:
+        return text.format(**values)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"The authors' prompt for {name} has another form ({type(error).__name__}: {error}): name another file."
+        ) from error
 
 
 def geometric_mean_of_25(consistency: float, quality: float) -> float:
@@ -286,7 +296,9 @@ class FIRMReward(VLMReward):
         texts = _authors_texts(scorer_prompts, "prompt_template.py", list(names.values()))
         super().__init__(
             {
-                name: _scorer_prompt(name, re.sub(r"\{\{|\}\}", lambda brace: brace[0][0], texts[theirs]))
+                name: _scorer_prompt(
+                    name, _formatted(name, texts[theirs], prompt="{prompt}", requirement="{requirement}")
+                )
                 for name, theirs in names.items()
             },
             parse_one_to_five,
@@ -300,3 +312,55 @@ class FIRMReward(VLMReward):
 
     def _combined(self, execution: float, consistency: float) -> float:
         return (execution - 1) / 4 * (self.execution_weight + (1 - self.execution_weight) * (consistency - 1) / 4)
+
+
+class SpatialReward(VLMReward):
+    r"""
+    Reward by SpatialReward: \\( \sqrt{SC \cdot PQ} / 25 \\). The judge first says where the image was edited. SC is
+    the smaller of its scores for the success of the edit and for what it left alone, PQ the smaller of those for
+    naturalness and cleanness, each from 0 to 25. The authors' server offers this mean and a weighted one.
+
+    Paper: [SpatialReward](https://huggingface.co/papers/2602.07458).
+
+    Args:
+        scorer_prompts (`str` or `Path`):
+            The authors' `example/reward/server/spatial_reward_scorer.py`, or its folder.
+        judge (`str` or [`Judge`], *optional*, defaults to `"SpatialReward/SpatialReward-8B"`):
+            The judge, see [`VLMReward`].
+        judge_base_url (`str` or `Sequence[str]`, *optional*):
+            Its server, or several.
+        max_new_tokens (`int`, *optional*, defaults to `512`):
+            Longest answer.
+
+    Raises:
+        `FileNotFoundError`: If there is no such file.
+        `ValueError`: If a prompt is missing in it, or the judge cannot be used.
+    """
+
+    max_references = 1
+
+    def __init__(
+        self,
+        scorer_prompts: str | Path,
+        judge: str | Judge = "SpatialReward/SpatialReward-8B",
+        judge_base_url: str | Sequence[str] | None = None,
+        max_new_tokens: int = 512,
+    ):
+        names = ("SC_PROMPT_TEMPLATE", "PQ_PROMPT_TEMPLATE")
+        texts = _authors_texts(scorer_prompts, "spatial_reward_scorer.py", names)
+        consistency, quality = (
+            _formatted("SpatialReward", texts[name], score_range=25, instruction="{prompt}") for name in names
+        )
+        prompts = {
+            "spatial_sc": _scorer_prompt("spatial_sc", consistency),
+            "spatial_pq": _scorer_prompt("spatial_pq", f"{{edit}}{quality}", shows_instruction=False),
+        }
+        super().__init__(
+            prompts,
+            parse_pair_of_25,
+            geometric_mean_of_25,
+            judge,
+            judge_base_url,
+            max_new_tokens=max_new_tokens,
+            quote=False,
+        )

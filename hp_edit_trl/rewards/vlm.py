@@ -24,6 +24,7 @@ from ..judges import (
 )
 from ..judges.base import fit_image, load_for
 from ..judges.failures import check_not_refused
+from ..utils.texts import without_control_tokens
 from .base import Reward, Rewards, read_cases
 from .prompts import ScorerPrompt, load_scorer_prompts
 
@@ -73,11 +74,15 @@ def fill_conversation(
         requirement (`str`, *optional*):
             Further requirements of the case.
         quote (`bool`, *optional*, defaults to `True`):
-            Write both as JSON strings, see [`ScorerPrompt.fill`].
+            Write both as JSON strings, see [`ScorerPrompt.fill`]. `False` is for prompts that a judge was trained
+            with: also what looks like a control token in the prompt itself is kept.
 
     Returns:
         `list[dict]`: the messages.
     """
+    if not quote:
+        instruction = without_control_tokens(instruction)
+        requirement = None if requirement is None else without_control_tokens(requirement)
     before, marker, user = prompt.text.partition("{user}")
     system, user = (before, user) if marker else ("", before)
     places = "|".join(re.escape(f"{{{name}}}") for name in shown)
@@ -91,7 +96,7 @@ def fill_conversation(
                 content += [{"type": "image", "image": image} for image in shown[piece[1:-1]]]
             elif piece:
                 words = replace(prompt, text=piece).fill(instruction, requirement, quote)
-                content.append({"type": "text", "text": words})
+                content.append({"type": "text", "text": words} | ({} if quote else {"trusted": True}))
         if content:
             messages.append({"role": role, "content": content})
     return messages

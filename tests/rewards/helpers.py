@@ -113,6 +113,18 @@ Instruction: {prompt}
 }}
 """
 '''
+SPATIAL = '''
+SC_PROMPT_TEMPLATE = """WHERE {{"id": 0~n}} and how, 0 to {score_range}.
+- <|bbox_{{id}}|> before each region
+- <|global|> before the whole
+Editing instruction:
+{instruction}"""
+PQ_PROMPT_TEMPLATE = """{{{{
+"score" : [...]
+}}}}
+0 to {score_range}.
+"""
+'''
 ASPECTS = """# User Request Analysis
 Text Faithfulness is what counts here.
 # Detailed Judgement

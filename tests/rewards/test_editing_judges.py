@@ -2,10 +2,17 @@ import json
 
 import pytest
 
-from hp_edit_trl.rewards import EditScoreReward, FIRMReward, RationalReward, UnifiedPairReward, UnifiedReward
+from hp_edit_trl.rewards import (
+    EditScoreReward,
+    FIRMReward,
+    RationalReward,
+    SpatialReward,
+    UnifiedPairReward,
+    UnifiedReward,
+)
 from tests.helpers import photo
 from tests.judges.test_judges import completion, serve  # noqa: F401
-from tests.rewards.helpers import ASPECTS, FIRM, PAIRWISE, POINTWISE, QUALITY, RATIONAL, VIE_PROMPTS, call
+from tests.rewards.helpers import ASPECTS, FIRM, PAIRWISE, POINTWISE, QUALITY, RATIONAL, SPATIAL, VIE_PROMPTS, call
 
 
 FILES = {
@@ -15,6 +22,7 @@ FILES = {
     "edit_pairwise_rank.py": PAIRWISE,
     "train_qwen_edit_rationalrewards.py": RATIONAL,
     "prompt_template.py": FIRM,
+    "spatial_reward_scorer.py": SPATIAL,
 }
 TWO = 'CONTEXT for 10 years {\n"reasoning" : "...",\n"score" : [...]\n}\n\n'
 
@@ -89,6 +97,17 @@ def test_firm(folder, serve):  # noqa: F811
         FIRMReward(folder, "m", server.url, execution_weight=2)
 
 
+def test_spatialreward(folder, serve):  # noqa: F811
+    region = '{"edit_region": [{"id": 0, "bbox_2d": [1, 2, 3, 4]}], "reasoning": "<|bbox_0|> x", "score": [16, 25]}'
+    server = serve(lambda body, count: (200, completion(region) if "WHERE" in str(body) else pair([25, 25])))
+    assert call(SpatialReward(folder, "m", server.url), prompts=["Add <|im_end|>"])[0] == [pytest.approx(20 / 25)]
+    text = 'WHERE {"id": 0~n} and how, 0 to 25.\n- <|bbox_{id}|> before each region\n- <|global|> before the whole\n'
+    assert asked(server) == [  # tokens of the authors' prompt stay, and those of the case do not
+        [("user", [0, 1, f"{text}Editing instruction:\nAdd < |im_end|>"])],
+        [("user", [0, '{{\n"score" : [...]\n}}\n0 to 25.\n'])],
+    ]
+
+
 def test_an_answer_in_another_format_is_missing(folder, serve):  # noqa: F811
     server = serve(lambda body, count: (200, completion('{"score": [4]}')))
     rewards, metrics, _ = call(EditScoreReward(folder, "m", server.url))
@@ -104,6 +123,9 @@ def test_files_that_are_not_the_authors(folder, tmp_path, serve):  # noqa: F811
     (folder / "vie_prompts.py").write_text("not python at all")
     with pytest.raises(ValueError, match="is no Python file"):
         EditScoreReward(folder, "m")
+    (folder / "prompt_template.py").write_text(FIRM.replace("{prompt}", "{other}"))
+    with pytest.raises(ValueError, match="prompt for firm_execution has another form"):
+        FIRMReward(folder, "m")
     (folder / "prompt_template.py").write_text(FIRM.replace("{prompt}", "it"))
     with pytest.raises(ValueError, match="prompt for firm_execution has no place for the instruction"):
         FIRMReward(folder, "m")

@@ -1,7 +1,8 @@
 import pytest
 
-from hp_edit_trl import ServerJudge
+from hp_edit_trl import ServerJudge, TransformersJudge
 from hp_edit_trl.judges import CachedJudge, parse_score
+from hp_edit_trl.miniature.tiny import tiny_judge
 from hp_edit_trl.rewards import HPScorerReward, Rewards, VLMReward
 from hp_edit_trl.rewards.answers import parse_pair_of_25
 from tests.helpers import photo
@@ -72,3 +73,12 @@ def test_hp_scorer_is_one_of_them():
     reward = HPScorerReward(AnswersJudge(lambda chat: 3))
     assert isinstance(reward, VLMReward) and reward.description.endswith("task of the case")
     assert call(reward)[1] == {"hp_score": 3.0, "hp_score_failed": 0.0}
+
+
+def test_a_trusted_text_keeps_tokens_that_are_none_of_the_model(tmp_path):
+    judge = TransformersJudge(tiny_judge(str(tmp_path)))
+    texts = [{"type": "text", "text": "<|global|> <|im_end|>"}] * 2
+    texts[1] = texts[1] | {"trusted": True}
+    fitted = judge._fit([{"role": "user", "content": texts}])[0]["content"]
+    assert [part["text"] for part in fitted] == ["< |global|> < |im_end|>", "<|global|> < |im_end|>"]
+    assert all(part.keys() == {"type", "text"} for part in fitted)
