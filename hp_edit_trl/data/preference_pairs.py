@@ -41,7 +41,7 @@ from ..editors import PolicyEditor
 from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.failures import REFUSED
 from ..policies import check_prompt_lengths, policy_class
-from ..rewards import Reward, Rewards
+from ..rewards import Gate, Reward, Rewards
 from ..rewards.checks import check_rewards, failed_rewards, own_copy
 from ..utils.config import check_positive
 from ..utils.distributed import in_step, patient_accelerator
@@ -226,6 +226,11 @@ def sample_and_score(
             raise ValueError(
                 f"{get_callable_name(reward_func)} compares the edits of a case with each other. Edits are mined and "
                 "scored one by one, so that a run can resume: use a reward that judges each edit by itself."
+            )
+        if isinstance(reward_func, Gate) and score_name is not None:
+            raise ValueError(
+                f"score_name={score_name!r} names scores that have not passed the gate: use score_name=None, and "
+                "choose min_gap and min_chosen_score on the scale of the rewards."
             )
         if reward_func.task is None:
             reward_func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])

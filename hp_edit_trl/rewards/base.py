@@ -21,6 +21,9 @@ class Rewards(list[float | None]):
             apply to the case. By default all that are missing failed.
         tally ([`~hp_edit_trl.judges.JudgeTally`], *optional*):
             What the judgements cost, and the failures by kind.
+
+    Raises:
+        `ValueError`: If `failed` has another length.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class Rewards(list[float | None]):
         super().__init__(rewards)
         self.failed = [reward is None for reward in self] if failed is None else list(failed)
         self.tally = tally or JudgeTally()
+        if len(self.failed) != len(self):
+            raise ValueError(f"failed has {len(self.failed)} entries for {len(self)} rewards: each needs one.")
 
 
 class Reward:

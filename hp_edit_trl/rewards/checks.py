@@ -1,5 +1,6 @@
 """The contract of reward functions: they are given copies, and what they return is checked before it is used."""
 
+import itertools
 import logging
 import math
 import reprlib
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from trl.trainer.utils import get_callable_name
 
 from ..judges import JudgeTally, shortened
 from .base import Reward
@@ -78,6 +80,19 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
             value = None
         rewards.append(math.nan if value is None else float(value))
     return rewards
+
+
+def reward_names(reward_funcs: Sequence[Callable[..., Any]]) -> list[str]:
+    """
+    Names of reward functions for metrics and tables. Further functions of one name, e.g. two of one class, get a
+    number, because their values would be mixed up.
+    """
+    names: list[str] = []
+    for func in reward_funcs:
+        name = get_callable_name(func)
+        number = next(n for n in itertools.count(1) if (name if n == 1 else f"{name}_{n}") not in names)
+        names.append(name if number == 1 else f"{name}_{number}")
+    return names
 
 
 def check_whole_groups(reward_funcs: Sequence[Callable[..., Any]], per_process: int, num_generations: int) -> None:

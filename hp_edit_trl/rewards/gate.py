@@ -57,7 +57,7 @@ class Gate(Reward):
         self.test = test
         self.threshold = threshold
         self.closed = closed
-        self.__name__ = f"Gate({get_callable_name(reward)})"  # in metrics
+        self.__name__ = f"gated_{get_callable_name(reward)}"  # in metrics
         self._inner = [func for func in (reward, test) if isinstance(func, Reward)]
         self.needs_groups = any(func.needs_groups for func in self._inner)
 

@@ -56,6 +56,6 @@ class HTTPReward(JudgedReward):
     ) -> dict[str, list[dict[str, Any]]]:
         """What is sent about one edit, as a conversation."""
         edit, references = equal_areas(edit, references)
-        texts = [{"type": "text", "text": text} for text in (prompt, requirement) if text]
+        texts = [{"type": "text", "text": text} for text in ([prompt, requirement] if requirement else [prompt])]
         images = [{"type": "image", "image": image} for image in (*references, edit)]
         return {self.name: [{"role": "user", "content": [*texts, *images]}]}

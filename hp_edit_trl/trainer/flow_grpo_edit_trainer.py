@@ -25,7 +25,6 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import (
-    get_callable_name,
     identity,
     is_async_callable,
     nanstd,
@@ -48,7 +47,7 @@ from ..policies import (
     rollout_batches,
 )
 from ..rewards import Reward, Rewards
-from ..rewards.checks import awaited, check_rewards, check_whole_groups, failed_rewards, own_copy
+from ..rewards.checks import awaited, check_rewards, check_whole_groups, failed_rewards, own_copy, reward_names
 from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy, load_policy
@@ -193,7 +192,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         for func in self.reward_funcs:
             if not callable(func) or isinstance(func, nn.Module):
                 raise TypeError(f"A reward function must be a plain callable, but got {type(func).__name__}.")
-        self.reward_func_names = [get_callable_name(func) for func in self.reward_funcs]
+        self.reward_func_names = reward_names(self.reward_funcs)
         weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
             raise ValueError(

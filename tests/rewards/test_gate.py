@@ -37,7 +37,7 @@ def test_both_are_loaded_checked_and_counted():
     gate = Gate(HPScorerReward(judge), IdentityReward(None), 0.5)
     gate.load(3)
     assert judge.loaded == 3 and not gate.is_remote and not gate.needs_groups
-    assert gate.__name__ == "Gate(HPScorerReward)" and "0 unless IdentityReward" in gate.description
+    assert gate.__name__ == "gated_HPScorerReward" and "0 unless IdentityReward" in gate.description
     assert len(gate.prompt_revisions) == 9
     with pytest.raises(ValueError, match="No scorer prompt for the task 'x'"):
         gate.check_tasks(["x"])

@@ -31,7 +31,7 @@ def test_a_tournament_and_a_gate_in_a_training(tmp_path):
     trainer.train()
     logs = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
     assert logs["rewards/TournamentReward/mean"] == pytest.approx(0.5)
-    assert logs["rewards/Gate(redness)/mean"] == 0 and logs["gate_closed"] == 1
+    assert logs["rewards/gated_redness/mean"] == 0 and logs["gate_closed"] == 1
     assert logs["frac_reward_zero_std"] == 0 and logs["pair_agreement"] == 1
     # A case has one edit there: the tournament does not apply, and the other reward counts alone
     assert logs["eval_reward"] == 0 and logs["eval_frac_reward_missing"] == 0
