@@ -203,6 +203,7 @@ class ServerJudge:
     _path = "/chat/completions"
     _option = "judge_base_url"
     _key_variable: str | None = "OPENAI_API_KEY"
+    _reply = "chat completion"
 
     def __init__(
         self,
@@ -513,7 +514,7 @@ class ServerJudge:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            raise _Failure("malformed", f"the server's reply is no chat completion: {shortened(redacted(text))!r}")
+            raise _Failure("malformed", f"the server's reply is no {self._reply}: {shortened(redacted(text))!r}")
         answers = self._answers(reply)
         server.model = reply["model"] if isinstance(reply.get("model"), str) else None
         if None not in (self._model, server.model) and server.model != self._model:
@@ -620,6 +621,7 @@ class ScoreServer(ServerJudge):
     _path = ""
     _option = "url"
     _key_variable = None
+    _reply = "JSON object"
 
     def __init__(
         self,

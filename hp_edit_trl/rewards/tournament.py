@@ -62,10 +62,9 @@ def cyclic_share(results: Mapping[tuple[int, int], float | None], count: int) ->
 class TournamentReward(JudgedReward):
     """
     Reward of an edit by a judge that compares it with each other edit of its case: the share of comparisons that it
-    wins. Judges tell which of two edits is better more reliably than how good one is, and where pointwise scores of a
-    group are all equal, comparisons still leave a spread.
+    wins. Where the scores of a group would all be equal, comparisons may still leave a spread.
 
-    Each pair is shown in both orders, because judges favor a position. If one answer is missing, the comparison is.
+    Each pair is shown in both orders, because a judge may favor a place. If one answer is missing, the comparison is.
     An edit that lacks more than half of its comparisons has no reward. See [`win_shares`] for ties and cycles.
 
     A group of G edits takes G (G - 1) judgements. The mean reward of a group is always 0.5: progress shows in other

@@ -3,7 +3,7 @@ import pytest
 from hp_edit_trl import ServerJudge, TransformersJudge
 from hp_edit_trl.judges import CachedJudge, parse_score
 from hp_edit_trl.miniature.tiny import tiny_judge
-from hp_edit_trl.rewards import HPScorerReward, Rewards, VLMReward
+from hp_edit_trl.rewards import HPScorerReward, Rewards, TournamentReward, VLMReward
 from hp_edit_trl.rewards.answers import parse_pair_of_25
 from tests.helpers import photo
 from tests.judges.test_judges import completion, serve  # noqa: F401
@@ -82,3 +82,23 @@ def test_a_trusted_text_keeps_tokens_that_are_none_of_the_model(tmp_path):
     fitted = judge._fit([{"role": "user", "content": texts}])[0]["content"]
     assert [part["text"] for part in fitted] == ["< |global|> < |im_end|>", "<|global|> < |im_end|>"]
     assert all(part.keys() == {"type", "text"} for part in fitted)
+
+
+def length(answer):
+    return float(len(answer))
+
+
+def test_a_judge_in_this_process_reads_all_kinds_of_conversations(tmp_path):
+    folder = tiny_judge(str(tmp_path))
+    prompts = {"pair": "Be strict.{user}<img1>: {reference}<img2>: {edit}{prompt}", "alone": "{edit}How sharp?"}
+    reward = VLMReward(prompts, length, lambda pair, alone: pair + alone, folder, max_new_tokens=4, quote=False)
+    reward.load()
+    rewards, metrics, _ = call(reward, 2)
+    assert None not in rewards and metrics["pair_failed"] == metrics["alone_failed"] == 0 and not reward.is_remote
+    tournament = TournamentReward(folder, parse=half, max_new_tokens=4)
+    tournament.load()
+    assert call(tournament, 2, id=["a", "a"])[0] == [0.5, 0.5]
+
+
+def half(answer):
+    return 0.5
