@@ -35,7 +35,7 @@ from hp_edit_trl.miniature.photographs import load_photographs
 from hp_edit_trl.miniature.tiny import tiny_judge
 from hp_edit_trl.policies.edit_policy import fitted_size
 from hp_edit_trl.rewards import ScorerPrompt
-from hp_edit_trl.rewards.hp_scorer import equal_areas
+from hp_edit_trl.rewards.vlm import equal_areas
 
 
 torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .benchmark import Benchmark, CaseScore, Metric, check_has_columns, check_parser, conversation, why_no_score
 from .gedit import GEditBench, parse_pair
+from .imgedit import ImgEditBench, parse_three
 from .realpref import RealPrefBench
 from .report import describe_run, push_results, read_rewards, write_bench_report
 from .results import Run, compare, read_run, summarize
@@ -30,6 +31,7 @@ __all__ = [
     "CaseScore",
     "DreamBenchPlus",
     "GEditBench",
+    "ImgEditBench",
     "Metric",
     "RealPrefBench",
     "Run",
@@ -41,6 +43,7 @@ __all__ = [
     "edits_of_runs",
     "parse_grade",
     "parse_pair",
+    "parse_three",
     "push_results",
     "read_rewards",
     "read_run",

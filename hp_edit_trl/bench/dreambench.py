@@ -13,9 +13,10 @@ from datasets import Image as ImageFeature
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torchvision import transforms
-from transformers import AutoConfig, AutoModel, CLIPModel, CLIPProcessor
+from transformers import AutoModel, CLIPModel, CLIPProcessor
 
 from ..judges import Judge, without_reasoning
+from ..rewards.aesthetic import load_clip
 from ..rewards.prompts import load_benchmark_prompts
 from ..utils.revisions import model_revision
 from ..utils.texts import without_control_tokens
@@ -211,12 +212,7 @@ class DreamBenchPlus(Benchmark):
 
     @cached_property
     def _clip(self) -> CLIPModel:
-        kind = AutoConfig.from_pretrained(self.clip).model_type
-        if kind != "clip":  # it would load, with random weights
-            raise ValueError(
-                f"clip={self.clip!r} is a model of type {kind}: name a CLIP model, or None to leave out its metrics."
-            )
-        return CLIPModel.from_pretrained(self.clip).requires_grad_(False).eval()
+        return load_clip(self.clip, "clip")
 
     @cached_property
     def _clip_processor(self) -> CLIPProcessor:

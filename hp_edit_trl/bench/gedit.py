@@ -1,6 +1,5 @@
 """GEdit-Bench: prompts of users in English and Chinese, judged for semantic consistency and perceptual quality."""
 
-import ast
 import json
 import math
 import re
@@ -10,9 +9,10 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from ..judges import Judge, describe_judge, parse_score, with_parser, without_reasoning
+from ..judges import Judge, describe_judge, parse_score, with_parser
 from ..rewards import HPScorerReward
-from ..rewards.prompts import load_benchmark_prompts
+from ..rewards.answers import final_answer, json_values
+from ..rewards.prompts import load_benchmark_prompts, read_texts
 from .benchmark import Benchmark, CaseScore, Metric, check_has_columns, check_parser, why_no_score
 
 
@@ -56,18 +56,7 @@ def read_gedit_prompts(folder: Path) -> dict[str, str]:
     file = folder / "vie_prompts.py"
     if not file.is_file():
         return {}
-    try:
-        body = ast.parse(file.read_text(encoding="utf-8")).body
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no Python file: {error}") from error
-    parts = {
-        node.targets[0].id: node.value.value
-        for node in body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    }
-    if missing := sorted({name for names in ORIGINALS.values() for name in names} - parts.keys()):
-        raise ValueError(f"{file} has no text {', '.join(missing)}: name the file of GEdit-Bench's own code.")
+    parts = read_texts(file, [name for names in ORIGINALS.values() for name in names])
     return {prompt: "\n".join(parts[name] for name in names) for prompt, names in ORIGINALS.items()}
 
 
@@ -79,21 +68,9 @@ def parse_pair(answer: str) -> float | None:
     other text, and a list alone, after any reasoning that is closed by `</think>`. Reasoning that was cut off holds no
     scores.
     """
-    text = without_reasoning(answer).strip()
-    if "<think>" in text:
-        return None
+    text = final_answer(answer)
     text = re.sub(r"^```(?:json)?\s*|\s*```$", "", text)
-    found: list[Any] = []
-    decoder = json.JSONDecoder()
-    for start in (match.start() for match in re.finditer(r"\{", text)):
-        try:
-            value, _ = decoder.raw_decode(text, start)
-        except RecursionError:  # a judge that repeats one bracket until its answer ends
-            return None
-        except ValueError:
-            continue
-        if isinstance(value, dict) and "score" in value:
-            found.append(value["score"])
+    found = json_values(text, "score")
     if not found:
         try:
             found.append(json.loads(text))

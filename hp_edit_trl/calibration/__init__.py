@@ -13,6 +13,7 @@ from .agreement import (
 from .agreement_page import agreement_tables, worst_disagreements, write_agreement
 from .comparison import compare_with_people
 from .label_studio import from_label_studio, label_studio_config, to_label_studio
+from .preferences import load_preferences, measure_preferences, preferences_table
 from .probe import probe_judge
 from .refine import (
     PromptRefiner,
@@ -63,11 +64,14 @@ __all__ = [
     "krippendorff_interval",
     "label_studio_config",
     "load_guidelines",
+    "load_preferences",
     "load_rubric",
     "mean_agreement",
+    "measure_preferences",
     "parse_questions",
     "plan_refinement",
     "plan_table",
+    "preferences_table",
     "probe_judge",
     "rated_tasks",
     "read_history",

@@ -162,6 +162,16 @@ def _measure_agreement(args: argparse.Namespace) -> None:
     print(args.output_dir)
 
 
+def _measure_preferences(args: argparse.Namespace) -> None:
+    from ..calibration import load_preferences, measure_preferences, preferences_table
+    from ..utils.imports import import_object
+
+    dataset = load_preferences(args.dataset, args.split, args.revision, args.image_root)
+    reward = scorer_of(args, args.task or "base") if args.reward is None else import_object(args.reward, "reward")
+    rows = measure_preferences(reward, dataset, args.chunk_size, args.confidence, seed=args.seed)
+    print(preferences_table(rows))
+
+
 def _annotate(args: argparse.Namespace) -> None:
     from ..bench import edits_of_runs
     from ..calibration import annotate, load_guidelines, load_rubric, sample_cases
@@ -303,6 +313,25 @@ def register(commands: Any) -> None:
     command.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
     command.add_argument("--seed", type=int, default=0, help="of the bootstrap resamples")
     command.set_defaults(run=_measure_agreement)
+
+    command = commands.add_parser(
+        "measure-preferences", help="measure how often a reward prefers the edits that people preferred"
+    )
+    command.add_argument(
+        "dataset", help="EditScore/EditReward-Bench, TIGER-Lab/EditReward-Bench, or a folder with such columns"
+    )
+    command.add_argument("--split", default="train")
+    command.add_argument("--revision", help="branch, tag or commit of the dataset's repository")
+    command.add_argument("--image_root", help=IMAGE_ROOT)
+    command.add_argument(
+        "--reward", help="a reward function as file.py:name; by default HP-Scorer, as the options say"
+    )
+    command.add_argument("--task", help="HP-Scorer's prompt for all pairs; by default the base prompt")
+    command.add_argument("--chunk_size", type=int, default=16, help="pairs that are judged together")
+    command.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    command.add_argument("--seed", type=int, default=0, help="of the bootstrap resamples")
+    add_scorer_options(command)
+    command.set_defaults(run=_measure_preferences)
 
     command = commands.add_parser("annotate", help="serve the page on which people rate edits, or verify cases")
     add_dataset_options(command, with_runs=True)

@@ -41,7 +41,7 @@ from ..editors import PolicyEditor
 from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.failures import REFUSED
 from ..policies import check_prompt_lengths, policy_class
-from ..rewards import HPScorerReward
+from ..rewards import Gate, Reward, Rewards
 from ..rewards.checks import check_rewards, failed_rewards, own_copy
 from ..utils.config import check_positive
 from ..utils.distributed import in_step, patient_accelerator
@@ -222,7 +222,17 @@ def sample_and_score(
     )
     sampling = redacted({**editor.identity, "seed": seed})
     scoring = {"reward_func": get_callable_name(reward_func), "score_name": score_name}
-    if isinstance(reward_func, HPScorerReward):
+    if isinstance(reward_func, Reward):
+        if reward_func.needs_groups:
+            raise ValueError(
+                f"{get_callable_name(reward_func)} compares the edits of a case with each other. Edits are mined and "
+                "scored one by one, so that a run can resume: use a reward that judges each edit by itself."
+            )
+        if isinstance(reward_func, Gate) and score_name is not None:
+            raise ValueError(
+                f"score_name={score_name!r} names scores that have not passed the gate: use score_name=None, and "
+                "choose min_gap and min_chosen_score on the scale of the rewards."
+            )
         if reward_func.task is None:
             reward_func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
         scoring["scorer"] = reward_func.description
@@ -230,7 +240,7 @@ def sample_and_score(
     output_dir = Path(output_dir)
     _begin(output_dir, sampling, scoring, accelerator)
     with in_step(accelerator):
-        if isinstance(reward_func, HPScorerReward):
+        if isinstance(reward_func, Reward):
             reward_func.load(1 + max_references(dataset))
         editor.load()
 
@@ -291,7 +301,7 @@ def sample_and_score(
                         f"Too many edits have no score: {exceeded or 'all'} of the rounds failed. The failures by "
                         f"kind: {limit.reasons()}. Edits and scores are kept in {output_dir}: run it again to resume."
                     )
-    if isinstance(reward_func, HPScorerReward):
+    if isinstance(reward_func, Reward) and reward_func.tally.judgements:
         logger.info("The judge: %s.", reward_func.tally)
 
 
@@ -377,8 +387,8 @@ def _score(
         rewards = failed_rewards(error, name, [row["id"] for row in rows], tally, first)
         extra = {} if score_name is None else {score_name: rewards}
     else:
-        if isinstance(reward_func, HPScorerReward):
-            tally.merge(reward_func.last_tally)
+        if isinstance(rewards, Rewards):
+            tally.merge(rewards.tally)
     if score_name is not None and score_name not in extra:
         raise ValueError(
             f"The reward function {name!r} does not log {score_name!r}; it logs "

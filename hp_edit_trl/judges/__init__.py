@@ -18,7 +18,7 @@ from .base import (
 )
 from .cache import CachedJudge
 from .failures import FailureLimit, JudgeRefusedError, JudgeTally
-from .server import ServerJudge
+from .server import ScoreServer, ServerJudge
 
 
 if TYPE_CHECKING:
@@ -161,6 +161,8 @@ __all__ = [
     "JudgeRefusedError",
     "JudgeTally",
     "Judgement",
+    "Parser",
+    "ScoreServer",
     "ServerJudge",
     "TransformersJudge",
     "describe_judge",

@@ -117,7 +117,8 @@ class Judge(Protocol):
     def __call__(self, conversations: list[list[dict[str, Any]]]) -> list[Judgement]:
         """
         Judges conversations in the chat format of transformers: messages with a `role` and a list of `content` parts,
-        which are `{"type": "text", "text": ...}` or `{"type": "image", "image": PIL.Image}`.
+        which are `{"type": "text", "text": ...}` or `{"type": "image", "image": PIL.Image}`. What looks like a control
+        token in a text is broken up. A text with `"trusted": True` may hold those that are none of the model's own.
         """
 
 

@@ -103,7 +103,7 @@ class _Call:
     open: Counter[_Server] = field(default_factory=Counter)
 
 
-def server_addresses(base_url: str | Sequence[str]) -> list[str]:
+def server_addresses(base_url: str | Sequence[str], option: str = "judge_base_url") -> list[str]:
     """
     The addresses of a judge's servers.
 
@@ -111,6 +111,8 @@ def server_addresses(base_url: str | Sequence[str]) -> list[str]:
         base_url (`str` or `Sequence[str]`):
             An address, several with commas or spaces between them, or a list of addresses. In a text, each begins
             with `http://` or `https://`, so that a password may hold a comma.
+        option (`str`, *optional*, defaults to `"judge_base_url"`):
+            Name of the option, for errors.
 
     Raises:
         `ValueError`: If there is none, or one of them is no address.
@@ -132,7 +134,7 @@ def server_addresses(base_url: str | Sequence[str]) -> list[str]:
             # What stands before the "@" may be a password, of any signs
             shown = re.sub(r"^(https?://)?.*@", rf"\1{HIDDEN}@", one, flags=re.DOTALL) if isinstance(one, str) else one
             raise ValueError(
-                f"judge_base_url={redacted(shown)!r} is not an address such as 'http://localhost:8000/v1', or a list "
+                f"{option}={redacted(shown)!r} is not an address such as 'http://localhost:8000/v1', or a list "
                 "of such addresses."
             )
     return list(addresses)
@@ -197,6 +199,12 @@ class ServerJudge:
         `ValueError`: If an option or an address is not valid.
     """
 
+    # Of judges behind servers of another kind, see `ScoreServer`
+    _path = "/chat/completions"
+    _option = "judge_base_url"
+    _key_variable: str | None = "OPENAI_API_KEY"
+    _reply = "chat completion"
+
     def __init__(
         self,
         model: str,
@@ -223,7 +231,7 @@ class ServerJudge:
             import aiohttp  # noqa: F401  # it is imported where it is used, so that a judge can be pickled
         except ImportError as error:
             raise ImportError('A judge on a server needs the extra: pip install "hp-edit-trl[server]"') from error
-        addresses = server_addresses(base_url)
+        addresses = server_addresses(base_url, self._option)
         self.name = model
         self.base_url = base_url
         self.score_mode = score_mode
@@ -239,16 +247,16 @@ class ServerJudge:
         self.max_pixels = max_pixels
         self.min_digit_mass = min_digit_mass
         # A request has one authorization: the key that is given, else what the address holds, else the environment's
-        self._api_key = api_key or os.environ.get("OPENAI_API_KEY")
+        self._api_key = api_key or (os.environ.get(self._key_variable) if self._key_variable else None)
         remember_secrets({"api_key": self._api_key, "base_url": addresses})
         servers: dict[str, _Server] = {}
         for address in map(urlsplit, addresses):
             host = address.netloc.rpartition("@")[2]
             address = address._replace(netloc=host) if api_key else address
-            url = urlunsplit(address._replace(path=f"{address.path.rstrip('/')}/chat/completions"))
+            url = urlunsplit(address._replace(path=f"{address.path.rstrip('/')}{self._path}"))
             shown = urlunsplit(address._replace(netloc=host, path=address.path.rstrip("/"), query="", fragment=""))
             if url in servers:
-                logger.warning(f"judge_base_url names {shown} more than once: it is one server, with one share.")
+                logger.warning(f"{self._option} names {shown} more than once: it is one server, with one share.")
             servers.setdefault(url, _Server(url, shown))
         self._servers = list(servers.values())
         self._model: str | None = None  # as all of several servers call it
@@ -308,7 +316,7 @@ class ServerJudge:
             refused = any(failure.kind == REFUSED for failure in failed.values())
             raise (JudgeRefusedError if refused else ConnectionError)(
                 f"{len(failed)} of {len(replies)} servers of the judge {self.name!r} give no judgements of "
-                f"{num_images} images: {told.rstrip('.')}. Start them, or leave them out of judge_base_url."
+                f"{num_images} images: {told.rstrip('.')}. Start them, or leave them out of {self._option}."
             )
         else:
             known = [server for server in replies if server.model is not None]
@@ -316,7 +324,7 @@ class ServerJudge:
                 told = ", ".join(f"{server.shown}: {shortened(str(server.model))!r}" for server in known)
                 raise ConnectionError(
                     f"The servers of the judge {self.name!r} have different models: {told}. Their scores must not be "
-                    "mixed: leave the others out of judge_base_url."
+                    f"mixed: leave the others out of {self._option}."
                 )
             self._model = known[0].model if known else None
 
@@ -423,7 +431,7 @@ class ServerJudge:
         while len(answers) < self.num_answers:
             if self.num_answers > 1:
                 options |= {"n": self.num_answers - len(answers), "seed": self.seed + len(answers)}
-            body = json.dumps({"model": self.name, "messages": messages, **options}).encode()
+            body = json.dumps(self._body(messages, options)).encode()
             reply, found = await self._request(call, body, cost, max_retries, servers)
             answers += found[: self.num_answers - len(answers)]
             usage = reply.get("usage")
@@ -506,8 +514,8 @@ class ServerJudge:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            raise _Failure("malformed", f"the server's reply is no chat completion: {shortened(redacted(text))!r}")
-        answers = _answers(reply)
+            raise _Failure("malformed", f"the server's reply is no {self._reply}: {shortened(redacted(text))!r}")
+        answers = self._answers(reply)
         server.model = reply["model"] if isinstance(reply.get("model"), str) else None
         if None not in (self._model, server.model) and server.model != self._model:
             raise _Failure(
@@ -517,6 +525,14 @@ class ServerJudge:
             _digit_weights(reply)  # raises `_Failure`
         return reply, answers
 
+    def _body(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
+        """What is sent for a conversation."""
+        return {"model": self.name, "messages": messages, **options}
+
+    def _answers(self, reply: dict[str, Any]) -> list[str]:
+        """The texts of a reply, at least one. Raises `_Failure` if it has another schema."""
+        return _answers(reply)
+
     def _check_headers(self, status: int, headers) -> None:
         """Raises `_Failure` if a reply must not be read."""
         if 300 <= status < 400:
@@ -524,7 +540,7 @@ class ServerJudge:
                 "redirect",
                 f"the server redirects to {shortened(headers.get('Location', 'nowhere'))!r}, which is not followed "
                 "because it would be sent the images and the key: if that address is right, name it as "
-                "judge_base_url",
+                f"{self._option}",
             )
         if (encoding := headers.get("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
             raise _Failure(
@@ -546,7 +562,7 @@ class ServerJudge:
             raise _Failure(
                 REFUSED,
                 f"The judge {self.name!r} at {server.shown} cannot be used: {reason}. Set the key of the API, with "
-                "api_key= or the environment variable OPENAI_API_KEY.",
+                f"api_key={f' or the environment variable {self._key_variable}' if self._key_variable else ''}.",
             )
         if status == 429:
             raise _Failure("rate limit", reason, retry=True, pause=_pause(headers.get("Retry-After")))
@@ -556,7 +572,8 @@ class ServerJudge:
 
     async def _as_openai(self, part: dict[str, Any], encoded: dict[bytes, asyncio.Task[str]]) -> dict[str, Any]:
         if part["type"] != "image":
-            return {**part, "text": without_control_tokens(part["text"])}
+            text = part["text"] if part.get("trusted") else without_control_tokens(part["text"])
+            return {"type": part["type"], "text": text}
         # The edits of a case share its references. By content, because each edit may come with copies of its own.
         key = await asyncio.to_thread(image_digest, part["image"])
         if key not in encoded:
@@ -567,6 +584,89 @@ class ServerJudge:
         buffer = io.BytesIO()
         fit_image(image, self.max_pixels).save(buffer, "PNG", compress_level=1)
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def read_number(answer: str) -> float | None:
+    """Reads the score of a [`ScoreServer`], `None` if it gave none."""
+    return None if answer == "null" else float(answer)
+
+
+class ScoreServer(ServerJudge):
+    """
+    A model of any kind behind a server that answers with scores: one that needs an environment of its own, e.g.
+    because of old pins. Requests are sent, repeated and bounded as by a [`ServerJudge`].
+
+    The server gets a `POST` for each edit with a JSON object: `prompt` (text), `requirement` (text or `null`),
+    `images` (the references) and `edit`, as data URLs of PNG files. It answers with a JSON object that has a `score`:
+    a finite number, or `null` if it cannot score this edit. Other keys are ignored.
+
+    Args:
+        url (`str` or `Sequence[str]`):
+            Address that is posted to, e.g. `"http://localhost:8000/score"`; several as a list, or with commas or
+            spaces between them.
+        name (`str`, *optional*, defaults to `"score server"`):
+            Name of the model, which is recorded with the scores.
+        revision (`str`, *optional*):
+            Label that tells models of one name apart.
+        api_key (`str`, *optional*):
+            Key that is sent as a bearer token. By default user and password in the server's address, or none.
+        timeout, max_retries, max_concurrency, max_pixels:
+            See [`ServerJudge`].
+
+    Raises:
+        `ImportError`: If the extra `server` is not installed.
+        `ValueError`: If an option or an address is not valid.
+    """
+
+    _path = ""
+    _option = "url"
+    _key_variable = None
+    _reply = "JSON object"
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        name: str = "score server",
+        revision: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        max_retries: int = 4,
+        max_concurrency: int = 16,
+        max_pixels: int = 1024 * 1024,
+    ):
+        super().__init__(
+            name,
+            url,
+            revision=revision,
+            api_key=api_key,
+            timeout=timeout,
+            max_retries=max_retries,
+            max_concurrency=max_concurrency,
+            max_pixels=max_pixels,
+            parse=read_number,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"judge": "ScoreServer", **{name: getattr(self, name) for name in ("name", "revision", "max_pixels")}}
+
+    def _body(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
+        content = messages[-1]["content"]
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        *images, edit = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+        requirement = texts[1] if len(texts) > 1 else None
+        return {"prompt": texts[0], "requirement": requirement, "images": images, "edit": edit}
+
+    def _answers(self, reply: dict[str, Any]) -> list[str]:
+        score = reply.get("score", False)
+        is_number = isinstance(score, int | float) and not isinstance(score, bool)
+        if score is not None and not (is_number and abs(score) <= 1e18):  # NaN neither
+            raise _Failure(
+                "malformed",
+                "the server's reply must be a JSON object with a `score` that is a finite number or null, but is "
+                f"{shortened(redacted(str(reply)))!r}",
+            )
+        return [json.dumps(score)]
 
 
 def _is_ready(server: _Server, call: _Call) -> bool:

@@ -377,8 +377,8 @@ class TransformersJudge:
 
         def fit(part: dict[str, Any]) -> dict[str, Any]:
             if part["type"] != "image":
-                text = without_control_tokens(part["text"])
-                return {**part, "text": without_control_tokens(text, self.processor.tokenizer)}
+                text = part["text"] if part.get("trusted") else without_control_tokens(part["text"])
+                return {"type": part["type"], "text": without_control_tokens(text, self.processor.tokenizer)}
             image = fit_image(part["image"], self.max_pixels)
             return {"type": "image", "image": fetch_image({"image": image}, image_patch_size=patch_size)}
 

@@ -1,5 +1,6 @@
 """The contract of reward functions: they are given copies, and what they return is checked before it is used."""
 
+import itertools
 import logging
 import math
 import reprlib
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from trl.trainer.utils import get_callable_name
 
 from ..judges import JudgeTally, shortened
+from .base import Reward
 
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,43 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
             value = None
         rewards.append(math.nan if value is None else float(value))
     return rewards
+
+
+def reward_names(reward_funcs: Sequence[Callable[..., Any]]) -> list[str]:
+    """
+    Names of reward functions for metrics and tables. Further functions of one name, e.g. two of one class, get a
+    number, because their values would be mixed up.
+    """
+    names: list[str] = []
+    for func in reward_funcs:
+        name = get_callable_name(func)
+        number = next(n for n in itertools.count(1) if (name if n == 1 else f"{name}_{n}") not in names)
+        names.append(name if number == 1 else f"{name}_{number}")
+    return names
+
+
+def check_whole_groups(reward_funcs: Sequence[Callable[..., Any]], per_process: int, num_generations: int) -> None:
+    """
+    Checks that a reward function which compares the edits of a case sees all of them.
+
+    Args:
+        reward_funcs (`Sequence[Callable]`):
+            The reward functions.
+        per_process (`int`):
+            Number of edits of a generation batch that a process samples.
+        num_generations (`int`):
+            Number of edits of a case.
+
+    Raises:
+        `ValueError`: If there is such a function, and edits of a case are sampled by several processes.
+    """
+    for func in reward_funcs:
+        if isinstance(func, Reward) and func.needs_groups and per_process % num_generations:
+            raise ValueError(
+                f"{type(func).__name__} compares the edits of a case, but a process samples {per_process} edits of a "
+                f"generation batch (per_device_train_batch_size x steps_per_generation), which is no multiple of "
+                f"num_generations={num_generations}: change one of them."
+            )
 
 
 def _as_python(value: Any, name: str) -> Any:

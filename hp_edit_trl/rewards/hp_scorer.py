@@ -1,44 +1,18 @@
 """HP-Scorer: a judge's score of an edit, and the reward computed from it."""
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from PIL import Image
 
-from ..judges import CachedJudge, Judge, Judgement, JudgeTally, ServerJudge, describe_judge, load_judge
-from ..judges.base import ScoreMode, fit_image, load_for
-from ..judges.failures import check_not_refused
-from ..utils.images import read_image
+from ..judges import Judge, Judgement, load_judge
+from ..judges.base import ScoreMode
 from .prompts import ScorerPrompt, load_scorer_prompts
+from .vlm import VLMReward, equal_areas
 
 
-logger = logging.getLogger(__name__)
-
-
-def equal_areas(edit: Image.Image, references: list[Image.Image]) -> tuple[Image.Image, list[Image.Image]]:
-    """
-    An edit and its references as the judge sees them, wherever it judges: in training, in the dataset builder and in
-    benchmarks. What has more pixels than the edit, or than the largest reference, is scaled down to as many; nothing
-    is enlarged and no aspect ratio changed. So the judge compares contents, not sharpness: an edit at 512 px that
-    changes nothing looks like its source, however large that is.
-
-    Args:
-        edit (`PIL.Image.Image`):
-            The edit.
-        references (`list[PIL.Image.Image]`):
-            The reference images.
-
-    Returns:
-        `tuple[PIL.Image.Image, list[PIL.Image.Image]]`: the edit and the references.
-    """
-    areas = [image.width * image.height for image in references]
-    limit = min(edit.width * edit.height, max(areas))
-    return fit_image(edit, limit), [fit_image(reference, limit) for reference in references]
-
-
-class HPScorerReward:
+class HPScorerReward(VLMReward):
     r"""
     Reward of an edit by a vision-language judge with a scorer prompt per task (HP-Scorer of HP-Edit, section 4.1).
 
@@ -96,32 +70,25 @@ class HPScorerReward:
         alpha: float = 2.0,
         beta: float = 5.0,
     ):
-        self.scorer_prompts = load_scorer_prompts(scorer_prompts, scorer_prompts_revision)
+        super().__init__(
+            load_scorer_prompts(scorer_prompts, scorer_prompts_revision),
+            None,
+            self._sigmoid,
+            load_judge(judge, judge_base_url, score_mode=score_mode),
+        )
         self.task = task
         self.alpha = alpha
         self.beta = beta
         if task is not None:
             self.check_tasks([task])
-        self.judge = load_judge(judge, judge_base_url, score_mode=score_mode)
-        self.tally = JudgeTally()  # of all judgements
-        self.last_tally = JudgeTally()  # of those of the last call
+
+    def _sigmoid(self, score: float) -> float:
+        return 1 / (1 + math.exp(self.beta - self.alpha * score))
 
     @property
     def description(self) -> str:
         """Judge, prompts and task in one line: scores of scorers with different descriptions should not be mixed."""
-        prompts = ", ".join(sorted({prompt.revision for prompt in self.scorer_prompts.values()}))
-        return f"{self.judge_description}, images at equal areas, prompts {prompts}, task {self.task or 'of the case'}"
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the judge is on a server, so that this machine can do other work while it judges."""
-        judge = self.judge.judge if isinstance(self.judge, CachedJudge) else self.judge
-        return isinstance(judge, ServerJudge)
-
-    @property
-    def judge_description(self) -> str:
-        """The judge's identity in one line, e.g. `"judge ServerJudge, name m, score_mode integer, ..."`."""
-        return describe_judge(self.judge)
+        return f"{super().description}, task {self.task or 'of the case'}"
 
     def scorer_prompt(self, task: str | None) -> ScorerPrompt:
         """The scorer prompt for a case of `task`. Raises `ValueError` if there is none."""
@@ -158,15 +125,21 @@ class HPScorerReward:
                 f"{', '.join(self.scorer_prompts)}. Correct the column `task`, or add a prompt with `scorer_prompts=`."
             )
 
-    def load(self, num_images: int = 2) -> None:
-        """
-        Loads the judge and raises an error if it cannot judge. Trainers call this before the first rollout.
+    def questions(self, *case: Any, **columns: Any) -> dict[str, list[dict[str, Any]]]:
+        """The conversation that the judge sees for one edit, see [`HPScorerReward.conversation`]."""
+        return {"hp_score": self.conversation(*case, **columns)}
 
-        Args:
-            num_images (`int`, *optional*, defaults to `2`):
-                Number of images of the largest case: its references and the edit.
-        """
-        load_for(self.judge, num_images)
+    def ask(
+        self,
+        prompts: list[str],
+        edits: list[Image.Image],
+        references: list[list[Image.Image]],
+        tasks: list[str | None],
+        requirements: list[str | None],
+    ) -> list[dict[str, Judgement]]:
+        """Judges edits, see [`VLMReward.ask`]. Raises `ValueError` if there is no prompt for a task."""
+        self.check_tasks([self.task or task for task in tasks])
+        return super().ask(prompts, edits, references, tasks, requirements)
 
     def judge_edits(
         self,
@@ -194,83 +167,4 @@ class HPScorerReward:
         Returns:
             `list[Judgement]`: one per edit, with its score in [0, 5] or `None`.
         """
-        self.check_tasks([self.task or task for task in tasks])
-        columns = zip(prompts, edits, references, tasks, requirements, strict=True)
-        conversations = [self.conversation(*case) for case in columns]
-        judgements = self.judge(conversations)
-        self.last_tally = JudgeTally().add(judgements)
-        self.tally.merge(self.last_tally)
-        return judgements
-
-    def __call__(
-        self,
-        prompts: list[str],
-        completions: list[Image.Image],
-        image: list[Image.Image] | None = None,
-        images: list[list[Image.Image]] | None = None,
-        task: list[str | None] | None = None,
-        requirement: list[str | None] | None = None,
-        log_extra: Callable[[str, list], None] | None = None,
-        log_metric: Callable[[str, float], None] | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        """
-        Rewards of edits, in TRL's convention for reward functions.
-
-        Args:
-            prompts (`list[str]`):
-                The instructions.
-            completions (`list[PIL.Image.Image]`):
-                The edited images.
-            image (`list[PIL.Image.Image]`, *optional*):
-                The source image of each case.
-            images (`list[list[PIL.Image.Image]]`, *optional*):
-                Instead of `image`, for cases with several reference images.
-            task (`list[str]`, *optional*):
-                The task of each case. Without it the base prompt is used.
-            requirement (`list[str]`, *optional*):
-                Further requirements of each case.
-            log_extra (`Callable`, *optional*):
-                Given by the trainer; receives the scores for the table of samples.
-            log_metric (`Callable`, *optional*):
-                Given by the trainer; receives `hp_score` (mean of the scores) and `hp_score_failed` (the share of
-                cases without one).
-
-        Raises:
-            [`UnreadableImageError`]: If an image cannot be read. All images are read by
-                [`~hp_edit_trl.utils.images.read_image`], and may also be paths.
-            [`~hp_edit_trl.judges.JudgeRefusedError`]: If a server refuses the judge's key. It holds the rewards of
-                the samples that were judged before.
-
-        Returns:
-            `list[float | None]`: the rewards in (0, 1), `None` where there is no score.
-        """
-        count = len(prompts)
-        several: list = images or [None] * count
-        single: list = image or [None] * count
-        references = [many if many is not None else [one] for many, one in zip(several, single, strict=True)]
-        if any(image is None for images in references for image in images):
-            raise ValueError("HPScorerReward needs the reference images of every case: a column `image` or `images`.")
-        ids = columns.get("id") or range(count)
-        references = [
-            [read_image(one, f"An image of case {case!r}") for one in several]
-            for case, several in zip(ids, references, strict=True)
-        ]
-        edits = [read_image(edit, f"The edit of case {case!r}") for case, edit in zip(ids, completions, strict=True)]
-        judgements = self.judge_edits(
-            prompts, edits, references, task or [None] * count, requirement or [None] * count
-        )
-        for case, prompt, judgement in zip(ids, prompts, judgements, strict=True):
-            if judgement.score is None:
-                logger.warning(f"No score for case {case} ({prompt!r}): the judge answered {judgement.excerpt!r}.")
-        scores = [judgement.score for judgement in judgements]
-        known = [score for score in scores if score is not None]
-        if log_extra is not None:
-            log_extra("hp_score", scores)
-        if log_metric is not None:
-            log_metric("hp_score_failed", 1 - len(known) / count)
-            if known:
-                log_metric("hp_score", sum(known) / len(known))
-        rewards = [None if score is None else 1 / (1 + math.exp(self.beta - self.alpha * score)) for score in scores]
-        check_not_refused(judgements, rewards=rewards)
-        return rewards
+        return [one["hp_score"] for one in self.ask(prompts, edits, references, tasks, requirements)]

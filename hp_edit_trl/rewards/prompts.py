@@ -1,5 +1,6 @@
 """The scorer prompts: loaded from the package, from a folder, or from a Hub repository pinned by revision."""
 
+import ast
 import hashlib
 import os
 import re
@@ -117,6 +118,53 @@ def read_scorer_prompt(path: str | Path, origin: str | None = None) -> ScorerPro
         raise ValueError(f"The scorer prompt {path} has no {{prompt}}, so the judge would not see the instruction.")
     origin = str(path.parent) if origin is None else origin
     return ScorerPrompt(header["task"], f"{origin}:{header['task']}:{header['revision']}", text)
+
+
+def read_texts(file: Path, names: Sequence[str]) -> dict[str, str]:
+    """
+    Reads the texts that are assigned to names in a Python file of others, e.g. scorer prompts. It is not executed.
+
+    Args:
+        file (`Path`):
+            The file.
+        names (`Sequence[str]`):
+            The names.
+
+    Returns:
+        `dict[str, str]`: the texts by name. Variables in an f-string stay in braces.
+
+    Raises:
+        `FileNotFoundError`: If there is no file.
+        `ValueError`: If it cannot be parsed, or lacks a text.
+    """
+    try:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no Python file: {error}") from error
+    texts = {}
+    for node in body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            text = _text_of(node.value)
+            if text is not None:
+                texts[node.targets[0].id] = text
+    if missing := sorted(set(names) - texts.keys()):
+        raise ValueError(f"{file} has no text {', '.join(missing)}: name the file of the authors' own code.")
+    return {name: texts[name] for name in names}
+
+
+def _text_of(node: ast.expr | ast.AST) -> str | None:
+    """The text that an expression stands for: literals, f-strings of plain variables, and sums of them."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    parts: list[ast.expr | ast.AST] = []
+    if isinstance(node, ast.JoinedStr):
+        parts = list(node.values)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [node.left, node.right]
+    elif isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
+        return f"{{{node.value.id}}}"
+    texts = [_text_of(part) for part in parts]
+    return None if not texts or None in texts else "".join(text for text in texts if text is not None)
 
 
 def find_prompts(source: str | None, revision: str | None) -> tuple[Path, str]:

@@ -25,7 +25,6 @@ from transformers import TrainerCallback, TrainerControl
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import (
-    get_callable_name,
     identity,
     is_async_callable,
     nanstd,
@@ -47,8 +46,8 @@ from ..policies import (
     decode,
     rollout_batches,
 )
-from ..rewards import HPScorerReward
-from ..rewards.checks import awaited, check_rewards, failed_rewards, own_copy
+from ..rewards import Reward, Rewards
+from ..rewards.checks import awaited, check_rewards, check_whole_groups, failed_rewards, own_copy, reward_names
 from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy, load_policy
@@ -79,11 +78,6 @@ class Sample:
     advantage: float
     # 0 if all rewards of the group are equal: then its KL must not move the policy either.
     kl_weight: float
-
-
-def tallied(scorer: HPScorerReward, arguments: dict[str, Any]) -> tuple[list[float | None], JudgeTally]:
-    """The rewards of a scorer, and the tally of its judgements."""
-    return scorer(**arguments), scorer.last_tally
 
 
 @contextlib.contextmanager
@@ -198,7 +192,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         for func in self.reward_funcs:
             if not callable(func) or isinstance(func, nn.Module):
                 raise TypeError(f"A reward function must be a plain callable, but got {type(func).__name__}.")
-        self.reward_func_names = [get_callable_name(func) for func in self.reward_funcs]
+        self.reward_func_names = reward_names(self.reward_funcs)
         weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
             raise ValueError(
@@ -227,7 +221,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         for name, dataset in datasets.items():
             datasets[name] = dataset = self._leave_out(dataset, check_cases(dataset, name, args.on_bad_case))
             for func in self.reward_funcs:
-                if isinstance(func, HPScorerReward) and func.task is None:
+                if isinstance(func, Reward) and func.task is None:
                     func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
         assert (
             args.generation_batch_size and args.steps_per_generation and args.sde_window_range
@@ -235,6 +229,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self.num_generations = args.num_generations  # = G in the paper
         self.cases_per_batch = args.generation_batch_size // args.num_generations
         self.steps_per_generation = args.steps_per_generation
+        check_whole_groups(
+            self.reward_funcs, args.per_device_train_batch_size * args.steps_per_generation, args.num_generations
+        )
         self.num_trained = args.num_trained_generations or args.num_generations
         self.generate_every = args.steps_per_generation * args.num_iterations  # in microbatches
         self.sde_window_range = (args.sde_window_range[0], args.sde_window_range[1])
@@ -254,7 +251,7 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             bad = check_references(dataset, name, policy_type.max_references, args.on_bad_case)
             datasets[name] = self._leave_out(dataset, bad)
         for func in self.reward_funcs:
-            if isinstance(func, HPScorerReward):
+            if isinstance(func, Reward):
                 func.load(1 + max(map(max_references, datasets.values())))
         self.policy, self.base_model = load_policy(policy_type, model, args)
         for name, dataset in datasets.items():
@@ -307,21 +304,21 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         self._reset_watch()
 
         # Where reward functions wait for others
-        self._threads = {func: ThreadPoolExecutor(1) for func in self.reward_funcs if isinstance(func, HPScorerReward)}
+        self._threads = {func: ThreadPoolExecutor(1) for func in self.reward_funcs if isinstance(func, Reward)}
         if any(is_async_callable(func) for func in self.reward_funcs):
             thread, self.async_loop, ready = start_event_loop_in_daemon(name="FlowGRPOEditTrainer-AsyncLoop")
             ready.wait()
             atexit.register(shutdown_event_loop_in_daemon, thread, self.async_loop)
 
     def _card_settings(self) -> dict[str, str]:
-        scorers = [func for func in self.reward_funcs if isinstance(func, HPScorerReward)]
+        scorers = [func for func in self.reward_funcs if isinstance(func, Reward)]
         settings = {
             "Reward functions": ", ".join(
                 f"{name} (weight {weight:g})"
                 for name, weight in zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
             ),
             "Scorer prompts": ", ".join(
-                sorted({prompt.revision for scorer in scorers for prompt in scorer.scorer_prompts.values()})
+                sorted({revision for scorer in scorers for revision in scorer.prompt_revisions})
             ) or "none",
         }  # fmt: skip
         for option in (
@@ -659,9 +656,9 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
             if is_async_callable(func):
                 arguments = self._reward_arguments(rows, images, places)
                 begun[i] = asyncio.run_coroutine_threadsafe(awaited(func, arguments), self.async_loop)
-            elif isinstance(func, HPScorerReward) and func.is_remote:
+            elif isinstance(func, Reward) and func.is_remote:
                 arguments = self._reward_arguments(rows, images, places)
-                begun[i] = self._threads[func].submit(tallied, func, arguments)
+                begun[i] = self._threads[func].submit(func, **arguments)
         return begun
 
     def _calculate_rewards(
@@ -700,27 +697,26 @@ class FlowGRPOEditTrainer(BaseEditTrainer):
         for i, (name, func) in enumerate(zip(self.reward_func_names, self.reward_funcs, strict=True)):
             for places, futures in begun if i in begun[0][1] else [(everything, {})]:
                 ids = [rows[place]["id"] for place in places]
-                raised = False
+                lost = [False] * len(places)  # missing because something failed, and not because it does not apply
                 try:
                     if i in futures:
                         returned = self._answer(i, futures[i])
                     else:
-                        arguments = self._reward_arguments(rows, edits, places)
-                        returned = tallied(func, arguments) if isinstance(func, HPScorerReward) else func(**arguments)
-                    if isinstance(func, HPScorerReward):
-                        returned, judgements = returned
-                        tally.merge(judgements)
+                        returned = func(**self._reward_arguments(rows, edits, places))
+                    if isinstance(returned, Rewards):
+                        lost = returned.failed
+                        tally.merge(returned.tally)
                 except JudgeRefusedError as error:
                     if not in_training or not self._rewards_work:
                         raise
                     tally.fail(REFUSED, str(error), len(places))
-                    returned, raised = [None] * len(places), True
+                    returned, lost = [None] * len(places), [True] * len(places)
                 except (Exception, SystemExit) as error:
-                    returned, raised = failed_rewards(error, name, ids, tally, first=not self._rewards_work), True
+                    returned = failed_rewards(error, name, ids, tally, first=not self._rewards_work)
+                    lost = [True] * len(places)
                 values = torch.tensor(check_rewards(returned, name, ids, self.args.on_bad_reward))
                 rewards_per_func[places, i] = values
-                # HP-Scorer applies to every case: without a score it has failed.
-                failed[places, i] = values.isnan() & (raised or isinstance(func, HPScorerReward))
+                failed[places, i] = values.isnan() & torch.tensor(lost)
         self._tally.merge(tally)
 
         for column, extra, places in self._logged_extra:

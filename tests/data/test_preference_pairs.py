@@ -20,6 +20,7 @@ from hp_edit_trl.data import build_preference_dataset, mine_preference_pairs, pr
 from hp_edit_trl.judges import JudgeRefusedError
 from hp_edit_trl.miniature import CoarseScorer, RuleScorer, load_pipeline
 from hp_edit_trl.miniature import load_dataset as load_world
+from hp_edit_trl.rewards import Gate, TournamentReward
 from tests.processes import Script
 
 
@@ -288,6 +289,11 @@ def test_the_scorer_of_a_task_is_asked_for_before_anything_is_sampled(pipeline, 
     cases = cases.remove_columns("task").add_column("task", ["ad"] * 6)
     with pytest.raises(ValueError, match="No scorer prompt for the task 'ad'"):
         mine(pipeline, cases, tmp_path / "tasks", HPScorerReward(Judge()), score_name="hp_score")
+    with pytest.raises(ValueError, match="score_name='hp_score' names scores that have not passed the gate"):
+        gate = Gate(HPScorerReward(Judge()), RuleScorer(), 0.5)
+        mine(pipeline, cases, tmp_path / "tasks", gate, score_name="hp_score")
+    with pytest.raises(ValueError, match="TournamentReward compares the edits of a case"):
+        mine(pipeline, cases, tmp_path / "tasks", TournamentReward(Judge()), score_name=None)
     assert not (tmp_path / "tasks").exists()
     assert "a judge" in HPScorerReward(Judge()).description
 

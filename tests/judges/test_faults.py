@@ -101,6 +101,9 @@ def test_the_table_of_the_documentation_has_a_row_for_each_fault():
         "all of several servers fail",
         "one of several servers refuses the key later",
         "a server is listed twice",
+        # tests/rewards/test_http.py
+        "a server with scores (`ScoreServer`) answers with another schema, a text, a boolean, NaN or infinity",
+        "a server with scores answers `null`",
     }
     assert set(rows[1:]) == {fault.name for fault in FAULTS} | others
 

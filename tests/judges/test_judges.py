@@ -371,7 +371,7 @@ class FakeServer(ThreadingHTTPServer):
                 pass
 
         super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()  # shutdown waits as long
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 

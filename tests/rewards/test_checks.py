@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hp_edit_trl.rewards.checks import awaited, check_rewards, own_copy
+from hp_edit_trl.rewards import HPScorerReward, Rewards
+from hp_edit_trl.rewards.checks import awaited, check_rewards, own_copy, reward_names
+from tests.rewards.helpers import AnswersJudge
 
 
 IDS = ["a", "b", "c"]
@@ -106,3 +108,24 @@ def test_a_copy_shares_nothing_that_can_be_changed():
     assert picture.getpixel((0, 0)) == (255, 0, 0) and picture.size == (4, 4)
     assert columns["tags"][0] == ["a"] and not array.any() and not tensor.any() and copies["n"] == [1, None]
     assert own_copy(len) is len
+
+
+def test_names_of_several_functions():
+    class Other(HPScorerReward):
+        pass
+
+    judge = AnswersJudge(lambda chat: 1)
+    funcs = [HPScorerReward(judge), print, Other(judge), HPScorerReward(judge), print, HPScorerReward(judge)]
+    assert reward_names(funcs) == [
+        "HPScorerReward",
+        "print",
+        "Other",
+        "HPScorerReward_2",
+        "print_2",
+        "HPScorerReward_3",
+    ]
+
+
+def test_what_failed_has_an_entry_for_each_reward():
+    with pytest.raises(ValueError, match="failed has 1 entries for 2 rewards"):
+        Rewards([1.0, None], failed=[True])
