@@ -1,5 +1,6 @@
 """Stage 1 of HP-Edit: people rate edits, a scorer scores them, and its prompts are refined until both agree."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .acceptance import acceptance_power, swap_test
@@ -13,7 +14,6 @@ from .agreement import (
 from .agreement_page import agreement_tables, worst_disagreements, write_agreement
 from .comparison import compare_with_people
 from .label_studio import from_label_studio, label_studio_config, to_label_studio
-from .preferences import load_preferences, measure_preferences, preferences_table
 from .probe import probe_judge
 from .refine import (
     PromptRefiner,
@@ -30,16 +30,24 @@ from .scoring import ScoringSummary, read_scores, score_dataset
 from .session import RatingSession, ReviewSession, assign_cases, sample_cases
 
 
+# What needs Gradio or TRL, imported when it is first asked for
+_MODULES = {
+    "annotate": "page",
+    "build_app": "page",
+    "load_preferences": "preferences",
+    "measure_preferences": "preferences",
+    "preferences_table": "preferences",
+}
+
 if TYPE_CHECKING:
     from .page import annotate, build_app
+    from .preferences import load_preferences, measure_preferences, preferences_table
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("annotate", "build_app"):
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import page  # the only module that needs Gradio
-
-    return getattr(page, name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 __all__ = [

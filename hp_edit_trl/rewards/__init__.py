@@ -12,7 +12,6 @@ from .editing_judges import (
     UnifiedPairReward,
     UnifiedReward,
 )
-from .gate import Gate
 from .hp_scorer import HPScorerReward
 from .http import HTTPReward
 from .ocr import OCRReward
@@ -21,11 +20,12 @@ from .tournament import TournamentReward
 from .vlm import VLMReward
 
 
-# What needs models in this process, imported when it is first asked for
-_MODULES = {"AestheticReward": "aesthetic", "IdentityReward": "identity"}
+# What needs models in this process or TRL, imported when it is first asked for
+_MODULES = {"AestheticReward": "aesthetic", "Gate": "gate", "IdentityReward": "identity"}
 
 if TYPE_CHECKING:
     from .aesthetic import AestheticReward
+    from .gate import Gate
     from .identity import IdentityReward
 
 
