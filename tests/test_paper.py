@@ -16,7 +16,7 @@ import pytest
 import yaml
 from datasets import concatenate_datasets
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from hp_edit_trl import miniature
 from hp_edit_trl.calibration import page
@@ -57,6 +57,8 @@ def answer(writer):
             pictures += [part["image"] for part in conversation[-1]["content"] if part["type"] == "image"]
         asked = " ".join(p["text"] for message in conversation for p in message["content"] if p["type"] == "text")
         value = sum(pictures[-1].tobytes()) % 6 if pictures else 0
+        if "JSON list of strings" in asked:
+            return 200, completion('["Is it gone? It should be."]')
         if "JSON" not in asked:
             return 200, completion(f"Score: {min(value, 4)}" if "Score:" in asked else str(value))
         if '"score"' in asked:
@@ -100,15 +102,26 @@ def world(tmp_path_factory, dreambench_data, models):  # noqa: F811
     server = FakeServer(answer(writer))
     tiny_pipeline().save_pretrained(folder / "editor")
     miniature.save_pictures(folder / "pictures", NUM_SCENES)
+    for scene in sorted((folder / "pictures" / "scenes").glob("*.png"))[-4:]:  # the pairs
+        with Image.open(scene) as sharp:
+            for name, picture in (("sharp", sharp), ("blurred", sharp.filter(ImageFilter.BoxBlur(2)))):
+                (folder / "pictures" / name).mkdir(exist_ok=True)
+                picture.save(folder / "pictures" / name / scene.name)
+        scene.unlink()
+    cases = miniature.load_dataset("train", 240).remove_columns("target")
+    cases.filter(lambda case: case["task"] == "remove").save_to_disk(folder / "cases")
     tiny_clip(str(folder / "clip"))
     gedit().save_to_disk(folder / "gedit")
     stands_for = {
-        "/data/photos": str(folder / "pictures" / "scenes"),
+        "/data/photos": "pictures/scenes",
+        "/data/bokeh/sharp": "pictures/sharp",
+        "/data/bokeh/blurred": "pictures/blurred",
         "http://localhost:8000/v1": server.url,
         "https://api.openai.com/v1": server.url,
         "someone/RealPref-50K": "outputs/realpref/dataset",
         "someone/RealPref-Bench": "outputs/realpref/dataset",
         "someone/RealPref-subset": "subset",
+        "someone/cases": "cases",
         "someone/qwen-image-edit-2509-hp": "outputs/qwen-image-edit-2509-hp",
         "black-forest-labs/FLUX.1-Kontext-dev": "editor",
         "openai/clip-vit-large-patch14": "clip",
@@ -138,7 +151,7 @@ def world(tmp_path_factory, dreambench_data, models):  # noqa: F811
                     one["editor_options"] |= {"num_inference_steps": 2, "true_cfg_scale": 1.0}
         elif "sources" in config:
             config |= {
-                "resolution": 64, "min_side": 32, "task_weights": dict.fromkeys(TASKS, 1),
+                "resolution": 64, "min_side": 32, "task_counts": dict.fromkeys(TASKS, 1), "sample_size": 2,
                 "benchmark_counts": dict.fromkeys(TASKS, 1),
                 "editor_options": {"num_inference_steps": 2, "resolution": 32},
             }  # fmt: skip
@@ -186,6 +199,8 @@ def test_every_command_of_the_page(world, monkeypatch):
         assert program == "hp-edit", command
         found = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in words]
         words = [name for names in found for name in names]
+        if words[:2] == ["bench", "realpref"]:
+            words += ["--resolution", "32", "--editor_options", "num_inference_steps=2"]
         if words[0] == "mine-pairs":
             words += ["--resolution", "32", "--true_cfg_scale", "1.0", "--dtype", "float32"]
             words += ["--num_inference_steps", "2"]
