@@ -100,7 +100,8 @@ def world(tmp_path_factory, dreambench_data, models):  # noqa: F811
     folder = tmp_path_factory.mktemp("paper")
     writer = miniature.SimulatedWriter(NUM_SCENES)
     server = FakeServer(answer(writer))
-    tiny_pipeline().save_pretrained(folder / "editor")
+    for seed, name in enumerate(("editor", "another-editor")):
+        tiny_pipeline(seed=seed).save_pretrained(folder / name)
     miniature.save_pictures(folder / "pictures", NUM_SCENES)
     for scene in sorted((folder / "pictures" / "scenes").glob("*.png"))[-4:]:  # the pairs
         with Image.open(scene) as sharp:
@@ -123,7 +124,7 @@ def world(tmp_path_factory, dreambench_data, models):  # noqa: F811
         "someone/RealPref-subset": "subset",
         "someone/cases": "cases",
         "someone/qwen-image-edit-2509-hp": "outputs/qwen-image-edit-2509-hp",
-        "black-forest-labs/FLUX.1-Kontext-dev": "editor",
+        "black-forest-labs/FLUX.1-Kontext-dev": "another-editor",
         "openai/clip-vit-large-patch14": "clip",
     }
 
