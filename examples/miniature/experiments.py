@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,13 @@ from hp_edit_trl.miniature.policy import WEIGHTS, load_pipeline
 from hp_edit_trl.miniature.scorers import CoarseScorer, RuleScorer
 from hp_edit_trl.miniature.world import load_dataset
 from hp_edit_trl.tasks import TASKS
+from hp_edit_trl.trainer.base_edit_trainer import BaseEditTrainer
 from hp_edit_trl.trainer.dpo_edit_config import DPOEditConfig
 from hp_edit_trl.trainer.dpo_edit_trainer import DPOEditTrainer
 from hp_edit_trl.trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from hp_edit_trl.trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+from hp_edit_trl.trainer.flow_nft_edit_config import FlowNFTEditConfig
+from hp_edit_trl.trainer.flow_nft_edit_trainer import FlowNFTEditTrainer
 from hp_edit_trl.utils.files import read_json, write_json, write_text
 from hp_edit_trl.utils.statistics import paired_difference
 
@@ -51,14 +54,15 @@ class Arm:
         name (`str`):
             Name in tables and figures.
         options (`dict[str, Any]`, *optional*):
-            Options that differ from the experiment's config: arguments of [`FlowGRPOEditConfig`] or, with DPO, of
-            [`DPOEditConfig`]; or `lora_r`, `lora_alpha`.
+            Options that differ from the experiment's config: arguments of the configuration of the arm's trainer, or
+            `lora_r`, `lora_alpha`.
         task_aware (`bool`, *optional*, defaults to `True`):
             Whether the reward is [`RuleScorer`] or [`CoarseScorer`].
         filtered (`bool`, *optional*, defaults to `False`):
             Whether to train only on hard cases, those whose edit by the pretrained policy scores below 4.5.
         method (`str`, *optional*, defaults to `"grpo"`):
-            `"grpo"`; `"dpo"`, on pairs mined from the same cases; or `"none"`, which evaluates the pretrained policy.
+            `"grpo"`; `"nft"`; `"dpo"`, on pairs mined from the same cases; or `"none"`, which evaluates the pretrained
+            policy.
     """
 
     name: str
@@ -68,27 +72,35 @@ class Arm:
     method: str = "grpo"
 
 
-# Options of a Flow-GRPO config that DPO has too. Its arm sets the others.
-SHARED_OPTIONS = (
-    "use_cpu", "bf16", "gradient_checkpointing", "report_to", "resolution", "num_inference_steps", "true_cfg_scale",
-    "rollout_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "max_steps",
-)  # fmt: skip
+TRAINERS = {
+    "grpo": (FlowGRPOEditTrainer, FlowGRPOEditConfig),
+    "nft": (FlowNFTEditTrainer, FlowNFTEditConfig),
+    "dpo": (DPOEditTrainer, DPOEditConfig),
+}
 
 
 def make_trainer(
-    config: Path, options: dict[str, Any], output_dir: Path, seed: int, reward: Any, train: Dataset
-) -> FlowGRPOEditTrainer | DPOEditTrainer:
-    """Makes a trainer of the miniature from a YAML file and options that override it: DPO's if there is no reward."""
+    config: Path,
+    options: dict[str, Any],
+    output_dir: Path,
+    seed: int,
+    reward: Any,
+    train: Dataset,
+    method: str = "grpo",
+) -> BaseEditTrainer:
+    """Makes a trainer of the miniature from a YAML file for Flow-GRPO and options that override it."""
     values = yaml.safe_load(config.read_text())
     lora = {name: options.get(name, values.pop(name)) for name in ("lora_r", "lora_alpha")}
     peft_config = LoraConfig(r=lora["lora_r"], lora_alpha=lora["lora_alpha"])
+    trainer_type, config_type = TRAINERS[method]
+    known = {f.name for f in fields(config_type)} - ({"learning_rate"} if method == "dpo" else set())
+    values = {name: value for name, value in values.items() if name in known}
     values |= {"output_dir": str(output_dir), "seed": seed}
-    options = {name: value for name, value in options.items() if name not in lora}
-    if reward is None:
-        values = {name: value for name, value in values.items() if name in (*SHARED_OPTIONS, "output_dir", "seed")}
-        return DPOEditTrainer(load_pipeline(), DPOEditConfig(**(values | options)), train, peft_config=peft_config)
-    args = FlowGRPOEditConfig(**(values | options))
-    return FlowGRPOEditTrainer(load_pipeline(), reward, args, train, peft_config=peft_config)
+    values |= {name: value for name, value in options.items() if name not in lora}
+    rewards = {} if reward is None else {"reward_funcs": reward}
+    return trainer_type(
+        load_pipeline(), **rewards, args=config_type(**values), train_dataset=train, peft_config=peft_config
+    )
 
 
 def fingerprint(*parts: Any) -> str:
@@ -123,7 +135,7 @@ class Progress(TrainerCallback):
     counted (backward passes are not), and CPU seconds of this process, without those of the evaluation.
 
     Args:
-        trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
+        trainer ([`BaseEditTrainer`]):
             The trainer.
         dataset (`~datasets.Dataset`):
             The validation cases.
@@ -137,7 +149,7 @@ class Progress(TrainerCallback):
 
     def __init__(
         self,
-        trainer: FlowGRPOEditTrainer | DPOEditTrainer,
+        trainer: BaseEditTrainer,
         dataset: Dataset,
         every: int,
         passes: float = 0.0,
@@ -214,9 +226,10 @@ def run_arm(
         passes += 5.0 * len(train) * shared["num_inference_steps"]
         seconds += time.process_time() - started
         options["latents_cache_dir"] = str(output_dir / "mining" / "latents")
-        trainer = make_trainer(config, options, output_dir, seed, None, pairs)
+        trainer = make_trainer(config, options, output_dir, seed, None, pairs, "dpo")
     else:
-        trainer = make_trainer(config, options, output_dir, seed, scorer, train)
+        method = "grpo" if arm.method == "none" else arm.method
+        trainer = make_trainer(config, options, output_dir, seed, scorer, train, method)
     every = arm.options.get("eval_steps", shared["eval_steps"])
     progress = Progress(trainer, validation, every, passes, seconds)
     if arm.method == "none":

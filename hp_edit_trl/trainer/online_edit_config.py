@@ -94,6 +94,10 @@ class OnlineEditConfig(BaseEditConfig):
         max_missing_rewards (`float`, *optional*, defaults to `0.5`):
             Largest share of samples without a reward in the last 8 generation batches; above it the run stops in the
             same way.
+        ema_decay (`float`, *optional*):
+            Decay of an exponential moving average of the LoRA's weights, e.g. 0.99. The average takes the place of the
+            trained weights in evaluation, in everything that is saved or pushed, and in the card's sample edits. It
+            follows faster at first: with a decay of at most (1 + n) / (10 + n) after n updates.
         max_skipped_updates (`int`, *optional*, defaults to `3`):
             Number of updates in a row that may be skipped because a loss or a gradient is not finite. One more stops
             the run. Skipped updates leave weights and optimizer as they are and are counted in `skipped_updates`.
@@ -249,6 +253,9 @@ class OnlineEditConfig(BaseEditConfig):
     max_missing_rewards: float = field(
         default=0.5,
         metadata={"help": "Largest share of missing rewards in the last 8 generation batches; above it it stops."},
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of a moving average of the LoRA, which is evaluated, saved and pushed."}
     )
     max_skipped_updates: int = field(
         default=3,
