@@ -78,7 +78,7 @@ def find_policy(model: str | DiffusionPipeline, args: Any) -> type[EditPolicy]:
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor: a Hub id, a local folder, or a loaded pipeline.
-        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The trainer's configuration: `model_init_kwargs` and the device are read.
     """
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
@@ -96,7 +96,7 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
             The policy's class, see [`find_policy`].
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor: a Hub id, a local folder, or a loaded pipeline.
-        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The trainer's configuration: `model_init_kwargs`, `bf16` and `offload_encoders` are read.
 
     Returns:
@@ -119,7 +119,7 @@ def loading_options(args: Any) -> dict[str, Any]:
     The keyword arguments that a pipeline is loaded with.
 
     Args:
-        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The trainer's configuration: `model_init_kwargs` and `bf16` are read.
     """
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
