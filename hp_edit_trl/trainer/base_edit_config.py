@@ -1,4 +1,4 @@
-"""What both configs share: secrets among the options are not shown, and launches that do not work are refused."""
+"""What all configs share: secrets among the options are not shown, and launches that do not work are refused."""
 
 from typing import Any
 

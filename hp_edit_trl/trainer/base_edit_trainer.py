@@ -1,4 +1,4 @@
-"""What both trainers share, apart from the algorithms: loading, reading cases, sampling edits, saving, sharing."""
+"""What all trainers share, apart from the algorithms: loading, reading cases, sampling edits, saving, sharing."""
 
 import contextlib
 import copy

@@ -141,15 +141,15 @@ def assert_same(first, second) -> None:
 
 
 def test_nft(tmp_path):
-    options = dict(num_generations=4, num_inference_steps=5, num_train_sigmas=3, ema_decay=0.9)
+    options = dict(num_generations=2, num_inference_steps=3, num_train_sigmas=2, ema_decay=0.9, num_sample_edits=0)
     args = FlowNFTEditConfig(str(tmp_path), **{**OPTIONS, **options})
     lora = LoraConfig(r=32, lora_alpha=64, target_modules=LAYERS)
     plan = plan_training(FlowNFTEditTrainer, tiny_pipeline(), args, {}, lora, num_processes=1)
-    # An update samples 4 edits in 5 steps, and trains them at 3 levels: the policy, the old one and the reference.
-    assert plan.update["rollout_passes"] == 4 * 5 and plan.update["trained_passes"] == 4 * 3 * 3
+    # An update samples 4 edits in 3 steps, and trains them at 2 levels: the policy, the old one and the reference.
+    assert plan.update["rollout_passes"] == 4 * 3 and plan.update["trained_passes"] == 4 * 2 * 3
     assert plan.phases["training"]["parts"]["adapter copies"] == 2 * plan.weights["adapter"]
     assert plan.checkpoint["adapter copies"] == 2 * plan.weights["adapter"]
-    assert plan.settings["num_train_sigmas"] == 3 and "sde_window_size" not in plan.settings
+    assert plan.settings["num_train_sigmas"] == 2 and "sde_window_size" not in plan.settings
 
 
 def test_runs_with_few_blocks_tell_what_many_take(measured):
