@@ -366,7 +366,8 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     Summarizes each arm: means over its seeds with their standard error; the difference from the first arm, paired by
     case and averaged over seeds, with its standard error over the cases; and validation scores at equal budgets, when
-    all arms had used as many transformer passes, or CPU seconds, as the cheapest arm used in total.
+    all arms had used as many transformer passes, or CPU seconds, as the cheapest arm used in total; and the gain per
+    thousand passes.
     """
     trained = [run for run in runs if len(run["curve"]) > 1]
     limits = {
@@ -388,6 +389,9 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line["against_first"], line["against_first_se"] = (
             round(x, 4) for x in paired_difference(first.tolist(), per_case.tolist())
         )
+        line["thousand_passes"] = round(float(np.mean([row["curve"][-1]["thousand_passes"] for row in rows])), 2)
+        if line["thousand_passes"]:
+            line["gain_per_thousand_passes"] = round(line["difference"] / line["thousand_passes"], 5)
         for budget, limit in limits.items():
             line[f"at_{budget}"] = round(float(np.mean([at_budget(row, budget, limit) for row in rows])), 4)
         summary.append(line)
@@ -397,7 +401,8 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def summary_table(summary: list[dict[str, Any]]) -> str:
     """Makes the Markdown table of a summary."""
     columns = ["arm", "seeds", "before", "after", "gain", "against the first", "share of 5", *TASKS]
-    columns += ["at equal passes", "at equal CPU seconds", "clipped", "CPU minutes"]
+    columns += ["at equal passes", "at equal CPU seconds", "clipped", "CPU minutes", "thousand passes"]
+    columns += ["gain per thousand passes"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for line in summary:
         seeds = {name: f" ± {line[f'{name}_se']:.3f}" if line["seeds"] > 1 else "" for name in ("score", "difference")}
@@ -408,7 +413,8 @@ def summary_table(summary: list[dict[str, Any]]) -> str:
             f"{line[task]:.2f}" + (f" ± {line[f'{task}_se']:.2f}" if line["seeds"] > 1 else "") for task in TASKS
         ]
         cells += [f"{line['at_thousand_passes']:.3f}", f"{line['at_cpu_seconds']:.3f}", f"{line['clip_fraction']:.3f}"]
-        cells += [f"{line['cpu_seconds'] / 60:.1f}"]
+        cells += [f"{line['cpu_seconds'] / 60:.1f}", f"{line['thousand_passes']:.1f}"]
+        cells += [f"{line['gain_per_thousand_passes']:.4f}" if line["thousand_passes"] else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -424,7 +430,8 @@ Scores are those of RuleScorer (0 to 5) on {len(runs[0]["scores"])} test cases. 
 policy with the same noise. ± of *after*, *gain* and the tasks: standard error over the seeds. *against the first*:
 difference from the first arm, paired by case, ± its standard error over the cases. *at equal passes*, *at equal CPU
 seconds*: validation scores when each arm had used as much as the cheapest arm used in total. *clipped*: share of
-trained steps that were clipped.
+trained steps that were clipped. *thousand passes*: forward passes through the transformer, of one image each, in the
+whole run without its evaluations; backward passes are not counted.
 
 ![Validation scores over passes and CPU seconds; test scores of each run]({name}.png)
 
