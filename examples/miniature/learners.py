@@ -14,20 +14,28 @@ from experiments import Arm, command
 
 
 CONFIG = Path(__file__).parent / "experiment.yaml"
-STEPS = {"num_inference_steps": 10, "eval_num_inference_steps": 10, "num_finish_steps": None}
+GRPO = {"num_inference_steps": 10, "num_finish_steps": None}
 # Half of the edits in each update, and four updates from a generation batch of 96 edits
 HALF = {"num_trained_generations": 6, "per_device_train_batch_size": 12}
 ARMS = [
     Arm(
         "GRPO, whole trajectory",
-        STEPS | {"sde_window_size": 9, "sde_window_range": [0, 9], "max_steps": 48, "eval_steps": 12},
+        GRPO | {"sde_window_size": 9, "sde_window_range": [0, 9], "max_steps": 24, "eval_steps": 12},
     ),
     Arm(
         "GRPO, fewer passes",
-        STEPS
+        GRPO
         | HALF
         | {"sde_window_size": 4, "sde_window_range": [0, 5], "same_latent": True, "num_finish_steps": 2}
-        | {"max_steps": 112, "eval_steps": 28},
+        | {"max_steps": 64, "eval_steps": 32},
+    ),
+    # Edits are sampled in 3 steps; those of the evaluation have 10, as with the others.
+    Arm(
+        "NFT",
+        HALF
+        | {"num_inference_steps": 3, "eval_num_inference_steps": 10, "num_train_sigmas": 2, "beta": 0.0}
+        | {"max_steps": 84, "eval_steps": 42},
+        method="nft",
     ),
 ]
 
