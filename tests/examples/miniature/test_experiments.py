@@ -117,7 +117,7 @@ def test_passes_of_dpo_are_counted(config, tmp_path):
     cases = experiments.load_dataset("train", 8)
     pairs = cases.map(lambda case: {"chosen": case["target"], "rejected": case["image"]})
     options = {"max_steps": 3, "save_strategy": "no"}
-    trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, None, pairs)
+    trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, None, pairs, "dpo")
     assert (trainer.args.resolution, trainer.args.per_device_train_batch_size) == (32, 4)
     progress = experiments.Progress(trainer, cases, 4)
     trainer.train()
