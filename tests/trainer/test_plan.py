@@ -142,8 +142,8 @@ def assert_same(first, second) -> None:
 
 def test_nft(tmp_path):
     options = dict(num_generations=2, num_inference_steps=3, num_train_sigmas=2, ema_decay=0.9, num_sample_edits=0)
-    args = FlowNFTEditConfig(str(tmp_path), **{**OPTIONS, **options})
-    lora = LoraConfig(r=32, lora_alpha=64, target_modules=LAYERS)
+    args = FlowNFTEditConfig(str(tmp_path), **{**OPTIONS, **options, "gradient_checkpointing": False})
+    lora = LoraConfig(target_modules=["to_q"])
     plan = plan_training(FlowNFTEditTrainer, tiny_pipeline(), args, {}, lora, num_processes=1)
     # An update samples 4 edits in 3 steps, and trains them at 2 levels: the policy, the old one and the reference.
     assert plan.update["rollout_passes"] == 4 * 3 and plan.update["trained_passes"] == 4 * 2 * 3
