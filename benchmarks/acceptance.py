@@ -150,7 +150,8 @@ def compare(
     human, before, after, held_out, case, task_of = np.concatenate(drawn, axis=1)
     seen = [(held_out == 0) & (task_of == task) for task in range(world.tasks)]
     gains = [gain_in_agreement(world.statistic, human[of], before[of], after[of]) for of in seen]
-    is_better = not np.mean(gains) <= 0  # undefined with few cases: then the test alone decides
+    defined = [gain for gain in gains if not math.isnan(gain)]  # with few cases, some are not
+    is_better = not defined or np.mean(defined) > 0  # if none is, the test alone decides
     level = one_sided_level(look)
     side = np.ones(len(case), bool) if on_all else held_out == 1
     columns = human[side], before[side], after[side], case[side]

@@ -106,6 +106,7 @@ def test_refine_with_a_candidate_and_with_proposals(server, tmp_path, capsys):
     for wrong, message in [
         ([*candidate, "--from-base"], "begin the folder with --from_base --rounds 0"),
         ([*candidate, "--tasks", "remove"], "is a prompt for the task 'color', but --tasks names remove"),
+        ([*candidate, "--target", "0.9"], "Nothing is proposed with --candidate, so --target has no effect"),
         (["--from-base"], "did not start from the base prompt: choose another output_dir"),
         (["--tasks", "remove"], "No task can be refined. The task 'remove' has no rated edits"),
         (["--rounds", "-1"], "rounds=-1 must not be negative"),

@@ -52,11 +52,11 @@ def swap_test(
 
     The scores `before` and `after` are swapped case by case at random, with all edits of a case together. The p-value
     is the share of swaps with at least the observed gain. If neither prompt has merit over the other, p is at most any
-    level with at most that probability, with any number of cases.
+    level with about that probability.
 
     Scores are brought to one mean and spread before they are swapped (correlations of ranks: replaced by their ranks),
     which does not change a correlation. Otherwise a prompt that uses another part of the scale than the one before
-    would be tested at another level.
+    would be tested at another level. With fewer than 20 cases, this makes the test a little too generous.
 
     Args:
         human (`np.ndarray`):

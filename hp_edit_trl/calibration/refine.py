@@ -240,8 +240,9 @@ class PromptRefiner:
             finished prompt. Of the prompts of `scorer`, only the base prompt is then written to the folder.
 
     Raises:
-        `ValueError`: If the task has too few rated cases ([`check_rated`]), an option is not valid, or the task's
-            prompt in the folder did not start from the base prompt although `from_base` is set.
+        `ValueError`: If the task has too few rated cases ([`check_rated`]), an option is not valid, the prompts in the
+            folder were refined with another `seed` or a smaller `validation_fraction`, or the task's prompt in the
+            folder did not start from the base prompt although `from_base` is set.
     """
 
     def __init__(
@@ -307,6 +308,15 @@ class PromptRefiner:
 
     def _prepare_folder(self, scorer: HPScorerReward, from_base: bool) -> None:
         """Fills the folder with the scorer's prompts, as far as they are missing."""
+        for entry in read_history(self.folder):
+            # A smaller fraction holds out some of the same cases.
+            if entry["seed"] != self.seed or entry["validation_fraction"] < self.validation_fraction:
+                raise ValueError(
+                    f"The prompts in {self.folder} were refined with seed={entry['seed']} and validation_fraction="
+                    f"{entry['validation_fraction']}. With seed={self.seed} and validation_fraction="
+                    f"{self.validation_fraction}, cases that questions were written from would be held out: use the "
+                    "same values, or choose another output_dir."
+                )
         self.current = starting_prompt(self.task, scorer, self.folder, from_base)
         (self.folder / "revisions").mkdir(parents=True, exist_ok=True)
         there = load_scorer_prompts(str(self.folder)) if any(self.folder.glob("*.md")) else {}

@@ -92,6 +92,12 @@ def _refine_prompt(args: argparse.Namespace) -> None:
             f"{args.candidate} is a prompt for the task {candidate.task!r}, but --tasks names {args.tasks}: leave out "
             "--tasks."
         )
+    if candidate is not None:
+        names = ("target", "proposer", "proposer_base_url")
+        if unused := [f"--{name}" for name in names if getattr(args, name) is not None]:
+            raise ValueError(
+                f"Nothing is proposed with --candidate, so {', '.join(unused)} has no effect: leave it out."
+            )
     check_refinement(args.statistic, args.validation_fraction, args.confidence, args.rounds, args.target)
     runs = _runs(args.dataset)
     if runs:

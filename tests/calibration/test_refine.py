@@ -310,6 +310,14 @@ def test_other_ratings_are_another_comparison(tmp_path):
     assert len(refiner(tmp_path).history) == 2
 
 
+@pytest.mark.parametrize("other", [{"seed": 1}, {"validation_fraction": 0.85}])
+def test_another_split_would_hold_out_cases_that_questions_were_written_from(tmp_path, other):
+    refiner(tmp_path).compare(revision("2", USELESS))
+    with pytest.raises(ValueError, match="were refined with seed=0 .* choose another output_dir"):
+        refiner(tmp_path, **other)
+    assert refiner(tmp_path, validation_fraction=0.7).current.name == "1"  # holds out some of the same
+
+
 def test_a_kill_loses_nothing(tmp_path, caplog):
     work = refiner(tmp_path)
     begun = (tmp_path / "color.md").read_text()

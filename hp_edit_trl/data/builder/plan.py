@@ -109,7 +109,10 @@ class Plan(Stage):
             places = [row for turn in range(self.tasks_per_image) for row in circle if len(used[row]) <= turn]
             wanted = {task: missing[task] for task in served.split(",") if missing.get(task)}
             if sum(wanted.values()) > len(places):
-                wanted = _shares(len(places), wanted, len(circle))
+                # A task can only use the images that do not have it yet.
+                free = {task: sum(task not in used[row] for row in set(places)) for task in wanted}
+                most = {task: min(count, free[task]) for task, count in wanted.items()}
+                wanted = _shares(len(places), wanted, most)
             for task, count in wanted.items():
                 left = []
                 for row in places:
@@ -145,7 +148,7 @@ class Plan(Stage):
             turns[name] += 1
 
         # Languages take turns within each task and style.
-        shares = _shares(len(cases), self.languages, len(cases))
+        shares = _shares(len(cases), self.languages, dict.fromkeys(self.languages, len(cases)))
         dealt = _interleaved({name: [name] * number for name, number in shares.items()}, dict.fromkeys(shares, 0.5))
         order = sorted(
             cases,
@@ -191,10 +194,10 @@ def _checked_weights(option: str, weights: Mapping[str, float], known: Mapping[s
     return {name: weights[name] for name in known if weights.get(name)}
 
 
-def _shares(total: int, weights: Mapping[str, float], most: int) -> dict[str, int]:
+def _shares(total: int, weights: Mapping[str, float], most: Mapping[str, int]) -> dict[str, int]:
     """
-    Divides an integer by weights with the largest remainder (Hamilton's method), at most `most` for each. The excess
-    is divided among the others in the same way.
+    Divides an integer by weights with the largest remainder (Hamilton's method), with at most `most` of each. The
+    excess is divided among the others in the same way.
     """
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}  # exactly 0.1, not the nearest float
     unit = total / sum(exact.values())
@@ -202,12 +205,12 @@ def _shares(total: int, weights: Mapping[str, float], most: int) -> dict[str, in
     by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name] * unit)
     for name in by_remainder[: total - sum(shares.values())]:
         shares[name] += 1
-    full = [name for name in shares if shares[name] > most]
+    full = [name for name in shares if shares[name] > most[name]]
     if not full:
         return shares
     rest = {name: weight for name, weight in weights.items() if name not in full}
-    others = _shares(total - most * len(full), rest, most) if rest else {}
-    return {name: others.get(name, most) for name in weights}
+    others = _shares(total - sum(most[name] for name in full), rest, most) if rest else {}
+    return {name: others.get(name, most[name]) for name in weights}
 
 
 def _interleaved(groups: Mapping[str, list], offsets: Mapping[str, float]) -> list:

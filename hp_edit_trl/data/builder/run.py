@@ -216,7 +216,8 @@ class _Build:
                     if self.accelerator.is_main_process:
                         export_candidates(folder, folder.path / "candidates")
             all_rows = len(folder.stages[-1].rows)
-            if len(folder.live) == 0 and (is_first or all_rows > FEW):
+            # That the prompts of a later round have all been there is no fault: other images may give new ones.
+            if len(folder.live) == 0 and (is_first or all_rows > FEW and name != "split"):
                 raise ValueError(
                     f"The stage {name!r} rejected all of {all_rows} rows ({dict(reasons)}): read the reasons in "
                     f"{folder.path / name}, correct the cause, and remove that folder."

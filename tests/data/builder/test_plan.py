@@ -130,7 +130,7 @@ def test_shares_against_brute_force():
         exact = [total * weight / sum(weights) for weight in weights]
         wholes = [w for w in itertools.product(range(most + 1), repeat=3) if sum(w) == total]
         least = min(sum((a - b) ** 2 for a, b in zip(whole, exact, strict=True)) for whole in wholes)
-        found = _shares(total, dict(zip("abc", weights, strict=True)), most)
+        found = _shares(total, dict(zip("abc", weights, strict=True)), dict.fromkeys("abc", most))
         assert sum(found.values()) == total and max(found.values()) <= most
         distance = sum((a - b) ** 2 for a, b in zip(found.values(), exact, strict=True))
         assert distance == pytest.approx(least)
@@ -174,6 +174,14 @@ def test_a_later_round_goes_on_where_the_earlier_ones_ended():
     assert Counter(case[2] for case in rest)["style"] == 11
     with_key = Plan(counts, earlier=Before(planned)).settings
     assert with_key["earlier_rounds"] == "before" and Plan(counts).settings["earlier_rounds"] is None
+
+
+@pytest.mark.parametrize("counts", [{"add": 5, "color": 1}, {"add": 5, "color": 5}, {"add": 1, "color": 5}])
+def test_images_that_one_task_has_used_go_to_another(counts):
+    # Else a round would be empty, and so would all rounds after it.
+    before = Before([(f"dog{i:05d}", "dog", "add", "en", None) for i in range(3)])
+    planned = cases(Plan(counts, tasks_per_image=2, earlier=before), images({"dog": 3}))
+    assert Counter(case[2] for case in planned) == {"color": min(3, counts["color"])}
 
 
 def test_images_get_the_tasks_that_their_source_is_for():

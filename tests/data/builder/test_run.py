@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from hp_edit_trl.cli import main
 from hp_edit_trl.data import load_realpref
 from hp_edit_trl.data.builder import BuildConfig, WorkFolder, build_dataset
 from hp_edit_trl.data.builder.instructions import case_id
+from hp_edit_trl.data.builder.run import _Build
 from hp_edit_trl.editors import Editor
 from hp_edit_trl.miniature.tiny import tiny_clip, tiny_judge
 from hp_edit_trl.ratings import append_answer
@@ -383,6 +385,17 @@ def test_everything_rejected_is_said(pictures, tmp_path):
         only = [{"folder": str(pictures / "photographs"), "license": "cc0-1.0"}]
         options = {"filter_threshold": 0.1, "benchmark_counts": {}, "sources": only, "task_counts": {"color": 3}}
         build(pictures, tmp_path / "two", Blank(), **options)
+
+
+def test_prompts_of_a_later_round_that_have_all_been_there_are_no_fault(tmp_path):
+    rejected = SimpleNamespace(
+        path=tmp_path, has_begun=lambda name: False, live=[], stages=[SimpleNamespace(rows=range(50))]
+    )
+    work = _Build(None, {}, ["split", "instructions"], SimpleNamespace(is_main_process=True))
+    work.run = lambda folder, stage: Counter({"rejected": 50})
+    assert work._take(rejected, {"split": object}, is_first=False)
+    with pytest.raises(ValueError, match="stage 'instructions' rejected all of 50 rows"):
+        work._take(rejected, {"instructions": object}, is_first=False)
 
 
 class Blank(Editor):
