@@ -178,6 +178,9 @@ class BuildConfig:
             raise ValueError(f"batch_sizes has unknown stages {unknown}; stages with batches: {list(BATCH_SIZES)}.")
         self.batch_sizes = BATCH_SIZES | self.batch_sizes
         check_positive(**self.batch_sizes, max_concurrency=self.max_concurrency)
+        for name in ("task_counts", "benchmark_counts", "prices"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a mapping, e.g. {{}}.")
         self.task_counts = checked_counts("task_counts", self.task_counts)
         if not self.task_counts:
             raise ValueError(

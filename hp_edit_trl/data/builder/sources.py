@@ -267,6 +267,8 @@ class _Folder:
         self.has_targets = "targets" in options
         if self.has_targets:
             self.targets = ImageFolder(options["targets"], f"{name}: targets={options['targets']}")
+            if self.targets.root.resolve() == self.images.root.resolve():
+                raise ValueError(f"{name}: targets is the folder of the images itself; name the one of their targets.")
             self.target_of = _paired(self.images, self.targets, name)
             self.digest["targets_digest"] = self.targets.digest
 

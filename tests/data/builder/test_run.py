@@ -296,6 +296,8 @@ def test_bokeh_from_pairs_and_styles_with_pictures(pictures, tmp_path):
         ({"task_counts": {}}, "task_counts asks for no case"),
         ({"task_counts": {"bokhe": 3}}, "task_counts names 'bokhe', which is no task"),
         ({"sample_size": -1}, "sample_size=-1 must be an integer of at least 0"),
+        ({"prices": [1]}, r"prices=\[1\] must be a mapping"),
+        ({"task_counts": None}, "task_counts=None must be a mapping"),
         ({"prices": {"image": 1}}, "prices names 'image'; there are prices of"),
         ({"prices": {"edit": -1}}, "the price of 'edit' is -1, but must be a number of at least 0"),
     ):

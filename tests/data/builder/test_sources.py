@@ -768,7 +768,7 @@ def test_pairs_in_folders_and_columns(pairs, folder, tmp_path):
     assert len(sizes) == 1 and sizes.pop()[0] < 64
     # Other files are other pairs: a build that has begun does not mix them.
     Path(pairs["targets"], "2.jpg").write_bytes(b"another")
-    assert Sources([pairs]).settings != Sources([pairs | {"targets": pairs["folder"]}]).settings != sources.settings
+    assert Sources([pairs]).settings != sources.settings
 
 
 @pytest.mark.parametrize(
@@ -782,6 +782,7 @@ def test_pairs_in_folders_and_columns(pairs, folder, tmp_path):
         ({"tasks": {"bokeh": 1}}, r"but is \{'bokeh': 1\}"),
         ({"tasks": None}, "has targets, so it must name the one task that they are for"),
         ({"tasks": ["bokeh", "relight"]}, "must name the one task that they are for"),
+        ({"targets": "HERE/sharp"}, "targets is the folder of the images itself"),
         ({"targets": "HERE/nowhere"}, "nowhere is not a folder: correct the path"),
         ({"targets": "HERE/sharp/a"}, r"5 of 5 images have no target, e.g. 2.png. Give both files of a pair the same"),
         ({"folder": "HERE/fewer"}, r"4 of 5 targets have no image, e.g. 3.jpg"),
