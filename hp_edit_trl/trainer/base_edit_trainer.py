@@ -788,6 +788,7 @@ class BaseEditTrainer(_BaseTrainer):
             },
             pipeline_class=type(self.policy.pipeline).__name__,
             call_arguments=self.policy.call_arguments(self.true_cfg_scale, self.negative_prompt),
+            example=self.policy.example_of_size(args.resolution),
             default_num_inference_steps=self.policy.default_num_inference_steps,
             num_inference_steps=self.sample_num_inference_steps,
             resolution=args.resolution,
