@@ -94,7 +94,9 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
 
 def _is_flow_grpos(scores: Any, details: Any) -> bool:
     """Whether two values are scores and details of all samples, and not the rewards of two."""
-    is_many = isinstance(scores, list | tuple | dict) or (isinstance(scores, torch.Tensor | np.ndarray) and scores.ndim)
+    is_many = isinstance(scores, list | tuple | dict) or (
+        isinstance(scores, torch.Tensor | np.ndarray) and scores.ndim
+    )
     return bool(is_many) and isinstance(details, dict | list | tuple)
 
 

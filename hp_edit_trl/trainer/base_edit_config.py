@@ -1,5 +1,6 @@
 """What both configs share: secrets among the options are not shown, and launches that do not work are refused."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -62,7 +63,11 @@ class BaseEditConfig(_BaseConfig):
         # TRL's default is refused where there is no GPU for it; a value that was given is used as it is.
         falls_back = self.bf16 is None and not self.fp16 and not self.use_cpu and lacks_bfloat16()
         self.bf16 = False if falls_back else self.bf16
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # TRL's default for gradient_checkpointing, and its keyword arguments, which users have not set
+            message = "`gradient_checkpointing(_kwargs)?` is deprecated"
+            warnings.filterwarnings("ignore", message, FutureWarning)
+            super().__post_init__()
         if falls_back:
             found = "The GPU has no bfloat16" if torch.accelerator.is_available() else "No GPU was found"
             logger.warning(f"{found}: training in float32 on {self.device.type!r}. Set bf16 or fp16 to choose.")

@@ -38,7 +38,9 @@ def fitting_batch(args: Any, num_cases: int) -> dict[str, int] | None:
     for per_device in range(args.per_device_train_batch_size, 0, -1):
         unit = smallest_steps(per_device, args.world_size, args.num_generations, trained)
         if times := num_cases * trained // (per_device * args.world_size * unit):
-            changed = {} if per_device == args.per_device_train_batch_size else {"per_device_train_batch_size": per_device}
+            changed = (
+                {} if per_device == args.per_device_train_batch_size else {"per_device_train_batch_size": per_device}
+            )
             return changed | {"gradient_accumulation_steps": unit * times}
     return None
 

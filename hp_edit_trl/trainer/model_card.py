@@ -41,9 +41,11 @@ def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str,
     """
     # Not pyplot: nothing here may touch the figures or the backend of the user's session.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="reward")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn = False
     for key, label, color in curves:
         points = [(log["step"], log[key]) for log in log_history if log.get(key) is not None]
