@@ -42,7 +42,7 @@ from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.policies import EditConditions, rollout
 from hp_edit_trl.scripts.plan import TRAINERS, choose_trainer
 from hp_edit_trl.scripts.utils import ScriptParser
-from hp_edit_trl.trainer.flow_grpo_edit_trainer import Sample
+from hp_edit_trl.trainer.online_edit_trainer import Sample
 from hp_edit_trl.utils.dry_run import Meter
 from hp_edit_trl.utils.seeding import seeded_generator
 
@@ -186,7 +186,7 @@ def measure(
     rolled = timed(roll, repeats) / steps / batch
     row = [resolution, f"{cfg:g}", batch, f"{rolled * 1000:.0f}", f"{peak_gib():.1f}"]
     row += [f"{operations[resolution, cfg, batch, 'rollout'] / steps / batch / rolled / peak:.0%}"]
-    samples = [Sample("case", 0, conditions, trajectory, 1.0, 1.0)] * train_batch
+    samples = [Sample("case", 0, 0, conditions, trajectory, 1.0, 1.0)] * train_batch
     model.train()
     reset_peak()
     checkpointed = trainer.policy.pipeline.transformer.is_gradient_checkpointing

@@ -13,6 +13,8 @@ _MODULES = {
     "EditModelConfig": "trainer.model_config",
     "FlowGRPOEditConfig": "trainer.flow_grpo_edit_config",
     "FlowGRPOEditTrainer": "trainer.flow_grpo_edit_trainer",
+    "FlowNFTEditConfig": "trainer.flow_nft_edit_config",
+    "FlowNFTEditTrainer": "trainer.flow_nft_edit_trainer",
     "HPScorerReward": "rewards",
     "ServerJudge": "judges",
     "TransformersJudge": "judges",
@@ -29,6 +31,8 @@ __all__ = [
     "EditModelConfig",
     "FlowGRPOEditConfig",
     "FlowGRPOEditTrainer",
+    "FlowNFTEditConfig",
+    "FlowNFTEditTrainer",
     "HPScorerReward",
     "ServerJudge",
     "TransformersJudge",
@@ -48,6 +52,8 @@ if TYPE_CHECKING:
     from .trainer.dpo_edit_trainer import DPOEditTrainer
     from .trainer.flow_grpo_edit_config import FlowGRPOEditConfig
     from .trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+    from .trainer.flow_nft_edit_config import FlowNFTEditConfig
+    from .trainer.flow_nft_edit_trainer import FlowNFTEditTrainer
     from .trainer.model_config import EditModelConfig
 
 

@@ -39,7 +39,7 @@ def redness(completions, **kwargs) -> list[float]:
     return [float(p[..., 0].mean() - p[..., 1:].mean()) for p in pixels]
 
 
-def make_config(output_dir, **kwargs) -> FlowGRPOEditConfig:
+def make_config(output_dir, kind=FlowGRPOEditConfig, **kwargs):
     defaults = dict(
         bf16=False,
         use_cpu=True,
@@ -49,7 +49,7 @@ def make_config(output_dir, **kwargs) -> FlowGRPOEditConfig:
         gradient_accumulation_steps=2,
         resolution=64,
         num_inference_steps=4,
-        sde_window_size=2,
+        **({"sde_window_size": 2} if kind is FlowGRPOEditConfig else {}),
         max_steps=2,
         learning_rate=1e-2,
         report_to="none",
@@ -57,7 +57,7 @@ def make_config(output_dir, **kwargs) -> FlowGRPOEditConfig:
         num_sample_edits=2,
         disable_tqdm=True,
     )
-    return FlowGRPOEditConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
+    return kind(output_dir=str(output_dir), **{**defaults, **kwargs})
 
 
 def allow_bitsandbytes_on_cpu(monkeypatch) -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hp_edit_trl.utils.hub import CITATION
 
@@ -24,3 +25,6 @@ def test_the_paper_is_cited_everywhere_alike():
     for card in ("trainer/model_card.md", "data/builder/dataset_card.md", "data/pairs_card.md"):
         assert "```bibtex" in (text := (ROOT / "hp_edit_trl" / card).read_text(encoding="utf-8"))
         assert "{{ citation }}" in text
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    names = " and ".join(f"{one['given-names']} {one['family-names']}" for one in paper["authors"])
+    assert names in " ".join(CITATION.split()) and paper["title"] in CITATION

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,13 @@ from hp_edit_trl.miniature.policy import WEIGHTS, load_pipeline
 from hp_edit_trl.miniature.scorers import CoarseScorer, RuleScorer
 from hp_edit_trl.miniature.world import load_dataset
 from hp_edit_trl.tasks import TASKS
+from hp_edit_trl.trainer.base_edit_trainer import BaseEditTrainer
 from hp_edit_trl.trainer.dpo_edit_config import DPOEditConfig
 from hp_edit_trl.trainer.dpo_edit_trainer import DPOEditTrainer
 from hp_edit_trl.trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from hp_edit_trl.trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+from hp_edit_trl.trainer.flow_nft_edit_config import FlowNFTEditConfig
+from hp_edit_trl.trainer.flow_nft_edit_trainer import FlowNFTEditTrainer
 from hp_edit_trl.utils.files import read_json, write_json, write_text
 from hp_edit_trl.utils.statistics import paired_difference
 
@@ -51,14 +54,15 @@ class Arm:
         name (`str`):
             Name in tables and figures.
         options (`dict[str, Any]`, *optional*):
-            Options that differ from the experiment's config: arguments of [`FlowGRPOEditConfig`] or, with DPO, of
-            [`DPOEditConfig`]; or `lora_r`, `lora_alpha`.
+            Options that differ from the experiment's config: arguments of the configuration of the arm's trainer, or
+            `lora_r`, `lora_alpha`.
         task_aware (`bool`, *optional*, defaults to `True`):
             Whether the reward is [`RuleScorer`] or [`CoarseScorer`].
         filtered (`bool`, *optional*, defaults to `False`):
             Whether to train only on hard cases, those whose edit by the pretrained policy scores below 4.5.
         method (`str`, *optional*, defaults to `"grpo"`):
-            `"grpo"`; `"dpo"`, on pairs mined from the same cases; or `"none"`, which evaluates the pretrained policy.
+            `"grpo"`; `"nft"`; `"dpo"`, on pairs mined from the same cases; or `"none"`, which evaluates the pretrained
+            policy.
     """
 
     name: str
@@ -68,27 +72,35 @@ class Arm:
     method: str = "grpo"
 
 
-# Options of a Flow-GRPO config that DPO has too. Its arm sets the others.
-SHARED_OPTIONS = (
-    "use_cpu", "bf16", "gradient_checkpointing", "report_to", "resolution", "num_inference_steps", "true_cfg_scale",
-    "rollout_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "max_steps",
-)  # fmt: skip
+TRAINERS = {
+    "grpo": (FlowGRPOEditTrainer, FlowGRPOEditConfig),
+    "nft": (FlowNFTEditTrainer, FlowNFTEditConfig),
+    "dpo": (DPOEditTrainer, DPOEditConfig),
+}
 
 
 def make_trainer(
-    config: Path, options: dict[str, Any], output_dir: Path, seed: int, reward: Any, train: Dataset
-) -> FlowGRPOEditTrainer | DPOEditTrainer:
-    """Makes a trainer of the miniature from a YAML file and options that override it: DPO's if there is no reward."""
+    config: Path,
+    options: dict[str, Any],
+    output_dir: Path,
+    seed: int,
+    reward: Any,
+    train: Dataset,
+    method: str = "grpo",
+) -> BaseEditTrainer:
+    """Makes a trainer of the miniature from a YAML file for Flow-GRPO and options that override it."""
     values = yaml.safe_load(config.read_text())
     lora = {name: options.get(name, values.pop(name)) for name in ("lora_r", "lora_alpha")}
     peft_config = LoraConfig(r=lora["lora_r"], lora_alpha=lora["lora_alpha"])
+    trainer_type, config_type = TRAINERS[method]
+    known = {f.name for f in fields(config_type)} - ({"learning_rate"} if method == "dpo" else set())
+    values = {name: value for name, value in values.items() if name in known}
     values |= {"output_dir": str(output_dir), "seed": seed}
-    options = {name: value for name, value in options.items() if name not in lora}
-    if reward is None:
-        values = {name: value for name, value in values.items() if name in (*SHARED_OPTIONS, "output_dir", "seed")}
-        return DPOEditTrainer(load_pipeline(), DPOEditConfig(**(values | options)), train, peft_config=peft_config)
-    args = FlowGRPOEditConfig(**(values | options))
-    return FlowGRPOEditTrainer(load_pipeline(), reward, args, train, peft_config=peft_config)
+    values |= {name: value for name, value in options.items() if name not in lora}
+    rewards = {} if reward is None else {"reward_funcs": reward}
+    return trainer_type(
+        load_pipeline(), **rewards, args=config_type(**values), train_dataset=train, peft_config=peft_config
+    )
 
 
 def fingerprint(*parts: Any) -> str:
@@ -123,7 +135,7 @@ class Progress(TrainerCallback):
     counted (backward passes are not), and CPU seconds of this process, without those of the evaluation.
 
     Args:
-        trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
+        trainer ([`BaseEditTrainer`]):
             The trainer.
         dataset (`~datasets.Dataset`):
             The validation cases.
@@ -137,7 +149,7 @@ class Progress(TrainerCallback):
 
     def __init__(
         self,
-        trainer: FlowGRPOEditTrainer | DPOEditTrainer,
+        trainer: BaseEditTrainer,
         dataset: Dataset,
         every: int,
         passes: float = 0.0,
@@ -214,9 +226,10 @@ def run_arm(
         passes += 5.0 * len(train) * shared["num_inference_steps"]
         seconds += time.process_time() - started
         options["latents_cache_dir"] = str(output_dir / "mining" / "latents")
-        trainer = make_trainer(config, options, output_dir, seed, None, pairs)
+        trainer = make_trainer(config, options, output_dir, seed, None, pairs, "dpo")
     else:
-        trainer = make_trainer(config, options, output_dir, seed, scorer, train)
+        method = "grpo" if arm.method == "none" else arm.method
+        trainer = make_trainer(config, options, output_dir, seed, scorer, train, method)
     every = arm.options.get("eval_steps", shared["eval_steps"])
     progress = Progress(trainer, validation, every, passes, seconds)
     if arm.method == "none":
@@ -353,7 +366,8 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     Summarizes each arm: means over its seeds with their standard error; the difference from the first arm, paired by
     case and averaged over seeds, with its standard error over the cases; and validation scores at equal budgets, when
-    all arms had used as many transformer passes, or CPU seconds, as the cheapest arm used in total.
+    all arms had used as many transformer passes, or CPU seconds, as the cheapest arm used in total; and the gain per
+    thousand passes.
     """
     trained = [run for run in runs if len(run["curve"]) > 1]
     limits = {
@@ -375,6 +389,9 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line["against_first"], line["against_first_se"] = (
             round(x, 4) for x in paired_difference(first.tolist(), per_case.tolist())
         )
+        line["thousand_passes"] = round(float(np.mean([row["curve"][-1]["thousand_passes"] for row in rows])), 2)
+        if line["thousand_passes"]:
+            line["gain_per_thousand_passes"] = round(line["difference"] / line["thousand_passes"], 5)
         for budget, limit in limits.items():
             line[f"at_{budget}"] = round(float(np.mean([at_budget(row, budget, limit) for row in rows])), 4)
         summary.append(line)
@@ -384,7 +401,8 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def summary_table(summary: list[dict[str, Any]]) -> str:
     """Makes the Markdown table of a summary."""
     columns = ["arm", "seeds", "before", "after", "gain", "against the first", "share of 5", *TASKS]
-    columns += ["at equal passes", "at equal CPU seconds", "clipped", "CPU minutes"]
+    columns += ["at equal passes", "at equal CPU seconds", "clipped", "CPU minutes", "thousand passes"]
+    columns += ["gain per thousand passes"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for line in summary:
         seeds = {name: f" ± {line[f'{name}_se']:.3f}" if line["seeds"] > 1 else "" for name in ("score", "difference")}
@@ -395,7 +413,8 @@ def summary_table(summary: list[dict[str, Any]]) -> str:
             f"{line[task]:.2f}" + (f" ± {line[f'{task}_se']:.2f}" if line["seeds"] > 1 else "") for task in TASKS
         ]
         cells += [f"{line['at_thousand_passes']:.3f}", f"{line['at_cpu_seconds']:.3f}", f"{line['clip_fraction']:.3f}"]
-        cells += [f"{line['cpu_seconds'] / 60:.1f}"]
+        cells += [f"{line['cpu_seconds'] / 60:.1f}", f"{line['thousand_passes']:.1f}"]
+        cells += [f"{line['gain_per_thousand_passes']:.4f}" if line["thousand_passes"] else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -411,7 +430,8 @@ Scores are those of RuleScorer (0 to 5) on {len(runs[0]["scores"])} test cases. 
 policy with the same noise. ± of *after*, *gain* and the tasks: standard error over the seeds. *against the first*:
 difference from the first arm, paired by case, ± its standard error over the cases. *at equal passes*, *at equal CPU
 seconds*: validation scores when each arm had used as much as the cheapest arm used in total. *clipped*: share of
-trained steps that were clipped.
+trained steps that were clipped. *thousand passes*: forward passes through the transformer, of one image each, in the
+whole run without its evaluations; backward passes are not counted.
 
 ![Validation scores over passes and CPU seconds; test scores of each run]({name}.png)
 

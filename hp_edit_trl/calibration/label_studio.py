@@ -96,7 +96,10 @@ def to_label_studio(
 
 def _annotation(rating: Rating) -> dict[str, Any]:
     # Label Studio gives imported annotations a new user and a new time, but keeps their `meta`.
-    base = {"to_name": "edit", "meta": {"annotator": rating.annotator, "rubric": rating.rubric, "time": rating.time}}
+    meta: dict[str, Any] = {"annotator": rating.annotator, "rubric": rating.rubric, "time": rating.time}
+    if rating.aspects:
+        meta["aspects"] = rating.aspects
+    base = {"to_name": "edit", "meta": meta}
     result: list[dict[str, Any]] = []
     if rating.score is not None:
         result.append({**base, "from_name": "score", "type": "choices", "value": {"choices": [str(rating.score)]}})
@@ -231,7 +234,10 @@ def _read_annotation(annotation: Any, key: EditKey, rubric: str) -> Rating:
     comment = "\n".join(line for result in results if result.get("type") == "textarea" for line in _read_text(result))
     score = None if annotation.get("was_cancelled") else _read_score(results)
     revision = str(meta.get("rubric") or rubric)
-    rating = Rating(annotator_name(str(annotator)), *key, score, revision, str(time), comment)
+    aspects = meta.get("aspects", {})
+    if not isinstance(aspects, dict) or any(type(one) is not int or one not in SCORES for one in aspects.values()):
+        raise ValueError(f"the aspects in its `meta`, {aspects!r}, are not scores from 0 to 5 by name")
+    rating = Rating(annotator_name(str(annotator)), *key, score, revision, str(time), comment, aspects)
     try:
         rating.timestamp()
     except ValueError as error:

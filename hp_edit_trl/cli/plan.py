@@ -14,7 +14,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 def register(commands: Any) -> None:
     """Adds the command of this family to a parser's subcommands."""
-    # Its options are those of `hp-edit grpo` or `hp-edit dpo`, and a few more: a parser of its own reads them.
+    # Its options are those of the training command, and a few more: a parser of its own reads them.
     command = commands.add_parser(
         "plan", help="plan a training run: memory, time and cost on a GPU, without a GPU", add_help=False
     )

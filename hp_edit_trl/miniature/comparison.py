@@ -1,12 +1,14 @@
 """Edits and scores of held-out cases, before and after training."""
 
 import csv
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -15,6 +17,7 @@ from ..trainer.base_edit_trainer import BaseEditTrainer
 from ..utils.files import write_atomically
 from ..utils.images import comparison_sheet
 from ..utils.statistics import paired_difference
+from .policy import WEIGHTS
 from .scorers import RuleScorer
 
 
@@ -78,7 +81,8 @@ def before_after_sheet(
     dataset: Dataset, before: list[Image.Image], after: list[Image.Image], below: float = 3.0
 ) -> Image.Image:
     """
-    Shows the first case of each task whose edit scored low before training: reference, both edits, and target.
+    Shows the first case of each task whose edit scored low before training, four side by side: reference and both
+    edits.
 
     Args:
         dataset (`~datasets.Dataset`):
@@ -97,14 +101,52 @@ def before_after_sheet(
         if index is not None:
             row, (old, new) = dataset[index], scores[index]
             text = f"{row['prompt']}  ({old:.1f} -> {new:.1f})"
-            rows.append((text, [row["image"], before[index], after[index], row["target"]]))
-    return comparison_sheet(rows, ["reference", f"before (below {below:g})", "after", "asked for"], height=128)
+            rows.append((text, [row["image"], before[index], after[index]]))
+    return comparison_sheet(rows, ["reference", f"before (below {below:g})", "after"], height=112, across=4)
+
+
+def gains_figure(tasks: list[str], before: list[float], after: list[float], path: Path) -> None:
+    """
+    Draws the mean scores of each task before and after training, with standard errors over the cases, and what the
+    miniature's VAE allows at most.
+
+    Args:
+        tasks (`list[str]`):
+            The task of each case.
+        before (`list[float]`):
+            The score of each case before training.
+        after (`list[float]`):
+            The score of each case after training.
+        path (`Path`):
+            The image file.
+    """
+    names = ["all", *[task for task in TASKS if task in tasks]]
+    limits = json.loads((WEIGHTS / "scores.json").read_text(encoding="utf-8"))["vae"]
+    limits["all"] = limits["score"]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for shift, scores, label, color in ((-0.19, before, "before", "#9aa5b1"), (0.19, after, "after", "#1f7a5c")):
+        parts = [[scores[i] for i, task in enumerate(tasks) if name in (task, "all")] for name in names]
+        errors = [np.std(part, ddof=1) / len(part) ** 0.5 if len(part) > 1 else 0.0 for part in parts]
+        places = np.arange(len(names)) + shift
+        axes.bar(places, [np.mean(part) for part in parts], 0.36, yerr=errors, label=label, color=color, ecolor="#333")
+    for place, name in enumerate(names):
+        axes.hlines(
+            limits[name], place - 0.4, place + 0.4, color="black", linestyle=":", label="" if place else "limit"
+        )
+    lowest = min(np.mean([s for s, t in zip(before, tasks, strict=True) if n in (t, "all")]) for n in names)
+    axes.set_ylim(max(0.0, np.floor(lowest * 2) / 2 - 0.5), 5.05)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("score, 0 to 5")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=3, loc="lower right", framealpha=1)
+    write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
 
 
 def evaluate_before_after(trainer: BaseEditTrainer, dataset: Dataset) -> tuple[list[float], list[float]]:
     """
     Edits a dataset with and without the trained adapter, along the ODE and from the same noise. Prints the scores per
-    task, and writes `scores.csv` and `hard_cases.png` to the trainer's `output_dir`.
+    task, and writes `scores.csv`, `gains.png` and `hard_cases.png` to the trainer's `output_dir`.
 
     Args:
         trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
@@ -128,4 +170,5 @@ def evaluate_before_after(trainer: BaseEditTrainer, dataset: Dataset) -> tuple[l
 
     write_atomically(folder / "scores.csv", write)
     before_after_sheet(dataset, before, after).save(folder / "hard_cases.png")
+    gains_figure(dataset["task"], *scores, folder / "gains.png")
     return scores

@@ -1,4 +1,4 @@
-"""Scripts of the commands that train: `hp-edit grpo`, `hp-edit dpo` and `hp-edit mine-pairs`."""
+"""Scripts of the commands that train: `hp-edit grpo`, `hp-edit nft`, `hp-edit dpo` and `hp-edit mine-pairs`."""
 
 from .utils import DatasetArguments, EditScriptArguments, ScriptParser, load_cases, load_scorer, run_training
 

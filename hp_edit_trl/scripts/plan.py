@@ -21,15 +21,21 @@ from ..trainer.dpo_edit_config import DPOEditConfig
 from ..trainer.dpo_edit_trainer import DPOEditTrainer
 from ..trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 from ..trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+from ..trainer.flow_nft_edit_config import FlowNFTEditConfig
+from ..trainer.flow_nft_edit_trainer import FlowNFTEditTrainer
 from ..trainer.plan import plan_training
 from ..trainer.rehearsal import alone
 from ..trainer.sharding import check_fsdp_version
 from ..utils.files import write_json
-from . import dpo, grpo
+from . import dpo, grpo, nft
 from .utils import ScriptParser
 
 
-TRAINERS = {"grpo": (grpo.ARGUMENTS, FlowGRPOEditTrainer), "dpo": (dpo.ARGUMENTS, DPOEditTrainer)}
+TRAINERS = {
+    "grpo": (grpo.ARGUMENTS, FlowGRPOEditTrainer),
+    "nft": (nft.ARGUMENTS, FlowNFTEditTrainer),
+    "dpo": (dpo.ARGUMENTS, DPOEditTrainer),
+}
 
 
 @dataclass
@@ -87,7 +93,7 @@ def choose_trainer(words: list[str]) -> tuple[str, list[str]]:
     Args:
         words (`list[str]`):
             The command line. Its first word may name the trainer; otherwise the options tell, and those of its
-            `--config`: it is DPO if one of them is an option of DPO alone.
+            `--config`: it is DPO or NFT if one of them is an option of DPO or NFT alone.
     """
     if words and words[0] in TRAINERS:
         return words[0], words[1:]
@@ -101,8 +107,11 @@ def choose_trainer(words: list[str]) -> tuple[str, list[str]]:
                 except (ValueError, yaml.YAMLError):  # the parser will say so
                     continue
                 names |= set(config) if isinstance(config, dict) else set()
-    own, other = ({f.name for f in fields(kind)} for kind in (DPOEditConfig, FlowGRPOEditConfig))
-    return ("dpo" if names & (own - other) else "grpo"), words
+    of_grpo = {f.name for f in fields(FlowGRPOEditConfig)}
+    for name, kind in (("dpo", DPOEditConfig), ("nft", FlowNFTEditConfig)):
+        if names & ({f.name for f in fields(kind)} - of_grpo):
+            return name, words
+    return "grpo", words
 
 
 def read_launch(launch: Namespace | None) -> tuple[int, bool]:
@@ -140,7 +149,7 @@ def parse(words: list[str]) -> tuple[dict[str, Any], str | None]:
     training_args.model_init_kwargs = model_args.init_kwargs(training_args)
     given: dict[str, Any] = dict(vars(plan_args))
     output = given.pop("output")
-    if name == "grpo":
+    if name != "dpo":
         given["num_answers"] = script_args.num_answers
         if script_args.judge_base_url is None:
             given |= {"judge": script_args.judge, "judge_revision": script_args.judge_revision}

@@ -196,7 +196,7 @@ def run_training(trainer: BaseEditTrainer) -> None:
     Trains, saves the LoRA with its card and pictures, and pushes them with `--push_to_hub`.
 
     Args:
-        trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
+        trainer ([`FlowGRPOEditTrainer`], [`FlowNFTEditTrainer`] or [`DPOEditTrainer`]):
             The trainer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What both configs share: secrets among the options are not shown, and launches that do not work are refused."""
+"""What all configs share: secrets among the options are not shown, and launches that do not work are refused."""
 
 import warnings
 from typing import Any
@@ -46,6 +46,7 @@ class BaseEditConfig(_BaseConfig):
     # Fields of the subclasses
     offload_transformer: bool
     num_checkpointed_blocks: int | None
+    ema_decay: float | None
 
     def __post_init__(self):
         if self.fsdp:
@@ -90,6 +91,10 @@ class BaseEditConfig(_BaseConfig):
             raise ValueError(
                 "offload_transformer needs gradient_checkpointing=True, without num_checkpointed_blocks: otherwise "
                 "blocks would stay on the device until the backward pass."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay={self.ema_decay} must be above 0 and below 1, e.g. 0.99; without it there is no average."
             )
 
     # Trackers and logs show these.

@@ -1,4 +1,4 @@
-"""What both trainers share, apart from the algorithms: loading, reading cases, sampling edits, saving, sharing."""
+"""What all trainers share, apart from the algorithms: loading, reading cases, sampling edits, saving, sharing."""
 
 import contextlib
 import copy
@@ -41,7 +41,9 @@ from ..utils.quantization import check_quantization, describe_quantization, quan
 from ..utils.revisions import dataset_revision
 from ..utils.secrets import redact_error, redacted
 from ..utils.seeding import seeded_generator
+from .adapter_copy import AdapterCopy, AfterUpdates, average_decay
 from .checkpoints import (
+    COPIES,
     MANIFEST,
     UNFINISHED,
     WEIGHTS,
@@ -76,7 +78,7 @@ def find_policy(model: str | DiffusionPipeline, args: Any) -> type[EditPolicy]:
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor: a Hub id, a local folder, or a loaded pipeline.
-        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The trainer's configuration: `model_init_kwargs` and the device are read.
     """
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
@@ -94,7 +96,7 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
             The policy's class, see [`find_policy`].
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor: a Hub id, a local folder, or a loaded pipeline.
-        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The trainer's configuration: `model_init_kwargs`, `bf16` and `offload_encoders` are read.
 
     Returns:
@@ -117,7 +119,7 @@ def loading_options(args: Any) -> dict[str, Any]:
     The keyword arguments that a pipeline is loaded with.
 
     Args:
-        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The trainer's configuration: `model_init_kwargs` and `bf16` are read.
     """
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
@@ -168,6 +170,9 @@ class BaseEditTrainer(_BaseTrainer):
     _skipped_updates = 0
     _skipped_in_a_row = 0
 
+    # Copies of the adapter that follow it: "ema" is evaluated, saved and pushed in its place
+    _copies: dict[str, AdapterCopy] = {}
+
     # While a checkpoint is being written; the best model before the last evaluation; a run that is saved already
     _saving = False
     _best_before: tuple[float | None, int | None] = (None, None)
@@ -185,6 +190,17 @@ class BaseEditTrainer(_BaseTrainer):
             shard(model, args.device)
         self._stream = BlockStream(model, args.device) if args.offload_transformer else None
         super().__init__(model=model, args=args, **kwargs)
+        self._copies = {"ema": AdapterCopy(model)} if args.ema_decay is not None else {}
+        self.add_callback(AfterUpdates(self._follow_weights))
+
+    def _follow_weights(self) -> None:
+        """Called after each update, before it is counted: the copies of the adapter follow."""
+        if "ema" in self._copies:
+            self._copies["ema"].update(average_decay(self.args.ema_decay, self.state.global_step + 1))
+
+    def _published(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model has the weights that are evaluated, saved and pushed."""
+        return self._copies["ema"].applied() if "ema" in self._copies else contextlib.nullcontext()
 
     # With FSDP accelerate would shard the LoRA as well, and Trainer would write checkpoints of another form.
     def create_accelerator_and_postprocess(self) -> None:
@@ -201,6 +217,8 @@ class BaseEditTrainer(_BaseTrainer):
             self._stream.place(model, device)
         else:
             super()._move_model_to_device(model, device)
+        for adapter in self._copies.values():
+            adapter.place()
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         if not (self._is_sharded and training and model is self.model):
@@ -341,7 +359,8 @@ class BaseEditTrainer(_BaseTrainer):
         ids = [str(row["id"]) for row, _ in cases]
         seeds = [seeded_generator(args.seed, "eval", case_id).initial_seed() for case_id in ids]
         together = self._passes_in_step() if self._is_sharded else contextlib.nullcontext()
-        with together, self._without_casts(), contextlib.nullcontext() if adapter else use_adapter(self.model, None):
+        weights = self._published() if adapter else use_adapter(self.model, None)
+        with together, self._without_casts(), weights:
             return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
 
     def plan(self, **options: Any) -> TrainingPlan:
@@ -451,7 +470,8 @@ class BaseEditTrainer(_BaseTrainer):
         world = self.args.world_size
         states = [f"rng_state_{process}.pth" for process in range(world)] if world > 1 else ["rng_state.pth"]
         scaler = ["scaler.pt"] if self.accelerator.scaler is not None else []
-        return [OPTIMIZER_NAME, SCHEDULER_NAME, *scaler, *states]
+        copies = [COPIES] if self._copies else []
+        return [OPTIMIZER_NAME, SCHEDULER_NAME, *scaler, *copies, *states]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
@@ -493,6 +513,37 @@ class BaseEditTrainer(_BaseTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None and not self.optimizer.param_groups[0].keys() >= self.optimizer.defaults.keys():
                 raise ValueError("it is of another kind of optimizer")
+            if checkpoint is not None:
+                self._load_copies(os.path.join(checkpoint, COPIES))
+
+    def _unpublished(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The weights of the adapter that a checkpoint holds beside those that are published."""
+        weights = {name: adapter.weights for name, adapter in self._copies.items() if name != "ema"}
+        return weights | ({"trained": self._copies["ema"].trained} if "ema" in self._copies else {})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._copies and self.args.should_save:
+            torch.save(self._unpublished(), os.path.join(output_dir, COPIES))
+
+    def _load_copies(self, file: str) -> None:
+        if not os.path.isfile(file):  # `train` has said so, if there is one to load
+            return
+        state, weights = torch.load(file, map_location="cpu", weights_only=True), self._unpublished()
+        shapes, expected = (
+            {(kind, name): w.shape for kind, part in parts.items() for name, w in part.items()}
+            for parts in (state, weights)
+        )
+        if shapes != expected:
+            raise ValueError(f"it has other copies of the adapter: {sorted(state)} and not {sorted(weights)}")
+        for kind, part in weights.items():
+            for name, weight in part.items():
+                weight.copy_(state[kind][name])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for adapter in self._copies.values():
+            adapter.reset()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with in_step(self.accelerator), restoring(checkpoint):
@@ -539,6 +590,8 @@ class BaseEditTrainer(_BaseTrainer):
                     "load_best_model_at_end=False."
                 )
         super()._load_best_model()
+        for adapter in self._copies.values():
+            adapter.reset()
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -590,19 +643,24 @@ class BaseEditTrainer(_BaseTrainer):
 
     # Every folder that is saved can be resumed from (PEFT's files) and loaded with `pipeline.load_lora_weights`.
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self._check_finite()
+        with self._published():
+            self._check_finite()
+            if self.args.should_save:
+                folder = output_dir or self.args.output_dir
+                os.makedirs(folder, exist_ok=True)
+                # Not `super()._save`: it pickles the arguments, tokens included. Nothing reads them in a resumed run.
+                self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+                save_lora(self.policy, self.accelerator.unwrap_model(self.model), folder)
+                self._write_card(Path(folder))  # in place of PEFT's
+
+    def _check_finite(self) -> None:
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
                 raise ValueError(
                     f"{name} has values that are not finite at step {self.state.global_step}: the LoRA is not saved. "
                     f"Resume from an earlier checkpoint in {self.args.output_dir} with a lower learning_rate."
                 )
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            os.makedirs(folder, exist_ok=True)
-            # Not `super()._save`: it pickles the arguments, tokens included. Nothing reads them when a run resumes.
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-            save_lora(self.policy, self.accelerator.unwrap_model(self.model), folder)
-            self._write_card(Path(folder))  # in place of PEFT's
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._saving:  # it is not whole yet
@@ -784,6 +842,7 @@ class BaseEditTrainer(_BaseTrainer):
             settings={
                 "LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}",
                 **self._card_settings(),
+                **({} if args.ema_decay is None else {"`ema_decay`": str(args.ema_decay)}),
                 "Steps trained": str(self.state.global_step),
             },
             pipeline_class=type(self.policy.pipeline).__name__,

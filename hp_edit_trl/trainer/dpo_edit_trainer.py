@@ -477,7 +477,10 @@ class DPOEditTrainer(BaseEditTrainer):
             self.optimizer.eval()
         results: list[dict[str, float]] = []
         for files in dataloader:
-            with self._passes_in_step(), torch.no_grad(), self._without_casts(), self.accelerator.autocast():
+            with (
+                self._passes_in_step(), torch.no_grad(), self._published(),
+                self._without_casts(), self.accelerator.autocast(),
+            ):  # fmt: skip
                 pairs = [self._load_pair(file) for file in files]
                 generators = [seeded_generator(self.args.seed, "eval", pair.id) for pair in pairs]
                 losses, metrics = self._losses(self.model, pairs, generators)

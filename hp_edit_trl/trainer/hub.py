@@ -30,7 +30,7 @@ def check_hub_options(args: Any) -> None:
     out of everything that is written.
 
     Args:
-        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The configuration.
 
     Raises:
@@ -103,7 +103,7 @@ def completions_scheduler(args: Any) -> CommitScheduler:
     at the end of the process.
 
     Args:
-        args ([`FlowGRPOEditConfig`]):
+        args ([`OnlineEditConfig`]):
             The configuration.
 
     Raises:

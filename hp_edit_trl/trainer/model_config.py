@@ -80,7 +80,7 @@ class EditModelConfig(ModelConfig):
         machine can quantize as they say is checked by the trainer, before it downloads anything.
 
         Args:
-            args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+            args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
                 The trainer's configuration. Its `model_init_kwargs` take precedence.
 
         Raises:

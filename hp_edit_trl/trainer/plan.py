@@ -19,6 +19,8 @@ from ..utils.quantization import in_bits
 from ..utils.secrets import redacted
 from .dpo_edit_config import DPOEditConfig
 from .flow_grpo_edit_config import FlowGRPOEditConfig
+from .flow_nft_edit_config import FlowNFTEditConfig
+from .online_edit_config import OnlineEditConfig
 from .rehearsal import Rehearsal, alone
 
 
@@ -160,7 +162,7 @@ class TrainingPlan:
 def plan_training(
     trainer_type: Any,
     model: str | DiffusionPipeline,
-    args: FlowGRPOEditConfig | DPOEditConfig,
+    args: FlowGRPOEditConfig | FlowNFTEditConfig | DPOEditConfig,
     options: dict[str, Any],
     peft_config: LoraConfig | None = None,
     *,
@@ -183,10 +185,10 @@ def plan_training(
 
     Args:
         trainer_type (`type`):
-            [`FlowGRPOEditTrainer`] or [`DPOEditTrainer`].
+            [`FlowGRPOEditTrainer`], [`FlowNFTEditTrainer`] or [`DPOEditTrainer`].
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor: a Hub id, a local folder, which needs no weights, or a loaded pipeline.
-        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The trainer's configuration, made within [`alone`] or in the process that trains.
         options (`dict`):
             What the pipeline is loaded with, see `loading_options`.
@@ -253,7 +255,7 @@ def plan_training(
         "resolution", "per_device_train_batch_size", "gradient_accumulation_steps", "rollout_batch_size",
         "gradient_checkpointing", "num_checkpointed_blocks", "offload_encoders", "offload_transformer", "bf16",
         "num_generations", "num_inference_steps", "sde_window_size",
-        "num_trained_generations", "same_latent", "num_finish_steps",
+        "num_trained_generations", "same_latent", "num_finish_steps", "num_train_sigmas",
         "true_cfg_scale", "beta", "num_iterations", "optim",
     )  # fmt: skip
     chosen = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -306,11 +308,11 @@ def _update(figures: dict[str, Any], args: Any, card: Card, utilization: float, 
     times = dict.fromkeys(("encoding", "rollout", "decoding"), 0.0)
     times["training"] = float(microbatches)
     judge_calls = 0.0
-    if isinstance(args, FlowGRPOEditConfig):
+    if isinstance(args, OnlineEditConfig):
         assert args.steps_per_generation and args.generation_batch_size
         generations = microbatches / (args.steps_per_generation * args.num_iterations)  # in one update
         times |= dict.fromkeys(("encoding", "rollout", "decoding"), generations)
-        times["training"] *= args.sde_window_size
+        times["training"] *= args.sde_window_size if isinstance(args, FlowGRPOEditConfig) else args.num_train_sigmas
         judge_calls = args.generation_batch_size * generations * num_answers
     flops = {name: round(_flops(counts[name]) * number) for name, number in times.items() if name in counts and number}
     training, world = counts["training"], args.world_size
@@ -331,10 +333,10 @@ def _run_figures(
     figures: dict[str, Any], update: dict[str, Any], args: Any, card: Card, utilization: float, num_cases: int | None,
     price: float | None,
 ) -> dict[str, Any]:  # fmt: skip
-    world, is_grpo = args.world_size, isinstance(args, FlowGRPOEditConfig)
+    world, is_online = args.world_size, isinstance(args, OnlineEditConfig)
     updates: int | None = args.max_steps if args.max_steps > 0 else None
     if updates is None and num_cases is not None:
-        if is_grpo:
+        if is_online:
             batches = num_cases // (args.generation_batch_size // args.num_generations)
             steps = batches * args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
         else:
@@ -345,7 +347,7 @@ def _run_figures(
     hours = cost = None
     if updates is not None:
         seconds = updates * sum(update["seconds"].values())
-        if not is_grpo and num_cases is not None:  # every pair is encoded once
+        if not is_online and num_cases is not None:  # every pair is encoded once
             seconds += (
                 math.ceil(num_cases / world)
                 * _flops(figures["phases"]["encoding"]["counts"])
@@ -400,7 +402,7 @@ def advice(rehearsal: Rehearsal, args: Any, card: Card, phases: dict[str, dict[s
             rehearsal.is_sharded = True
         else:
             change = {"offload_transformer": True}
-        if "per_device_train_batch_size" in change and isinstance(args, FlowGRPOEditConfig):
+        if "per_device_train_batch_size" in change and isinstance(args, OnlineEditConfig):
             assert args.steps_per_generation
             args.steps_per_generation *= args.per_device_train_batch_size // change["per_device_train_batch_size"]
         for name, value in change.items():

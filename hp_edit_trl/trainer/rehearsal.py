@@ -29,6 +29,7 @@ from ..utils.quantization import check_options
 from .dpo_edit_config import DPOEditConfig
 from .flow_grpo_edit_config import FlowGRPOEditConfig
 from .lora import lora_layers
+from .online_edit_config import OnlineEditConfig
 
 
 # The options of a transformer that say how many blocks of each kind it has. Blocks of a kind take the same.
@@ -202,7 +203,7 @@ class Rehearsal:
 
     Args:
         trainer_type (`type`):
-            [`FlowGRPOEditTrainer`] or [`DPOEditTrainer`].
+            [`FlowGRPOEditTrainer`], [`FlowNFTEditTrainer`] or [`DPOEditTrainer`].
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor. See [`empty_pipeline`].
         options (`dict`):
@@ -275,13 +276,13 @@ class Rehearsal:
             for name in self.quantization.keys() - {"transformer"}:  # which is quantized in each run
                 _quantize(getattr(self.pipeline, name), config)
 
-    def measure(self, args: FlowGRPOEditConfig | DPOEditConfig, light: bool = False, few: int = FEW) -> dict[str, Any]:
+    def measure(self, args: OnlineEditConfig | DPOEditConfig, light: bool = False, few: int = FEW) -> dict[str, Any]:
         """
         What a run with these arguments takes, as numbers in nested dictionaries. Blocks of a kind take the same, so
         that runs with few of them tell what many take.
 
         Args:
-            args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+            args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
                 The trainer's configuration.
             light (`bool`, *optional*, defaults to `False`):
                 Whether only memory is needed: then few samples are rolled out, and others are only held.
@@ -350,6 +351,7 @@ class Rehearsal:
             policy.place(CARD)
             dry.hold("transformer", [t for t in _weights(model.get_base_model()) if not t.requires_grad])
             dry.hold("adapter", trained)
+            dry.hold("adapter copies", [adapter.weights for adapter in trainer._copies.values()])
             self._hold_encoders(policy)
             if self.judge is not None:
                 dry.hold("judge", _weights(self.judge.to(CARD)))
@@ -378,7 +380,7 @@ class Rehearsal:
         optimizer.zero_grad()
 
         self._replay(trainer)
-        follow = self._follow_grpo if isinstance(args, FlowGRPOEditConfig) else self._follow_dpo
+        follow = self._follow_online if isinstance(args, OnlineEditConfig) else self._follow_dpo
         files = follow(trainer, trained, light)
         with dry.measured("saving"):
             for parameter in trained:
@@ -388,6 +390,8 @@ class Rehearsal:
             "adapter": 2 * _bytes(adapter),  # PEFT's file and that of diffusers
             "optimizer": _bytes(optimizer.state_dict()),
         }
+        if trainer._copies:
+            files["adapter copies"] = _bytes(trainer._unpublished())
         phases = {
             name: {"peak": phase.peak, "parts": dict(phase.parts), "counts": dict(phase.counts)}
             for name, phase in dry.phases.items()
@@ -421,19 +425,19 @@ class Rehearsal:
         stream = io.BytesIO()
         Image.new("RGB", (args.resolution, args.resolution)).save(stream, "png")
         picture = {"bytes": stream.getvalue(), "path": None}
-        is_grpo = isinstance(args, FlowGRPOEditConfig)
-        rows = args.generation_batch_size if is_grpo else 1
+        is_online = isinstance(args, OnlineEditConfig)
+        rows = args.generation_batch_size if is_online else 1
         columns: dict[str, list[Any]] = {
             "id": [str(row) for row in range(rows)],
             "prompt": [self.prompt] * rows,
             "images": [[picture] * self.num_references] * rows,
         }
         features = {"id": Value("string"), "prompt": Value("string"), "images": List(ImageFeature())}
-        if not is_grpo:
+        if not is_online:
             columns |= {"chosen": [picture] * rows, "rejected": [picture] * rows}
             features |= {"chosen": ImageFeature(), "rejected": ImageFeature()}
         dataset = Dataset.from_dict(columns, Features(features))
-        rewards = {"reward_funcs": _reward} if is_grpo else {}
+        rewards = {"reward_funcs": _reward} if is_online else {}
         datasets = {"train_dataset": dataset, "eval_dataset": dataset if args.eval_strategy != "no" else None}
         return self.trainer_type(pipeline, args=args, peft_config=self.peft_config, **datasets, **rewards)
 
@@ -481,7 +485,7 @@ class Rehearsal:
         policy.encode, policy.encode_image = encode_once, encode_image_once
         policy.decode, policy.velocity = decode_once, velocity_once
 
-    def _follow_grpo(self, trainer: Any, trained: list[nn.Parameter], light: bool) -> dict[str, int]:
+    def _follow_online(self, trainer: Any, trained: list[nn.Parameter], light: bool) -> dict[str, int]:
         args, dry, group = trainer.args, self.dry, trainer.num_generations
         names = {"encode": "encoding", "decode": "decoding", "train": "training"}
         trainer._timed = lambda phase: dry.measured(str(names.get(phase, phase)))
@@ -510,12 +514,15 @@ class Rehearsal:
         for name in ("encoding", "rollout", "decoding", "reward"):
             dry.phases.pop(name, None)
         # The number of passes may depend on the window: then the mean over all that may be drawn
-        window, (first, end) = args.sde_window_size, trainer.sde_window_range
-        begins = range(first, end - window + 1)
-        if light or args.sde_window_mode == "fixed" or not (args.same_latent or args.num_finish_steps):
-            begins = begins[:1]
+        is_grpo, begins = isinstance(args, FlowGRPOEditConfig), range(1)
+        if is_grpo:
+            window, (first, end) = args.sde_window_size, trainer.sde_window_range
+            begins = range(first, end - window + 1)
+            if light or args.sde_window_mode == "fixed" or not (args.same_latent or args.num_finish_steps):
+                begins = begins[:1]
         for begin in begins:
-            trainer.sde_window_range = (begin, begin + window)
+            if is_grpo:
+                trainer.sde_window_range = (begin, begin + window)
             trainer._buffered_samples = None
             generate(number)
         for name in ("encoding", "rollout", "decoding"):
@@ -524,16 +531,21 @@ class Rehearsal:
         other = [torch.empty(round(each * (count - number)), dtype=torch.uint8, device=CARD)]
         dry.hold("samples", other)
 
-        # One trained step of each microbatch, as if others of its update had come before; those that make passes of
-        # the same sizes take the same. Where samples share the first step, the mean over all.
+        # One trained step or noise level of each microbatch, as if others of its update had come before; those that
+        # make passes of the same sizes take the same. Where samples share the first step, the mean over all.
         samples = trainer._buffered_samples
-        if not args.same_latent:
+        if not is_grpo:
+            args.num_train_sigmas = 1
+        elif not args.same_latent:
             start = samples[0].trajectory.steps.start
             samples = [replace(s, trajectory=replace(s.trajectory, steps=range(start, start + 1))) for s in samples]
         size, accumulate, this = args.per_device_train_batch_size, trainer._accumulate_gradients, object()
 
         def accumulate_once(module: nn.Module, samples: list[Any], update: list[Any]) -> torch.Tensor:
-            passes = [tuple(map(len, one)) for one in trainer._passes(samples, update)]
+            if is_grpo:
+                passes = [tuple(map(len, one)) for one in trainer._passes(samples, update)]
+            else:
+                passes = [(len(one),) for one in trainer._passes(samples)]
             return dry.once((this, *passes), lambda: accumulate(module, samples, update))
 
         trainer._buffered_samples, trainer._accumulate_gradients = samples, accumulate_once
@@ -544,7 +556,7 @@ class Rehearsal:
             trainer._prepare_inputs = lambda _, start=start: samples[start : start + size]
             trainer.training_step(trainer.model, [])
         trainer.optimizer.zero_grad()
-        _divide(dry.phases["training"].counts, len(samples[0].trajectory.steps) * len(starts))
+        _divide(dry.phases["training"].counts, (len(samples[0].trajectory.steps) if is_grpo else 1) * len(starts))
 
         trainer._current_eval_dataset = trainer.train_dataset
         with dry.measured("evaluation"):

@@ -56,7 +56,7 @@ def check_same_run(args: Any, datasets: Mapping[str, Dataset], peft_config: Lora
     Checks that all processes have the same options and the same data. With one process nothing is compared.
 
     Args:
-        args ([`FlowGRPOEditConfig`] or [`DPOEditConfig`]):
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The trainer's configuration.
         datasets (`Mapping[str, Dataset]`):
             The datasets by name, without bad cases.

@@ -283,7 +283,9 @@ def png_bytes(image: Image.Image, compress_level: int = 6) -> bytes:
     return buffer.getvalue()
 
 
-def comparison_sheet(rows: list[tuple[str, list[Image.Image]]], headings: list[str], height: int = 256) -> Image.Image:
+def comparison_sheet(
+    rows: list[tuple[str, list[Image.Image]]], headings: list[str], height: int = 256, across: int = 1
+) -> Image.Image:
     """
     Arranges images in a sheet: one row per case with its text below, one column per heading.
 
@@ -294,7 +296,15 @@ def comparison_sheet(rows: list[tuple[str, list[Image.Image]]], headings: list[s
             Heading of each column.
         height (`int`, *optional*, defaults to `256`):
             Height of each image in the sheet; small images are enlarged without smoothing.
+        across (`int`, *optional*, defaults to `1`):
+            Number of cases side by side.
     """
+    if across > 1:
+        parts = [comparison_sheet(rows[i::across], headings, height) for i in range(min(across, len(rows)))]
+        sheet = Image.new("RGB", (sum(part.width for part in parts), parts[0].height), "white")
+        for i, part in enumerate(parts):
+            sheet.paste(part, (sum(before.width for before in parts[:i]), 0))
+        return sheet
     font = ImageFont.load_default(size=15)
     scaled = []
     for text, images in rows:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from datasets import Image, load_dataset, load_from_disk
@@ -96,7 +97,8 @@ def test_broken_images_are_left_out_of_the_tasks(caplog):
 
 def test_label_studio_and_back_is_the_same(tmp_path):
     edits = make_edits()
-    tasks = to_label_studio(edits, RATINGS, rubric="r:1")
+    given = [replace(RATINGS[0], aspects={"adherence": 5, "quality": 3}), *RATINGS[1:]]
+    tasks = to_label_studio(edits, given, rubric="r:1")
     file = tmp_path / "export.json"
     # As Label Studio exports what it imported: users and times are its own.
     for number, task in enumerate(tasks):
@@ -109,12 +111,16 @@ def test_label_studio_and_back_is_the_same(tmp_path):
             }
     file.write_text(json.dumps(tasks))
     ratings, problems = from_label_studio(file, edits)
-    assert ratings == RATINGS and problems == []
+    assert ratings == given and problems == []
     assert add_ratings(ratings, tmp_path) == 5
     before = {path.name: path.read_bytes() for path in tmp_path.glob("ratings-*")}
     assert add_ratings(ratings, tmp_path) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.glob("ratings-*")} == before
-    assert sorted(map(str, read_ratings(tmp_path, edits)[0])) == sorted(map(str, RATINGS))
+    assert sorted(map(str, read_ratings(tmp_path, edits)[0])) == sorted(map(str, given))
+    rated = next(task for task in tasks if task["annotations"])
+    rated["annotations"][0]["result"][0]["meta"]["aspects"] = {"quality": 7}
+    file.write_text(json.dumps(tasks))
+    assert "the aspects in its `meta`, {'quality': 7}, are not scores" in from_label_studio(file, edits)[1][0]
 
 
 def test_images_in_a_folder(tmp_path, capsys):

@@ -38,7 +38,8 @@ def test_help_lists_every_command_by_family(capsys):
         "Train:", "Plan a training:", "Calibrate a judge:", "Build datasets:", "Run benchmarks:", "Convert LoRAs:",
         "Environment:",
     ]  # fmt: skip
-    for command in ("grpo", "dpo", "plan", "mine-pairs", "score", "build-dataset", "bench", "merge-lora", "env"):
+    names = ("grpo", "nft", "dpo", "plan", "mine-pairs", "score", "build-dataset", "bench", "merge-lora", "env")
+    for command in names:
         assert f"\n  {command} " in printed.out
     status, printed = told(["export-lora", "--help"], capsys)
     assert status == 0 and "Write a LoRA in the format of another tool." in printed.out

@@ -16,8 +16,8 @@ from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
 from trl import TrlParser
 
-from hp_edit_trl import DPOEditConfig, EditModelConfig, FlowGRPOEditConfig, miniature
-from hp_edit_trl.scripts import EditScriptArguments, dpo, grpo
+from hp_edit_trl import DPOEditConfig, EditModelConfig, FlowGRPOEditConfig, FlowNFTEditConfig, miniature
+from hp_edit_trl.scripts import EditScriptArguments, dpo, grpo, nft
 from tests.processes import Script
 
 
@@ -111,12 +111,15 @@ OF_EXAMPLES = {
 def test_every_config_parses(config):
     # All options exist and fit together; the command is in the header.
     embedded = config.name in OF_EXAMPLES
-    command = "dpo" if "dpo" in config.name else "grpo"
-    types = OF_EXAMPLES.get(config.name, dpo.ARGUMENTS if command == "dpo" else grpo.ARGUMENTS)
+    command = next((name for name in ("dpo", "nft") if name in config.name), "grpo")
+    script, config_type = {
+        "grpo": (grpo, FlowGRPOEditConfig), "nft": (nft, FlowNFTEditConfig), "dpo": (dpo, DPOEditConfig)
+    }[command]  # fmt: skip
+    types = OF_EXAMPLES.get(config.name, script.ARGUMENTS)
     arguments = ["--config", str(config), "--use_cpu", "true", "--optim", "adamw_torch"]
     parsed = dict(zip(types, TrlParser(types).parse_args_and_config(arguments), strict=True))
-    args = parsed[DPOEditConfig if command == "dpo" else FlowGRPOEditConfig]
-    if command == "grpo":
+    args = parsed[config_type]
+    if command != "dpo":
         assert args.generation_batch_size % args.num_generations == 0
     # The weights' type follows `bf16`: in float32 the real models do not fit on the cards that the headers name.
     assert args.bf16 is not embedded

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hp_edit_trl.miniature import (
     before_after_sheet,
@@ -10,6 +11,7 @@ from hp_edit_trl.miniature import (
     load_dataset,
     score_edits,
 )
+from hp_edit_trl.miniature.comparison import gains_figure
 from hp_edit_trl.utils.statistics import paired_difference
 
 
@@ -36,10 +38,16 @@ def test_the_table_has_a_line_per_task_and_one_for_all():
     assert lines[-1].startswith("| all | 3 | 2.33 | 2.83 | +0.50")
 
 
+def test_the_gains_are_drawn(tmp_path):
+    gains_figure(["add", "style", "add"], [1.0, 4.0, 2.0], [2.0, 4.5, 2.0], tmp_path / "gains.png")
+    with Image.open(tmp_path / "gains.png") as image:
+        assert image.width > 2.5 * image.height and len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
 def test_the_sheet_shows_cases_that_went_wrong_before():
     dataset = load_dataset("test", 16)
     sources, targets = list(dataset["image"]), list(dataset["target"])
     sheet = before_after_sheet(dataset, sources, targets)
     one = before_after_sheet(dataset, [sources[0], *targets[1:]], targets)
-    assert sheet.width == one.width and sheet.height > 7 * one.height / 1.5
+    assert sheet.width == 4 * one.width and one.height < sheet.height < 2 * one.height  # 8 tasks, 4 side by side
     assert np.asarray(one).std() > 0

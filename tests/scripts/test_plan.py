@@ -81,6 +81,7 @@ def test_the_trainer_follows_from_the_options(tmp_path):
     assert choose_trainer(["--resolution", "512"])[0] == "grpo"
     assert choose_trainer(["--safeguard", "true"])[0] == "dpo"
     assert choose_trainer([f"--config={config(tmp_path, 'sigma_sampling: uniform')}"])[0] == "dpo"
+    assert choose_trainer(["--num_train_sigmas", "1"])[0] == "nft"
     assert choose_trainer(["dpo", "--resolution", "512"]) == ("dpo", ["--resolution", "512"])
 
 

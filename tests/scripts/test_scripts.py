@@ -49,14 +49,21 @@ def trained(folder):
     return any(key.endswith("to_q.lora_B.weight") and value.abs().max() > 0 for key, value in state.items())
 
 
-def test_grpo(folder, tmp_path, serve, capsys):  # noqa: F811
+@pytest.mark.parametrize(
+    ("command", "words", "name"),
+    [
+        ("grpo", ["--true_cfg_scale", "1.0", "--sde_window_size", "1"], "Flow-GRPO"),
+        ("nft", ["--num_train_sigmas", "1"], "DiffusionNFT"),
+    ],
+)
+def test_online_training(folder, tmp_path, serve, capsys, command, words, name):  # noqa: F811
     server = serve(any_score)
     judge = ["--judge", "m", "--judge_base_url", server.url]
-    few = ["--num_generations", "4", "--sde_window_size", "1", "--output_dir", str(tmp_path)]
-    main(["grpo", *options(folder), *judge, *SMALL, *TRAINING, *few])
+    few = ["--num_generations", "4", "--num_inference_steps", "2", "--output_dir", str(tmp_path)]
+    main([command, *options(folder), *judge, *words, *TRAINING, *few, "--resolution", "64"])
     assert trained(tmp_path) and len(server.requests) >= 4
     assert f"pictures are in {tmp_path}" in capsys.readouterr().out
-    assert "Flow-GRPO" in (tmp_path / "README.md").read_text()
+    assert name in (tmp_path / "README.md").read_text()
 
 
 def test_pairs_are_mined_and_trained_on(folder, tmp_path, serve, capsys):  # noqa: F811
@@ -83,6 +90,7 @@ def test_a_dataset_that_does_not_fit(folder, tmp_path):
     words = [*options(folder, tmp_path / "no-prompt"), *TRAINING, "--output_dir", str(tmp_path / "x")]
     for command, judge in (
         ("grpo", ["--judge_base_url", "http://127.0.0.1:9/v1", "--num_generations", "4"]),
+        ("nft", ["--judge_base_url", "http://127.0.0.1:9/v1", "--num_generations", "4"]),
         ("dpo", []),
     ):
         with pytest.raises(SystemExit, match="hp-edit: .* has no column 'prompt'"):

@@ -13,7 +13,7 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TrainerCallback
 
-from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
+from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, FlowNFTEditConfig, FlowNFTEditTrainer
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import FluxKontextPolicy, QwenImageEditPlusPolicy
 from hp_edit_trl.trainer.plan import CARDS, TrainingPlan, advice, advice_text, judged, parse_card, plan_training
@@ -138,6 +138,18 @@ def assert_same(first, second) -> None:
             assert_same(first.get(key, 0), second.get(key, 0))
     else:
         assert abs(first - second) <= 4 * 512
+
+
+def test_nft(tmp_path):
+    options = dict(num_generations=2, num_inference_steps=3, num_train_sigmas=2, ema_decay=0.9, num_sample_edits=0)
+    args = FlowNFTEditConfig(str(tmp_path), **{**OPTIONS, **options, "gradient_checkpointing": False})
+    lora = LoraConfig(target_modules=["to_q"])
+    plan = plan_training(FlowNFTEditTrainer, tiny_pipeline(), args, {}, lora, num_processes=1)
+    # An update samples 4 edits in 3 steps, and trains them at 2 levels: the policy, the old one and the reference.
+    assert plan.update["rollout_passes"] == 4 * 3 and plan.update["trained_passes"] == 4 * 2 * 3
+    assert plan.phases["training"]["parts"]["adapter copies"] == 2 * plan.weights["adapter"]
+    assert plan.checkpoint["adapter copies"] == 2 * plan.weights["adapter"]
+    assert plan.settings["num_train_sigmas"] == 2 and "sde_window_size" not in plan.settings
 
 
 def test_runs_with_few_blocks_tell_what_many_take(measured):

@@ -35,6 +35,7 @@ def test_an_experiment_writes_its_results_and_resumes(config, tmp_path):
         Arm("filtered, coarse", {"lora_r": 4, "lora_alpha": 8}, task_aware=False, filtered=True),
         Arm("pairs", {"beta": 500.0}, method="dpo"),
         Arm("base", method="none"),
+        Arm("nft", {"num_train_sigmas": 1, "beta": 0.0}, method="nft"),
     ]
     where = {
         "output_dir": tmp_path / "results", "runs_dir": tmp_path / "runs", "num_cases": 16, "num_test_cases": 16,
@@ -43,19 +44,21 @@ def test_an_experiment_writes_its_results_and_resumes(config, tmp_path):
     runs = run_experiment("trial", arms, [3], config, **where)
     assert [(run["arm"], run["seed"]) for run in runs] == [(arm.name, 3) for arm in arms]
     assert runs[0]["train_cases"] == 16 and 0 < runs[1]["train_cases"] < 16
-    assert all(0 < run["score"] < 5 for run in runs) and [len(run["curve"]) for run in runs] == [2, 2, 2, 1]
+    assert all(0 < run["score"] < 5 for run in runs) and [len(run["curve"]) for run in runs] == [2, 2, 2, 1, 2]
     assert runs[3]["score"] == runs[3]["before"] == runs[0]["before"] != runs[2]["score"]
     # DPO has mined its pairs when it starts: 16 cases * 5 edits * 3 steps.
     start, end = (point["thousand_passes"] for point in runs[2]["curve"])
     assert start == 0.24 and end == pytest.approx(start + runs[2]["training_passes"] / 1000)
     assert runs[2]["training_passes"] % 4 == 0 < runs[2]["training_passes"]  # two edits, by policy and reference
     assert runs[2]["curve"][0]["cpu_seconds"] > 0
+    # NFT samples 4 edits in 3 steps, and trains those with an advantage: a pass of the policy and one of the old one.
+    assert (runs[4]["sampling_passes"], runs[4]["training_passes"] % 2) == (12, 0) and runs[4]["training_passes"] <= 8
     record = json.loads((tmp_path / "results" / "trial.json").read_text())
     assert record["runs"] == runs and record["config"]["max_steps"] == 1
     assert all(run["commit"] and {"versions", "machine"} <= set(run["environment"]) for run in record["runs"])
     assert all(len(run["scores"]) == 16 for run in runs) and all(run["cpu_seconds"] > 0 for run in runs[:3])
     with (tmp_path / "results" / "trial_curves.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 7
+        assert len(list(csv.DictReader(file))) == 9
     with (tmp_path / "results" / "trial.csv").open() as file:
         assert [row["arm"] for row in csv.DictReader(file)] == [run["arm"] for run in runs]
     assert "| filtered, coarse | 1 |" in (tmp_path / "results" / "trial.md").read_text()
@@ -118,7 +121,7 @@ def test_passes_of_dpo_are_counted(config, tmp_path):
     cases = experiments.load_dataset("train", 8)
     pairs = cases.map(lambda case: {"chosen": case["target"], "rejected": case["image"]})
     options = {"max_steps": 3, "save_strategy": "no"}
-    trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, None, pairs)
+    trainer = experiments.make_trainer(config, options, tmp_path / "run", 0, None, pairs, "dpo")
     assert (trainer.args.resolution, trainer.args.per_device_train_batch_size) == (32, 4)
     progress = experiments.Progress(trainer, cases, 4)
     trainer.train()
