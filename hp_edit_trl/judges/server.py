@@ -167,8 +167,8 @@ def served_model(base_url: str, timeout: float = 10.0) -> str:
         with urlopen(request, timeout=timeout) as reply:
             models = [model["id"] for model in json.loads(reply.read(LONGEST_REPLY))["data"]]
     except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ConnectionError(redacted(f"The server {address!r} does not say what it serves ({reason}). {remedy}"))
+        told = f"The server {address!r} does not say what it serves ({type(error).__name__}: {error}). {remedy}"
+        raise ConnectionError(redacted(told)) from None  # its own text may hold a key
     if len(models) != 1 or not isinstance(models[0], str):
         raise ConnectionError(redacted(f"The server {address!r} serves {len(models)} models: {models}. {remedy}"))
     return models[0]

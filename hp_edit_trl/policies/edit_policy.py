@@ -110,6 +110,9 @@ class EditPolicy(ABC):
             The pipeline's recommended number of denoising steps.
         guidance_scale (`float` or `None`):
             Guidance that the transformer takes as an input; `None` if it does not take any.
+        native_resolution (`int`):
+            Side in pixels of the square whose area the pipeline's own edits have, unless `model_index.json` has
+            another in `_native_resolution`.
     """
 
     lora_target_modules: list[str] | str
@@ -123,6 +126,7 @@ class EditPolicy(ABC):
     default_negative_prompt: str
     default_num_inference_steps: int
     guidance_scale: float | None = None
+    native_resolution: int = 1024
 
     def __init__(self, pipeline: DiffusionPipeline, offload_encoders: bool = False):
         self.pipeline = pipeline
@@ -299,11 +303,11 @@ class EditPolicy(ABC):
             resolution (`int`):
                 Side of the square whose area the edit has.
         """
-        multiple = 2 * self.pipeline.vae_scale_factor
+        packed = 2 * self.pipeline.vae_scale_factor
         return Example(
             lines=[
                 f"scale = {resolution} / (image.width * image.height) ** 0.5  # the area of training",
-                f"width, height = (max({multiple}, round(side * scale / {multiple}) * {multiple}) for side in image.size)",
+                f"width, height = (max({packed}, round(side * scale / {packed}) * {packed}) for side in image.size)",
             ],
             arguments={"height": "height", "width": "width"},
         )

@@ -162,15 +162,15 @@ def check_signature(func: Callable[..., Any], columns: Iterable[str]) -> None:
     try:
         signature.bind(**dict.fromkeys(names))
     except TypeError as error:
-        remedy = SIGNATURE
+        remedy = f"Write {SIGNATURE}"
         if {"images", "prompts", "metadata"} <= set(signature.parameters):
             remedy = (
-                "flow_grpo's reward functions have other arguments. Wrap it: def reward(prompts, completions, "
+                "Those of flow_grpo have other arguments: wrap it in def reward(prompts, completions, "
                 "**columns): return list(func(completions, prompts, [{}] * len(prompts))[0])"
             )
         raise TypeError(
             f"The reward function {get_callable_name(func)!r}{signature} cannot be called with prompts, completions "
-            f"and the columns of the dataset ({error}). Write {remedy}."
+            f"and the columns of the dataset ({error}). {remedy}."
         ) from error
 
 
@@ -205,8 +205,8 @@ def check_whole_groups(reward_funcs: Sequence[Callable[..., Any]], per_process: 
     for func in reward_funcs:
         if getattr(func, "needs_groups", False) and per_process % num_generations:
             raise ValueError(
-                f"{get_callable_name(func)} compares the edits of a case, but a process samples {per_process} edits of a "
-                f"generation batch (per_device_train_batch_size x steps_per_generation), which is no multiple of "
+                f"{get_callable_name(func)} compares the edits of a case, but a process samples {per_process} edits "
+                f"of a generation batch (per_device_train_batch_size x steps_per_generation), which is no multiple of "
                 f"num_generations={num_generations}: change one of them."
             )
 

@@ -36,8 +36,8 @@ def check_config(args: Any, expected: type) -> None:
     if not isinstance(args, expected):
         raise TypeError(
             f"args is a {type(args).__name__}, but this trainer needs a {expected.__name__}: write "
-            f"`from hp_edit_trl import {expected.__name__}` and args={expected.__name__}(output_dir=...). It takes the "
-            "options of transformers.TrainingArguments; those that are for text alone are left out."
+            f"`from hp_edit_trl import {expected.__name__}` and args={expected.__name__}(output_dir=...). It has the "
+            "options of transformers.TrainingArguments; leave out those that are for text."
         )
 
 
