@@ -47,6 +47,7 @@ class BaseEditConfig(_BaseConfig):
     offload_transformer: bool
     num_checkpointed_blocks: int | None
     ema_decay: float | None
+    bf16: bool | None
 
     def __post_init__(self):
         if self.fsdp:

@@ -1,6 +1,9 @@
 import asyncio
+import json
 import math
+import threading
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -197,6 +200,38 @@ def test_own_rewards_are_asked_if_they_have_the_methods():
 def test_what_is_no_reward_function_is_told_what_to_write(given, error, message):
     with pytest.raises(error, match=message):
         as_reward_funcs(given)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"data": [{"id": "judge-7b"}]}, None),
+        ({"data": [{"id": "a"}, {"id": "b"}]}, "serves 2 models.*HPScorerReward"),
+        ({"data": []}, "serves 0 models"),
+        ({"object": "list"}, "does not say what it serves"),
+        ([], "does not say what it serves"),
+    ],
+)
+def test_an_address_stands_for_the_one_model_of_its_server(reply, message):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path == "/v1/models"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        if message is None:
+            (func,) = as_reward_funcs(address)
+            assert isinstance(func, HPScorerReward) and func.judge.name == "judge-7b"
+        else:
+            with pytest.raises(ConnectionError, match=message):
+                as_reward_funcs(address)
 
 
 def test_signatures():
