@@ -6,7 +6,15 @@ import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from hp_edit_trl.editors import FolderEditor, FunctionEditor, PipelineEditor, PolicyEditor, as_editor, edit_cases
+from hp_edit_trl.editors import (
+    FolderEditor,
+    FunctionEditor,
+    PipelineEditor,
+    PolicyEditor,
+    as_editor,
+    edit_cases,
+    load_editor,
+)
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import policy_class
 from hp_edit_trl.utils.files import file_name
