@@ -84,8 +84,8 @@ def write_bench_report(
     write_text(output_dir / "table.md", f"# {runs[0].benchmark['title']}\n\n{text}\n{figures}")
     write_text(output_dir / "table.tex", "\n".join(_latex(*table) for table in tables))
     _write_csv(runs, differences, output_dir / "table.csv")
-    names = {str(row[runs[0].benchmark["group"]]) for run in runs for row in run.cases} | {run.name for run in runs}
-    with readable_text(*names):
+    groups = {str(row[runs[0].benchmark["group"]]) for row in runs[0].cases}
+    with readable_text(*groups, *(run.name for run in runs)):
         draw_bars(runs, output_dir / "bars.png")
     if curves:
         with readable_text(*curves):

@@ -115,8 +115,9 @@ def build_dataset(
         raise ValueError("engine='ray' starts its own workers: start the build without accelerate launch.")
     build = _Build(config, _stages(config, writer, editor, scorer, styles), stages, accelerator)
     # Editor, writer and judge are named in the options: a mistake shows before the first of them is asked.
-    for name in {"instructions", "edits", "scores"} & set(build.stages):
-        build.make[name]()
+    for name in ("edits", "instructions", "scores"):
+        if name in build.stages:
+            build.make[name]()
     build.options = {"engine": engine, "num_workers": num_workers, "gpus_per_worker": gpus_per_worker}
     if config.verified is not None and not Path(config.verified).exists() and accelerator.is_main_process:
         logger.warning("There are no reviews at verified=%s yet; the export will need them.", config.verified)
