@@ -14,6 +14,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -336,7 +337,11 @@ def _check_columns(dataset: Dataset, name: str) -> None:
     if "prompt" not in features:
         raise ValueError(f"{name} has no column 'prompt' with the instruction; its columns are {list(features)}.")
     if not is_text(features["prompt"]):
-        raise ValueError(f"The column 'prompt' of {name} must hold strings, but is {features['prompt']}.")
+        what = "a conversation" if "content" in str(features["prompt"]) else f"{features['prompt']}"
+        raise ValueError(
+            f"The column 'prompt' of {name} must hold strings, but is {what}: write the instruction as text, e.g. "
+            "'Make the car red'."
+        )
     if "image" not in features and "images" not in features:
         raise ValueError(
             f"{name} has no column 'image' (one reference image per case) or 'images' (a list of them); its "
@@ -515,6 +520,8 @@ def check_pairs(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
         [`check_cases`], or has no columns of images `chosen` and `rejected`. [`BadCaseError`]: If a pair lacks an
         image, its edits differ in size, or it is a bad case for another reason.
     """
+    if isinstance(dataset, Dataset):  # before a column is missed that such datasets do not have
+        _check_no_text(dataset, name)
     check_cases(dataset, name, on_bad_case=None)
     for column in ("chosen", "rejected"):
         feature = dataset.features.get(column)
@@ -526,6 +533,28 @@ def check_pairs(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
         if not (is_text(feature) or isinstance(feature, Image | dict)):
             raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
     return _check_rows(dataset, name, on_bad_case, ["chosen", "rejected"])
+
+
+def _check_no_text(dataset: Dataset, name: str) -> None:
+    """Raises `ValueError` if edits are answers of a language model, as in TRL's preference datasets."""
+    for column in ("chosen", "rejected"):
+        feature = dataset.features.get(column)
+        item = feature.feature if isinstance(feature, List | LargeList) else None
+        conversation = isinstance(item, dict) and "content" in item
+        values = dataset[:20][column] if is_text(feature) else []
+        values = [value for value in values if value is not None and value.strip()]
+        if conversation or (values and not any(map(_may_be_path, values))):
+            shown = "conversations" if conversation else f"text, e.g. {values[0][:40]!r}"
+            raise ValueError(
+                f"The column {column!r} of {name} holds {shown}, as in TRL's datasets for language models. Here "
+                "`chosen` and `rejected` are the better and the worse edited image (datasets.Image, or paths of "
+                "files), `prompt` is the instruction as text, and `image` the reference image."
+            )
+
+
+def _may_be_path(value: str) -> bool:
+    suffix = Path(value).suffix.lower()
+    return "://" in value or suffix in PILImage.registered_extensions() or os.path.exists(value)
 
 
 def check_references(dataset: Dataset, name: str, limit: int | None, on_bad_case: str = "error") -> dict[int, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import quote
 
+import diffusers
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
@@ -114,6 +115,27 @@ class PipelineEditor:
         self.resolution = resolution
         self.dtype = dtype
         self.options = options
+
+    def check(self) -> None:
+        """
+        Checks that there is such a pipeline, and that its call takes the options. Only `model_index.json` is read.
+
+        Raises:
+            `ValueError`: If not.
+        """
+        try:
+            name = DiffusionPipeline.load_config(self.model, revision=self.revision).get("_class_name")
+        except (OSError, ValueError) as error:
+            redact_error(error)
+            raise ValueError(
+                f"editor={redacted(self.model)!r} is neither a folder nor a readable diffusers pipeline on the Hub: "
+                f"{error}"
+            ) from error
+        kind = getattr(diffusers, str(name), None)
+        if kind is not None:  # a pipeline of its repository's own shows only when it is loaded
+            known = inspect.signature(kind.__call__).parameters
+            if unknown := [option for option in self.options if option not in known]:
+                raise ValueError(f"The call of {name} has no {', '.join(unknown)}: correct or remove the option.")
 
     @cached_property
     def folder(self) -> Path:

@@ -6,7 +6,15 @@ import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from hp_edit_trl.editors import FolderEditor, FunctionEditor, PipelineEditor, PolicyEditor, as_editor, edit_cases
+from hp_edit_trl.editors import (
+    FolderEditor,
+    FunctionEditor,
+    PipelineEditor,
+    PolicyEditor,
+    as_editor,
+    edit_cases,
+    load_editor,
+)
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import policy_class
 from hp_edit_trl.utils.files import file_name
@@ -167,3 +175,12 @@ def test_edits_are_read_as_everywhere_and_editors_may_change_what_they_are_given
         "no edit: the image that the editor returned cannot be decoded: floating-point values"
     )
     assert reasons[3] == "no edit: the editor returned a ndarray, but must return PIL images"
+
+
+def test_a_pipeline_that_cannot_be_used_is_told_before_its_weights_are_read(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    load_editor(str(tmp_path), num_inference_steps=4, true_cfg_scale=1.0).check()
+    with pytest.raises(ValueError, match="The call of QwenImageEditPlusPipeline has no num_steps: correct or remove"):
+        load_editor(str(tmp_path), num_steps=4).check()
+    with pytest.raises(ValueError, match="editor='nobody/nothing' is neither a folder nor a readable"):
+        load_editor("nobody/nothing").check()

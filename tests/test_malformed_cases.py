@@ -413,3 +413,20 @@ def test_scoring(tmp_path):
 
 def test_png_bytes_are_accepted():
     assert check_cases(rows_with("image", of_bytes(png_bytes(photo(8, 8)))), "dataset") == {}
+
+
+def test_text_where_an_edited_image_belongs():
+    said = {"prompt": "Make it red", "chosen": "Sure, here is how.", "rejected": "No. " * 100}
+    answer = [{"role": "assistant", "content": "Sure"}]
+    for rows, shown in (
+        ([said], "text, e.g. 'Sure, here is how.'"),
+        ([{**said, "chosen": answer, "rejected": answer}], "conversations"),
+        ([{**said, "prompt": [{"role": "user", "content": "Hi"}], "chosen": answer, "rejected": answer}], "conversat"),
+    ):
+        with pytest.raises(ValueError, match=f"'chosen' of pairs holds {shown}.*edited image.*`image` the reference"):
+            check_pairs(Dataset.from_list(rows), "pairs")
+    paths = {"prompt": "Make it red", "image": "a.png", "chosen": "gone.PNG", "rejected": "https://example.org/x"}
+    with pytest.raises(BadCaseError, match="does not exist: 'gone.PNG'"):
+        check_pairs(Dataset.from_list([paths]), "pairs")
+    with pytest.raises(ValueError, match="'prompt' of cases must hold strings, but is a conversation: write the"):
+        check_cases(Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}], "image": "a.png"}]), "cases")

@@ -17,7 +17,8 @@ THUMBNAIL = 512  # longest side of an image on the page
 def write_gallery(runs: Sequence[Run], output_dir: str | Path) -> Path:
     """
     Writes `gallery.html` and `images/`: references, edits, prompt, scores and the judge's answers of each case. The
-    page filters by group and section, and sorts by any score of a run or by the difference of two runs.
+    page filters by group, section and words, sorts by any score of a run or by the difference of two runs, and has a
+    table with the mean scores of the cases that are shown.
 
     Args:
         runs (`Sequence[Run]`):

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..utils.files import write_text
+from ..utils.fonts import readable_text
 from ..utils.tables import format_estimate, markdown_table
 from .gallery import write_gallery
 from .results import Run, compare
@@ -83,9 +84,12 @@ def write_bench_report(
     write_text(output_dir / "table.md", f"# {runs[0].benchmark['title']}\n\n{text}\n{figures}")
     write_text(output_dir / "table.tex", "\n".join(_latex(*table) for table in tables))
     _write_csv(runs, differences, output_dir / "table.csv")
-    draw_bars(runs, output_dir / "bars.png")
+    groups = {str(row[runs[0].benchmark["group"]]) for row in runs[0].cases}
+    with readable_text(*groups, *(run.name for run in runs)):
+        draw_bars(runs, output_dir / "bars.png")
     if curves:
-        draw_curves(curves, output_dir / "curves.png")
+        with readable_text(*curves):
+            draw_curves(curves, output_dir / "curves.png")
         with (output_dir / "curves.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["log", "step", "reward"])
@@ -453,9 +457,11 @@ def draw_curves(curves: dict[str, list[tuple[int, float]]], path: str | Path) ->
             PNG file to write.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="update", ylabel="mean reward")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for number, (name, points) in enumerate(curves.items()):
         steps, rewards = (np.array(column, float) for column in zip(*points, strict=True))
         weight = 1 / max(1.0, len(points) / 20)

@@ -15,6 +15,7 @@ from trl.trainer.utils import get_callable_name
 from ..cases import load_split, without_decoding
 from ..judges import FailureLimit, JudgeTally
 from ..rewards import Reward, Rewards
+from ..rewards.base import load_reward
 from ..rewards.checks import check_rewards
 from ..utils.files import is_below, read_jsonl
 from ..utils.images import image_digest, read_image
@@ -185,7 +186,7 @@ def measure_preferences(
     name, limit = get_callable_name(reward), FailureLimit(in_a_row=3, window=8)
     if isinstance(reward, Reward):
         reward.check_tasks([reward.task])
-        reward.load(2)
+    load_reward(reward, 2)
     judged: list[tuple[Preference, bytes, float | None]] = []
     progress = tqdm(total=len(dataset), desc="Preferences", unit="pair")
     preferences = read_preferences(dataset)

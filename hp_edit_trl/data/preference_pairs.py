@@ -42,6 +42,7 @@ from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.failures import REFUSED
 from ..policies import check_prompt_lengths, policy_class
 from ..rewards import Gate, Reward, Rewards
+from ..rewards.base import check_reward_tasks, load_reward
 from ..rewards.checks import check_rewards, failed_rewards, own_copy
 from ..utils.config import check_positive
 from ..utils.distributed import in_step, patient_accelerator
@@ -233,15 +234,13 @@ def sample_and_score(
                 f"score_name={score_name!r} names scores that have not passed the gate: use score_name=None, and "
                 "choose min_gap and min_chosen_score on the scale of the rewards."
             )
-        if reward_func.task is None:
-            reward_func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
         scoring["scorer"] = reward_func.description
+    check_reward_tasks(reward_func, dataset.unique("task") if "task" in dataset.column_names else [None])
     accelerator = patient_accelerator()
     output_dir = Path(output_dir)
     _begin(output_dir, sampling, scoring, accelerator)
     with in_step(accelerator):
-        if isinstance(reward_func, Reward):
-            reward_func.load(1 + max_references(dataset))
+        load_reward(reward_func, 1 + max_references(dataset))
         editor.load()
 
     dataset = without_decoding(dataset)

@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 from PIL import Image
 
@@ -138,6 +139,39 @@ def server_addresses(base_url: str | Sequence[str], option: str = "judge_base_ur
                 "of such addresses."
             )
     return list(addresses)
+
+
+def served_model(base_url: str, timeout: float = 10.0) -> str:
+    """
+    Asks a server for the name of the one model that it serves.
+
+    Args:
+        base_url (`str`):
+            Address of an OpenAI-compatible API, e.g. `"http://localhost:8000/v1"`. The key is the environment variable
+            `OPENAI_API_KEY`, if it is set.
+        timeout (`float`, *optional*, defaults to `10.0`):
+            Seconds after which the attempt is given up.
+
+    Raises:
+        `ConnectionError`: If it does not answer, or serves no model or several.
+        `ValueError`: If the address is not valid.
+    """
+    remember_secrets([base_url])
+    (address,) = server_addresses([base_url])
+    key = os.environ.get("OPENAI_API_KEY")
+    remedy = "Start it, or name both: HPScorerReward('MODEL', judge_base_url='ADDRESS')."
+    request = Request(
+        f"{address.rstrip('/')}/models", headers={} if key is None else {"Authorization": f"Bearer {key}"}
+    )
+    try:
+        with urlopen(request, timeout=timeout) as reply:
+            models = [model["id"] for model in json.loads(reply.read(LONGEST_REPLY))["data"]]
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+        told = f"The server {address!r} does not say what it serves ({type(error).__name__}: {error}). {remedy}"
+        raise ConnectionError(redacted(told)) from None  # its own text may hold a key
+    if len(models) != 1 or not isinstance(models[0], str):
+        raise ConnectionError(redacted(f"The server {address!r} serves {len(models)} models: {models}. {remedy}"))
+    return models[0]
 
 
 class ServerJudge:

@@ -2,7 +2,7 @@
 
 from .building import MINIATURE_STYLES, SceneJudge, SimulatedWriter, save_pictures
 from .comparison import before_after_sheet, comparison_table, edit_dataset, evaluate_before_after, score_edits
-from .policy import load_pipeline
+from .policy import load_pipeline, training_args
 from .raters import (
     SimulatedJudge,
     SimulatedProposer,
@@ -36,5 +36,6 @@ __all__ = [
     "save_pictures",
     "score_edits",
     "simulate_ratings",
+    "training_args",
     "true_scores",
 ]

@@ -169,6 +169,7 @@ def assemble(
         transformer=transformer.eval(),
     )
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(_native_resolution=64)
     return pipeline
 
 
@@ -231,6 +232,7 @@ def tiny_qwen_image_edit_pipeline(seed: int = 0) -> QwenImageEditPipeline:
     """Makes a random `QwenImageEditPipeline` from the components of [`tiny_pipeline`]."""
     pipeline = QwenImageEditPipeline(**tiny_pipeline(seed=seed).components)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(_native_resolution=64)
     return pipeline
 
 
@@ -307,6 +309,7 @@ def tiny_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKo
         transformer=transformer.eval(),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(_native_resolution=64)
     return pipeline
 
 
@@ -361,6 +364,7 @@ def tiny_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux2Klein
         is_distilled=is_distilled,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(_native_resolution=64)
     return pipeline
 
 

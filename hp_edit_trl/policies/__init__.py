@@ -2,7 +2,7 @@
 
 from diffusers import DiffusionPipeline
 
-from .edit_policy import EditConditions, EditPolicy, bucketed
+from .edit_policy import EditConditions, EditPolicy, Example, bucketed
 from .flux2_klein import Flux2KleinPolicy
 from .flux_kontext import FluxKontextPolicy
 from .long_prompts import check_prompt_lengths
@@ -54,6 +54,7 @@ __all__ = [
     "POLICIES",
     "EditConditions",
     "EditPolicy",
+    "Example",
     "Flux2KleinPolicy",
     "FluxKontextPolicy",
     "QwenImageEditPlusPolicy",

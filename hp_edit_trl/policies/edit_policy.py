@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,28 @@ class EditConditions:
         return (self.height, self.width, self.reference_sizes)
 
 
+@dataclass
+class Example:
+    """
+    What makes a pipeline itself edit as its policy does, as code.
+
+    Args:
+        imports (`list[str]`, *optional*):
+            Lines before the pipeline is loaded.
+        lines (`list[str]`, *optional*):
+            Lines before it is called. They read `image`, a PIL image.
+        arguments (`dict[str, str]`, *optional*):
+            Arguments of its call.
+        difference (`str`, *optional*):
+            A sentence on what still differs.
+    """
+
+    imports: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    arguments: dict[str, str] = field(default_factory=dict)
+    difference: str = ""
+
+
 class EditPolicy(ABC):
     """
     A diffusers edit pipeline as a policy: it encodes a case, predicts a velocity, and decodes the result.
@@ -88,6 +110,9 @@ class EditPolicy(ABC):
             The pipeline's recommended number of denoising steps.
         guidance_scale (`float` or `None`):
             Guidance that the transformer takes as an input; `None` if it does not take any.
+        native_resolution (`int`):
+            Side in pixels of the square whose area the pipeline's own edits have, unless `model_index.json` has
+            another in `_native_resolution`.
     """
 
     lora_target_modules: list[str] | str
@@ -101,6 +126,7 @@ class EditPolicy(ABC):
     default_negative_prompt: str
     default_num_inference_steps: int
     guidance_scale: float | None = None
+    native_resolution: int = 1024
 
     def __init__(self, pipeline: DiffusionPipeline, offload_encoders: bool = False):
         self.pipeline = pipeline
@@ -268,6 +294,23 @@ class EditPolicy(ABC):
     def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
         """Arguments of the pipeline's call, besides image, prompt and steps, that make it edit as the policy does."""
         return {"negative_prompt": negative_prompt, "true_cfg_scale": true_cfg_scale} if true_cfg_scale > 1 else {}
+
+    def example_of_size(self, resolution: int) -> Example:
+        """
+        What makes the pipeline itself edit at a resolution, for the model card. Its lines read `image`.
+
+        Args:
+            resolution (`int`):
+                Side of the square whose area the edit has.
+        """
+        packed = 2 * self.pipeline.vae_scale_factor
+        return Example(
+            lines=[
+                f"scale = {resolution} / (image.width * image.height) ** 0.5  # the area of training",
+                f"width, height = (max({packed}, round(side * scale / {packed}) * {packed}) for side in image.size)",
+            ],
+            arguments={"height": "height", "width": "width"},
+        )
 
     def check_bucket(self, conditions: list[EditConditions]) -> EditConditions:
         """The first of the conditions. Raises `ValueError` if another is not of its sizes."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..flow.schedule import pipeline_sigmas
 from ..utils.texts import without_control_tokens
-from .edit_policy import EditConditions, EditPolicy, fitted_size
+from .edit_policy import EditConditions, EditPolicy, Example, fitted_size
 
 
 class Flux2KleinPolicy(EditPolicy):
@@ -48,6 +48,15 @@ class Flux2KleinPolicy(EditPolicy):
 
     def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
         return {"guidance_scale": true_cfg_scale}  # its negative prompt is always empty
+
+    def example_of_size(self, resolution: int) -> Example:
+        example = super().example_of_size(resolution)
+        # The pipeline encodes a reference as large as it is, up to one megapixel.
+        example.lines.append("image = image.resize((width, height), Image.Resampling.LANCZOS)")
+        example.imports = ["from PIL import Image"]
+        if resolution > 1024:
+            example.difference = "The pipeline encodes the reference at one megapixel at most."
+        return example
 
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
         # As in the pipeline the first reference gives the aspect ratio.

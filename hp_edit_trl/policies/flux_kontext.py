@@ -7,7 +7,7 @@ from torch import nn
 
 from ..flow.schedule import pipeline_sigmas
 from ..utils.texts import without_control_tokens
-from .edit_policy import EditConditions, EditPolicy, fitted_size
+from .edit_policy import EditConditions, EditPolicy, Example, fitted_size
 
 
 class FluxKontextPolicy(EditPolicy):
@@ -52,6 +52,14 @@ class FluxKontextPolicy(EditPolicy):
     def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
         guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
         return guidance | super().call_arguments(true_cfg_scale, negative_prompt)
+
+    def example_of_size(self, resolution: int) -> Example:
+        example = super().example_of_size(resolution)
+        example.lines.append("image = image.resize((width, height), Image.Resampling.LANCZOS)")
+        example.imports = ["from PIL import Image"]
+        # Otherwise the pipeline takes the nearest of its sizes of one megapixel.
+        example.arguments |= {"max_area": "height * width", "_auto_resize": "False"}
+        return example
 
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
         return fitted_size(images[0], resolution, 2 * self.pipeline.vae_scale_factor)

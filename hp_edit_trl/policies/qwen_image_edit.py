@@ -10,7 +10,7 @@ from torch import nn
 
 from ..flow.schedule import pipeline_sigmas
 from ..utils.texts import without_control_tokens
-from .edit_policy import EditConditions, EditPolicy, fitted_size
+from .edit_policy import EditConditions, EditPolicy, Example, fitted_size
 
 
 class QwenImageEditPlusPolicy(EditPolicy):
@@ -55,6 +55,16 @@ class QwenImageEditPlusPolicy(EditPolicy):
     def call_arguments(self, true_cfg_scale: float, negative_prompt: str) -> dict:
         # The pipeline's default is guidance at 4.0, so 1.0 has to be passed explicitly.
         return super().call_arguments(true_cfg_scale, negative_prompt) or {"true_cfg_scale": 1.0}
+
+    def example_of_size(self, resolution: int) -> Example:
+        example, module = super().example_of_size(resolution), "pipeline_qwenimage_edit_plus"
+        example.imports = [f"from diffusers.pipelines.qwenimage import {module}"]
+        example.lines.insert(0, f"{module}.VAE_IMAGE_SIZE = {resolution} * {resolution}  # the area of references")
+        example.difference = (
+            "References are encoded at the area that is set above, in multiples of 32 pixels, where training took "
+            "multiples of 16."
+        )
+        return example
 
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:
         # As in the pipeline the last reference gives the aspect ratio.
@@ -180,3 +190,10 @@ class QwenImageEditPolicy(QwenImageEditPlusPolicy):
 
     max_references = 1
     shown_area = 1024 * 1024
+
+    def example_of_size(self, resolution: int) -> Example:
+        # An edit of another size than the reference, which the pipeline always encodes at this area, looks zoomed.
+        difference = (
+            f"The pipeline edits at about one megapixel, where training was at {resolution}² pixels: edits differ."
+        )
+        return Example(difference="" if resolution == 1024 else difference)

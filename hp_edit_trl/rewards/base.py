@@ -1,6 +1,7 @@
 """What the reward functions of this package have in common, and what trainers and pair mining ask of them."""
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -40,7 +41,7 @@ class Reward:
     """
     A reward function with TRL's API: call it with `prompts`, `completions` (the edited images) and the columns of the
     dataset as lists. It returns [`Rewards`]. Functions of your own need none of this: any function that returns a list
-    does.
+    does. If they have the methods `check_tasks` or `load`, these are called as well, before any model is loaded.
     """
 
     task: str | None = None
@@ -79,6 +80,52 @@ class Reward:
 
     def __call__(self, prompts: list[str], completions: list[Image.Image], **columns: Any) -> Rewards:
         raise NotImplementedError
+
+
+def check_reward_tasks(func: Callable[..., Any], tasks: Iterable[str | None]) -> None:
+    """
+    Asks a reward function whether it can judge cases of `tasks`, if it has a method `check_tasks` and no `task` of its
+    own that it uses for all cases.
+
+    Args:
+        func (`Callable`):
+            A [`Reward`], or any reward function.
+        tasks (`Iterable[str | None]`):
+            The tasks.
+
+    Raises:
+        `ValueError`: If it cannot.
+    """
+    if has_method(func, "check_tasks", tasks) and getattr(func, "task", None) is None:
+        func.check_tasks(tasks)  # type: ignore[attr-defined]
+
+
+def load_reward(func: Callable[..., Any], num_images: int = 2) -> None:
+    """
+    Lets a reward function get ready, if it has a method `load`, see [`Reward.load`]. It need not take an argument.
+
+    Args:
+        func (`Callable`):
+            A [`Reward`], or any reward function.
+        num_images (`int`, *optional*, defaults to `2`):
+            Number of images of the largest case: its references and the edit.
+    """
+    if has_method(func, "load", num_images=num_images):
+        func.load(num_images=num_images)  # type: ignore[attr-defined]
+    elif has_method(func, "load"):
+        func.load()  # type: ignore[attr-defined]
+
+
+def has_method(func: Any, method: str, *args: Any, **kwargs: Any) -> bool:
+    """Whether an object has a method that can be called so. A class is not asked: its methods need an object."""
+    found = None if inspect.isclass(func) else getattr(func, method, None)
+    if not callable(found):
+        return False
+    try:
+        inspect.signature(found).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # it takes other arguments, or cannot be asked
+        return False
+    return True
 
 
 def read_cases(

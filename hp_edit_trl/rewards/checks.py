@@ -1,19 +1,24 @@
 """The contract of reward functions: they are given copies, and what they return is checked before it is used."""
 
+import inspect
 import itertools
 import logging
 import math
+import re
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from trl.trainer.utils import get_callable_name
 
 from ..judges import JudgeTally, shortened
-from .base import Reward
+from ..judges.server import served_model
+from .hp_scorer import HPScorerReward
 
 
 logger = logging.getLogger(__name__)
@@ -47,6 +52,11 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
         `ValueError`: If it has the wrong length, or a reward is infinite, NaN or above 1e18.
     """
     returned = _as_python(returned, name)
+    if isinstance(returned, tuple) and len(returned) == 2 and _is_flow_grpos(*returned):
+        raise TypeError(
+            f"The reward function {name!r} returned scores and details, as flow_grpo's do: return the scores alone, "
+            f"and hand details to `log_extra` or `log_metric`: {SIGNATURE}."
+        )
     if not isinstance(returned, list | tuple):
         raise TypeError(
             f"The reward function {name!r} returned a {type(returned).__name__}, but must return a list: {SIGNATURE}."
@@ -82,6 +92,88 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
     return rewards
 
 
+def _is_flow_grpos(scores: Any, details: Any) -> bool:
+    """Whether two values are scores and details of all samples, and not the rewards of two."""
+    is_many = isinstance(scores, list | tuple | dict) or (
+        isinstance(scores, torch.Tensor | np.ndarray) and scores.ndim
+    )
+    return bool(is_many) and isinstance(details, dict | list | tuple)
+
+
+def as_reward_funcs(reward_funcs: Any) -> list[Callable[..., Any]]:
+    """
+    The reward functions that a trainer is given, as a list.
+
+    Args:
+        reward_funcs (`Callable`, `str`, or a list of them):
+            Reward functions. A string stands for [`HPScorerReward`] by a judge: its Hub id or local folder, or the
+            address of an OpenAI-compatible server of one model, e.g. `"http://localhost:8000/v1"`.
+
+    Raises:
+        `TypeError`: If one of them is something else.
+        `ValueError`: If there are none, or a string names no judge.
+        `ConnectionError`: If a server does not say which model it serves.
+    """
+    given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if not given:
+        raise ValueError("reward_funcs is empty: at least one reward function is needed.")
+    return [_named_judge(func) if isinstance(func, str) else _checked_callable(func) for func in given]
+
+
+def _named_judge(name: str) -> HPScorerReward:
+    if re.match("https?://", name):
+        return HPScorerReward(served_model(name), judge_base_url=name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
+        raise ValueError(
+            f"The reward function {name!r} is a string: it must be a judge's Hub id, e.g. "
+            "'Qwen/Qwen3-VL-32B-Instruct', a folder with one, or the address of its server, e.g. "
+            f"'http://localhost:8000/v1'. A function is passed itself: {SIGNATURE}."
+        )
+    return HPScorerReward(name)
+
+
+def _checked_callable(func: Any) -> Callable[..., Any]:
+    if isinstance(func, nn.Module) or not callable(func) or inspect.isclass(func):
+        what = "the class " + func.__name__ if inspect.isclass(func) else f"an object of {type(func).__name__}"
+        remedy = "make an object of it" if inspect.isclass(func) else "call it in a function"
+        raise TypeError(f"A reward function must be a plain callable, but got {what}: {remedy}: {SIGNATURE}.")
+    return func
+
+
+def check_signature(func: Callable[..., Any], columns: Iterable[str]) -> None:
+    """
+    Checks that a reward function can be called as trainers do, before any model is loaded.
+
+    Args:
+        func (`Callable`):
+            The reward function.
+        columns (`Iterable[str]`):
+            Columns of the dataset.
+
+    Raises:
+        `TypeError`: If it lacks a parameter for what it is called with, or needs one that it does not get.
+    """
+    try:
+        signature = inspect.signature(func)
+    except (TypeError, ValueError):  # e.g. of a builtin
+        return
+    names = ["prompts", "completions", *(name for name in columns if name not in ("prompt", "completion"))]
+    names += ["trainer_state", "log_extra", "log_metric"]
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
+        remedy = f"Write {SIGNATURE}"
+        if {"images", "prompts", "metadata"} <= set(signature.parameters):
+            remedy = (
+                "Those of flow_grpo have other arguments: wrap it in def reward(prompts, completions, "
+                "**columns): return list(func(completions, prompts, [{}] * len(prompts))[0])"
+            )
+        raise TypeError(
+            f"The reward function {get_callable_name(func)!r}{signature} cannot be called with prompts, completions "
+            f"and the columns of the dataset ({error}). {remedy}."
+        ) from error
+
+
 def reward_names(reward_funcs: Sequence[Callable[..., Any]]) -> list[str]:
     """
     Names of reward functions for metrics and tables. Further functions of one name, e.g. two of one class, get a
@@ -111,10 +203,10 @@ def check_whole_groups(reward_funcs: Sequence[Callable[..., Any]], per_process: 
         `ValueError`: If there is such a function, and edits of a case are sampled by several processes.
     """
     for func in reward_funcs:
-        if isinstance(func, Reward) and func.needs_groups and per_process % num_generations:
+        if getattr(func, "needs_groups", False) and per_process % num_generations:
             raise ValueError(
-                f"{type(func).__name__} compares the edits of a case, but a process samples {per_process} edits of a "
-                f"generation batch (per_device_train_batch_size x steps_per_generation), which is no multiple of "
+                f"{get_callable_name(func)} compares the edits of a case, but a process samples {per_process} edits "
+                f"of a generation batch (per_device_train_batch_size x steps_per_generation), which is no multiple of "
                 f"num_generations={num_generations}: change one of them."
             )
 

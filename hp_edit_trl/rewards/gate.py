@@ -8,7 +8,7 @@ from PIL import Image
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..judges import JudgeRefusedError, JudgeTally
-from .base import Reward, Rewards
+from .base import Reward, Rewards, check_reward_tasks, load_reward
 from .checks import check_rewards
 
 
@@ -83,14 +83,13 @@ class Gate(Reward):
     def check_tasks(self, tasks: Iterable[str | None]) -> None:
         """Raises `ValueError` if one of them cannot judge one of `tasks`."""
         tasks = list(tasks)
-        for func in self._inner:
-            if func.task is None:
-                func.check_tasks(tasks)
+        for func in (self.reward, self.test):
+            check_reward_tasks(func, tasks)
 
     def load(self, num_images: int = 2) -> None:
         """Gets both ready, see [`Reward.load`]."""
-        for func in self._inner:
-            func.load(num_images)
+        for func in (self.reward, self.test):
+            load_reward(func, num_images)
 
     def __call__(self, prompts: list[str], completions: list[Image.Image], **columns: Any) -> Rewards:
         """

@@ -1,11 +1,44 @@
 """What all configs share: secrets among the options are not shown, and launches that do not work are refused."""
 
+import warnings
 from typing import Any
 
+import torch
+from accelerate.logging import get_logger
+from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from ..utils.secrets import redacted
 from .sharding import check_fsdp, is_set
+
+
+logger = get_logger(__name__)
+
+
+def lacks_bfloat16() -> bool:
+    """Whether training would take place on a device that transformers does not let train in bfloat16."""
+    return not is_torch_bf16_gpu_available()
+
+
+def check_config(args: Any, expected: type) -> None:
+    """
+    Checks that a trainer is given its own config.
+
+    Args:
+        args (`Any`):
+            The config.
+        expected (`type`):
+            Its class.
+
+    Raises:
+        `TypeError`: If it is another.
+    """
+    if not isinstance(args, expected):
+        raise TypeError(
+            f"args is a {type(args).__name__}, but this trainer needs a {expected.__name__}: write "
+            f"`from hp_edit_trl import {expected.__name__}` and args={expected.__name__}(output_dir=...). It has the "
+            "options of transformers.TrainingArguments; leave out those that are for text."
+        )
 
 
 # A subclass is a `@dataclass(repr=False)`: otherwise the decorator would give it a `repr` of its own.
@@ -14,6 +47,7 @@ class BaseEditConfig(_BaseConfig):
     offload_transformer: bool
     num_checkpointed_blocks: int | None
     ema_decay: float | None
+    bf16: bool | None
 
     def __post_init__(self):
         if self.fsdp:
@@ -28,7 +62,17 @@ class BaseEditConfig(_BaseConfig):
                 "each process holds the whole transformer."
             )
         is_sharded = check_fsdp()
-        super().__post_init__()
+        # TRL's default is refused where there is no GPU for it; a value that was given is used as it is.
+        falls_back = self.bf16 is None and not self.fp16 and not self.use_cpu and lacks_bfloat16()
+        self.bf16 = False if falls_back else self.bf16
+        with warnings.catch_warnings():
+            # TRL's default for gradient_checkpointing, and its keyword arguments, which users have not set
+            message = "`gradient_checkpointing(_kwargs)?` is deprecated"
+            warnings.filterwarnings("ignore", message, FutureWarning)
+            super().__post_init__()
+        if falls_back:
+            found = "The GPU has no bfloat16" if torch.accelerator.is_available() else "No GPU was found"
+            logger.warning(f"{found}: training in float32 on {self.device.type!r}. Set bf16 or fp16 to choose.")
         if self.offload_transformer and is_sharded:
             raise ValueError(
                 "offload_transformer does not go with FSDP, which shards the transformer over the GPUs: leave one out."

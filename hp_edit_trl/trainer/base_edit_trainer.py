@@ -87,6 +87,29 @@ def find_policy(model: str | DiffusionPipeline, args: Any) -> type[EditPolicy]:
     return policy_class(model, **{k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")})
 
 
+def warn_of_resolution(policy_type: type[EditPolicy], model: str | DiffusionPipeline, args: Any) -> None:
+    """
+    Warns if `resolution` is far from that of a pipeline's own edits, as its `model_index.json` or its policy has it:
+    such edits are poor, and may take minutes where a smaller one takes seconds.
+
+    Args:
+        policy_type (`type[EditPolicy]`):
+            The policy's class.
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The editor.
+        args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
+            The trainer's configuration: `resolution` and `model_init_kwargs` are read.
+    """
+    options = {k: v for k, v in dict(args.model_init_kwargs or {}).items() if k in ("revision", "token", "cache_dir")}
+    config = DiffusionPipeline.load_config(model, **options) if isinstance(model, str) else model.config
+    native = config.get("_native_resolution", policy_type.native_resolution)
+    if not native / 4 < args.resolution < native * 4:
+        logger.warning(
+            f"resolution={args.resolution} is far from the {native} pixels of this pipeline's own edits, which will "
+            f"be poor{' and slow' if args.resolution > native else ''}. Set resolution={native}, or one nearer to it."
+        )
+
+
 def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, args: Any) -> tuple[EditPolicy, str]:
     """
     Loads the policy of a pipeline.
@@ -102,6 +125,7 @@ def load_policy(policy_type: type[EditPolicy], model: str | DiffusionPipeline, a
     Returns:
         `tuple[EditPolicy, str]`: the policy, and the name of its base model.
     """
+    warn_of_resolution(policy_type, model, args)
     if not isinstance(model, str):
         base_model = str(model.config.get("_name_or_path") or "base-model")  # it may have been loaded from a Path
         return policy_type(model, args.offload_encoders), redacted(base_model)
@@ -847,6 +871,7 @@ class BaseEditTrainer(_BaseTrainer):
             },
             pipeline_class=type(self.policy.pipeline).__name__,
             call_arguments=self.policy.call_arguments(self.true_cfg_scale, self.negative_prompt),
+            example=self.policy.example_of_size(args.resolution),
             default_num_inference_steps=self.policy.default_num_inference_steps,
             num_inference_steps=self.sample_num_inference_steps,
             resolution=args.resolution,

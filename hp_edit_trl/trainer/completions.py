@@ -2,7 +2,8 @@
 
 import functools
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +43,18 @@ def _is_column(values: list[Any]) -> bool:
     except Exception:  # pyarrow raises errors of many kinds for objects that it does not know
         return False
     return len({type(value) for value in values if value is not None}) <= 1
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Within it `datasets` shows none."""
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
 
 
 def log_completions_table(
@@ -101,7 +115,8 @@ def log_completions_table(
             for row in rows
         ]
     ).cast_column("completion", ImageFeature())
-    write_atomically(folder / f"completions_{step:05d}.parquet", stored.to_parquet)
+    with without_progress_bars():  # one at every log would tear that of the training apart
+        write_atomically(folder / f"completions_{step:05d}.parquet", stored.to_parquet)
 
     for tracker in set(trackers) & {"wandb", "trackio"}:
         module = __import__(tracker)

@@ -28,7 +28,7 @@ class DPOEditConfig(BaseEditConfig):
         model_init_kwargs (`str`, `dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
             the trainer is a string, e.g. `{"revision": "..."}`. Weights are loaded in bfloat16 if `bf16` is set,
-            unless `torch_dtype` is given here. `quantization_config` may be a mapping, see docs/quantization.md.
+            unless `dtype` is given here. `quantization_config` may be a mapping, see docs/quantization.md.
         offload_encoders (`bool`, *optional*, defaults to `True`):
             Keep the text encoder and the VAE in CPU memory while they are not used: here that is all the time after
             the pairs were encoded. Saves about 17 GB with Qwen-Image-Edit.
@@ -115,7 +115,7 @@ class DPOEditConfig(BaseEditConfig):
     > - `per_device_train_batch_size`: Defaults to `1` instead of `8`.
     > - `gradient_accumulation_steps`: Defaults to `16` instead of `1`.
     > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
-    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
+    > - `bf16`: Defaults to `True` if `fp16` is not set and there is a GPU for it or `use_cpu`, instead of `False`.
     > - `logging_steps`: Defaults to `1` instead of `500`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.

@@ -27,6 +27,7 @@ from ..utils.dtypes import plain_values
 from ..utils.files import write_atomically
 from ..utils.images import UnreadableImageError, image_digest
 from ..utils.seeding import seeded_generator
+from .base_edit_config import check_config
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy, load_policy
 from .checkpoints import can_be_read
 from .dpo_edit_config import DPOEditConfig
@@ -168,6 +169,7 @@ class DPOEditTrainer(BaseEditTrainer):
         if args is None:
             name = model if isinstance(model, str) else type(model).__name__
             args = DPOEditConfig(f"{name.rstrip('/').split('/')[-1]}-DPO")
+        check_config(args, DPOEditConfig)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to a single process, for which Trainer would use nn.DataParallel. "

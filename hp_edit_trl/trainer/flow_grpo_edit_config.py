@@ -4,6 +4,9 @@ from ..flow.dynamics import DYNAMICS
 from .online_edit_config import OnlineEditConfig
 
 
+DEFAULT_WINDOW = 4  # steps
+
+
 @dataclass(repr=False)
 class FlowGRPOEditConfig(OnlineEditConfig):
     r"""
@@ -30,8 +33,9 @@ class FlowGRPOEditConfig(OnlineEditConfig):
         noise_level (`float`, *optional*, defaults to `1.0`):
             How much noise they add (\\( \eta \\), *field*). For `"cps"` at most 1.0, which replaces all noise; its
             authors use 0.7 to 0.9.
-        sde_window_size (`int`, *optional*, defaults to `4`):
-            Number of consecutive steps that are stochastic and trained. The others follow the ODE (*field*).
+        sde_window_size (`int`, *optional*):
+            Number of consecutive steps that are stochastic and trained. The others follow the ODE. Defaults to 4
+            (*field*), or to fewer where `sde_window_range` or the steps without the last one are fewer.
         sde_window_range (`list[int]`, *optional*):
             First step and end (exclusive) of the steps that the window may cover. Defaults to the first half of the
             steps, or as many as the window needs (*field*). The last step is never stochastic.
@@ -78,8 +82,9 @@ class FlowGRPOEditConfig(OnlineEditConfig):
         },
     )
     noise_level: float = field(default=1.0, metadata={"help": "How much noise the stochastic steps add (eta)."})
-    sde_window_size: int = field(
-        default=4, metadata={"help": "Number of consecutive steps that are stochastic and trained."}
+    sde_window_size: int | None = field(
+        default=None,
+        metadata={"help": "Number of consecutive steps that are stochastic and trained. Default: 4, if so many fit."},
     )
     sde_window_range: list[int] | None = field(
         default=None,
@@ -128,11 +133,16 @@ class FlowGRPOEditConfig(OnlineEditConfig):
 
         # The last step ends at sigma 0, where the added noise would vanish and its density would not exist.
         last = self.num_inference_steps - 1
+        if last < 1:
+            raise ValueError("num_inference_steps=1 must be at least 2: the last step is never stochastic.")
         if self.sde_window_range is None:
-            self.sde_window_range = [0, max(self.sde_window_size, self.num_inference_steps // 2)]
+            size = self.sde_window_size or min(DEFAULT_WINDOW, last)
+            self.sde_window_range = [0, max(size, self.num_inference_steps // 2)]
         if len(self.sde_window_range) != 2:
             raise ValueError(f"sde_window_range={self.sde_window_range} must be two numbers: first step and end.")
         start, stop = self.sde_window_range
+        if self.sde_window_size is None:
+            self.sde_window_size = max(1, min(DEFAULT_WINDOW, stop - start))
         if start < 0 or stop > last or stop - start < self.sde_window_size:
             raise ValueError(
                 f"The SDE window does not fit: sde_window_size={self.sde_window_size} steps in "

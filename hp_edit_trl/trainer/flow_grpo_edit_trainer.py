@@ -15,6 +15,7 @@ from trl.trainer.utils import use_adapter
 from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
 from ..policies import EditConditions, Trajectory, bucketed, rollout_batches
 from ..utils.seeding import seeded_generator
+from .base_edit_config import check_config
 from .flow_grpo_edit_config import FlowGRPOEditConfig
 from .online_edit_trainer import OnlineEditTrainer, RewardFunc, Sample
 
@@ -47,8 +48,10 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor: a Hub id, a local folder, or a loaded pipeline. See the table of supported pipelines in the
             documentation.
-        reward_funcs (`Callable` or `list[Callable]`):
-            One or several reward functions, sync or async, called as in TRL: with `prompts`, `completions` (the edited
+        reward_funcs (`Callable`, `str` or a list of them):
+            One or several reward functions. A string stands for [`HPScorerReward`] by a judge: its Hub id or local
+            folder, or the address of its server, e.g. `"http://localhost:8000/v1"`. Functions, sync or async, are
+            called as in TRL: with `prompts`, `completions` (the edited
             PIL images), every other column of the dataset as a list (`image` or `images` and `task` included),
             `trainer_state`, `log_extra` and `log_metric`. Each returns a list with a reward per completion, `None`
             where it does not apply.
@@ -101,7 +104,7 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
     def __init__(
         self,
         model: str | DiffusionPipeline,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | str | list[RewardFunc | str],
         args: FlowGRPOEditConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -112,8 +115,9 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
         if args is None:
             name = model if isinstance(model, str) else type(model).__name__
             args = FlowGRPOEditConfig(f"{name.rstrip('/').split('/')[-1]}-Flow-GRPO")
-
-        assert args.sde_window_range  # the config saw to it
+        check_config(args, FlowGRPOEditConfig)
+        assert args.sde_window_range and args.sde_window_size  # the config saw to it
+        self.sde_window_size = args.sde_window_size
         self.sde_window_range = (args.sde_window_range[0], args.sde_window_range[1])
         self.epsilon_low = args.epsilon
         self.epsilon_high = args.epsilon_high if args.epsilon_high is not None else args.epsilon
@@ -131,7 +135,7 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
         args = self.args
         steps = sde_window(
             args.sde_window_mode,
-            args.sde_window_size,
+            self.sde_window_size,
             self.sde_window_range,
             generation,
             seeded_generator(args.seed, "window", generation),

@@ -16,6 +16,7 @@ from ..flow.preference import draw_sigma
 from ..policies import EditConditions, Trajectory, bucketed, rollout_batches
 from ..utils.seeding import seeded_generator
 from .adapter_copy import AdapterCopy
+from .base_edit_config import check_config
 from .flow_nft_edit_config import FlowNFTEditConfig
 from .online_edit_trainer import OnlineEditTrainer, RewardFunc, Sample
 
@@ -49,8 +50,10 @@ class FlowNFTEditTrainer(OnlineEditTrainer):
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             The editor: a Hub id, a local folder, or a loaded pipeline. See the table of supported pipelines in the
             documentation.
-        reward_funcs (`Callable` or `list[Callable]`):
-            One or several reward functions, sync or async, called as in TRL: with `prompts`, `completions` (the edited
+        reward_funcs (`Callable`, `str` or a list of them):
+            One or several reward functions. A string stands for [`HPScorerReward`] by a judge: its Hub id or local
+            folder, or the address of its server, e.g. `"http://localhost:8000/v1"`. Functions, sync or async, are
+            called as in TRL: with `prompts`, `completions` (the edited
             PIL images), every other column of the dataset as a list (`image` or `images` and `task` included),
             `trainer_state`, `log_extra` and `log_metric`. Each returns a list with a reward per completion, `None`
             where it does not apply.
@@ -102,7 +105,7 @@ class FlowNFTEditTrainer(OnlineEditTrainer):
     def __init__(
         self,
         model: str | DiffusionPipeline,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | str | list[RewardFunc | str],
         args: FlowNFTEditConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -113,6 +116,7 @@ class FlowNFTEditTrainer(OnlineEditTrainer):
         if args is None:
             name = model if isinstance(model, str) else type(model).__name__
             args = FlowNFTEditConfig(f"{name.rstrip('/').split('/')[-1]}-NFT")
+        check_config(args, FlowNFTEditConfig)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config)
         self._copies["old"] = AdapterCopy(self.model)  # the policy that samples
 

@@ -15,6 +15,7 @@ import trl
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps
 
+from ..policies import Example
 from ..utils.files import write_text
 from ..utils.hub import CITATION
 from ..utils.images import comparison_sheet
@@ -40,9 +41,11 @@ def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str,
     """
     # Not pyplot: nothing here may touch the figures or the backend of the user's session.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="reward")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn = False
     for key, label, color in curves:
         points = [(log["step"], log[key]) for log in log_history if log.get(key) is not None]
@@ -123,6 +126,7 @@ def write_model_card(
     settings: dict[str, str],
     pipeline_class: str,
     call_arguments: dict[str, Any],
+    example: Example,
     default_num_inference_steps: int,
     num_inference_steps: int,
     resolution: int,
@@ -164,6 +168,8 @@ def write_model_card(
             Name of the pipeline's class.
         call_arguments (`dict[str, Any]`):
             Arguments of the pipeline's call in the example.
+        example ([`~hp_edit_trl.policies.Example`]):
+            What makes the pipeline edit at the resolution of training.
         default_num_inference_steps (`int`):
             Number of denoising steps in the example.
         num_inference_steps (`int`):
@@ -205,7 +211,9 @@ def write_model_card(
         dataset_revision=dataset_revision,
         num_cases=num_cases,
         pipeline_class=pipeline_class,
-        call_arguments={name: json.dumps(value, ensure_ascii=False) for name, value in call_arguments.items()},
+        call_arguments={name: json.dumps(value, ensure_ascii=False) for name, value in call_arguments.items()}
+        | example.arguments,
+        example=example,
         default_num_inference_steps=default_num_inference_steps,
         num_inference_steps=num_inference_steps,
         resolution=resolution,

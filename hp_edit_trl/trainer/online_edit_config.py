@@ -4,6 +4,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .base_edit_config import BaseEditConfig
+from .batches import smallest_steps
 from .hub import check_hub_options
 
 
@@ -21,7 +22,7 @@ class OnlineEditConfig(BaseEditConfig):
         model_init_kwargs (`str`, `dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the `model` argument of
             the trainer is a string, e.g. `{"revision": "..."}`. Weights are loaded in bfloat16 if `bf16` is set,
-            unless `torch_dtype` is given here. `quantization_config` may be a mapping, see docs/quantization.md.
+            unless `dtype` is given here. `quantization_config` may be a mapping, see docs/quantization.md.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep the text encoder and the VAE in CPU memory between uses. Saves about 17 GB with Qwen-Image-Edit.
         offload_transformer (`bool`, *optional*, defaults to `False`):
@@ -134,7 +135,7 @@ class OnlineEditConfig(BaseEditConfig):
     > - `per_device_train_batch_size`: Defaults to `1` instead of `8`.
     > - `gradient_accumulation_steps`: Defaults to `16` instead of `1`, so that one GPU holds one group.
     > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
-    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
+    > - `bf16`: Defaults to `True` if `fp16` is not set and there is a GPU for it or `use_cpu`, instead of `False`.
     > - `logging_steps`: Defaults to `1` instead of `500`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
@@ -333,13 +334,17 @@ class OnlineEditConfig(BaseEditConfig):
             self.generation_batch_size % whole
             or self.generation_batch_size * trained != per_step * self.steps_per_generation * sampled
         ):
+            steps = self.steps_per_generation
+            unit = smallest_steps(self.per_device_train_batch_size, self.world_size, sampled, trained)
             raise ValueError(
                 f"The generation batch of {self.generation_batch_size} edits (per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} * {self.world_size} processes * steps_per_generation="
                 f"{self.steps_per_generation}"
                 + (f" * {sampled} / {trained} of which are trained on" if trained < sampled else "")
                 + f") must be divisible by num_generations={sampled}: it holds whole groups"
-                + (" on each process." if trained < sampled else ".")
+                + (" on each process" if trained < sampled else "")
+                + f". Set gradient_accumulation_steps to a multiple of {unit}, e.g. {-(-steps // unit) * unit}, and "
+                "leave generation_batch_size and steps_per_generation out."
             )
         if self.max_failed_batches < 1 or not 0 <= self.max_missing_rewards <= 1:
             raise ValueError(

@@ -40,10 +40,21 @@ from ..judges.base import fit_image
 from ..judges.failures import REFUSED
 from ..policies import EditConditions, Trajectory, check_prompt_lengths, decode
 from ..rewards import Reward, Rewards
-from ..rewards.checks import awaited, check_rewards, check_whole_groups, failed_rewards, own_copy, reward_names
+from ..rewards.base import check_reward_tasks, load_reward
+from ..rewards.checks import (
+    as_reward_funcs,
+    awaited,
+    check_rewards,
+    check_signature,
+    check_whole_groups,
+    failed_rewards,
+    own_copy,
+    reward_names,
+)
 from ..utils.distributed import in_step
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy, load_policy
+from .batches import check_enough_cases
 from .checkpoints import restoring
 from .completions import log_completions_table
 from .hub import completions_scheduler
@@ -58,6 +69,9 @@ REWARD_WINDOW = 8  # generation batches that `max_missing_rewards` is taken over
 
 # Takes prompts, completions and the dataset's columns as lists; returns, or awaits, a list[float | None].
 RewardFunc = Callable[..., Any]
+
+# What the trainer itself reads, and keeps with `remove_unused_columns`
+READ_COLUMNS = {"id", "prompt", "image", "images"}
 
 
 @dataclass
@@ -106,7 +120,7 @@ class OnlineEditTrainer(BaseEditTrainer):
     def __init__(
         self,
         model: str | DiffusionPipeline,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | str | list[RewardFunc | str],
         args: Any,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -115,12 +129,7 @@ class OnlineEditTrainer(BaseEditTrainer):
         peft_config: LoraConfig | None = None,
     ):
         # Reward functions
-        self.reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        if not self.reward_funcs:
-            raise ValueError("reward_funcs is empty: at least one reward function is needed.")
-        for func in self.reward_funcs:
-            if not callable(func) or isinstance(func, nn.Module):
-                raise TypeError(f"A reward function must be a plain callable, but got {type(func).__name__}.")
+        self.reward_funcs = as_reward_funcs(reward_funcs)
         self.reward_func_names = reward_names(self.reward_funcs)
         weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
@@ -149,9 +158,10 @@ class OnlineEditTrainer(BaseEditTrainer):
         self._left_out = {}
         for name, dataset in datasets.items():
             datasets[name] = dataset = self._leave_out(dataset, check_cases(dataset, name, args.on_bad_case))
+            columns = set(dataset.column_names)
             for func in self.reward_funcs:
-                if isinstance(func, Reward) and func.task is None:
-                    func.check_tasks(dataset.unique("task") if "task" in dataset.column_names else [None])
+                check_signature(func, {"id"} | (READ_COLUMNS & columns if args.remove_unused_columns else columns))
+                check_reward_tasks(func, dataset.unique("task") if "task" in columns else [None])
         assert args.generation_batch_size and args.steps_per_generation  # the config saw to it
         self.num_generations = args.num_generations  # = G in the paper
         self.cases_per_batch = args.generation_batch_size // args.num_generations
@@ -161,11 +171,7 @@ class OnlineEditTrainer(BaseEditTrainer):
         )
         self.num_trained = args.num_trained_generations or args.num_generations
         self.generate_every = args.steps_per_generation * args.num_iterations  # in microbatches
-        if (count := len(datasets["train_dataset"])) < self.cases_per_batch:
-            raise ValueError(
-                f"train_dataset has {count} usable cases, but one generation batch takes {self.cases_per_batch} "
-                f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations})."
-            )
+        check_enough_cases(args, len(datasets["train_dataset"]))
 
         check_same_run(args, datasets, peft_config)
 
@@ -175,8 +181,7 @@ class OnlineEditTrainer(BaseEditTrainer):
             bad = check_references(dataset, name, policy_type.max_references, args.on_bad_case)
             datasets[name] = self._leave_out(dataset, bad)
         for func in self.reward_funcs:
-            if isinstance(func, Reward):
-                func.load(1 + max(map(max_references, datasets.values())))
+            load_reward(func, 1 + max(map(max_references, datasets.values())))
         self.policy, self.base_model = load_policy(policy_type, model, args)
         for name, dataset in datasets.items():
             bad = check_prompt_lengths(self.policy, dataset, name, args.on_bad_case)
@@ -257,7 +262,7 @@ class OnlineEditTrainer(BaseEditTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = ["id", "prompt", "image", "images"]
+            self._signature_columns = sorted(READ_COLUMNS)
 
     # The dataloader yields row numbers, and each distinct case is read and decoded once per generation batch. Yielding
     # rows would decode each image num_generations * steps_per_generation * num_iterations times.

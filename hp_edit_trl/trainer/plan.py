@@ -312,7 +312,8 @@ def _update(figures: dict[str, Any], args: Any, card: Card, utilization: float, 
         assert args.steps_per_generation and args.generation_batch_size
         generations = microbatches / (args.steps_per_generation * args.num_iterations)  # in one update
         times |= dict.fromkeys(("encoding", "rollout", "decoding"), generations)
-        times["training"] *= args.sde_window_size if isinstance(args, FlowGRPOEditConfig) else args.num_train_sigmas
+        passes = args.sde_window_size if isinstance(args, FlowGRPOEditConfig) else args.num_train_sigmas
+        times["training"] *= passes or 1  # the config has set it
         judge_calls = args.generation_batch_size * generations * num_answers
     flops = {name: round(_flops(counts[name]) * number) for name, number in times.items() if name in counts and number}
     training, world = counts["training"], args.world_size

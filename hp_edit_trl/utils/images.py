@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from .fonts import image_font
 from .secrets import redact_error
 
 
@@ -327,7 +328,7 @@ def comparison_sheet(
         for image, width in zip(images, columns, strict=True):
             sheet.paste(image, (left, top))
             left += width + gap
-        limit = sheet.width - 2 * gap
+        limit, font = sheet.width - 2 * gap, image_font(text, 15)
         while text and draw.textlength(text, font=font) > limit:
             text = text[:-2].rstrip("….") + "…"
         draw.text((gap, top + height + 3), text, fill="black", font=font)

@@ -241,6 +241,19 @@ def test_the_page_of_gedit_sorts_by_any_score_of_a_section(tmp_path, browser):  
     assert page.evaluate("[...document.querySelectorAll('article')].map(one => one.dataset.id)") == wanted
     caption = page.locator("article").first.locator("figcaption").nth(1).text_content()
     assert f"PQ {min(row['pq'] for row in rows):g}" in caption
+
+    # The table has the means of the cases that are shown, also of those that a search finds.
+    means = [row["pq"] for row in rows]
+    last = "[...document.querySelectorAll('#scores tr:last-child > *')].map(one => one.textContent)"
+    assert page.evaluate(last) == ["all", "3", f"{round(sum(means) / 3, 3):g}"]
+    page.fill("#search", rows[0]["id"].upper())
+    assert page.evaluate(last) == ["all", "1", f"{round(rows[0]['pq'], 3):g}"]
+    page.fill("#search", "no such words")
+    assert page.evaluate(last) == ["all", "0", "–"] and page.locator("article").count() == 0
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(background) != light
     page.close()
 
 
@@ -250,6 +263,28 @@ def log_of(folder, rewards):
     ]
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+
+
+def test_chinese_text_is_drawn_with_a_font_that_has_it(monkeypatch, caplog):
+    import matplotlib
+
+    from hp_edit_trl.utils import fonts
+
+    fonts.cjk_font.cache_clear()
+    monkeypatch.setattr(fonts, "CJK_FONTS", ("No Such Font", "DejaVu Serif"))
+    before = matplotlib.rcParams["font.family"]
+    with fonts.readable_text("plain", "把车变红"):
+        assert matplotlib.rcParams["font.family"][-1] == "DejaVu Serif"
+        assert fonts.image_font("把车变红", 15).getname()[0] == "DejaVu Serif"
+    with fonts.readable_text("plain", "ünïcödé"):
+        assert matplotlib.rcParams["font.family"] == before
+    assert matplotlib.rcParams["font.family"] == before
+    fonts.cjk_font.cache_clear()
+    monkeypatch.setattr(fonts, "CJK_FONTS", ("No Such Font",))
+    with fonts.readable_text("한국어", "かな"):
+        assert matplotlib.rcParams["font.family"] == before
+    assert "install fonts-noto-cjk" in caplog.text
+    fonts.cjk_font.cache_clear()
 
 
 def test_rewards_of_trainings(runs, tmp_path):

@@ -74,6 +74,23 @@ class PolicyContract:
             (image,) = decode(policy, [path.final], [conditions], 1)
             assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1, cfg
 
+    def test_the_cards_example_edits_at_the_resolution_of_training(self, policy):
+        example = policy.example_of_size(self.resolution)
+        if not example.lines:
+            assert "one megapixel" in example.difference
+            return
+        names = {"image": photo(*self.wide)}
+        exec("\n".join([*example.imports, *example.lines]), names)
+        arguments = {name: eval(code, names) for name, code in example.arguments.items()}
+        arguments |= policy.call_arguments(1.0, "")
+        pipeline, steps = policy.pipeline, dict(prompt="Blur", num_inference_steps=2)
+        edit = pipeline(image=names["image"], generator=generator(3), **steps, **arguments).images[0]
+        height, width = policy.target_size([photo(*self.wide)], self.resolution)
+        assert edit.size == (width, height)
+        images, kwargs = [photo(*self.wide)], dict(steps=2, generator=generator(3))
+        expected = self.call(pipeline, images, "Blur", None, 1.0, height, width, **kwargs)
+        assert np.abs(np.asarray(edit, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
     def test_a_step_in_half_precision_is_the_pipelines(self):
         # Of several steps only the first is the same: the pipeline rounds its latents after each, which the policy
         # does not.

@@ -1,6 +1,9 @@
 import asyncio
+import json
 import math
+import threading
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -8,7 +11,15 @@ import torch
 from PIL import Image
 
 from hp_edit_trl.rewards import HPScorerReward, Rewards
-from hp_edit_trl.rewards.checks import awaited, check_rewards, own_copy, reward_names
+from hp_edit_trl.rewards.base import check_reward_tasks, load_reward
+from hp_edit_trl.rewards.checks import (
+    as_reward_funcs,
+    awaited,
+    check_rewards,
+    check_signature,
+    own_copy,
+    reward_names,
+)
 from tests.rewards.helpers import AnswersJudge
 
 
@@ -129,3 +140,116 @@ def test_names_of_several_functions():
 def test_what_failed_has_an_entry_for_each_reward():
     with pytest.raises(ValueError, match="failed has 1 entries for 2 rewards"):
         Rewards([1.0, None], failed=[True])
+
+
+def good(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+
+class Own:
+    """A reward of the user's own with the methods of a `Reward`."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, prompts, completions, **columns):
+        return [0.0] * len(prompts)
+
+    def check_tasks(self, tasks):
+        self.calls.append(list(tasks))
+
+    def load(self):
+        self.calls.append("load")
+
+
+class OwnWithImages(Own):
+    def load(self, num_images=2):
+        self.calls.append(num_images)
+
+
+class OtherMeaning(Own):
+    check_tasks = None
+
+    def load(self, path):
+        raise AssertionError
+
+
+def test_own_rewards_are_asked_if_they_have_the_methods():
+    own, with_images = Own(), OwnWithImages()
+    for func in (own, with_images, OtherMeaning(), good, HPScorerReward):
+        check_reward_tasks(func, ["add", None])
+        load_reward(func, 3)
+    assert own.calls == [["add", None], "load"] and with_images.calls == [["add", None], 3]
+    own.task = "add"  # for all cases
+    check_reward_tasks(own, ["swap"])
+    assert len(own.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([], ValueError, "reward_funcs is empty"),
+        ("accuracy", ValueError, "'accuracy' is a string: it must be a judge's Hub id"),
+        ("a/b/c", ValueError, "must be a judge's Hub id"),
+        ("http://127.0.0.1:9/v1", ConnectionError, "does not say what it serves.*HPScorerReward"),
+        (HPScorerReward, TypeError, "got the class HPScorerReward: make an object of it"),
+        (torch.nn.Linear(1, 1), TypeError, "plain callable, but got an object of Linear"),
+        ([good, 3], TypeError, "plain callable, but got an object of int"),
+    ],
+)
+def test_what_is_no_reward_function_is_told_what_to_write(given, error, message):
+    with pytest.raises(error, match=message):
+        as_reward_funcs(given)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"data": [{"id": "judge-7b"}]}, None),
+        ({"data": [{"id": "a"}, {"id": "b"}]}, "serves 2 models.*HPScorerReward"),
+        ({"data": []}, "serves 0 models"),
+        ({"object": "list"}, "does not say what it serves"),
+        ([], "does not say what it serves"),
+    ],
+)
+def test_an_address_stands_for_the_one_model_of_its_server(reply, message):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.path == "/v1/models"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        if message is None:
+            (func,) = as_reward_funcs(address)
+            assert isinstance(func, HPScorerReward) and func.judge.name == "judge-7b"
+        else:
+            with pytest.raises(ConnectionError, match=message):
+                as_reward_funcs(address)
+
+
+def test_signatures():
+    for func in (good, Own(), lambda prompts, completions, id, task, **kwargs: 0, max):
+        check_signature(func, ["id", "prompt", "image", "task"])
+    assert as_reward_funcs((good,)) == as_reward_funcs(good) == [good]
+    for func, message in (
+        (lambda images, prompts, metadata: 0, "Those of flow_grpo have other arguments"),
+        (lambda completions: 0, "unexpected keyword argument 'prompts'"),
+        (lambda prompts, completions, answer, **kwargs: 0, "missing a required argument: 'answer'"),
+        (lambda prompts, completions: 0, "unexpected keyword argument"),
+    ):
+        with pytest.raises(TypeError, match=f"cannot be called.*{message}"):
+            check_signature(func, ["id", "prompt", "image", "task"])
+
+
+@pytest.mark.parametrize("scores", [[1, 2, 3], {"avg": [1, 2, 3]}, np.ones(3)], ids=["list", "dict", "array"])
+def test_scores_with_details_are_told_from_two_rewards(scores):
+    with pytest.raises(TypeError, match="scores and details, as flow_grpo's do: return the scores alone"):
+        check_rewards((scores, {}), "f", IDS)
+    assert check_rewards((1, 2), "f", IDS[:2]) == check_rewards((np.array(1), np.array(2)), "f", IDS[:2]) == [1, 2]

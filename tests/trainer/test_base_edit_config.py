@@ -1,12 +1,20 @@
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from transformers import TrainingArguments
 
-from hp_edit_trl import DPOEditConfig, FlowGRPOEditConfig
+from hp_edit_trl import DPOEditConfig, DPOEditTrainer, FlowGRPOEditConfig, FlowGRPOEditTrainer, FlowNFTEditConfig
+from hp_edit_trl.miniature import training_args
+from hp_edit_trl.miniature.policy import WEIGHTS
+from hp_edit_trl.policies import QwenImageEditPlusPolicy
+from hp_edit_trl.trainer import base_edit_config
+from hp_edit_trl.trainer.base_edit_trainer import warn_of_resolution
 from hp_edit_trl.trainer.sharding import check_fsdp
 
 
@@ -42,6 +50,43 @@ def test_launches_that_do_not_work_are_refused_with_a_remedy(config, tmp_path, m
     config(**options)
 
 
+@pytest.mark.parametrize("config", [FlowGRPOEditConfig, FlowNFTEditConfig, DPOEditConfig])
+def test_the_default_type_is_one_that_the_device_has(config, tmp_path, monkeypatch, caplog, recwarn):
+    assert config(str(tmp_path), use_cpu=True).bf16 is True and "float32" not in caplog.text
+    monkeypatch.setattr(base_edit_config, "is_torch_bf16_gpu_available", lambda: False)
+    args = config(str(tmp_path))
+    assert args.bf16 is False and caplog.text.count("training in float32 on 'cpu'") == 1
+    assert config(str(tmp_path), bf16=False).bf16 is False and caplog.text.count("float32") == 1
+    with pytest.raises(ValueError, match="doesn't support bf16/gpu"):
+        config(str(tmp_path), bf16=True)
+    assert not [one for one in recwarn if "gradient_checkpointing" in str(one.message)]
+
+
+def test_a_config_of_another_trainer_is_refused(tmp_path):
+    others = [TrainingArguments(str(tmp_path), use_cpu=True), {"output_dir": "x"}, DPOEditConfig]
+    for args in [*others, DPOEditConfig(str(tmp_path), use_cpu=True), FlowNFTEditConfig(str(tmp_path), use_cpu=True)]:
+        with pytest.raises(TypeError, match=r"needs a FlowGRPOEditConfig: write .*FlowGRPOEditConfig\(output_dir="):
+            FlowGRPOEditTrainer("none", print, args)
+    with pytest.raises(TypeError, match="args is a TrainingArguments, but this trainer needs a DPOEditConfig"):
+        DPOEditTrainer("none", others[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "window"),
+    [
+        ({}, 4, [0, 5]),
+        ({"num_inference_steps": 4}, 3, [0, 3]),
+        ({"num_inference_steps": 2}, 1, [0, 1]),
+        ({"num_inference_steps": 20}, 4, [0, 10]),
+        ({"sde_window_range": [2, 4]}, 2, [2, 4]),
+        ({"num_inference_steps": 4, "sde_window_size": 2}, 2, [0, 2]),
+    ],
+)
+def test_the_default_window_fits_the_steps(tmp_path, options, size, window):
+    args = FlowGRPOEditConfig(str(tmp_path), use_cpu=True, **options)
+    assert (args.sde_window_size, args.sde_window_range) == (size, window)
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_accelerate_configs_can_be_launched(file, monkeypatch):
     processes, machines, kind = {
@@ -66,3 +111,25 @@ def test_shipped_accelerate_configs_can_be_launched(file, monkeypatch):
     for name, value in prepare_multi_gpu_env(args).items():
         monkeypatch.setenv(name, value)
     assert check_fsdp() == (kind == "FSDP")
+
+
+@pytest.mark.parametrize(("resolution", "warned"), [(32, False), (8, True), (512, True), (100, False)])
+def test_a_resolution_far_from_the_pipelines_own_is_told(resolution, warned, caplog):
+    args = SimpleNamespace(model_init_kwargs=None, resolution=resolution)
+    for model in (SimpleNamespace(config={"_native_resolution": 32}), str(WEIGHTS)):
+        caplog.clear()
+        warn_of_resolution(QwenImageEditPlusPolicy, model, args)
+        assert ("Set resolution=32" in caplog.text) is warned
+        assert ("slow" in caplog.text) is (resolution == 512)
+    warn_of_resolution(QwenImageEditPlusPolicy, SimpleNamespace(config={}), args)
+    assert ("Set resolution=1024" in caplog.text) is (resolution < 512)
+
+
+def test_the_miniature_has_options_of_its_own(tmp_path):
+    args = training_args(str(tmp_path), max_steps=5)
+    assert isinstance(args, FlowGRPOEditConfig) and args.max_steps == 5
+    recipe = yaml.safe_load((CONFIGS.parent / "configs" / "embedded.yaml").read_text())
+    for name in ("resolution", "num_inference_steps", "true_cfg_scale", "sde_window_size", "sde_window_range",
+                 "num_generations", "per_device_train_batch_size", "steps_per_generation", "rollout_batch_size",
+                 "learning_rate", "epsilon", "noise_level", "gradient_accumulation_steps"):  # fmt: skip
+        assert getattr(args, name) == recipe[name], name

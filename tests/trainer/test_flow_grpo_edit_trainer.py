@@ -627,7 +627,9 @@ def test_a_pipeline_with_a_lora_loaded(make_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(num_generations=5), "8 edits .* must be divisible by num_generations=5"),
+        (dict(num_generations=5), "must be divisible by num_generations=5.*a multiple of 5, e.g. 5, and leave"),
+        (dict(num_inference_steps=1, sde_window_size=None), "num_inference_steps=1 must be at least 2"),
+        (dict(sde_window_range=[3, 3], sde_window_size=None), "SDE window does not fit"),
         (dict(generation_batch_size=10), "generation_batch_size=10 must be divisible by .* = 4"),
         (dict(generation_batch_size=8, steps_per_generation=2), "cannot both be set"),
         (dict(num_generations=1), "num_generations=1 must be at least 2"),

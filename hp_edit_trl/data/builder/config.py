@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from ...judges.base import ScoreMode
 from ...utils.config import check_positive
 from .estimate import PRICES
@@ -92,11 +94,13 @@ class BuildConfig:
             the split `test` has only cases that were accepted. It is read when the dataset is exported, so that
             reviews can be given while edits are made.
         editor (`str`, *optional*, defaults to `"Qwen/Qwen-Image-Edit-2509"`):
-            A diffusers pipeline, a folder of finished edits, or a function, see [`load_editor`].
+            A diffusers pipeline, a folder of finished edits, or a function, see [`load_editor`]: the editors of
+            `hp-edit bench`, without its `--policy`.
         editor_revision (`str`, *optional*):
             Branch, tag or commit of its repository.
         editor_options (`dict`, *optional*):
-            Options of a pipeline, e.g. `{"num_inference_steps": 40, "lora": "..."}`, see [`PipelineEditor`].
+            Options of a pipeline: `lora`, `resolution`, `dtype`, and arguments of its call, e.g.
+            `{"num_inference_steps": 40, "lora": "..."}`, see [`PipelineEditor`].
         judge (`str`, *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
             Vision-language model that scores the edits.
         judge_base_url (`str` or `list[str]`, *optional*):
@@ -197,6 +201,11 @@ class BuildConfig:
             )
         if isinstance(self.sample_size, bool) or not isinstance(self.sample_size, int) or self.sample_size < 0:
             raise ValueError(f"sample_size={self.sample_size!r} must be an integer of at least 0.")
+        if self.push_to_hub is not None:
+            try:
+                validate_repo_id(self.push_to_hub)
+            except HFValidationError as error:
+                raise ValueError(f"push_to_hub={self.push_to_hub!r} is no name of a repository: {error}") from error
         for what, price in self.prices.items():
             if what not in PRICES:
                 raise ValueError(f"prices names {what!r}; there are prices of {list(PRICES)}.")

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ...utils.files import read_json, write_atomically, write_json, write_text
+from ...utils.fonts import readable_text
 from ...utils.hub import CITATION, create_repository
 from ...version import __version__
 from ..schema import (
@@ -271,7 +272,8 @@ def export_dataset(
             features = _write_split(_checked(batches, split, features), part / "data", split, contents) or features
         if features is None:
             raise ValueError(f"There are no rows to export in the splits {list(splits)}.")
-        draw_tasks_and_categories(contents, part / "figures" / "tasks_and_categories.png")
+        with readable_text(*map(str, contents.categories)):
+            draw_tasks_and_categories(contents, part / "figures" / "tasks_and_categories.png")
         if any(score is not None for scores in contents.scores.values() for score in scores):
             draw_scores(contents, part / "figures" / "scores.png")
         _write_card(part, name, contents, features, rejected or {}, verified, wanted)

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ...editors import Editor, empty_device_cache, load_editor
+from ...editors import Editor, PipelineEditor, empty_device_cache, load_editor
 from ...judges import Judge, load_early, load_judge
 from ...reviews import read_reviews
 from ...rewards import HPScorerReward, load_scorer_prompts
@@ -114,6 +114,10 @@ def build_dataset(
     if engine == "ray" and accelerator.num_processes > 1:
         raise ValueError("engine='ray' starts its own workers: start the build without accelerate launch.")
     build = _Build(config, _stages(config, writer, editor, scorer, styles), stages, accelerator)
+    # Editor, writer and judge are named in the options: a mistake shows before the first of them is asked.
+    for name in ("edits", "instructions", "scores"):
+        if name in build.stages:
+            build.make[name]()
     build.options = {"engine": engine, "num_workers": num_workers, "gpus_per_worker": gpus_per_worker}
     if config.verified is not None and not Path(config.verified).exists() and accelerator.is_main_process:
         logger.warning("There are no reviews at verified=%s yet; the export will need them.", config.verified)
@@ -288,6 +292,8 @@ def _stages(
 
     def make_edits() -> Stage:
         made = editor or load_editor(config.editor, config.editor_revision, **config.editor_options)
+        if isinstance(made, PipelineEditor):
+            made.check()
         return MakeEdits(made, sizes["edits"], seed)
 
     def make_scores() -> Stage:

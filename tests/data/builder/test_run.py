@@ -428,6 +428,23 @@ def test_batch_sizes_that_are_not_valid(tmp_path, sizes, message):
         read_config(BuildConfig, tmp_path / "build.yaml")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"editor": "nobody/nothing"}, "editor='nobody/nothing' is neither a folder nor a readable"),
+        ({"editor": "json:nothing"}, "nothing"),
+        ({"editor": "json:dumps", "editor_options": {"lora": "x"}}, "lora: for pipelines only"),
+        ({"editor": "json:dumps", "judge_base_url": "localhost"}, "judge_base_url='localhost' is not an address"),
+        ({"editor": "json:dumps", "judge_base_url": "http://127.0.0.1:9", "score_mode": "x"}, "score_mode='x'"),
+        ({"push_to_hub": "a/b/c"}, "push_to_hub='a/b/c' is no name of a repository"),
+    ],
+)
+def test_editor_and_judge_are_checked_before_the_first_request(pictures, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_dataset(make_config(pictures, tmp_path / "build", **changes), writer=simulated_writer())
+    assert not (tmp_path / "build").exists()
+
+
 def test_the_example_configuration_is_one():
     config = read_config(BuildConfig, ROOT / "examples" / "configs" / "build_realpref.yaml")
     assert config.editor == "Qwen/Qwen-Image-Edit-2509" and config.benchmark_counts == BENCHMARK_COUNTS
