@@ -16,7 +16,7 @@ from hp_edit_trl.ratings import Rating
 from tests.bench.test_dreambench import GradeJudge, data, redder  # noqa: F401
 from tests.bench.test_gedit import PairJudge, gedit
 from tests.bench.test_run import bench
-from tests.calibration.test_page import browser  # noqa: F401
+from tests.calibration.test_page import browser, chromium  # noqa: F401
 from tests.fake_hub import fake_hub
 from tests.helpers import RuleJudge, make_cases
 from tests.processes import Script

@@ -45,7 +45,7 @@ NASTY = 'Make it <b>bold</b> ${1+1} {{1+1}} `x` & "warm"'
 
 
 @pytest.fixture(scope="module")
-def browser():
+def chromium():
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         own = playwright.chromium.executable_path
@@ -55,6 +55,13 @@ def browser():
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    yield chromium
+    for context in chromium.contexts:  # their tabs would look for servers that are gone
+        context.close()
 
 
 @contextmanager
