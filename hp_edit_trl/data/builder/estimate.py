@@ -169,6 +169,6 @@ class Estimate:
         if all(self.outcome.planned.values()) and self.outcome.planned:
             return told
         return (
-            f"{told} Assumed shares are the largest that integer scores with the means of Qwen-Image-Edit-2509 in table 1 "
-            "of HP-Edit can have, and no prompts are expected to be rejected: there may be more to make."
+            f"{told} Assumed shares are the largest that integer scores with the means of Qwen-Image-Edit-2509 in "
+            "table 1 of HP-Edit can have, and no prompts are expected to be rejected: there may be more to make."
         )
