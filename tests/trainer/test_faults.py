@@ -269,15 +269,15 @@ def test_dpo_skips_updates_that_are_not_finite_and_resumes_exactly(make_dpo_trai
 def test_a_reward_function_that_changes_what_it_is_given_changes_it_for_nobody_else(make_trainer):
     seen = []
 
-    def paints(prompts, completions, image, tags, **columns):
+    def paints(prompts, completions, image, **columns):
         for picture in [*completions, *image]:
             picture.paste("red", (0, 0, *picture.size))
-        for names in tags:
+        for names in columns["tags"]:
             names.clear()
         return [0.0] * len(prompts)
 
-    async def looks(prompts, completions, image, tags, **columns):
-        seen.append(([picture.tobytes() for picture in [*completions, *image]], tags))
+    async def looks(prompts, completions, image, **columns):
+        seen.append(([picture.tobytes() for picture in [*completions, *image]], columns["tags"]))
         return [0.0] * len(prompts)
 
     trainer = make_trainer([paints, looks, looks])

@@ -499,7 +499,11 @@ def test_a_model_that_writes_rubbish_is_said_in_one_line(pictures, tmp_path):
     options = {
         name: getattr(config, name) for name in ("output_dir", "min_side", "clip_model", "sources", "resolution")
     }
-    options |= {"writer": tiny_judge(str(tmp_path / "writer")), "benchmark_counts": {}, "max_images": 4}
+    writer = tiny_judge(str(tmp_path / "writer"))
+    (tmp_path / "edits").mkdir()
+    photo(32, 32).save(tmp_path / "edits" / "one.png")
+    options |= {"writer": writer, "judge": writer, "editor": str(tmp_path / "edits")}
+    options |= {"benchmark_counts": {}, "max_images": 4}
     (tmp_path / "build.yaml").write_text(yaml.safe_dump(options))
     with pytest.raises(SystemExit, match=r"hp-edit: The stage 'instructions' rejected all of 4 rows \(\{'"):
         main(["build-dataset", "--config", str(tmp_path / "build.yaml")])
