@@ -54,7 +54,7 @@ def bitsandbytes_on_cpu():
 
 def loaded(base, config, dtype="float32"):
     kwargs = {"quantization_config": config, "dtype": dtype}
-    args = SimpleNamespace(model_init_kwargs=kwargs, bf16=False, offload_encoders=True)
+    args = SimpleNamespace(model_init_kwargs=kwargs, bf16=False, offload_encoders=True, resolution=64)
     return load_policy(QwenImageEditPlusPolicy, base, args)[0]
 
 
