@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
-from trl import ScriptArguments, TrlParser
+from trl import ScriptArguments, TrlParser, get_peft_config
 
 from ..cases import load_split
 from ..data import load_realpref
@@ -20,6 +20,8 @@ from ..judges import load_judge
 from ..judges.base import ScoreMode
 from ..rewards import HPScorerReward
 from ..trainer.base_edit_trainer import BaseEditTrainer
+from ..trainer.model_config import EditModelConfig
+from ..utils.quantization import check_quantization
 from ..utils.secrets import redacted
 
 
@@ -189,6 +191,39 @@ def load_scorer(script_args: EditScriptArguments) -> HPScorerReward:
         alpha=script_args.reward_alpha,
         beta=script_args.reward_beta,
     )
+
+
+def trainer_options(script_args: Any, training_args: Any, model_args: EditModelConfig) -> dict[str, Any]:
+    """
+    What all trainers are made of by the commands: the model's name, the configuration, the datasets and the LoRA.
+
+    Args:
+        script_args ([`DatasetArguments`] or [`EditScriptArguments`]):
+            The options of the dataset.
+        training_args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
+            The configuration, whose `model_init_kwargs` are set. An evaluation set is loaded if it is evaluated.
+        model_args ([`EditModelConfig`]):
+            The options of the model.
+
+    Returns:
+        `dict`: arguments of the trainer.
+
+    Raises:
+        `ValueError`: If the quantization or the dataset cannot be used.
+    """
+    training_args.model_init_kwargs = model_args.init_kwargs(training_args)
+    check_quantization(training_args.model_init_kwargs.get("quantization_config"), training_args.device)
+    train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_cases(script_args, script_args.dataset_test_split, script_args.image_root)
+    return {
+        "model": model_args.model_name_or_path,
+        "args": training_args,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "peft_config": get_peft_config(model_args),
+    }
 
 
 def run_training(trainer: BaseEditTrainer) -> None:
