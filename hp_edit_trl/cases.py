@@ -91,9 +91,10 @@ def check_cases(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
         them out.
 
     Raises:
-        `TypeError`: If it is not a map-style [`~datasets.Dataset`]. `ValueError`: If it is empty, a column is missing
-        or has the wrong type, or an id is missing or not unique as text. [`BadCaseError`]: If there are bad cases and
-        they are not to be skipped, or there are no others.
+        `TypeError`: If it is not a map-style [`~datasets.Dataset`].
+        `ValueError`: If it is empty, a column is missing or has the wrong type, or an id is missing or not unique as
+            text.
+        [`BadCaseError`]: If there are bad cases and they are not to be skipped, or there are no others.
     """
     _check_columns(dataset, name)
     if "id" in dataset.features:
@@ -516,9 +517,10 @@ def check_pairs(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
         `dict[int, str]`: the bad cases, as [`check_cases`] returns them.
 
     Raises:
-        `TypeError`: If it is not a map-style [`~datasets.Dataset`]. `ValueError`: If it is not a dataset of cases, see
-        [`check_cases`], or has no columns of images `chosen` and `rejected`. [`BadCaseError`]: If a pair lacks an
-        image, its edits differ in size, or it is a bad case for another reason.
+        `TypeError`: If it is not a map-style [`~datasets.Dataset`].
+        `ValueError`: If it is not a dataset of cases, see [`check_cases`], or has no columns of images `chosen` and
+            `rejected`.
+        [`BadCaseError`]: If a pair lacks an image, its edits differ in size, or it is a bad case for another reason.
     """
     if isinstance(dataset, Dataset):  # before a column is missed that such datasets do not have
         _check_no_text(dataset, name)

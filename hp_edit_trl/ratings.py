@@ -253,7 +253,7 @@ def add_ratings(ratings: Iterable[Rating], output_dir: str | Path) -> int:
 
     Raises:
         `ValueError`: If the folder would hold ratings made with several revisions of the rubric. Then nothing is
-        added.
+            added.
     """
     ratings = list(ratings)
     folder = Path(output_dir)

@@ -105,8 +105,9 @@ class DreamBenchPlus(Benchmark):
             DINO model for DINO-I, or e.g. `"facebook/dinov2-small"`; `None` leaves it out.
 
     Raises:
-        `FileNotFoundError`: If there are no cases at `dataset`. `ValueError`: If the judge reads other scores from its
-        answers, an image does not have nine descriptions, or `clip` is not a CLIP model.
+        `FileNotFoundError`: If there are no cases at `dataset`.
+        `ValueError`: If the judge reads other scores from its answers, an image does not have nine descriptions, or
+            `clip` is not a CLIP model.
     """
 
     name = "dreambench"

@@ -52,7 +52,7 @@ def write_bench_report(
 
     Raises:
         `ValueError`: If runs cannot be compared, two have one name, there is no run `baseline`, or a log holds no
-        rewards.
+            rewards.
     """
     output_dir = Path(output_dir)
     if not runs:
