@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Processes that run tests beside each other, each the tests of neighbouring files, which share fixtures
 JOBS ?= 2
 
-.PHONY: demo test test-slow quick bench check audit format wheel clean
+.PHONY: demo test test-slow quick bench check docs audit format wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train_qwen_edit.py
@@ -29,6 +29,11 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/python .ci/find_secrets.py
 	$(BIN)/python .ci/audit.py
+	$(MAKE) docs
+
+# The documentation site in site/: every link, anchor and docstring must be right
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Known vulnerabilities of the installed packages; without a network it says so and does not fail
 audit: $(VENV)/.installed
@@ -48,4 +53,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist outputs site .pytest_cache .mypy_cache .ruff_cache

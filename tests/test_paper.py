@@ -224,14 +224,3 @@ def test_every_script_of_the_page_has_a_test():
     tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests" / "examples").rglob("test_*.py"))
     assert len(scripts) >= 8
     assert [script for script in scripts if Path(script).name not in tests and Path(script).stem not in tests] == []
-
-
-def test_every_link_of_the_page_leads_somewhere():
-    targets = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", PAGE)
-    for target, anchor in targets:
-        file = ROOT / "docs" / target if target else ROOT / "docs" / "paper.md"
-        assert file.exists(), target
-        if anchor:
-            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            names = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert anchor in names, f"{target}#{anchor}"

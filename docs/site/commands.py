@@ -10,6 +10,7 @@ from hp_edit_trl.cli import FAMILIES, Commands, OneLineParser
 from hp_edit_trl.scripts import ScriptParser
 from hp_edit_trl.scripts.plan import PlanArguments, PlanParser
 
+
 # Options of transformers and TRL that recipes set
 COMMON = (
     "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split",

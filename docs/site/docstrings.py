@@ -80,7 +80,7 @@ def _block(title: str, text: str, item: Any) -> list[str]:
     """The lines of a block: items with their descriptions, headings (`> …`), or, for results, text."""
     pattern = {"Raises": RAISED, "Returns": None, "Yields": None, "Example": None}.get(title, ARGUMENT)
     if pattern is None:
-        return text.splitlines()
+        return text.replace("```python\n>>>", "```pycon\n>>>").splitlines()
     made: list[str] = []
     for line in re.sub(r",\n(?=defaults to )", ", ", text).splitlines():  # a type may take two lines
         if line.startswith("> "):
