@@ -37,7 +37,9 @@ class HuggingFaceDocstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         documented = list(_objects(pkg))
         # No two public functions or classes have the same name, as tests/test_package.py checks.
-        homes = {item.name: item.path for item in documented if item.parent is not None and item.parent.is_module}
+        homes = {
+            item.name: item.path for item in documented if item.is_class or item.is_function and item.parent.is_module
+        }
         for item in documented:
             if item.docstring is not None:
                 item.docstring.value = to_markdown(item.docstring.value, item, homes)
@@ -135,7 +137,7 @@ def _near(name: str, item: Any) -> str | None:
     """The path of a name among the members of an object, of its parents, or of what they have inherited."""
     while item is not None:
         found = None if item.is_function else item.all_members.get(name)
-        if found is not None and not (found.is_alias and item.is_module):  # not what a module has imported
+        if found is not None and not (item.is_module and (found.is_alias or found.is_module)):  # what is defined there
             return str(found.canonical_path)
         item = item.parent
     return None

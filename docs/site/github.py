@@ -18,9 +18,11 @@ def with_deeper_lists(markdown: str) -> str:
     made: list[str] = []
     columns: list[int] = []  # where the text of each open item begins
     fence = ""
+    is_loose = False  # whether an item of the list has several paragraphs
     for line in markdown.splitlines():
         width = len(line) - len(line.lstrip())
         is_empty = not line.strip()
+        is_loose = bool(columns) and (is_loose or is_empty)
         if fence or is_empty:
             deep = sum(column <= width for column in columns)
             made.append(line if is_empty else _indented(line, columns[:deep], width))
@@ -34,7 +36,8 @@ def with_deeper_lists(markdown: str) -> str:
             made.append(_indented(line.lstrip(), columns, 0))
             continue
         columns = [column for column in columns if column <= width]
-        if item and not columns and before.strip() and not ITEM.match(before) and before[0] != " ":
+        begins = not columns and not ITEM.match(before) and before[:1] != " "
+        if item and before.strip() and (begins or is_loose):
             made.append("")
         made.append(_indented(line, columns, width))
         if item:

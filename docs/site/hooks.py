@@ -80,6 +80,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             target = TOP.get(target, f"{SOURCES}/{target}.md")
         return os.path.relpath(target, posixpath.dirname(uri) or ".") + (found[2] or "")
 
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
     if not uri.startswith(f"{SOURCES}/"):
         parts = FENCE.split(markdown)
         markdown = "".join(part if FENCE.match(part) else link_names(LINK.sub(lead, part)) for part in parts)
@@ -88,5 +90,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
-    """Draws a page's formulas."""
-    return draw_formulas(html)
+    """Draws a page's formulas, and keeps a number and its error on one line."""
+    return re.sub(r"(?<=\d) ± (?=\d)", "\u00a0±\u00a0", draw_formulas(html))

@@ -8,7 +8,8 @@ from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 
 
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+# With what must not be parted from it
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([,.;:)]*)', re.DOTALL)
 # What matplotlib does not know
 OTHERS = (
     (re.compile(r"\\tfrac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
@@ -18,23 +19,27 @@ OTHERS = (
     (re.compile(r"\\!"), ""),
 )
 COMMANDS = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C", Path.CLOSEPOLY: "Z"}
-SIZE = 10.0  # units of a formula's drawing to the em
+SIZE = 10.0
+EM = SIZE / 1.12  # units of a drawing to the em of the text, whose letters are larger
 
 
 def draw_formulas(page: str) -> str:
     """Replaces the formulas in a page's HTML, as `pymdownx.arithmatex` leaves them, by drawings."""
-    return FORMULA.sub(lambda found: to_svg(html.unescape(found[2]).strip(), is_display=found[1] == "div"), page)
+
+    def draw(found: re.Match[str]) -> str:
+        svg = to_svg(html.unescape(found[2]).strip())
+        return f'<{found[1]} class="formula">{svg}{found[3]}</{found[1]}>'
+
+    return FORMULA.sub(draw, page)
 
 
-def to_svg(tex: str, is_display: bool = False) -> str:
+def to_svg(tex: str) -> str:
     """
     A formula as an SVG element in the color of its text.
 
     Args:
         tex (`str`):
             The formula in TeX, without dollars.
-        is_display (`bool`, *optional*, defaults to `False`):
-            Whether it stands in a paragraph of its own.
 
     Raises:
         `ValueError`: If matplotlib cannot set the formula.
@@ -52,9 +57,8 @@ def to_svg(tex: str, is_display: bool = False) -> str:
         COMMANDS[code] + " ".join(f"{x:.2f} {-y:.2f}" for x, y in points.reshape(-1, 2)) if code != 79 else "Z"
         for points, code in path.iter_segments(simplify=False)
     )
-    svg = (
-        f'<svg class="formula" role="img" aria-label="{html.escape(tex)}" viewBox="{box.x0:.2f} {-box.y1:.2f} '
-        f'{box.width:.2f} {box.height:.2f}" style="width:{box.width / SIZE:.3f}em;height:{box.height / SIZE:.3f}em;'
-        f'vertical-align:{box.y0 / SIZE:.3f}em"><path d="{drawing}"/></svg>'
+    return (
+        f'<svg role="img" aria-label="{html.escape(tex)}" viewBox="{box.x0:.2f} {-box.y1:.2f} {box.width:.2f} '
+        f'{box.height:.2f}" style="width:{box.width / EM:.3f}em;height:{box.height / EM:.3f}em;'
+        f'vertical-align:{box.y0 / EM:.3f}em"><path d="{drawing}"/></svg>'
     )
-    return f'<div class="formula">{svg}</div>' if is_display else svg
