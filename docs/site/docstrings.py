@@ -75,7 +75,7 @@ def to_markdown(text: str, item: Any, homes: dict[str, str]) -> str:
         while lines and (not lines[0].strip() or lines[0].startswith(" ")):
             block.append(lines.pop(0))
         made += ["", f"**{TITLES[title[1]]}**", "", *_block(title[1], textwrap.dedent("\n".join(block)), item), ""]
-    return MATHS.sub(r"\\(\1\\)", link_names("\n".join(made), item, homes))
+    return MATHS.sub(r"\\(\1\\)", _link_names("\n".join(made), item, homes))
 
 
 def _block(title: str, text: str, item: Any) -> list[str]:
@@ -99,19 +99,8 @@ def _block(title: str, text: str, item: Any) -> list[str]:
     return made
 
 
-def link_names(text: str, item: Any = None, homes: dict[str, str] | None = None) -> str:
-    """
-    Replaces names in brackets, as in Hugging Face's docstrings, by links to what the API reference documents, and by
-    code where it does not.
-
-    Args:
-        text (`str`):
-            The text.
-        item (`griffe.Object`, *optional*):
-            What the text documents.
-        homes (`dict[str, str]`, *optional*):
-            Where each public name is defined.
-    """
+def _link_names(text: str, item: Any, homes: dict[str, str]) -> str:
+    """Replaces names in brackets by links to what the API reference documents, and by code where it does not."""
 
     def link(found: re.Match[str]) -> str:
         is_short, name = found[1] == "~", found[2]
@@ -119,14 +108,14 @@ def link_names(text: str, item: Any = None, homes: dict[str, str] | None = None)
         first, _, rest = name.partition(".")
         if first == "hp_edit_trl":
             path: str | None = name
-        elif item is not None and (path := _near(name, item)) is not None:
+        elif (path := _near(name, item)) is not None:
             pass
-        elif homes and first in homes:
+        elif first in homes:
             path = homes[first] + (f".{rest}" if rest else "")
         elif rest and first.islower():  # of another library
             return shown
         else:
-            logger.warning(f"{item.path if item is not None else 'a page'}: there is no {name}, which it names")
+            logger.warning(f"{item.path}: there is no {name}, which it names")
             return shown
         return f'<autoref identifier="{path}" optional>{shown}</autoref>'
 

@@ -1,6 +1,6 @@
 """
 What MkDocs does beside its plugins while the site is built: files outside of docs/ that a page links to become pages
-of the site, the options of the commands are filled in, names in brackets become links, and formulas are drawn.
+of the site, the options of the commands are filled in, and formulas are drawn.
 """
 
 import os
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from commands import reference
-from docstrings import link_names
 from github import with_deeper_lists
 from maths import draw_formulas
 from mkdocs.config.defaults import MkDocsConfig
@@ -23,6 +22,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 # Pages of the project that GitHub wants at the top of the repository
 TOP = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}
+HOME = {"README.md": "index.md"}  # GitHub's front page, and the site's
 SOURCES = "source"  # where the site has the files of the repository that pages link to
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^()\s#]+)(#[^()\s]*)?(?=\))")
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, file in pages.items():
         for target, _ in LINK.findall(FENCE.sub("", file.read_text(encoding="utf-8"))):
             target = posixpath.normpath(posixpath.join(path.parent.as_posix(), target))
-            if not target.startswith("docs/") and target not in TOP:
+            if not target.startswith("docs/") and target not in TOP | HOME:
                 named.add(target)
     for name, uri in TOP.items():
         files.append(File.generated(config, uri, content=(ROOT / name).read_text(encoding="utf-8")))
@@ -61,14 +61,11 @@ def _source(name: str) -> str:
         return head + "\n".join(f"- `{child.name}`" for child in sorted(path.iterdir()) if child.name[0] not in "._")
     if not path.is_file():
         raise PluginError(f"A page links to {name}, which is not a file of the repository.")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".md":
-        return text
-    return f"{head}````{path.suffix[1:]}\n{text}````\n"
+    return f"{head}````{path.suffix[1:]}\n{path.read_text(encoding='utf-8')}````\n"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads links to their pages of the site, and fills in the options of the commands and links of names."""
+    """Leads links to their pages of the site, and fills in the options of the commands."""
     uri = page.file.src_uri
     origin = {page_uri: name for name, page_uri in TOP.items()}.get(uri, f"docs/{uri}")
 
@@ -77,14 +74,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if target.startswith("docs/"):
             target = target.removeprefix("docs/")
         else:
-            target = TOP.get(target, f"{SOURCES}/{target}.md")
+            target = (TOP | HOME).get(target, f"{SOURCES}/{target}.md")
         return os.path.relpath(target, posixpath.dirname(uri) or ".") + (found[2] or "")
 
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]
     if not uri.startswith(f"{SOURCES}/"):
         parts = FENCE.split(markdown)
-        markdown = "".join(part if FENCE.match(part) else link_names(LINK.sub(lead, part)) for part in parts)
+        markdown = "".join(part if FENCE.match(part) else LINK.sub(lead, part) for part in parts)
         markdown = with_deeper_lists(markdown)
     return markdown.replace(COMMANDS, reference()) if COMMANDS in markdown else markdown
 
