@@ -285,6 +285,11 @@ class OptimizerSteps(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.stack.close()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        # What a run that is cut off has measured is not lost.
+        phases = (f"{name} {gib:.1f} GiB {self.phases.seconds[name]:.1f} s" for name, gib in self.phases.peak.items())
+        print(f"after update {state.global_step}: {', '.join(phases)}; in all {peak_gib():.1f} GiB", flush=True)
+
 
 def brightness(completions, **_) -> list[float]:
     return [float(np.asarray(image).mean()) + number for number, image in enumerate(completions)]

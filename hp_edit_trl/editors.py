@@ -27,7 +27,7 @@ from trl.trainer.utils import get_callable_name
 
 from .judges import shortened
 from .lora_formats import lora_file
-from .policies import EditPolicy, bucketed, decode, rollout
+from .policies import EditPolicy, bucketed, decode, policy_class, rollout
 from .policies.edit_policy import fitted_size
 from .utils.dtypes import parse_dtype
 from .utils.files import file_name
@@ -81,7 +81,8 @@ class Editor(Protocol):
 
 class PipelineEditor:
     """
-    A diffusers pipeline that is called with `image` and `prompt`, one case at a time, as its users call it.
+    A diffusers pipeline that is called with `image` and `prompt`, one case at a time, as its users call it. With
+    `policy` it edits as the trainers have it edit, see [`PolicyEditor`].
 
     Args:
         model (`str`):
@@ -95,8 +96,16 @@ class PipelineEditor:
             pipeline's own choice.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Type of the weights.
+        policy (`bool`, *optional*, defaults to `False`):
+            Denoise in batches, with references encoded at `resolution`, as the trainers do.
+        batch_size (`int`, *optional*, defaults to `4`):
+            With `policy`, largest number of edits that are denoised together.
         **options:
-            Further arguments of the pipeline's call, e.g. `num_inference_steps` and `true_cfg_scale`.
+            Further arguments of the pipeline's call, e.g. `num_inference_steps` and `true_cfg_scale`. With `policy`
+            those of [`PolicyEditor`].
+
+    Raises:
+        `ValueError`: If `policy` lacks a `resolution`, or has an option that it does not take.
     """
 
     def __init__(
@@ -106,14 +115,23 @@ class PipelineEditor:
         lora: str | None = None,
         resolution: int | None = None,
         dtype: str = "bfloat16",
+        policy: bool = False,
+        batch_size: int = 4,
         **options: Any,
     ):
         parse_dtype(dtype)
+        known = ("num_inference_steps", "true_cfg_scale", "negative_prompt", "guidance_scale")
+        if policy and (resolution is None or options.keys() - set(known)):
+            raise ValueError(
+                f"A policy needs a resolution above 0, and takes only these editor_options: {', '.join(known)}."
+            )
         self.model = model
         self.revision = revision
         self.lora = lora
         self.resolution = resolution
         self.dtype = dtype
+        self.policy = policy
+        self.batch_size = batch_size
         self.options = options
 
     def check(self) -> None:
@@ -123,6 +141,9 @@ class PipelineEditor:
         Raises:
             `ValueError`: If not.
         """
+        if self.policy:
+            policy_class(self.model, revision=self.revision)
+            return
         try:
             name = DiffusionPipeline.load_config(self.model, revision=self.revision).get("_class_name")
         except (OSError, ValueError) as error:
@@ -155,6 +176,13 @@ class PipelineEditor:
     def pipeline(self) -> DiffusionPipeline:
         return self.load_pipeline().to(PartialState().device)
 
+    @cached_property
+    def policy_editor(self) -> "PolicyEditor":
+        """The pipeline as a policy."""
+        assert self.resolution is not None
+        policy = policy_class(str(self.folder))(self.load_pipeline())
+        return PolicyEditor(policy, self.model, self.resolution, batch_size=self.batch_size, **self.options)
+
     def load_pipeline(self) -> DiffusionPipeline:
         """The pipeline with its LoRA, on the CPU."""
         pipeline = DiffusionPipeline.from_pretrained(str(self.folder), dtype=parse_dtype(self.dtype))
@@ -175,18 +203,26 @@ class PipelineEditor:
         if self.lora is not None:
             content = hashlib.sha256(lora_file(self.lora).read_bytes()).hexdigest()
             options |= {"lora": self.lora, "lora_sha": content[:12]}
+        if self.policy:
+            options["policy"] = True
         return redacted({"editor": self.model, "revision": folder_revision(self.folder), **options})
 
     def load(self) -> None:
-        self.pipeline  # noqa: B018
+        if self.policy:
+            self.policy_editor.load()
+        else:
+            self.pipeline  # noqa: B018
 
     def unload(self) -> None:
         self.__dict__.pop("pipeline", None)
+        self.__dict__.pop("policy_editor", None)
         empty_device_cache()
 
     def __call__(
         self, references: list[list[Image.Image]], prompts: list[str], ids: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image | None]:
+        if self.policy:
+            return list(self.policy_editor(references, prompts, ids, seeds))
         edits: list[Image.Image | None] = []
         parts = self.pipeline.components.items()
         tokenizers = [part for name, part in parts if name.startswith("tokenizer") and part is not None]
@@ -418,6 +454,8 @@ def load_editor(
     lora: str | None = None,
     resolution: int | None = None,
     dtype: str = "bfloat16",
+    policy: bool = False,
+    batch_size: int = 4,
     **options: Any,
 ) -> Editor:
     """
@@ -435,6 +473,10 @@ def load_editor(
             Side in pixels of the square whose area an edit has. Ignored for functions and folders.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Type of the weights. Ignored for functions and folders.
+        policy (`bool`, *optional*, defaults to `False`):
+            Edit as the trainers do.
+        batch_size (`int`, *optional*, defaults to `4`):
+            Largest number of edits that a policy denoises together.
         **options:
             Further arguments of the pipeline's call.
 
@@ -444,8 +486,9 @@ def load_editor(
     """
     is_folder = Path(editor).is_dir() and not (Path(editor) / "model_index.json").exists()
     if not is_folder and (":" not in editor or Path(editor).is_dir()):
-        return PipelineEditor(editor, revision, lora, resolution, dtype, **options)
-    given = [name for name, value in {"revision": revision, "lora": lora, **options}.items() if value is not None]
+        return PipelineEditor(editor, revision, lora, resolution, dtype, policy, batch_size, **options)
+    pipelines_only = {"revision": revision, "lora": lora, "policy": policy or None, **options}
+    given = [name for name, value in pipelines_only.items() if value is not None]
     if given:
         kind = "folder" if is_folder else "function"
         raise ValueError(f"{', '.join(given)}: for pipelines only, but editor={editor!r} is a {kind}.")

@@ -193,11 +193,11 @@ def _parsed(state: dict[str, torch.Tensor], metadata: dict[str, str], path: Path
             raise ValueError(
                 f"{path} is a PEFT adapter without adapter_config.json, so its alpha is unknown: put the file there."
             )
-        config = json.loads(file.read_text())
+        config = _configuration(file.read_text(encoding="utf-8", errors="replace"), file)
     elif all(name.startswith(("transformer.", "diffusion_model.")) for name in state):
         prefix = next(iter(state)).split(".")[0] + "."
         kind = "comfyui" if any(name.endswith(".alpha") for name in state) else "diffusers"
-        stored = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        stored = _configuration(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"), path)
         config = {
             name.removeprefix("transformer."): value
             for name, value in stored.items()
@@ -237,6 +237,27 @@ def _parsed(state: dict[str, torch.Tensor], metadata: dict[str, str], path: Path
                     "diffusers cannot load it. Correct r or rank_pattern there."
                 )
     return _checked(Lora(down, up, alpha, kind, config.get("base_model_name_or_path")), path)
+
+
+def _configuration(text: str, path: Path) -> dict[str, Any]:
+    """The configuration of a LoRA, with ranks and alphas that are numbers."""
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: the configuration of the LoRA is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: the configuration of the LoRA is no JSON object, but {text.strip()[:40]!r}.")
+    for name, value in config.items():
+        field = name.removeprefix("transformer.")
+        if field in ("r", "lora_alpha"):
+            numbers = [value]
+        elif field in ("rank_pattern", "alpha_pattern") and value is not None:
+            numbers = list(value.values()) if isinstance(value, dict) else [None]
+        else:
+            continue
+        if any(isinstance(number, bool) or not isinstance(number, int | float) or number <= 0 for number in numbers):
+            raise ValueError(f"{path}: {field}={value!r} in the configuration of the LoRA is not valid.")
+    return config
 
 
 def rank_and_alpha(module: str, config: dict[str, Any]) -> tuple[int, float]:

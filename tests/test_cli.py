@@ -254,7 +254,7 @@ def test_bench_of_a_pipeline_a_policy_and_their_edits(server, tmp_path, pipeline
         main([*bench_command(server, tmp_path, str(tmp_path / "a" / "edits"), "d"), "--lora", "x"])
     runs = [read_run(tmp_path / name) for name in "abc"]
     assert [run.name for run in runs] == [pipeline, pipeline, "ready"]
-    assert runs[0].settings["editor"]["num_inference_steps"] == 2 and runs[1].settings["editor"]["revision"]
+    assert runs[0].settings["editor"]["num_inference_steps"] == 2 and runs[1].settings["editor"]["policy"]
     for one, two, three in zip(*(run.cases for run in runs), strict=True):
         images = [Image.open(run.folder / row["edit"]) for run, row in zip(runs, (one, two, three), strict=True)]
         assert images[0].tobytes() == images[2].tobytes() and images[0].size == images[1].size
@@ -279,7 +279,7 @@ def test_bench_of_a_function(server, tmp_path):
         ("nowhere.py:edit", [], "editor='nowhere.py:edit' cannot be imported .FileNotFoundError"),
         ("json:edit", [], "editor='json:edit' cannot be imported .KeyError: 'edit'"),
         ("json:dumps", ["--lora", "x"], "lora: for pipelines only, but editor='json:dumps' is a function"),
-        ("json:dumps", ["--policy"], "--policy is for pipelines only, but --editor json:dumps is not a pipeline"),
+        ("json:dumps", ["--policy"], "policy: for pipelines only, but editor='json:dumps' is a function"),
         ("no/such-model", [], "neither a folder nor a readable diffusers pipeline"),
     ],
 )

@@ -60,7 +60,7 @@ def test_a_pipeline_edits_as_its_own_call_does(saved):
     assert editor.identity["revision"].startswith("files ") and editor.identity["num_inference_steps"] == 2
 
 
-def test_a_policy_edits_as_its_pipeline_does_whatever_the_batch():
+def test_a_policy_edits_as_its_pipeline_does_whatever_the_batch(tmp_path):
     pipeline = tiny_pipeline()
     policy = policy_class(pipeline)(pipeline)
     editor = PolicyEditor(policy, "tiny", resolution=64, num_inference_steps=2, true_cfg_scale=1.0, batch_size=2)
@@ -71,6 +71,13 @@ def test_a_policy_edits_as_its_pipeline_does_whatever_the_batch():
         (alone,) = editor(REFERENCES[i : i + 1], PROMPTS[i : i + 1], IDS[i : i + 1], SEEDS[i : i + 1])
         difference = np.abs(np.asarray(alone, dtype=int) - np.asarray(edits[i], dtype=int))
         assert alone.size == edits[i].size and difference.max() <= 1
+    pipeline.save_pretrained(tmp_path)
+    options = dict(resolution=64, dtype="float32", num_inference_steps=2, true_cfg_scale=1.0)
+    named = load_editor(str(tmp_path), policy=True, batch_size=2, **options)
+    named.check()
+    named.load()
+    assert all(same(one, two) for one, two in zip(named(REFERENCES, PROMPTS, IDS, SEEDS), edits, strict=True))
+    assert named.identity != load_editor(str(tmp_path), **options).identity
     before = editor.identity
     with torch.no_grad():
         next(pipeline.transformer.parameters()).flatten()[0] += 1

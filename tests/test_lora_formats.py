@@ -322,6 +322,15 @@ def test_files_that_are_no_lora(tmp_path, saved):
             for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
         }
     )
+    for text, wrong in (
+        ("[1]", "is no JSON object, but '[1]'"),
+        ("{", "is not JSON"),
+        ('{"r": "two"}', "r='two' in the configuration of the LoRA is not valid"),
+        ('{"rank_pattern": [1]}', "rank_pattern=[1] in the configuration"),
+        ('{"alpha_pattern": {"a": null}}', "alpha_pattern={'a': None} in the configuration"),
+    ):
+        peft = {"base_model.model.proj_out.lora_A.weight": weight}
+        assert wrong in told(peft, "adapter_model.safetensors", adapter_config__json=text)
     assert "without adapter_config.json" in told(
         {"base_model.model.a.lora_A.weight": weight}, "adapter_model.safetensors"
     )

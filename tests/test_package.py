@@ -133,10 +133,14 @@ def test_no_two_public_functions_of_one_name():
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_prompts_and_the_miniature(tmp_path):
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    # The wheel is built from the source distribution, so that it shows what that one lacks.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("hp_edit_trl-*.whl")
+    files = [tmp_path / f"hp_edit_trl-{hp_edit_trl.__version__}{end}" for end in (".tar.gz", "-py3-none-any.whl")]
+    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wheel = files[1]
     names = zipfile.ZipFile(wheel).namelist()
     prompts = {path.relative_to(ROOT / "prompts").as_posix() for path in (ROOT / "prompts").rglob("*.md")}
     assert {f"hp_edit_trl/prompts/{name}" for name in prompts} <= set(names)

@@ -17,26 +17,27 @@ CONFIG = Path(__file__).parent / "experiment.yaml"
 GRPO = {"num_inference_steps": 10, "num_finish_steps": None}
 # Half of the edits in each update, and four updates from a generation batch of 96 edits
 HALF = {"num_trained_generations": 6, "per_device_train_batch_size": 12}
+WHOLE = GRPO | {"sde_window_size": 9, "sde_window_range": [0, 9], "max_steps": 24, "eval_steps": 12}
+FEWER = (
+    GRPO
+    | HALF
+    | {"sde_window_size": 4, "sde_window_range": [0, 5], "same_latent": True, "num_finish_steps": 2}
+    | {"max_steps": 64, "eval_steps": 32}
+)
+# Edits are sampled in 3 steps; those of the evaluation have 10, as with the others.
+NFT = (
+    HALF
+    | {"num_inference_steps": 3, "eval_num_inference_steps": 10, "num_train_sigmas": 2, "beta": 0.0}
+    | {"max_steps": 84, "eval_steps": 42}
+)
+AVERAGE = {"ema_decay": 0.9}
 ARMS = [
-    Arm(
-        "GRPO, whole trajectory",
-        GRPO | {"sde_window_size": 9, "sde_window_range": [0, 9], "max_steps": 24, "eval_steps": 12},
-    ),
-    Arm(
-        "GRPO, fewer passes",
-        GRPO
-        | HALF
-        | {"sde_window_size": 4, "sde_window_range": [0, 5], "same_latent": True, "num_finish_steps": 2}
-        | {"max_steps": 64, "eval_steps": 32},
-    ),
-    # Edits are sampled in 3 steps; those of the evaluation have 10, as with the others.
-    Arm(
-        "NFT",
-        HALF
-        | {"num_inference_steps": 3, "eval_num_inference_steps": 10, "num_train_sigmas": 2, "beta": 0.0}
-        | {"max_steps": 84, "eval_steps": 42},
-        method="nft",
-    ),
+    Arm("GRPO, whole trajectory", WHOLE),
+    Arm("GRPO, fewer passes", FEWER),
+    Arm("GRPO, fewer passes, moving average", FEWER | AVERAGE),
+    Arm("GRPO, fewer passes, sliding window", FEWER | {"sde_window_mode": "sliding"}),
+    Arm("NFT", NFT, method="nft"),
+    Arm("NFT, moving average", NFT | AVERAGE, method="nft"),
 ]
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from .options import add_scorer_options, judge_of
 
 if TYPE_CHECKING:
     from ..bench import Benchmark, Run
-    from ..editors import Editor
 
 
 def _find_benchmark(name: str) -> "type[Benchmark]":
@@ -57,29 +56,6 @@ def _make_benchmark(args: argparse.Namespace) -> "Benchmark":
     if missing:
         raise ValueError(f"{found.title} needs {' and '.join(f'--{name}' for name in missing)}.")
     return found(judge_of(args, **found.judge_options), **given)
-
-
-def _make_editor(args: argparse.Namespace) -> "Editor":
-    """The editor that the options name."""
-    from ..editors import PipelineEditor, PolicyEditor, load_editor
-    from ..policies import policy_class
-
-    options = dict(args.editor_options)
-    size = None if args.resolution == 0 else args.resolution
-    editor = load_editor(args.editor, args.editor_revision, args.lora, size, args.dtype, **options)
-    if not args.policy:
-        return editor
-    if not isinstance(editor, PipelineEditor):
-        raise ValueError(f"--policy is for pipelines only, but --editor {args.editor} is not a pipeline.")
-    known = {"num_inference_steps", "true_cfg_scale", "negative_prompt", "guidance_scale"}
-    if size is None or options.keys() - known:
-        raise ValueError(
-            "A policy needs a --resolution above 0, and takes only these --editor_options: "
-            f"{', '.join(sorted(known))}."
-        )
-    policy = policy_class(args.editor)(editor.load_pipeline())
-    name = " + ".join(filter(None, (args.editor, args.lora)))
-    return PolicyEditor(policy, name, size, batch_size=args.editor_batch_size, **options)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -212,6 +188,7 @@ def _check_option(file: str, name: str, value: Any, options: dict[str, argparse.
 
 def _run(args: argparse.Namespace) -> "Run":
     from ..bench import run_benchmark
+    from ..editors import load_editor
     from ..ratings import read_ratings
     from ..utils.distributed import in_step, patient_accelerator
 
@@ -220,7 +197,17 @@ def _run(args: argparse.Namespace) -> "Run":
         named = " and ".join(name if name == "benchmark" else f"--{name}" for name in missing)
         raise ValueError(f"A run needs {named}, e.g. hp-edit bench gedit --editor ... --output_dir DIR.")
     with in_step(patient_accelerator()):
-        benchmark, editor = _make_benchmark(args), _make_editor(args)
+        benchmark = _make_benchmark(args)
+        editor = load_editor(
+            args.editor,
+            args.editor_revision,
+            args.lora,
+            args.resolution or None,
+            args.dtype,
+            args.policy,
+            args.editor_batch_size,
+            **dict(args.editor_options),
+        )
     return run_benchmark(
         benchmark,
         editor,

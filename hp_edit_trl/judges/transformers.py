@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from PIL import Image
-from qwen_vl_utils import fetch_image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from ..utils.revisions import model_revision
@@ -46,7 +45,8 @@ def _no_judgement(error: Exception) -> Judgement:
 
 class TransformersJudge:
     """
-    A chat vision-language model in this process: any model that `AutoModelForImageTextToText` loads.
+    A chat vision-language model in this process: any model that `AutoModelForImageTextToText` loads. Needs the extra
+    `judge` (`pip install "hp-edit-trl[judge]"`).
 
     Conversations that differ in their last picture alone, such as the edits of one case, are read up to that picture
     once (with the models in `SHARES_PREFIX`); all others are batched as they are.
@@ -84,6 +84,7 @@ class TransformersJudge:
             HP-Scorer's need one.
 
     Raises:
+        `ImportError`: If the extra is not installed.
         `ValueError`: If the model cannot be found, or its vocabulary lacks a token for a score.
     """
 
@@ -104,6 +105,10 @@ class TransformersJudge:
     ):
         counts = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "max_pixels": max_pixels}
         check_judge_options(score_mode, num_answers, temperature, parse, **counts)
+        try:
+            import qwen_vl_utils  # noqa: F401  # it brings PyAV, 100 MB, which a judge on a server does not need
+        except ImportError as error:
+            raise ImportError('A judge in this process needs the extra: pip install "hp-edit-trl[judge]"') from error
         self.name = model
         self.score_mode = score_mode
         self.num_answers = num_answers
@@ -373,6 +378,8 @@ class TransformersJudge:
             ).logits
 
     def _fit(self, conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        from qwen_vl_utils import fetch_image
+
         patch_size = getattr(self.processor.image_processor, "patch_size", 14)
 
         def fit(part: dict[str, Any]) -> dict[str, Any]:

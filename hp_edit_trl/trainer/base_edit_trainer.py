@@ -58,7 +58,7 @@ from .checkpoints import (
 )
 from .hub import CARD_PICTURES, MODEL_FILES, card_pictures, copy_published, upload, write_published_state
 from .lora import check_same_lora, save_lora
-from .model_card import remove_before_after, save_before_after, write_model_card
+from .model_card import remove_before_after, save_before_after, tracker_links, write_model_card
 from .plan import TrainingPlan, plan_training
 from .recomputation import prepare_checkpointing
 from .sharding import PassCount, check_fsdp, check_same_weights, equal_passes, most_of_all, shard, wrap
@@ -355,10 +355,10 @@ class BaseEditTrainer(_BaseTrainer):
         return disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no")
 
     def sample_edits(
-        self, cases: list[tuple[dict[str, Any], list[Image.Image]]], adapter: bool = True
+        self, cases: list[tuple[dict[str, Any], list[Image.Image]]], adapter: bool = True, num_edits: int = 1
     ) -> list[Image.Image]:
         """
-        Samples an edit of each case along the ODE, from a noise that belongs to the case. With a sharded transformer
+        Samples edits of each case along the ODE, from noises that belong to the case. With a sharded transformer
         (FSDP2) all processes must call it, with as many cases as each likes.
 
         Args:
@@ -366,6 +366,8 @@ class BaseEditTrainer(_BaseTrainer):
                 Row and images of each case; a row has `prompt` and `id`.
             adapter (`bool`, *optional*, defaults to `True`):
                 Whether to sample from the trained policy or from the model without its adapter.
+            num_edits (`int`, *optional*, defaults to `1`):
+                Number of edits of each case. They follow each other in the result.
         """
         args = self.args
         self.model.eval()
@@ -380,12 +382,15 @@ class BaseEditTrainer(_BaseTrainer):
             model=self.model,
             autocast=self.accelerator.autocast,
         )
-        ids = [str(row["id"]) for row, _ in cases]
-        seeds = [seeded_generator(args.seed, "eval", case_id).initial_seed() for case_id in ids]
+        repeated = [(*case, number) for case in cases for number in range(num_edits)]
+        ids = [str(row["id"]) for row, _, _ in repeated]
+        # The first edit of a case is the same, however many there are.
+        names = [(str(row["id"]), number) if number else (str(row["id"]),) for row, _, number in repeated]
+        seeds = [seeded_generator(args.seed, "eval", *name).initial_seed() for name in names]
         together = self._passes_in_step() if self._is_sharded else contextlib.nullcontext()
         weights = self._published() if adapter else use_adapter(self.model, None)
         with together, self._without_casts(), weights:
-            return editor([images for _, images in cases], [row["prompt"] for row, _ in cases], ids, seeds)
+            return editor([images for _, images, _ in repeated], [row["prompt"] for row, _, _ in repeated], ids, seeds)
 
     def plan(self, **options: Any) -> TrainingPlan:
         """
@@ -877,4 +882,5 @@ class BaseEditTrainer(_BaseTrainer):
             resolution=args.resolution,
             log_history=self.state.log_history,
             curves=self._card_curves(),
+            links=tracker_links(args.report_to),
         )

@@ -1,6 +1,7 @@
 """The model card of a trained LoRA, with its curve and its pictures."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import transformers
 import trl
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image, ImageOps
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..policies import Example
 from ..utils.files import write_text
@@ -68,6 +70,23 @@ def reward_curve(log_history: list[dict[str, Any]], curves: list[tuple[str, str,
         axes.legend()
         figure.savefig(path)
     return drawn
+
+
+def tracker_links(trackers: Sequence[str]) -> dict[str, str]:
+    """
+    Addresses of the present run in the services that track it, by their names.
+
+    Args:
+        trackers (`Sequence[str]`):
+            The trainer's `report_to`. Others are left out, also if a run of theirs is open in this process.
+    """
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    links = {
+        "wandb": ("Weights & Biases", None if run is None else run.url),
+        "trackio": ("Trackio", get_trackio_space_url() if "trackio" in trackers else None),
+        "comet_ml": ("Comet", get_comet_experiment_url() if "comet_ml" in trackers else None),
+    }
+    return {label: url for name, (label, url) in links.items() if name in trackers and url}
 
 
 def remove_before_after(folder: Path) -> None:
@@ -132,6 +151,7 @@ def write_model_card(
     resolution: int,
     log_history: list[dict[str, Any]],
     curves: list[tuple[str, str, str]],
+    links: dict[str, str],
 ) -> None:
     """
     Writes `README.md`, and `reward_curve.png` if there is one to draw. The card shows `before_after.png` and `images`
@@ -180,6 +200,8 @@ def write_model_card(
             The trainer's `state.log_history`.
         curves (`list[tuple[str, str, str]]`):
             Name in the log, label and color of each curve, see [`reward_curve`].
+        links (`dict[str, str]`):
+            Addresses of the run in services that track it, see [`tracker_links`].
     """
     folder.mkdir(parents=True, exist_ok=True)
     on_hub = not Path(base_model).is_dir() and "/" in base_model
@@ -220,6 +242,7 @@ def write_model_card(
         has_curve=reward_curve(log_history, curves, folder / "reward_curve.png"),
         has_sheet=(folder / "before_after.png").is_file(),
         options=redacted(settings),
+        links=redacted(links),
         versions={
             "hp-edit-trl": __version__, "trl": trl.__version__, "transformers": transformers.__version__,
             "diffusers": diffusers.__version__, "peft": peft.__version__, "accelerate": accelerate.__version__,

@@ -71,8 +71,10 @@ class OnlineEditConfig(BaseEditConfig):
         > Parameters that control evaluation
 
         eval_num_inference_steps (`int`, *optional*):
-            Number of denoising steps in evaluation, which samples the ODE with a fixed noise per case. Defaults to
+            Number of denoising steps in evaluation, which samples the ODE with fixed noises of each case. Defaults to
             `num_inference_steps`.
+        num_generations_eval (`int`, *optional*, defaults to `1`):
+            Number of edits of each case in evaluation. More make the mean of few cases less noisy.
 
         > Parameters that control the training
 
@@ -229,6 +231,7 @@ class OnlineEditConfig(BaseEditConfig):
         default=None,
         metadata={"help": "Number of denoising steps in evaluation. Defaults to `num_inference_steps`."},
     )
+    num_generations_eval: int = field(default=1, metadata={"help": "Number of edits of each case in evaluation."})
 
     # Parameters that control the training
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the model without adapter."})
@@ -298,7 +301,7 @@ class OnlineEditConfig(BaseEditConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
         for name in (
             "rollout_batch_size", "resolution", "num_inference_steps", "num_iterations", "num_completions_to_log",
-            "eval_num_inference_steps",
+            "eval_num_inference_steps", "num_generations_eval",
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")

@@ -805,7 +805,10 @@ class OnlineEditTrainer(BaseEditTrainer):
     def _edit_usable(
         self, dataset: Dataset, indices: list[int]
     ) -> tuple[dict[int, tuple[dict[str, Any], list[Image.Image]]], list[Image.Image]]:
-        """Row and images of the cases that can be used, by their place in `indices`, and an edit of each."""
+        """
+        Row and images of the cases that can be used, by their place in `indices`, and `num_generations_eval` edits of
+        each.
+        """
         cases: dict[int, tuple[dict[str, Any], list[Image.Image]]] = {}
 
         def skip(error: BadCaseError) -> None:
@@ -820,7 +823,7 @@ class OnlineEditTrainer(BaseEditTrainer):
                 skip(error)
         while cases:
             try:
-                return cases, self.sample_edits(list(cases.values()))
+                return cases, self.sample_edits(list(cases.values()), num_edits=self.args.num_generations_eval)
             except BadCaseError as error:  # from encoding, before anything is sampled
                 skip(error)
                 cases = {place: case for place, case in cases.items() if str(case[0]["id"]) != error.case_id}
@@ -843,22 +846,24 @@ class OnlineEditTrainer(BaseEditTrainer):
         results: list[dict[str, Any]] = []
         for indices in dataloader:
             # One entry per index, also of a bad case: a case is never judged in the place of another.
-            local: list[dict[str, Any]] = [{} for _ in indices]
+            local: list[list[dict[str, Any]]] = [[] for _ in indices]
             with self._passes_in_step():
                 cases, images = self._edit_usable(dataset, indices)
             for place in set(range(len(indices))) - cases.keys():
-                local[place]["bad_cases"] = 1
+                local[place] = [{"bad_cases": 1}]
             with in_step(self.accelerator):
                 if cases:
-                    rows = [row for row, _ in cases.values()]
+                    edited = [place for place in cases for _ in range(self.args.num_generations_eval)]
+                    rows = [cases[place][0] for place in edited]
                     rewards_per_func, failed, _ = self._calculate_rewards(rows, images)
-                    for i, (place, row) in enumerate(zip(cases, rows, strict=True)):
-                        local[place] = {name: values[i] for name, values in self._pending_extra.items()}
-                        local[place] |= {"task": row.get("task"), "rewards": rewards_per_func[i].tolist()}
-                        local[place]["failed"] = failed[i].tolist()
+                    for i, (place, row) in enumerate(zip(edited, rows, strict=True)):
+                        result = {name: values[i] for name, values in self._pending_extra.items()}
+                        result |= {"task": row.get("task"), "rewards": rewards_per_func[i].tolist()}
+                        local[place].append(result | {"failed": failed[i].tolist()})
             self._pending_extra.clear()
             # The last batch may be filled up with repeated cases to keep the processes level; they are dropped here.
-            results += self.accelerator.gather_for_metrics(local, use_gather_object=True)
+            gathered = self.accelerator.gather_for_metrics(local, use_gather_object=True)
+            results += [result for case in gathered for result in case]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(was_training)
 

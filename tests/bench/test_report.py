@@ -371,6 +371,33 @@ def test_the_page_in_a_browser(runs, written, browser):  # noqa: F811
     first.locator("summary").first.click()
     assert first.locator("pre").first.text_content().startswith("HP-score: ")
     assert page.evaluate("document.querySelector('article img').complete") and not problems
+
+    # One picture fills the window; the others of its case take its place, and those of the case after.
+    page.select_option("#sort", "order")
+    files = page.evaluate(
+        "[...document.querySelectorAll('article')].map(a => [...a.querySelectorAll('.pictures a')].map(b => b.href))"
+    )
+    large, text = page.locator("#look img"), page.locator("#look span")
+    page.locator("article").first.locator(".pictures img").nth(1).click()
+    assert large.is_visible() and large.get_attribute("src") == files[0][1]
+    assert text.text_content().startswith(NAMES[0]) and text.text_content().endswith(f"{NASTY} 0")
+    page.keyboard.press("ArrowRight")
+    assert large.get_attribute("src") == files[0][2]
+    page.click("#last")
+    page.click("#last")
+    page.click("#last")
+    assert large.get_attribute("src") == files[0][-1]
+    page.keyboard.press("ArrowDown")
+    assert large.get_attribute("src") in files[1]
+    small = large.bounding_box()["width"]
+    large.click()
+    page.wait_for_function(
+        "small => document.querySelector('#look img').getBoundingClientRect().width > 2 * small", arg=small
+    )
+    if os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{os.environ['SCREENSHOTS']}/gallery_look.png")
+    page.keyboard.press("Escape")
+    assert not large.is_visible()
     if os.environ.get("SCREENSHOTS"):
         page.select_option("#sort", "order")
         page.wait_for_timeout(500)

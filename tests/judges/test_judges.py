@@ -568,6 +568,9 @@ def test_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(ImportError, match=r'pip install "hp-edit-trl\[server\]"'):
         HPScorerReward("m", judge_base_url="http://127.0.0.1:9/v1")
+    monkeypatch.setitem(sys.modules, "qwen_vl_utils", None)
+    with pytest.raises(ImportError, match=r'pip install "hp-edit-trl\[judge\]"'):
+        HPScorerReward("m")
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@ import copy
 import math
 import os
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as pipeline_module
 import numpy as np
@@ -384,6 +387,31 @@ def test_evaluation(make_trainer):
     assert len([log for log in trainer.state.log_history if "eval_reward" in log]) >= 2
 
 
+def test_evaluation_of_several_edits_of_each_case(make_trainer):
+    seen = []
+
+    def scored(completions, id, log_extra, **kwargs):
+        seen.extend(id)
+        log_extra("hp_score", [5.0] * len(id))
+        return redness(completions)
+
+    rows = [row | {"image": {"bytes": b"no picture", "path": None}} if row["id"] == "case-1" else row for row in
+        make_cases(3).cast_column("image", Image(decode=False))]  # fmt: skip
+    cases = Dataset.from_list(rows).cast_column("image", Image())
+    settings = dict(per_device_eval_batch_size=2, num_generations_eval=2, on_bad_case="skip")
+    trainer = make_trainer(scored, eval_dataset=cases, **settings)
+    metrics = trainer.evaluate()
+    assert seen == [f"case-{i}" for i in (0, 0, 2, 2)] and metrics["eval_bad_cases"] == 1
+    usable = [trainer._read_case(trainer.eval_dataset, i) for i in range(2)]
+    edits = trainer.sample_edits(usable, num_edits=2)
+    assert metrics["eval_reward"] == pytest.approx(np.mean(redness(edits)), abs=2e-4)
+    # Those of a case differ; the first is the one that there would be alone.
+    assert redness(edits)[0] != redness(edits)[1]
+    np.testing.assert_allclose(redness(trainer.sample_edits(usable)), redness(edits)[::2], atol=1e-3)
+    with pytest.raises(ValueError, match="num_generations_eval=0 must be at least 1"):
+        make_trainer(num_generations_eval=0)
+
+
 def test_evaluation_of_logged_columns_knows_no_batches(make_trainer):
     def scored(completions, id, log_extra, log_metric, **kwargs):
         scores = [float(case.split("-")[1]) if case != "case-1" else None for case in id]
@@ -664,9 +692,14 @@ def test_defaults_fit_together(tmp_path):
     assert config.sde_window_range == [0, 5] and config.bf16 and config.steps_per_generation == 16
 
 
-def test_the_model_card_and_the_pictures(make_trainer):
+def test_the_model_card_and_the_pictures(make_trainer, monkeypatch):
     trainer = make_trainer(eval_dataset=make_cases(2))
     trainer.train()
+    run = SimpleNamespace(run=SimpleNamespace(url="https://wandb.ai/someone/edits/runs/1"))
+    monkeypatch.setitem(sys.modules, "wandb", run)
+    trainer.create_model_card()
+    assert "wandb" not in (Path(trainer.args.output_dir) / "README.md").read_text()  # another's run
+    trainer.args.report_to = ["wandb"]
     trainer.save_model()
     folder = trainer.args.output_dir
     from huggingface_hub import ModelCard
@@ -677,6 +710,7 @@ def test_the_model_card_and_the_pictures(make_trainer):
     assert {"hp-edit-trl", "flow-grpo", "lora", "trl"} <= set(card.data.tags)
     assert card.data.widget[1]["output"]["url"] == "images/1_after.png"
     assert "| `num_generations` | 4 |" in card.text and "before_after.png" in card.text and "bibtex" in card.text
+    assert "[The run in Weights & Biases](https://wandb.ai/someone/edits/runs/1)" in card.text
     for name in ("reward_curve.png", "before_after.png", "images/0_before.png", "images/1_after.png"):
         assert PILImage.open(f"{folder}/{name}").size[0] > 1
     shutil.rmtree(folder)

@@ -24,7 +24,7 @@ from pathlib import Path
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from hp_edit_trl import DPOEditTrainer, FlowGRPOEditTrainer
+from hp_edit_trl import DPOEditTrainer, FlowGRPOEditTrainer, FlowNFTEditConfig, FlowNFTEditTrainer
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from tests.helpers import make_cases, make_config, redness
 from tests.trainer import test_dpo_edit_trainer as dpo
@@ -71,6 +71,18 @@ def online(results):
     trainer.train()
     trainer.save_model()
     results["grpo"] = result(trainer)
+
+def contrasted(results):
+    options = dict(per_device_train_batch_size=4 // processes, num_generations=2, max_steps=2, beta=1e-4,
+                   gradient_checkpointing=True, on_bad_case="skip", num_sample_edits=1, rollout_batch_size=2,
+                   num_train_sigmas=2, ema_decay=0.5, optim="sgd", max_grad_norm=5e-4, learning_rate=20.0)
+    trainer = FlowNFTEditTrainer(
+        model=tiny_pipeline(), reward_funcs=reward, train_dataset=make_cases(8, sizes=SIZES),
+        peft_config=LoraConfig(r=4, lora_alpha=8), args=make_config(output / "nft", FlowNFTEditConfig, **options),
+    )
+    trainer.train()
+    trainer.save_model()
+    results["nft"] = result(trainer)
 
 def resumed(results):
     trainer = grpo("again")
@@ -128,7 +140,7 @@ def killed(results):
 
 def main():
     results = {}
-    for part in (online, resumed, offline) + ((different, failing) if processes > 1 else ()):
+    for part in (online, contrasted, resumed, offline) + ((different, failing) if processes > 1 else ()):
         part(results)
     torch.save(results, output / f"result_{rank}.pt")
     if processes > 1:
@@ -159,7 +171,7 @@ def ran(tmp_path_factory):
     return results[0][0], results[1], done, output
 
 
-@pytest.mark.parametrize("part", ["grpo", "dpo"])
+@pytest.mark.parametrize("part", ["grpo", "nft", "dpo"])
 def test_two_ranks_give_the_weights_of_one_process(ran, part):
     one, two, *_ = ran
     sharded = two[0][part]["sharded"]

@@ -4,7 +4,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hp_edit_trl import DPOEditConfig, DPOEditTrainer, FlowGRPOEditConfig, FlowGRPOEditTrainer
+from hp_edit_trl import (
+    DPOEditConfig,
+    DPOEditTrainer,
+    FlowGRPOEditConfig,
+    FlowGRPOEditTrainer,
+    FlowNFTEditConfig,
+    FlowNFTEditTrainer,
+)
 from hp_edit_trl.miniature.tiny import tiny_pipeline
 from hp_edit_trl.trainer import streaming
 from hp_edit_trl.trainer.streaming import BlockStream
@@ -137,6 +144,9 @@ def train(kind, folder, offloaded):
     if kind == "grpo":
         args = make_config(str(folder), **options)
         trainer = FlowGRPOEditTrainer(tiny_pipeline(num_layers=3), redness, args, make_cases(4))
+    elif kind == "nft":
+        args = make_config(str(folder), FlowNFTEditConfig, ema_decay=0.5, **options)
+        trainer = FlowNFTEditTrainer(tiny_pipeline(num_layers=3), redness, args, make_cases(4))
     else:
         args = DPOEditConfig(
             str(folder), use_cpu=True, bf16=False, report_to="none", resolution=64, logging_steps=1, **options
@@ -147,7 +157,7 @@ def train(kind, folder, offloaded):
     return trainer
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dpo"])
+@pytest.mark.parametrize("kind", ["grpo", "nft", "dpo"])
 def test_training_is_the_same_to_the_bit(kind, tmp_path):
     plain, offloaded = (train(kind, tmp_path / name, name == "offloaded") for name in ("plain", "offloaded"))
     assert plain._stream is None and len(offloaded._stream._arrivals) == 2

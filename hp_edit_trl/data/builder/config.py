@@ -95,11 +95,11 @@ class BuildConfig:
             reviews can be given while edits are made.
         editor (`str`, *optional*, defaults to `"Qwen/Qwen-Image-Edit-2509"`):
             A diffusers pipeline, a folder of finished edits, or a function, see [`load_editor`]: the editors of
-            `hp-edit bench`, without its `--policy`.
+            `hp-edit bench`.
         editor_revision (`str`, *optional*):
             Branch, tag or commit of its repository.
         editor_options (`dict`, *optional*):
-            Options of a pipeline: `lora`, `resolution`, `dtype`, and arguments of its call, e.g.
+            Options of a pipeline: `lora`, `resolution`, `dtype`, `policy`, and arguments of its call, e.g.
             `{"num_inference_steps": 40, "lora": "..."}`, see [`PipelineEditor`].
         judge (`str`, *optional*, defaults to `"Qwen/Qwen3-VL-32B-Instruct"`):
             Vision-language model that scores the edits.

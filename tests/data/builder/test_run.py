@@ -319,10 +319,10 @@ def build_code(pictures: Path, out: Path, **options) -> str:
 @pytest.mark.slow
 def test_ray_builds_the_same(pictures, whole, tmp_path):
     pytest.importorskip("ray")
-    # Each stage on Ray starts processes of its own: all but the last three of the second round are taken over.
+    # Each stage on Ray starts processes of its own: all but the last two of the second round are taken over.
     out = tmp_path / "build"
     shutil.copytree(whole.parent, out)
-    for name in ("round-2/edits", "round-2/scores", "round-2/filter", "dataset"):
+    for name in ("round-2/scores", "round-2/filter", "dataset"):
         shutil.rmtree(out / name)
     code = build_code(pictures, out, engine="ray") + "import ray\nray.shutdown()"
     done = Script("-c", code, environment={"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}).wait()
@@ -434,6 +434,9 @@ def test_batch_sizes_that_are_not_valid(tmp_path, sizes, message):
         ({"editor": "nobody/nothing"}, "editor='nobody/nothing' is neither a folder nor a readable"),
         ({"editor": "json:nothing"}, "nothing"),
         ({"editor": "json:dumps", "editor_options": {"lora": "x"}}, "lora: for pipelines only"),
+        ({"editor": "json:dumps", "editor_options": {"policy": True}}, "policy: for pipelines only"),
+        ({"editor_options": {"policy": True}}, "A policy needs a resolution above 0"),
+        ({"editor_options": {"policy": True, "resolution": 64, "steps": 2}}, "takes only these editor_options: num_"),
         ({"editor": "json:dumps", "judge_base_url": "localhost"}, "judge_base_url='localhost' is not an address"),
         ({"editor": "json:dumps", "judge_base_url": "http://127.0.0.1:9", "score_mode": "x"}, "score_mode='x'"),
         ({"push_to_hub": "a/b/c"}, "push_to_hub='a/b/c' is no name of a repository"),
