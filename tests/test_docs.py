@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,12 @@ def test_the_paper_is_cited_everywhere_alike():
     paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
     names = " and ".join(f"{one['given-names']} {one['family-names']}" for one in paper["authors"])
     assert names in " ".join(CITATION.split()) and paper["title"] in CITATION
+
+
+def test_the_installation_has_every_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "installation.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(extras)
 
 
 def anchors(page: Path) -> list[str]:
