@@ -151,6 +151,29 @@ def lora_file(source: str | Path) -> Path:
     return path
 
 
+def load_lora(pipeline: DiffusionPipeline, source: str | Path) -> None:
+    """
+    Loads a LoRA in the format of diffusers onto a pipeline, or onto its transformer where the pipeline has no method
+    for LoRAs.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline.
+        source (`str` or `Path`):
+            A safetensors file, a folder, or a Hub repository.
+
+    Raises:
+        `ValueError`: If there is no file, or neither the pipeline nor its transformer takes LoRAs.
+    """
+    file = lora_file(source)
+    loader = getattr(pipeline, "load_lora_weights", None) or getattr(
+        getattr(pipeline, "transformer", None), "load_lora_adapter", None
+    )
+    if loader is None:
+        raise ValueError(f"diffusers has no method that loads a LoRA onto a {type(pipeline).__name__}.")
+    loader(str(file.parent), weight_name=file.name)
+
+
 def read_lora(source: str | Path) -> Lora:
     """
     Reads a LoRA in any of `FORMATS`.

@@ -182,5 +182,12 @@ def test_a_pipeline_that_cannot_be_used_is_told_before_its_weights_are_read(tmp_
     load_editor(str(tmp_path), num_inference_steps=4, true_cfg_scale=1.0).check()
     with pytest.raises(ValueError, match="The call of QwenImageEditPlusPipeline has no num_steps: correct or remove"):
         load_editor(str(tmp_path), num_steps=4).check()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LongCatImageEditPipeline"}')
+    load_editor(str(tmp_path), guidance_scale=1.0).check()
+    with pytest.raises(ValueError, match="resolution=512, but LongCatImageEditPipeline always edits at its own size"):
+        load_editor(str(tmp_path), resolution=512).check()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "JoyImageEditPlusPipeline"}')
+    with pytest.raises(ValueError, match="JoyImageEditPlusPipeline is not called with image: it needs a function"):
+        load_editor(str(tmp_path)).check()
     with pytest.raises(ValueError, match="editor='nobody/nothing' is neither a folder nor a readable"):
         load_editor("nobody/nothing").check()

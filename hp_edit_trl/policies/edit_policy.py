@@ -91,6 +91,8 @@ class EditPolicy(ABC):
             The modules that a LoRA adapts by default, as PEFT's `target_modules`.
         lora_exclude_modules (`str` or `None`):
             Regular expression of modules among them that never receive a gradient.
+        lora_loader (`str`):
+            What loads a saved LoRA onto the pipeline itself, as code: `{}` stands for the folder or Hub repository.
         quantized_components (`tuple[str, ...]`):
             The components that are quantized if the options ask for quantization: the transformer and the language
             model. Others are small.
@@ -117,6 +119,7 @@ class EditPolicy(ABC):
 
     lora_target_modules: list[str] | str
     lora_exclude_modules: str | None = None
+    lora_loader: str = 'pipeline.load_lora_weights("{}")'
     quantized_components: tuple[str, ...] = ("transformer", "text_encoder")
     max_references: int | None = None
     max_prompt_tokens: int
