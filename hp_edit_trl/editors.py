@@ -141,9 +141,7 @@ class PipelineEditor:
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
             return
         if unknown := [option for option in self.options if option not in known]:
-            raise ValueError(
-                f"The call of {kind.__name__} has no {', '.join(unknown)}: correct or remove the option."
-            )
+            raise ValueError(f"The call of {kind.__name__} has no {', '.join(unknown)}: correct or remove the option.")
         if missing := [name for name in ("image", "prompt") if name not in known]:
             raise ValueError(
                 f"{kind.__name__} is not called with {' and '.join(missing)}: it needs a function as its editor."
