@@ -148,7 +148,7 @@ class PipelineEditor:
             )
         if self.resolution is not None and not {"height", "width"} <= set(known):
             raise ValueError(
-                f"resolution={self.resolution}, but {kind.__name__} always edits at its own size: leave the resolution "
+                f"resolution={self.resolution}, but {kind.__name__} always edits at its own size: leave it "
                 "out (--resolution 0)."
             )
 
