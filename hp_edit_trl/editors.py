@@ -27,7 +27,7 @@ from trl.trainer.utils import get_callable_name
 
 from .judges import shortened
 from .lora_formats import load_lora, lora_file
-from .policies import EditPolicy, bucketed, decode, rollout
+from .policies import POLICIES, EditPolicy, bucketed, decode, rollout
 from .policies.edit_policy import fitted_size
 from .utils.dtypes import parse_dtype
 from .utils.files import file_name
@@ -204,7 +204,10 @@ class PipelineEditor:
         edits: list[Image.Image | None] = []
         parts = self.pipeline.components.items()
         tokenizers = [part for name, part in parts if name.startswith("tokenizer") and part is not None]
-        for images, prompt, seed in zip(references, prompts, seeds, strict=True):
+        policy_type = POLICIES.get(type(self.pipeline).__name__)
+        for case_id, images, prompt, seed in zip(ids, references, prompts, seeds, strict=True):
+            if policy_type is not None:
+                policy_type.check_references(case_id, images)
             prompt = without_control_tokens(prompt, *tokenizers)
             size = {}
             if self.resolution is not None:

@@ -176,6 +176,16 @@ class EditPolicy(ABC):
     def prompt_tokens(self, prompts: list[str]) -> list[list[int]]:
         """The tokens of prompts that count towards `max_prompt_tokens`, not cut. Only tokenizers are used."""
 
+    @classmethod
+    def check_references(cls, case_id: Any, images: list[Image.Image]) -> None:
+        """Raises a [`~hp_edit_trl.cases.BadCaseError`] if a case has more reference images than the pipeline takes."""
+        if cls.max_references is not None and len(images) > cls.max_references:
+            raise BadCaseError(
+                f"Case {case_id!r} has {len(images)} reference images, but the pipeline takes at most "
+                f"{cls.max_references}.",
+                str(case_id),
+            )
+
     def encode_case(
         self, case_id: Any, images: list[Image.Image], prompt: str, negative_prompt: str | None, resolution: int
     ) -> EditConditions:
@@ -189,9 +199,10 @@ class EditPolicy(ABC):
                 As in [`~EditPolicy.encode`].
 
         Raises:
-            [`~hp_edit_trl.cases.BadCaseError`]: If the pipeline cannot encode it.
+            [`~hp_edit_trl.cases.BadCaseError`]: If the pipeline cannot encode it, or takes fewer references.
             `torch.OutOfMemoryError`: If the device runs out of memory, which is not the fault of a case.
         """
+        self.check_references(case_id, images)
         try:
             return self.encode(images, prompt, negative_prompt, resolution)
         except torch.OutOfMemoryError:
