@@ -30,7 +30,7 @@ def test_rewards_by_name_with_options_and_gates(tmp_path):
         reward_alpha=3.0,
     )  # fmt: skip
     assert isinstance(gate, Gate) and (gate.threshold, gate.reward.alpha) == (0.8, 3.0)
-    assert isinstance(gate.test, IdentityReward) and gate.reward.judge.identity["model"] == "m"
+    assert isinstance(gate.test, IdentityReward) and gate.reward.judge.identity["name"] == "m"
     assert isinstance(identity, IdentityReward) and identity.unchanged == 0.7
     assert isinstance(tournament, TournamentReward) and hub == "Qwen/Qwen3-VL-8B-Instruct"
     assert function(["a"], [None]) == [1.0] and other.alpha == 4.0  # with options of its own
