@@ -259,18 +259,18 @@ def _as_judged(image: Image.Image) -> Image.Image:
 
 def _case_score(case: dict[str, Any], judged: dict[str, Judgement]) -> CaseScore:
     is_logical = case["category"] == "logical_reasoning"
-    marks: dict[str, float | None] = {}
+    marks: dict[str, float] = {}
     reason = why_no_score(*judged.values())
     for dimension, judgement in judged.items():
         mark = judgement.score
         if mark is not None and not (mark <= 1 if is_logical else mark >= 1):
             reason = reason or f"no score in the answer: {dimension} is {mark:g}, outside its scale"
-            mark = None
-        marks[dimension] = mark if mark is None or not is_logical else 1 + 4 * mark
+        elif mark is not None:
+            marks[dimension] = 1 + 4 * mark if is_logical else mark
     if reason is not None:
         return CaseScore(dict.fromkeys(RISEBench.metrics), judged, reason)
     reasoning = marks["reasoning"]
-    assert reasoning is not None
     score, is_right = rise_score(is_logical, reasoning, marks.get("consistency"), marks.get("plausibility"))
-    values = {"accuracy": 100.0 * is_right, "score": 25 * (score - 1), "reasoning": 25 * (reasoning - 1)}
+    values: dict[str, float | None] = {"accuracy": 100.0 * is_right}
+    values |= {"score": 25 * (score - 1), "reasoning": 25 * (reasoning - 1)}
     return CaseScore(values, judged)
