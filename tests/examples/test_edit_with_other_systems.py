@@ -42,8 +42,9 @@ class InterleaveInferencer:
 class FluxPipeline:
     """As in X2Edit's `src/pipeline_1024.py`."""
 
-    def __call__(self, prompt, task_id, height, width, guidance_scale, num_inference_steps, max_sequence_length,
-                 subject_images, offset, generator):  # fmt: skip
+    def __call__(self, prompt=None, task_id=None, prompt_2=None, height=None, width=None, num_inference_steps=28,
+                 timesteps=None, guidance_scale=3.5, num_images_per_prompt=1, generator=None,
+                 max_sequence_length=512, subject_images=(), offset=128):  # fmt: skip
         assert task_id == len(prompt) and height % 8 == width % 8 == 0 and len(subject_images) == 1
         return SimpleNamespace(images=[picture((width, height), torch.randint(256, (3,), generator=generator))])
 
