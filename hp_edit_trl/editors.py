@@ -26,8 +26,8 @@ from torch import nn
 from trl.trainer.utils import get_callable_name
 
 from .judges import shortened
-from .lora_formats import lora_file
-from .policies import EditPolicy, bucketed, decode, policy_class, rollout
+from .lora_formats import load_lora, lora_file
+from .policies import POLICIES, EditPolicy, bucketed, decode, policy_class, rollout
 from .policies.edit_policy import fitted_size
 from .utils.dtypes import parse_dtype
 from .utils.files import file_name
@@ -154,9 +154,24 @@ class PipelineEditor:
             ) from error
         kind = getattr(diffusers, str(name), None)
         if kind is not None:  # a pipeline of its repository's own shows only when it is loaded
-            known = inspect.signature(kind.__call__).parameters
-            if unknown := [option for option in self.options if option not in known]:
-                raise ValueError(f"The call of {name} has no {', '.join(unknown)}: correct or remove the option.")
+            self._check_call(kind)
+
+    def _check_call(self, kind: type) -> None:
+        """Raises a `ValueError` if a pipeline of this class cannot be called as this editor does."""
+        known = inspect.signature(kind.__call__).parameters  # type: ignore[attr-defined]
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            return
+        if unknown := [option for option in self.options if option not in known]:
+            raise ValueError(f"The call of {kind.__name__} has no {', '.join(unknown)}: correct or remove the option.")
+        if missing := [name for name in ("image", "prompt") if name not in known]:
+            raise ValueError(
+                f"{kind.__name__} is not called with {' and '.join(missing)}: it needs a function as its editor."
+            )
+        if self.resolution is not None and not {"height", "width"} <= set(known):
+            raise ValueError(
+                f"resolution={self.resolution}, but {kind.__name__} always edits at its own size: leave it "
+                "out (--resolution 0)."
+            )
 
     @cached_property
     def folder(self) -> Path:
@@ -188,9 +203,8 @@ class PipelineEditor:
         pipeline = DiffusionPipeline.from_pretrained(str(self.folder), dtype=parse_dtype(self.dtype))
         if self.lora is not None:
             try:
-                file = lora_file(self.lora)
-                pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-            except (OSError, ValueError, AttributeError) as error:  # the last if the pipeline does not take LoRAs
+                load_lora(pipeline, self.lora)
+            except (OSError, ValueError) as error:
                 redact_error(error)
                 names = f"lora={redacted(self.lora)!r} cannot be loaded onto {redacted(self.model)!r}"
                 raise ValueError(f"{names}: {error}") from error
@@ -211,7 +225,7 @@ class PipelineEditor:
         if self.policy:
             self.policy_editor.load()
         else:
-            self.pipeline  # noqa: B018
+            self._check_call(type(self.pipeline))
 
     def unload(self) -> None:
         self.__dict__.pop("pipeline", None)
@@ -226,7 +240,10 @@ class PipelineEditor:
         edits: list[Image.Image | None] = []
         parts = self.pipeline.components.items()
         tokenizers = [part for name, part in parts if name.startswith("tokenizer") and part is not None]
-        for images, prompt, seed in zip(references, prompts, seeds, strict=True):
+        policy_type = POLICIES.get(type(self.pipeline).__name__)
+        for case_id, images, prompt, seed in zip(ids, references, prompts, seeds, strict=True):
+            if policy_type is not None:
+                policy_type.check_references(case_id, images)
             prompt = without_control_tokens(prompt, *tokenizers)
             size = {}
             if self.resolution is not None:

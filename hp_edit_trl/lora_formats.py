@@ -77,7 +77,7 @@ QWEN_SUFFIXES = [
 TRANSFORMER_PARTS = {
     "transformer_blocks", "single_transformer_blocks", "img_in", "txt_in", "x_embedder", "context_embedder",
     "time_text_embed", "time_guidance_embed", "norm_out", "proj_out", "double_stream_modulation_img",
-    "double_stream_modulation_txt", "single_stream_modulation",
+    "double_stream_modulation_txt", "single_stream_modulation", "time_embed",
 }  # fmt: skip
 
 
@@ -149,6 +149,29 @@ def lora_file(source: str | Path) -> Path:
             raise ValueError(f"{source} has several safetensors files ({names}): name one of them.")
         path = files[0]
     return path
+
+
+def load_lora(pipeline: DiffusionPipeline, source: str | Path) -> None:
+    """
+    Loads a LoRA in the format of diffusers onto a pipeline, or onto its transformer where the pipeline has no method
+    for LoRAs.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline.
+        source (`str` or `Path`):
+            A safetensors file, a folder, or a Hub repository.
+
+    Raises:
+        `ValueError`: If there is no file, or neither the pipeline nor its transformer takes LoRAs.
+    """
+    file = lora_file(source)
+    loader = getattr(pipeline, "load_lora_weights", None) or getattr(
+        getattr(pipeline, "transformer", None), "load_lora_adapter", None
+    )
+    if loader is None:
+        raise ValueError(f"diffusers has no method that loads a LoRA onto a {type(pipeline).__name__}.")
+    loader(str(file.parent), weight_name=file.name)
 
 
 def read_lora(source: str | Path) -> Lora:
@@ -300,22 +323,25 @@ def _checked(lora: Lora, path: Path) -> Lora:
 
 def _family(lora: Lora) -> str | None:
     """
-    The family of transformers that a LoRA is for: `"qwen"`, `"kontext"`, `"klein"`, or None if it is unknown. The
-    modules decide; if several families have them, the base model does.
+    The family of transformers that a LoRA is for: `"qwen"`, `"kontext"`, `"klein"`, `"longcat"`, or None if it is
+    unknown. The modules decide; if several families have them, the base model does.
     """
     names = " ".join(lora.names)
     if re.search(r"\.(img|txt)_(mlp|mod)\.", names):
         return "qwen"
     if re.search(r"\.linear_(in|out)|\.to_qkv_mlp_proj|single_transformer_blocks\.\d+\.attn\.to_out( |$)", names):
         return "klein"
-    if re.search(r"single_transformer_blocks\.|\.ff(_context)?\.", names):
-        return "kontext"
+    may_be_kontext = re.search(r"single_transformer_blocks\.|\.ff(_context)?\.", names) is not None
     if lora.base_model is None:
-        return None
+        return "kontext" if may_be_kontext else None
     kind = lora.base_model
     with contextlib.suppress(Exception):  # the configuration is more reliable than the name
         kind = DiffusionPipeline.load_config(lora.base_model)["_class_name"]
     kind = kind.lower().replace(".", "").replace("-", "")
+    if "longcat" in kind:  # whose modules have Kontext's names
+        return "longcat"
+    if may_be_kontext:
+        return "kontext"
     return "qwen" if "qwen" in kind else "klein" if "flux2" in kind else "kontext" if "flux" in kind else None
 
 
@@ -327,6 +353,8 @@ def _kohya_names(lora: Lora) -> dict[str, list[str]]:
             "The LoRA only adapts attention, which many transformers have, and does not say what it was trained on. "
             "Its names in sd-scripts are therefore unknown: use another format."
         )
+    if family == "longcat":
+        raise ValueError("The names of LongCat's modules in sd-scripts are unknown: use another format.")
     if family == "qwen":
         return {f"lora_unet_{name.replace('.', '_')}": [name] for name in lora.names}
     table = KLEIN_NAMES if family == "klein" else KONTEXT_NAMES

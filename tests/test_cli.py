@@ -518,7 +518,11 @@ def test_gedit_with_hp_scores_and_what_people_say(serve, tmp_path, capsys):  # n
 @pytest.mark.parametrize(
     ("benchmark", "more", "message"),
     [
-        ("nothing", [], "There is no benchmark 'nothing': use dreambench, gedit, imgedit, realpref, file.py:Class or"),
+        (
+            "nothing",
+            [],
+            "There is no benchmark 'nothing': use dreambench, gedit, imgedit, realpref, rise, file.py:",
+        ),
         ("report", [], "There is no benchmark 'report'"),
         ("json:dumps", [], "benchmark='json:dumps' is not a subclass of hp_edit_trl.bench.Benchmark"),
         ("nowhere.py:Toy", [], "benchmark='nowhere.py:Toy' cannot be imported"),

@@ -189,5 +189,24 @@ def test_a_pipeline_that_cannot_be_used_is_told_before_its_weights_are_read(tmp_
     load_editor(str(tmp_path), num_inference_steps=4, true_cfg_scale=1.0).check()
     with pytest.raises(ValueError, match="The call of QwenImageEditPlusPipeline has no num_steps: correct or remove"):
         load_editor(str(tmp_path), num_steps=4).check()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LongCatImageEditPipeline"}')
+    load_editor(str(tmp_path), guidance_scale=1.0).check()
+    with pytest.raises(ValueError, match="resolution=512, but LongCatImageEditPipeline always edits at its own size"):
+        load_editor(str(tmp_path), resolution=512).check()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "JoyImageEditPlusPipeline"}')
+    with pytest.raises(ValueError, match="JoyImageEditPlusPipeline is not called with image: it needs a function"):
+        load_editor(str(tmp_path)).check()
     with pytest.raises(ValueError, match="editor='nobody/nothing' is neither a folder nor a readable"):
         load_editor("nobody/nothing").check()
+
+
+def test_a_case_with_more_references_than_a_pipeline_takes_has_no_edit(saved):
+    # A pipeline of one reference would leave the others out, or make an edit of each.
+    pipeline = tiny_kontext_pipeline()
+    policy = PolicyEditor(policy_class(pipeline)(pipeline), "tiny", 64, num_inference_steps=1)
+    plain = PipelineEditor(saved, dtype="float32", resolution=64, num_inference_steps=1, max_area=64 * 64)
+    for editor in (policy, plain):
+        editor.load()
+        edits, reasons = edit_cases(editor, [IMAGES[:1], IMAGES[:2]], PROMPTS[:2], IDS[:2], SEEDS[:2])
+        assert [edit is None for edit in edits] == [False, True] and reasons[0] is None
+        assert "Case 'b' has 2 reference images, but the pipeline takes at most 1" in reasons[1]

@@ -355,6 +355,9 @@ def test_files_that_are_no_lora(tmp_path, saved):
         weights.pop("transformer_blocks.0.attn.to_k")
     with pytest.raises(ValueError, match="does not adapt 'transformer_blocks.0.attn.to_k'"):
         write_lora(Lora(partly.down, partly.up, partly.alpha, "diffusers"), tmp_path, "kohya")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LongCatImageEditPipeline"}')
+    with pytest.raises(ValueError, match="LongCat's modules in sd-scripts are unknown"):  # Kontext's modules
+        write_lora(Lora(partly.down, partly.up, partly.alpha, "diffusers", str(tmp_path)), tmp_path, "kohya")
 
 
 def test_the_commands(saved, tmp_path, capsys, monkeypatch):

@@ -33,6 +33,8 @@ from hp_edit_trl.miniature.comparison import edit_dataset, evaluate_before_after
 from hp_edit_trl.miniature.policy import WEIGHTS, load_pipeline
 from hp_edit_trl.miniature.scorers import CoarseScorer, RuleScorer
 from hp_edit_trl.miniature.world import load_dataset
+from hp_edit_trl.rewards.checks import as_reward_funcs
+from hp_edit_trl.scripts.rewards import make_reward, named_rewards
 from hp_edit_trl.tasks import TASKS
 from hp_edit_trl.trainer.base_edit_trainer import BaseEditTrainer
 from hp_edit_trl.trainer.dpo_edit_config import DPOEditConfig
@@ -63,6 +65,11 @@ class Arm:
         method (`str`, *optional*, defaults to `"grpo"`):
             `"grpo"`; `"nft"`; `"dpo"`, on pairs mined from the same cases; or `"none"`, which evaluates the pretrained
             policy.
+        rewards (`tuple`, *optional*):
+            Names of reward functions in place of that reward, see [`~hp_edit_trl.scripts.rewards.make_reward`], and
+            `RuleScorer` and `CoarseScorer`. They are weighted by the option `reward_weights`. DPO takes one.
+        min_gap (`float`, *optional*):
+            Smallest difference in score of a pair of DPO. Defaults to 0.5 of the scorers' 5, and to 0.1 of others.
     """
 
     name: str
@@ -70,13 +77,53 @@ class Arm:
     task_aware: bool = True
     filtered: bool = False
     method: str = "grpo"
+    rewards: tuple[Any, ...] = ()
+    min_gap: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """Beginning of the names of the folders of its runs."""
+        return self.name.replace(" ", "_").replace("/", "-")
 
 
+SCORERS = {"RuleScorer": RuleScorer, "CoarseScorer": CoarseScorer}
 TRAINERS = {
     "grpo": (FlowGRPOEditTrainer, FlowGRPOEditConfig),
     "nft": (FlowNFTEditTrainer, FlowNFTEditConfig),
     "dpo": (DPOEditTrainer, DPOEditConfig),
 }
+
+
+def arm_rewards(arm: Arm) -> list[Any]:
+    """The reward functions of an arm. Raises `ValueError` if one cannot be made, or DPO has several."""
+    scorer = RuleScorer if arm.task_aware else CoarseScorer
+    made = as_reward_funcs([make_reward(named, SCORERS) for named in arm.rewards] or [scorer()])
+    if arm.method == "dpo" and len(made) > 1:
+        raise ValueError("DPO mines its pairs by one reward: name one, e.g. a Gate of two.")
+    return made
+
+
+def training_options(
+    config: Path, options: dict[str, Any], output_dir: Path, seed: int, method: str
+) -> tuple[Any, LoraConfig]:
+    """
+    The configuration of a trainer, and its LoRA, from a YAML file for Flow-GRPO and options that override it. Raises
+    `ValueError` if the trainer has no such option, or a value is not valid.
+    """
+    values = yaml.safe_load(config.read_text())
+    lora = {name: options.get(name, values.pop(name)) for name in ("lora_r", "lora_alpha")}
+    config_type = TRAINERS[method][1]
+    names = {f.name for f in fields(config_type) if f.init}
+    if unknown := [name for name in options if name not in names | set(lora)]:
+        raise ValueError(f"{config_type.__name__} has no option {', '.join(map(str, unknown))}.")
+    known = names - ({"learning_rate"} if method == "dpo" else set())
+    values = {name: value for name, value in values.items() if name in known}
+    values |= {"output_dir": str(output_dir), "seed": seed}
+    values |= {name: value for name, value in options.items() if name not in lora}
+    try:
+        return config_type(**values), LoraConfig(r=lora["lora_r"], lora_alpha=lora["lora_alpha"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_type.__name__} does not take these options: {error}") from error
 
 
 def make_trainer(
@@ -89,18 +136,9 @@ def make_trainer(
     method: str = "grpo",
 ) -> BaseEditTrainer:
     """Makes a trainer of the miniature from a YAML file for Flow-GRPO and options that override it."""
-    values = yaml.safe_load(config.read_text())
-    lora = {name: options.get(name, values.pop(name)) for name in ("lora_r", "lora_alpha")}
-    peft_config = LoraConfig(r=lora["lora_r"], lora_alpha=lora["lora_alpha"])
-    trainer_type, config_type = TRAINERS[method]
-    known = {f.name for f in fields(config_type)} - ({"learning_rate"} if method == "dpo" else set())
-    values = {name: value for name, value in values.items() if name in known}
-    values |= {"output_dir": str(output_dir), "seed": seed}
-    values |= {name: value for name, value in options.items() if name not in lora}
+    args, peft_config = training_options(config, options, output_dir, seed, method)
     rewards = {} if reward is None else {"reward_funcs": reward}
-    return trainer_type(
-        load_pipeline(), **rewards, args=config_type(**values), train_dataset=train, peft_config=peft_config
-    )
+    return TRAINERS[method][0](load_pipeline(), **rewards, args=args, train_dataset=train, peft_config=peft_config)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -197,7 +235,7 @@ def run_arm(
     arm: Arm, seed: int, config: Path, num_cases: int, folder: Path, num_test_cases: int, num_validation_cases: int
 ) -> dict[str, Any]:
     """Trains one arm with one seed and scores it on the test cases, unless the same run has finished already."""
-    output_dir = folder / f"{arm.name.replace(' ', '_').replace('/', '-')}-{seed}"
+    output_dir = folder / f"{arm.folder}-{seed}"
     file = output_dir / "result.json"
     key = fingerprint(arm, seed, num_cases, num_test_cases, num_validation_cases, config.read_bytes())
     result = read_json(file)
@@ -213,13 +251,17 @@ def run_arm(
     if arm.filtered:
         hard, seconds = hard_cases(config, num_cases, folder)
         train, passes = train.select(hard), float(num_cases * shared["num_inference_steps"])
-    scorer = RuleScorer() if arm.task_aware else CoarseScorer()
+    rewards = arm_rewards(arm)
     options = {"save_strategy": "no", "disable_tqdm": True, **arm.options}
     began, started = time.time(), time.process_time()
     if arm.method == "dpo":
         shutil.rmtree(output_dir / "mining", ignore_errors=True)  # the work of a stopped run was not counted
+        (scorer,) = rewards
+        score_name = scorer.log_name if isinstance(scorer, tuple(SCORERS.values())) else None
+        thresholds = {"min_gap": 0.5} if score_name is not None else {"min_gap": 0.1, "min_chosen_score": 0.0}
+        thresholds |= {} if arm.min_gap is None else {"min_gap": arm.min_gap}
         pairs = mine_preference_pairs(
-            load_pipeline(), scorer, train, output_dir / "mining", score_name=scorer.log_name, min_gap=0.5,
+            load_pipeline(), scorer, train, output_dir / "mining", score_name=score_name, **thresholds,
             resolution=32, num_inference_steps=shared["num_inference_steps"], true_cfg_scale=1.0, batch_size=100,
             cases_per_round=20, seed=seed,
         )  # fmt: skip
@@ -229,7 +271,7 @@ def run_arm(
         trainer = make_trainer(config, options, output_dir, seed, None, pairs, "dpo")
     else:
         method = "grpo" if arm.method == "none" else arm.method
-        trainer = make_trainer(config, options, output_dir, seed, scorer, train, method)
+        trainer = make_trainer(config, options, output_dir, seed, rewards, train, method)
     every = arm.options.get("eval_steps", shared["eval_steps"])
     progress = Progress(trainer, validation, every, passes, seconds)
     if arm.method == "none":
@@ -267,6 +309,58 @@ def run_arm(
     }
     write_json(file, result)
     return result
+
+
+def read_arms(file: Path, config: Path) -> list[Arm]:
+    """
+    Reads the arms of an experiment from a YAML file: a list of mappings of the fields of [`Arm`]. Each is checked as
+    its run would be, before the first run.
+
+    Args:
+        file (`Path`):
+            The file.
+        config (`Path`):
+            YAML file with the options that the arms share.
+
+    Raises:
+        `ValueError`: If it cannot be read, or an arm has an unknown field, method, option or reward, a value that is
+            not valid, or the name of another one.
+    """
+    try:
+        listed = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{file} must hold a list of arms, each with a name.")
+    known = {f.name: f.type for f in fields(Arm)}
+    arms: list[Arm] = []
+    for one in listed:
+        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+            raise ValueError(f"{file}: each arm needs a name, but one is {one!r}.")
+        where = f"{file}: the arm {one['name']!r}"
+        if unknown := [name for name in one if name not in known]:
+            raise ValueError(f"{where} has no field {', '.join(map(str, unknown))}; it has {', '.join(known)}.")
+        try:
+            arm = Arm(**one | {"rewards": tuple(named_rewards(one["rewards"]))} if "rewards" in one else one)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if arm.method not in (*TRAINERS, "none"):
+            raise ValueError(f"{where} has method={arm.method!r}: use {', '.join(TRAINERS)} or none.")
+        if not isinstance(arm.options, dict):
+            raise ValueError(f"{where}: its options must be a mapping, but are {arm.options!r}.")
+        if arm.folder in [other.folder for other in arms]:
+            raise ValueError(f"{where} is there twice: names must differ.")
+        try:
+            rewards = arm_rewards(arm)
+            if arm.method != "none":
+                args, _ = training_options(config, arm.options, Path("outputs/checked"), 0, arm.method)
+                weights = getattr(args, "reward_weights", None)
+                if weights is not None and len(weights) != len(rewards):
+                    raise ValueError(f"reward_weights has {len(weights)} entries for {len(rewards)} rewards.")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        arms.append(arm)
+    return arms
 
 
 def run_experiment(

@@ -9,6 +9,7 @@ from .imgedit import ImgEditBench, parse_three
 from .realpref import RealPrefBench
 from .report import describe_run, push_results, read_rewards, write_bench_report
 from .results import Run, compare, read_run, summarize
+from .rise import RISEBench, parse_final_score
 from .study import edits_of_runs, scores_of_runs
 
 
@@ -33,6 +34,7 @@ __all__ = [
     "GEditBench",
     "ImgEditBench",
     "Metric",
+    "RISEBench",
     "RealPrefBench",
     "Run",
     "check_has_columns",
@@ -41,6 +43,7 @@ __all__ = [
     "conversation",
     "describe_run",
     "edits_of_runs",
+    "parse_final_score",
     "parse_grade",
     "parse_pair",
     "parse_three",

@@ -12,6 +12,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxKontextPipeline,
     FluxTransformer2DModel,
+    LongCatImageEditPipeline,
+    LongCatImageTransformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
@@ -243,6 +245,21 @@ def _character_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=77)
 
 
+def _tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
+    """Makes a random VAE of FLUX.1's kind. It divides each side by 8, like the real one."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        shift_factor=0.1,
+        scaling_factor=0.5,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def tiny_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKontextPipeline:
     """
     Makes a random `FluxKontextPipeline` of 1 MB. Its VAE divides each side by 8, like the real one.
@@ -271,17 +288,7 @@ def tiny_kontext_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxKo
             guidance_embeds=guidance_embeds,
             axes_dims_rope=(4, 6, 6),
         )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 16, 16),
-            latent_channels=4,
-            norm_num_groups=4,
-            shift_factor=0.1,
-            scaling_factor=0.5,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = _tiny_vae()
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(clip_tokenizer),
@@ -362,6 +369,49 @@ def tiny_klein_pipeline(is_distilled: bool = False, seed: int = 0) -> Flux2Klein
         tokenizer=tokenizer,
         transformer=transformer.eval(),
         is_distilled=is_distilled,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(_native_resolution=64)
+    return pipeline
+
+
+def tiny_longcat_pipeline(seed: int = 0) -> LongCatImageEditPipeline:
+    """
+    Makes a random `LongCatImageEditPipeline` of 2 MB. Its VAE divides each side by 8, like the real one.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights.
+    """
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = LongCatImageTransformer2DModel(
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = _tiny_vae(latent_channels=16)  # the pipeline's call names this number
+        text_encoder = tiny_text_encoder(tokenizer)
+    pipeline = LongCatImageEditPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+        ),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        text_processor=Qwen2VLProcessor(
+            image_processor=Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56),
+            tokenizer=tokenizer,
+            video_processor=Qwen2VLVideoProcessor(),
+            chat_template=CHAT_TEMPLATE,
+        ),
+        transformer=transformer.eval(),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     pipeline.register_to_config(_native_resolution=64)

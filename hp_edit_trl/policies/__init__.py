@@ -6,6 +6,7 @@ from .edit_policy import EditConditions, EditPolicy, Example, bucketed
 from .flux2_klein import Flux2KleinPolicy
 from .flux_kontext import FluxKontextPolicy
 from .long_prompts import check_prompt_lengths
+from .longcat_image import LongCatImageEditPolicy
 from .qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
 from .rollout import Trajectory, decode, rollout, rollout_batches
 
@@ -16,6 +17,7 @@ POLICIES: dict[str, type[EditPolicy]] = {
     "QwenImageEditPipeline": QwenImageEditPolicy,
     "FluxKontextPipeline": FluxKontextPolicy,
     "Flux2KleinPipeline": Flux2KleinPolicy,
+    "LongCatImageEditPipeline": LongCatImageEditPolicy,
 }
 
 
@@ -57,6 +59,7 @@ __all__ = [
     "Example",
     "Flux2KleinPolicy",
     "FluxKontextPolicy",
+    "LongCatImageEditPolicy",
     "QwenImageEditPlusPolicy",
     "QwenImageEditPolicy",
     "Trajectory",

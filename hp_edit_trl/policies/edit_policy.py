@@ -91,6 +91,8 @@ class EditPolicy(ABC):
             The modules that a LoRA adapts by default, as PEFT's `target_modules`.
         lora_exclude_modules (`str` or `None`):
             Regular expression of modules among them that never receive a gradient.
+        lora_loader (`str`):
+            What loads a saved LoRA onto the pipeline itself, as code: `{}` stands for the folder or Hub repository.
         quantized_components (`tuple[str, ...]`):
             The components that are quantized if the options ask for quantization: the transformer and the language
             model. Others are small.
@@ -117,6 +119,7 @@ class EditPolicy(ABC):
 
     lora_target_modules: list[str] | str
     lora_exclude_modules: str | None = None
+    lora_loader: str = 'pipeline.load_lora_weights("{}")'
     quantized_components: tuple[str, ...] = ("transformer", "text_encoder")
     max_references: int | None = None
     max_prompt_tokens: int
@@ -173,6 +176,16 @@ class EditPolicy(ABC):
     def prompt_tokens(self, prompts: list[str]) -> list[list[int]]:
         """The tokens of prompts that count towards `max_prompt_tokens`, not cut. Only tokenizers are used."""
 
+    @classmethod
+    def check_references(cls, case_id: Any, images: list[Image.Image]) -> None:
+        """Raises a [`~hp_edit_trl.cases.BadCaseError`] if a case has more reference images than the pipeline takes."""
+        if cls.max_references is not None and len(images) > cls.max_references:
+            raise BadCaseError(
+                f"Case {case_id!r} has {len(images)} reference images, but the pipeline takes at most "
+                f"{cls.max_references}.",
+                str(case_id),
+            )
+
     def encode_case(
         self, case_id: Any, images: list[Image.Image], prompt: str, negative_prompt: str | None, resolution: int
     ) -> EditConditions:
@@ -186,9 +199,10 @@ class EditPolicy(ABC):
                 As in [`~EditPolicy.encode`].
 
         Raises:
-            [`~hp_edit_trl.cases.BadCaseError`]: If the pipeline cannot encode it.
+            [`~hp_edit_trl.cases.BadCaseError`]: If the pipeline cannot encode it, or takes fewer references.
             `torch.OutOfMemoryError`: If the device runs out of memory, which is not the fault of a case.
         """
+        self.check_references(case_id, images)
         try:
             return self.encode(images, prompt, negative_prompt, resolution)
         except torch.OutOfMemoryError:

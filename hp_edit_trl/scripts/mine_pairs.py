@@ -15,7 +15,7 @@ from typing import Any, Literal
 from huggingface_hub import HfApi
 
 from ..data import mine_preference_pairs
-from ..lora_formats import lora_file
+from ..lora_formats import load_lora
 from ..policies import policy_class
 from ..utils.distributed import in_step, patient_accelerator
 from ..utils.dtypes import parse_dtype
@@ -145,8 +145,7 @@ def main(args: MiningArguments) -> None:
         kwargs["quantization_config"] = quantization_config(config, components, kwargs["dtype"])
     pipeline = load_shared_pipeline(str(args.model_name_or_path), kwargs)
     if args.lora is not None:
-        file = lora_file(args.lora)
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        load_lora(pipeline, args.lora)
     pairs = mine_preference_pairs(
         pipeline,
         scorer,

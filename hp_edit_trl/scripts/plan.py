@@ -149,7 +149,7 @@ def parse(words: list[str]) -> tuple[dict[str, Any], str | None]:
     training_args.model_init_kwargs = model_args.init_kwargs(training_args)
     given: dict[str, Any] = dict(vars(plan_args))
     output = given.pop("output")
-    if name != "dpo":
+    if name != "dpo" and (script_args.reward_funcs is None or "HPScorerReward" in str(script_args.reward_funcs)):
         given["num_answers"] = script_args.num_answers
         if script_args.judge_base_url is None:
             given |= {"judge": script_args.judge, "judge_revision": script_args.judge_revision}

@@ -875,6 +875,7 @@ class BaseEditTrainer(_BaseTrainer):
                 "Steps trained": str(self.state.global_step),
             },
             pipeline_class=type(self.policy.pipeline).__name__,
+            lora_loader=self.policy.lora_loader,
             call_arguments=self.policy.call_arguments(self.true_cfg_scale, self.negative_prompt),
             example=self.policy.example_of_size(args.resolution),
             default_num_inference_steps=self.policy.default_num_inference_steps,

@@ -144,6 +144,7 @@ def write_model_card(
     tags: Sequence[str],
     settings: dict[str, str],
     pipeline_class: str,
+    lora_loader: str,
     call_arguments: dict[str, Any],
     example: Example,
     default_num_inference_steps: int,
@@ -186,6 +187,8 @@ def write_model_card(
             Rows of the table of settings.
         pipeline_class (`str`):
             Name of the pipeline's class.
+        lora_loader (`str`):
+            Code that loads a LoRA, see [`~hp_edit_trl.policies.EditPolicy`].
         call_arguments (`dict[str, Any]`):
             Arguments of the pipeline's call in the example.
         example ([`~hp_edit_trl.policies.Example`]):
@@ -225,7 +228,7 @@ def write_model_card(
         method=method,
         paper=paper,
         citation=CITATION,
-        repo_id=repo_id,
+        load_lora=lora_loader.format(repo_id),
         base_model_name=base_model,
         base_model_revision=base_model_revision,
         base_quantization=base_quantization,

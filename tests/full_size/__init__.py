@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parent
 # Layers of the text encoders in dry runs; FLUX.2-klein reads the 27th.
 SHORT = {
     "qwen_image_edit": 2, "qwen_image_edit_2509": 2, "qwen_image_edit_2511": 2, "flux_kontext": 2,
-    "flux2_klein_4b": 28, "flux2_klein_9b": 28,
+    "flux2_klein_4b": 28, "flux2_klein_9b": 28, "longcat_image_edit": 2,
 }  # fmt: skip
 
 

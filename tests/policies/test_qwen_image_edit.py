@@ -1,9 +1,11 @@
+import json
+
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit as first_module
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as plus_module
 import pytest
 
 from hp_edit_trl.miniature.tiny import tiny_pipeline, tiny_qwen_image_edit_pipeline
-from hp_edit_trl.policies import policy_class
+from hp_edit_trl.policies import QwenImageEditPlusPolicy, policy_class
 from tests.policies.contract import STEPS, PolicyContract
 
 
@@ -44,6 +46,15 @@ class TestFirst(QwenContract):
 
     def make_pipeline(self):
         return tiny_qwen_image_edit_pipeline()
+
+
+def test_firered_image_edit_is_this_pipeline(tmp_path):
+    # The class and components that its model_index.json names are those of Qwen-Image-Edit-2509.
+    tiny_pipeline().save_config(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index.items() >= {"_class_name": "QwenImageEditPlusPipeline"}.items()
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_diffusers_version": "0.36.0.dev0"}))
+    assert policy_class(str(tmp_path)) is QwenImageEditPlusPolicy
 
 
 def test_models_that_are_no_edit_pipeline(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import LongCatImageTransformer2DModel
 
 from hp_edit_trl import DPOEditConfig, DPOEditTrainer, FlowGRPOEditConfig, FlowGRPOEditTrainer
 from hp_edit_trl.scripts.plan import choose_trainer, parse
@@ -116,3 +117,11 @@ def test_the_published_configurations_are_whole():
     for name in SHORT:
         described = json.loads((Path(__file__).parents[1] / "full_size" / f"{name}.json").read_text())
         assert {"model_index.json", "transformer", "vae", "text_encoder"} <= set(described)
+
+
+def test_longcats_transformer_is_as_large_as_its_file():
+    described = json.loads((Path(__file__).parents[1] / "full_size" / "longcat_image_edit.json").read_text())
+    with torch.device("meta"):
+        transformer = LongCatImageTransformer2DModel(**described["transformer"])
+    size = 2 * sum(parameter.numel() for parameter in transformer.parameters())
+    assert size == pytest.approx(12_541_410_152, abs=100_000)  # the published file, with its header

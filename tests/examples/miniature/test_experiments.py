@@ -4,6 +4,7 @@ import runpy
 from dataclasses import fields
 from pathlib import Path
 
+import compare
 import experiments
 import pytest
 import yaml
@@ -13,6 +14,8 @@ from PIL import Image
 from hp_edit_trl import FlowGRPOEditConfig
 
 
+GATE = {"Gate": {"reward": "RuleScorer", "test": {"IdentityReward": {"model": None}}, "threshold": 0.5}}
+NFT = {"num_train_sigmas": 1, "beta": 0.0, "reward_weights": [1.0, 0.1]}
 CONFIG = Path(__file__).parents[3] / "examples" / "miniature" / "experiment.yaml"
 
 
@@ -33,9 +36,9 @@ def test_an_experiment_writes_its_results_and_resumes(config, tmp_path):
     arms = [
         Arm("plain"),
         Arm("filtered, coarse", {"lora_r": 4, "lora_alpha": 8}, task_aware=False, filtered=True),
-        Arm("pairs", {"beta": 500.0}, method="dpo"),
+        Arm("pairs", {"beta": 500.0}, method="dpo", rewards=(GATE,), min_gap=0.05),
         Arm("base", method="none"),
-        Arm("nft", {"num_train_sigmas": 1, "beta": 0.0}, method="nft"),
+        Arm("nft", NFT, method="nft", rewards=("RuleScorer", {"IdentityReward": {"model": None}})),
     ]
     where = {
         "output_dir": tmp_path / "results", "runs_dir": tmp_path / "runs", "num_cases": 16, "num_test_cases": 16,
@@ -127,6 +130,48 @@ def test_passes_of_dpo_are_counted(config, tmp_path):
     trainer.train()
     # Chosen and rejected edit, by policy and reference model
     assert progress.counted == {"sampling": 0, "training": 3 * 4 * 4}
+
+
+def test_arms_of_a_file(tmp_path, monkeypatch, capsys):
+    arms = experiments.read_arms(CONFIG.with_name("arms.yaml"), CONFIG)
+    assert [arm.method for arm in arms] == ["none", "grpo", "grpo", "nft", "dpo", "dpo"]
+    assert [type(experiments.arm_rewards(arm)[0]).__name__ for arm in arms[1:3]] == ["RuleScorer", "Gate"]
+
+    def read(*listed):
+        (tmp_path / "arms.yaml").write_text(yaml.safe_dump(list(listed)))
+        return experiments.read_arms(tmp_path / "arms.yaml", CONFIG)
+
+    assert read({"name": "a", "method": "nft", "options": NFT, "rewards": ["RuleScorer", "CoarseScorer"]})
+    for arm, message in (
+        ({"name": "a", "method": "ppo"}, "the arm 'a' has method='ppo': use grpo, nft, dpo or none"),
+        ({"name": "a", "steps": 3}, "the arm 'a' has no field steps; it has name, options, "),
+        ({"name": "a", "options": {"num_train_sigmas": 1}}, "'a': FlowGRPOEditConfig has no option num_train_sigmas"),
+        ({"name": "a", "method": "dpo", "options": {"noise_level": 1}}, "DPOEditConfig has no option noise_level"),
+        ({"name": "a", "options": {"noise_level": "high"}}, "'a': FlowGRPOEditConfig does not take these options"),
+        ({"name": "a", "options": [1]}, "its options must be a mapping"),
+        ({"name": "a", "rewards": ["Rule"]}, "'a': reward_funcs: there is no reward 'Rule': use .*RuleScorer"),
+        ({"name": "a", "rewards": []}, "'a': reward_funcs is empty"),
+        ({"name": "a", "rewards": [{"RuleScorer": {"gamma": 1}}]}, "there is no reward|has no option gamma"),
+        ({"name": "a", "method": "dpo", "rewards": ["RuleScorer", "CoarseScorer"]}, "mines its pairs by one reward"),
+        ({"name": "a", "options": {"reward_weights": [1.0, 2.0]}}, "reward_weights has 2 entries for 1 rewards"),
+        ({"method": "grpo"}, "each arm needs a name"),
+        (3, "each arm needs a name, but one is 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read({"name": "first"}, arm)
+    with pytest.raises(ValueError, match="the arm 'a/b' is there twice"):
+        read({"name": "a-b"}, {"name": "a/b"})
+    (tmp_path / "arms.yaml").write_text("a: [")
+    for text in ("a: [", "{}", "[]"):
+        (tmp_path / "arms.yaml").write_text(text)
+        with pytest.raises(ValueError, match="cannot be read|must hold a list of arms"):
+            experiments.read_arms(tmp_path / "arms.yaml", CONFIG)
+    started = []
+    monkeypatch.setattr(compare, "run_experiment", lambda *arguments: started.append(arguments))
+    with pytest.raises(SystemExit, match="compare.py: .*must hold a list of arms"):
+        compare.main(["--arms", str(tmp_path / "arms.yaml")])
+    compare.main(["--arms", str(CONFIG.with_name("arms.yaml")), "--seeds", "0"])
+    assert [arguments[0] for arguments in started] == ["arms"] and started[0][1] == arms
 
 
 @pytest.mark.parametrize(
