@@ -5,6 +5,7 @@ real. Every command has the options that it names. What the commands of docs/pap
 """
 
 import ast
+import importlib.util
 import inspect
 import itertools
 import json
@@ -12,6 +13,7 @@ import math
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -22,6 +24,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
@@ -182,14 +185,33 @@ def make_world(tmp_path, monkeypatch, server, scenes):
     return given
 
 
+def missing_modules(code: str) -> list[str]:
+    """The modules that some code imports and that are not installed, with the packages that they are in."""
+    named = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named.add(node.module)
+    whole = [name for name in named if importlib.util.find_spec(name.split(".")[0]) is None]
+    return [package for name in whole for package in itertools.accumulate(name.split("."), "{}.{}".format)]
+
+
 @pytest.mark.parametrize("page", CODE)
-def test_every_python_block_runs(page, world, server):
+def test_every_python_block_runs(page, world, server, monkeypatch):
     from tests.policies.contract import PolicyContract
     from tests.policies.test_flux_kontext import tiny_kontext_pipeline
 
     given = {**world, "EditPolicy": hp_edit_trl.policies.EditPolicy, "PolicyContract": PolicyContract}
     given["tiny_kontext_pipeline"] = tiny_kontext_pipeline
     for block in CODE[page]:
+        if page == "docs/other_editors.md":  # the code of other systems, in their own environments
+            for name in missing_modules(block):
+                monkeypatch.setitem(sys.modules, name, MagicMock())
+            monkeypatch.setattr(sys, "argv", [])
+            monkeypatch.setattr(sys, "path", [*sys.path])
+            for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+                monkeypatch.setattr(kind, "from_pretrained", MagicMock())
         code = block.replace("    ...,\n", "").replace(URL, server.url)
         code = re.sub(r'(miniature.load_dataset\("\w+"), \d+', r"\1, 4", code.replace("max_steps=40", SMALL))
         try:
