@@ -2,8 +2,9 @@
 # dependencies = ["hp-edit-trl"]
 # ///
 """
-Trains the miniature of the library with NFT, which is what `make demo` runs: a small pretrained Qwen-Image-Edit
-pipeline, a world of small scenes, and a scorer that knows the right answers. It needs neither a GPU nor the Hub:
+The demo, which `make demo` runs: trains the miniature of the library with DiffusionNFT. The miniature is a small
+pretrained Qwen-Image-Edit pipeline, a world of small scenes, and a scorer that knows the right answers; it needs
+neither a GPU nor the Hub:
 
     python examples/train_qwen_edit_nft.py
 
@@ -25,10 +26,11 @@ from hp_edit_trl import FlowNFTEditConfig, FlowNFTEditTrainer, miniature
 
 def main(training_args: FlowNFTEditConfig):
     torch.set_num_threads(1)  # faster for a model this small
-    print("Drawing scenes for training, for evaluation on the way, and for the test at the end", flush=True)
+    print("Post-training a small Qwen-Image-Edit on 1,000 scenes: about 5 minutes on a core, then a test on 400 more.")
+    print("The score says how well an edit does what its prompt asks for, from 0 to 5.", flush=True)
     trainer = FlowNFTEditTrainer(
         model=miniature.load_pipeline(),
-        reward_funcs=miniature.RuleScorer(alpha=0.5, beta=2.0),
+        reward_funcs=miniature.RuleScorer(alpha=0.5, beta=2.0),  # almost linear in the score
         args=training_args,
         train_dataset=miniature.load_dataset("train", 1000),
         eval_dataset=miniature.load_dataset("validation", 96),
@@ -36,8 +38,8 @@ def main(training_args: FlowNFTEditConfig):
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # and pushes it, with --push_to_hub
-    # Scores of each task on scenes that were not trained on, before and after, and with other numbers of steps
-    miniature.evaluate_before_after(trainer, miniature.load_dataset("test", 400), other_steps=(2, 5))
+    # Scores of each task on scenes that were not trained on, before and after, and those of other numbers of steps
+    miniature.evaluate_before_after(trainer, miniature.load_dataset("test", 400), other_steps=[2, 5])
     print(f"The LoRA, its card, the reward curve and pictures are in {training_args.output_dir}")
 
 
