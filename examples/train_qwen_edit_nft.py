@@ -26,7 +26,7 @@ from hp_edit_trl import FlowNFTEditConfig, FlowNFTEditTrainer, miniature
 
 def main(training_args: FlowNFTEditConfig):
     torch.set_num_threads(1)  # faster for a model this small
-    print("Post-training a small Qwen-Image-Edit on 1,000 scenes: about 5 minutes on a core, then a test on 400 more.")
+    print("Post-training a small Qwen-Image-Edit on 1,000 scenes: about 8 minutes on a core, then a test on 400 more.")
     print("The score says how well an edit does what its prompt asks for, from 0 to 5.", flush=True)
     trainer = FlowNFTEditTrainer(
         model=miniature.load_pipeline(),

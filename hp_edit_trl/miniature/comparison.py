@@ -129,7 +129,12 @@ def gains_figure(tasks: list[str], before: list[float], after: list[float], path
         axes.bar(places, [np.mean(part) for part in parts], 0.36, yerr=errors, label=label, color=color, ecolor="#333")
     for place, name in enumerate(names):
         axes.hlines(
-            limits[name], place - 0.4, place + 0.4, color="black", linestyle=":", label="" if place else "limit of the VAE"
+            limits[name],
+            place - 0.4,
+            place + 0.4,
+            color="black",
+            linestyle=":",
+            label="" if place else "limit of the VAE",
         )
     lowest = min(np.mean([s for s, t in zip(before, tasks, strict=True) if n in (t, "all")]) for n in names)
     axes.set_ylim(max(0.0, np.floor(lowest * 2) / 2 - 0.5), 5.05)

@@ -115,12 +115,14 @@ class ProgressLines(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._close_evaluation()
-        for name in metrics or {}:
-            if name.endswith("_runtime"):  # "eval", or "eval_" and the name of a dataset
-                prefix = name.removesuffix("_runtime")
-                own = {key[len(prefix) + 1 :]: value for key, value in metrics.items() if key.startswith(prefix)}
-                of = f" of {prefix.removeprefix('eval_')}" if prefix.startswith("eval_") else ""
-                self._say(f"evaluation{of} after {state.global_step} updates", *in_words(own))
+        # Metrics begin with "eval", or "eval_" and the name of a dataset. Trainer itself adds the time that it took.
+        metrics = metrics or {}
+        prefix = min((name for name in metrics if name.endswith("_runtime")), key=len, default="").removesuffix(
+            "runtime"
+        )
+        own = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+        of = f" of {prefix[5:-1]}" if prefix.startswith("eval_") and prefix != "eval_" else ""
+        self._say(f"evaluation{of} after {state.global_step} updates", *in_words(own))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if not state.is_world_process_zero:

@@ -77,7 +77,10 @@ class Run:
             self("step_end")
             self("log", logs={"loss": 0.1, "reward": 0.75, "grad_norm": 0.3})
             self("log", logs={"eval_reward": 0.5})  # is told with the evaluation
-            self("evaluate", metrics={"eval_reward": 0.5, "eval_score": 4.0, "eval_runtime": 3.0})
+            self(
+                "evaluate",
+                metrics={"eval_reward": 0.5, "eval_score": 4.0, "eval_my_runtime": 1.0, "eval_runtime": 3.0},
+            )
             self.state.global_step = 10
             self("log", logs={"loss": 0.1, "reward": 0.75})
             self("log", logs={"train_loss": 0.1, "train_runtime": 9.0})
