@@ -134,7 +134,7 @@ def gains_figure(tasks: list[str], before: list[float], after: list[float], path
             place + 0.4,
             color="black",
             linestyle=":",
-            label="" if place else "limit of the VAE",
+            label="" if place else "VAE limit",
         )
     lowest = min(np.mean([s for s, t in zip(before, tasks, strict=True) if n in (t, "all")]) for n in names)
     axes.set_ylim(max(0.0, np.floor(lowest * 2) / 2 - 0.5), 5.05)
