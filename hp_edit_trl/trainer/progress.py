@@ -117,9 +117,8 @@ class ProgressLines(TrainerCallback):
         self._close_evaluation()
         # Metrics begin with "eval", or "eval_" and the name of a dataset. Trainer itself adds the time that it took.
         metrics = metrics or {}
-        prefix = min((name for name in metrics if name.endswith("_runtime")), key=len, default="").removesuffix(
-            "runtime"
-        )
+        times = [name for name in metrics if name.endswith("_runtime")]
+        prefix = min(times, key=len, default="").removesuffix("runtime")
         own = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
         of = f" of {prefix[5:-1]}" if prefix.startswith("eval_") and prefix != "eval_" else ""
         self._say(f"evaluation{of} after {state.global_step} updates", *in_words(own))
