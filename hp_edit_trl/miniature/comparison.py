@@ -98,7 +98,7 @@ def before_after_sheet(dataset: Dataset, before: list[Image.Image], after: list[
         if hard:
             index = hard[len(hard) // 2]
             row, (old, new) = dataset[index], scores[index]
-            rows.append((f"{old:.1f} → {new:.1f}  {row['prompt']}", [row["image"], before[index], after[index]]))
+            rows.append((f"{old:.1f} -> {new:.1f}  {row['prompt']}", [row["image"], before[index], after[index]]))
     return comparison_sheet(rows, ["reference", "before", "after"], height=128, across=4)
 
 

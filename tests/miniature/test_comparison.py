@@ -60,7 +60,7 @@ def test_the_sheet_shows_a_hard_case_of_each_task(monkeypatch):
     shown = []
     monkeypatch.setattr(comparison, "comparison_sheet", lambda rows, *args, **kwargs: shown.extend(rows))
     before_after_sheet(dataset, list(dataset["image"]), list(dataset["target"]))
-    assert [text.split("  ")[0] for text, _ in shown] == ["0.0 → 3.0", "30.0 → 30.0"]
+    assert [text.split("  ")[0] for text, _ in shown] == ["0.0 -> 3.0", "30.0 -> 30.0"]
     assert shown[0][0].endswith(dataset[0]["prompt"]) and shown[0][1] == [
         dataset[0][c] for c in ("image", "image", "target")
     ]
