@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -77,12 +77,10 @@ def comparison_table(tasks: list[str], before: list[float], after: list[float]) 
     return "\n".join(lines)
 
 
-def before_after_sheet(
-    dataset: Dataset, before: list[Image.Image], after: list[Image.Image], below: float = 3.0
-) -> Image.Image:
+def before_after_sheet(dataset: Dataset, before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
     """
-    Shows the first case of each task whose edit scored low before training, four side by side: reference and both
-    edits.
+    Shows a hard case of each task, four side by side: reference and both edits. Of the tenth of a task's cases whose
+    edits scored lowest before training, it is the one with the median gain.
 
     Args:
         dataset (`~datasets.Dataset`):
@@ -91,18 +89,17 @@ def before_after_sheet(
             Their edits before training.
         after (`list[PIL.Image.Image]`):
             Their edits after training.
-        below (`float`, *optional*, defaults to `3.0`):
-            Only cases that scored below this before training are shown.
     """
     scores = list(zip(score_edits(before, dataset), score_edits(after, dataset), strict=True))
     rows = []
     for task in TASKS:
-        index = next((i for i, t in enumerate(dataset["task"]) if t == task and scores[i][0] < below), None)
-        if index is not None:
+        places = sorted((i for i, t in enumerate(dataset["task"]) if t == task), key=lambda i: scores[i][0])
+        hard = sorted(places[: max(1, len(places) // 10)], key=lambda i: scores[i][1] - scores[i][0])
+        if hard:
+            index = hard[len(hard) // 2]
             row, (old, new) = dataset[index], scores[index]
-            text = f"{row['prompt']}  ({old:.1f} -> {new:.1f})"
-            rows.append((text, [row["image"], before[index], after[index]]))
-    return comparison_sheet(rows, ["reference", f"before (below {below:g})", "after"], height=112, across=4)
+            rows.append((f"{old:.1f} -> {new:.1f}  {row['prompt']}", [row["image"], before[index], after[index]]))
+    return comparison_sheet(rows, ["reference", "before", "after"], height=128, across=4)
 
 
 def gains_figure(tasks: list[str], before: list[float], after: list[float], path: Path) -> None:
@@ -132,7 +129,12 @@ def gains_figure(tasks: list[str], before: list[float], after: list[float], path
         axes.bar(places, [np.mean(part) for part in parts], 0.36, yerr=errors, label=label, color=color, ecolor="#333")
     for place, name in enumerate(names):
         axes.hlines(
-            limits[name], place - 0.4, place + 0.4, color="black", linestyle=":", label="" if place else "limit"
+            limits[name],
+            place - 0.4,
+            place + 0.4,
+            color="black",
+            linestyle=":",
+            label="" if place else "VAE limit",
         )
     lowest = min(np.mean([s for s, t in zip(before, tasks, strict=True) if n in (t, "all")]) for n in names)
     axes.set_ylim(max(0.0, np.floor(lowest * 2) / 2 - 0.5), 5.05)
@@ -143,32 +145,63 @@ def gains_figure(tasks: list[str], before: list[float], after: list[float], path
     write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=150))
 
 
-def evaluate_before_after(trainer: BaseEditTrainer, dataset: Dataset) -> tuple[list[float], list[float]]:
+def steps_table(scores: dict[int, tuple[list[float], list[float]]]) -> str:
+    """
+    Makes a Markdown table of mean scores before and after training by the number of denoising steps.
+
+    Args:
+        scores (`dict[int, tuple[list[float], list[float]]]`):
+            The scores of the cases before and after training, by the number of steps.
+    """
+    lines = ["| denoising steps | before | after | difference |", "|---|---|---|---|"]
+    for steps, (old, new) in sorted(scores.items()):
+        difference, error = paired_difference(old, new)
+        lines.append(f"| {steps} | {np.mean(old):.2f} | {np.mean(new):.2f} | {difference:+.2f} ± {error:.2f} |")
+    return "\n".join(lines)
+
+
+def evaluate_before_after(
+    trainer: BaseEditTrainer, dataset: Dataset, other_steps: Sequence[int] = ()
+) -> tuple[list[float], list[float]]:
     """
     Edits a dataset with and without the trained adapter, along the ODE and from the same noise. Prints the scores per
     task, and writes `scores.csv`, `gains.png` and `hard_cases.png` to the trainer's `output_dir`.
 
     Args:
-        trainer ([`FlowGRPOEditTrainer`] or [`DPOEditTrainer`]):
+        trainer ([`FlowGRPOEditTrainer`], [`FlowNFTEditTrainer`] or [`DPOEditTrainer`]):
             The trainer, after training.
         dataset (`~datasets.Dataset`):
             Held-out cases of [`load_dataset`].
+        other_steps (`Sequence[int]`, *optional*, defaults to `()`):
+            Other numbers of denoising steps that are compared as well. Only their mean scores are printed.
 
     Returns:
         `tuple[list[float], list[float]]`: the score of each case before and after.
     """
-    before = edit_dataset(partial(trainer.sample_edits, adapter=False), dataset)
-    after = edit_dataset(trainer.sample_edits, dataset)
-    scores = score_edits(before, dataset), score_edits(after, dataset)
-    print(comparison_table(dataset["task"], *scores))
+    own_steps = trainer.sample_num_inference_steps
+    edits: dict[int, tuple[list[Image.Image], list[Image.Image]]] = {}
+    scores: dict[int, tuple[list[float], list[float]]] = {}
+    print(f"Editing {len(dataset)} held-out scenes before and after training", flush=True)
+    try:
+        for steps in dict.fromkeys((own_steps, *other_steps)):
+            trainer.sample_num_inference_steps = steps
+            before = edit_dataset(partial(trainer.sample_edits, adapter=False), dataset)
+            after = edit_dataset(trainer.sample_edits, dataset)
+            edits[steps] = before, after
+            scores[steps] = score_edits(before, dataset), score_edits(after, dataset)
+    finally:
+        trainer.sample_num_inference_steps = own_steps
+    print(comparison_table(dataset["task"], *scores[own_steps]))
+    if len(scores) > 1:
+        print(steps_table(scores))
     folder = Path(trainer.args.output_dir)
-    rows = [("id", "task", "before", "after"), *zip(dataset["id"], dataset["task"], *scores, strict=True)]
+    rows = [("id", "task", "before", "after"), *zip(dataset["id"], dataset["task"], *scores[own_steps], strict=True)]
 
     def write(part: Path) -> None:
         with part.open("w", newline="") as file:
             csv.writer(file).writerows(rows)
 
     write_atomically(folder / "scores.csv", write)
-    before_after_sheet(dataset, before, after).save(folder / "hard_cases.png")
-    gains_figure(dataset["task"], *scores, folder / "gains.png")
-    return scores
+    before_after_sheet(dataset, *edits[own_steps]).save(folder / "hard_cases.png")
+    gains_figure(dataset["task"], *scores[own_steps], folder / "gains.png")
+    return scores[own_steps]

@@ -21,8 +21,8 @@ from peft.helpers import disable_input_dtype_casting
 from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import GreedyLR, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import GreedyLR, PrinterCallback, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils import PushInProgress
 from trl.trainer.base_trainer import _BaseTrainer
@@ -60,6 +60,7 @@ from .hub import CARD_PICTURES, MODEL_FILES, card_pictures, copy_published, uplo
 from .lora import check_same_lora, save_lora
 from .model_card import remove_before_after, save_before_after, tracker_links, write_model_card
 from .plan import TrainingPlan, plan_training
+from .progress import ProgressLines
 from .recomputation import prepare_checkpointing
 from .sharding import PassCount, check_fsdp, check_same_weights, equal_passes, most_of_all, shard, wrap
 from .streaming import BlockStream
@@ -216,6 +217,9 @@ class BaseEditTrainer(_BaseTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self._copies = {"ema": AdapterCopy(model)} if args.ema_decay is not None else {}
         self.add_callback(AfterUpdates(self._follow_weights))
+        for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # whichever Trainer has chosen
+            self.remove_callback(callback)
+        self.add_callback(ProgressLines)
 
     def _follow_weights(self) -> None:
         """Called after each update, before it is counted: the copies of the adapter follow."""

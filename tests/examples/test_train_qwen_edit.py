@@ -53,7 +53,7 @@ def test_embedded_default(tmp_path):
     done = run("--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--log_completions", **few)
     assert done.returncode == 0, done.stderr[-4000:]
     output = tmp_path / "outputs" / "qwen-edit-embedded"
-    assert "3/3" in done.stderr  # the progress bar
+    assert "Training: 3 updates" in done.stdout and "evaluation after 3 updates | reward " in done.stdout
     state = QwenImageLoraLoaderMixin.lora_state_dict(str(output))
     assert any(key.endswith("to_q.lora_B.weight") and value.abs().max() > 0 for key, value in state.items())
     assert "qwen-edit-embedded" in (output / "README.md").read_text()
@@ -68,6 +68,22 @@ def test_embedded_default(tmp_path):
     with mock.patch("hp_edit_trl.miniature.evaluate_before_after") as evaluate:
         run_here(*resume, "--eval_on_start", "false", "--eval_strategy", "no", **few)
     assert evaluate.call_args.args[0].state.global_step == 4
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path):
+    options = ("--max_steps", "4", "--eval_steps", "4", "--save_steps", "4", "--logging_steps", "4")
+    printed = run_here(*options, cwd=tmp_path, script="train_qwen_edit_nft.py", most=24)
+    lines = printed.splitlines()
+    assert lines[0].startswith("Post-training") and "Training: 4 updates" in lines
+    assert any(line.startswith("update 4 of 4 | reward 0.") for line in lines)
+    assert any(line.startswith("evaluation after 4 updates | reward 0.") and "score" in line for line in lines)
+    assert "| all | 24 |" in printed
+    table = printed[printed.index("| denoising steps |") :].splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:5]] == ["2", "3", "5"]
+    output = tmp_path / "outputs" / "qwen-edit-nft-embedded"
+    assert min(Image.open(output / "gains.png").size) > 100 and (output / "hard_cases.png").exists()
+    assert "DiffusionNFT" in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize("form", ["--model_name_or_path=somewhere", "--model_name_or_path somewhere"])
@@ -104,6 +120,7 @@ OF_EXAMPLES = {
     "embedded.yaml": (EditScriptArguments, FlowGRPOEditConfig, EditModelConfig),
     "embedded_dpo.yaml": (train_qwen_edit_dpo.MiniatureArguments, DPOEditConfig),
     "embedded_kontext.yaml": (FlowGRPOEditConfig,),
+    "embedded_nft.yaml": (FlowNFTEditConfig,),
 }
 
 

@@ -2,16 +2,18 @@ import math
 
 import numpy as np
 import pytest
+from datasets import concatenate_datasets
 from PIL import Image
 
 from hp_edit_trl.miniature import (
     before_after_sheet,
+    comparison,
     comparison_table,
     edit_dataset,
     load_dataset,
     score_edits,
 )
-from hp_edit_trl.miniature.comparison import gains_figure
+from hp_edit_trl.miniature.comparison import gains_figure, steps_table
 from hp_edit_trl.utils.statistics import paired_difference
 
 
@@ -44,10 +46,28 @@ def test_the_gains_are_drawn(tmp_path):
         assert image.width > 2.5 * image.height and len(image.convert("RGB").getcolors(1 << 20)) > 10
 
 
-def test_the_sheet_shows_cases_that_went_wrong_before():
+def test_the_table_of_steps():
+    lines = steps_table({5: ([1.0, 2.0], [2.0, 3.0]), 2: ([3.0, 3.0], [3.0, 4.0])}).splitlines()
+    assert lines[2:] == ["| 2 | 3.00 | 3.50 | +0.50 ± 0.50 |", "| 5 | 1.50 | 2.50 | +1.00 ± 0.00 |"]
+
+
+def test_the_sheet_shows_a_hard_case_of_each_task(monkeypatch):
+    # 30 cases of one task and one of another. The edits are only told apart here; case i scores i before.
+    dataset = load_dataset("test", 30, tasks=("add",))
+    dataset = concatenate_datasets([dataset, load_dataset("test", 1, tasks=("style",))])
+    gains = iter([[float(i) for i in range(31)], [3.0, 2.0, 5.0, *range(3, 31)]])  # gains of the lowest: 3, 1, 3
+    monkeypatch.setattr(comparison, "score_edits", lambda edits, dataset: next(gains))
+    shown = []
+    monkeypatch.setattr(comparison, "comparison_sheet", lambda rows, *args, **kwargs: shown.extend(rows))
+    before_after_sheet(dataset, list(dataset["image"]), list(dataset["target"]))
+    assert [text.split("  ")[0] for text, _ in shown] == ["0.0 -> 3.0", "30.0 -> 30.0"]
+    assert shown[0][0].endswith(dataset[0]["prompt"]) and shown[0][1] == [
+        dataset[0][c] for c in ("image", "image", "target")
+    ]
+
+
+def test_the_sheet_is_wide():
     dataset = load_dataset("test", 16)
-    sources, targets = list(dataset["image"]), list(dataset["target"])
-    sheet = before_after_sheet(dataset, sources, targets)
-    one = before_after_sheet(dataset, [sources[0], *targets[1:]], targets)
-    assert sheet.width == 4 * one.width and one.height < sheet.height < 2 * one.height  # 8 tasks, 4 side by side
-    assert np.asarray(one).std() > 0
+    sheet = before_after_sheet(dataset, list(dataset["image"]), list(dataset["target"]))
+    assert sheet.width > 4 * sheet.height  # 8 tasks, four side by side
+    assert np.asarray(sheet).std() > 0

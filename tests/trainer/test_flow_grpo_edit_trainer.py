@@ -518,7 +518,10 @@ def test_the_table_of_edits(make_trainer, capsys, tmp_path):
         report_to="tensorboard", max_steps=2,
     )  # fmt: skip
     trainer.train()
-    assert "[red]it[/red]" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "[red]it[/red]" in printed
+    assert "update 2 of 2 | reward " in printed and "grad_norm" not in printed  # one line per log, in words
+    assert "grad_norm" in trainer.state.log_history[0]
     table = load_dataset("parquet", data_files=f"{trainer.args.output_dir}/completions/*.parquet", split="train")
     assert len(table) == 6 and len(set(table["id"])) == 2  # some of each case
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
