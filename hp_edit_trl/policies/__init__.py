@@ -6,6 +6,8 @@ from .edit_policy import EditConditions, EditPolicy, Example, bucketed
 from .flux2_klein import Flux2KleinPolicy
 from .flux_kontext import FluxKontextPolicy
 from .long_prompts import check_prompt_lengths
+from .prefixes import Prefixes
+from .qwen_image_21 import QwenImage21Policy
 from .qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
 from .rollout import Trajectory, decode, rollout, rollout_batches
 
@@ -16,6 +18,7 @@ POLICIES: dict[str, type[EditPolicy]] = {
     "QwenImageEditPipeline": QwenImageEditPolicy,
     "FluxKontextPipeline": FluxKontextPolicy,
     "Flux2KleinPipeline": Flux2KleinPolicy,
+    "QwenImage21Pipeline": QwenImage21Policy,
 }
 
 
@@ -57,6 +60,8 @@ __all__ = [
     "Example",
     "Flux2KleinPolicy",
     "FluxKontextPolicy",
+    "Prefixes",
+    "QwenImage21Policy",
     "QwenImageEditPlusPolicy",
     "QwenImageEditPolicy",
     "Trajectory",
