@@ -6,7 +6,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 def pipeline_sigmas(
-    scheduler: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, num_tokens: int, mu: float | None = None,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    num_inference_steps: int,
+    num_tokens: int,
+    mu: float | None = None,
     noise_levels: list[float] | None = None,
 ) -> torch.Tensor:
     """

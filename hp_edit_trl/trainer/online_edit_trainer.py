@@ -1009,12 +1009,14 @@ class OnlineEditTrainer(BaseEditTrainer):
             self._step = operator.index(state["step"])
             if state["samples"] is None:
                 return
+            # Samples of a case had one encoding, and have one in the file.
+            cases = {id(s["conditions"]): EditConditions(**s["conditions"]) for s in state["samples"]}
             self._buffered_samples = [
                 Sample(
                     case_id=sample["case_id"],
                     group=sample["group"],
                     number=sample["number"],
-                    conditions=EditConditions(**sample["conditions"]),
+                    conditions=cases[id(sample["conditions"])],
                     trajectory=Trajectory(**{**sample["trajectory"], "steps": range(*sample["trajectory"]["steps"])}),
                     advantage=sample["advantage"],
                     kl_weight=sample["kl_weight"],
