@@ -38,9 +38,8 @@ def pipeline_sigmas(
         slope = shifts / (config["max_image_seq_len"] - config["base_image_seq_len"])
         mu = num_tokens * slope + config["base_shift"] - slope * config["base_image_seq_len"]
     fresh = FlowMatchEulerDiscreteScheduler.from_config(config)
-    if noise_levels is None:
-        noise_levels = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-    fresh.set_timesteps(sigmas=noise_levels, mu=mu)
+    even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+    fresh.set_timesteps(sigmas=even if noise_levels is None else noise_levels, mu=mu)
     return fresh.sigmas.to("cpu", torch.float32)
 
 

@@ -407,8 +407,18 @@ def _tiny_qwen3_vl(tokenizer: Qwen2TokenizerFast, seed: int) -> Qwen3VLForCondit
         return Qwen3VLForConditionalGeneration(config)
 
 
-def _qwen3_vl_processor(tokenizer: Qwen2TokenizerFast, min_pixels: int, max_pixels: int) -> Qwen3VLProcessor:
-    """Makes a processor that gives 32 x 32 pixels a token, as the real one does."""
+def qwen3_vl_processor(tokenizer: Qwen2TokenizerFast, min_pixels: int, max_pixels: int) -> Qwen3VLProcessor:
+    """
+    Makes a processor that gives 32 x 32 pixels a token, as the real one does.
+
+    Args:
+        tokenizer (`Qwen2TokenizerFast`):
+            A tokenizer of [`tiny_tokenizer`].
+        min_pixels (`int`):
+            Number of pixels that smaller images are enlarged to.
+        max_pixels (`int`):
+            Number of pixels that larger images are reduced to.
+    """
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(
             patch_size=16, merge_size=2, min_pixels=min_pixels, max_pixels=max_pixels
@@ -456,7 +466,7 @@ def tiny_qwen_image_21_pipeline(num_layers: int = 2, seed: int = 0) -> QwenImage
         ),
         vae=vae.eval(),
         text_encoder=_tiny_qwen3_vl(tokenizer, seed).eval(),
-        processor=_qwen3_vl_processor(tokenizer, 32 * 32, 4096 * 4096),
+        processor=qwen3_vl_processor(tokenizer, 32 * 32, 4096 * 4096),
         transformer=transformer.eval(),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
@@ -479,7 +489,7 @@ def tiny_judge(folder: str, seed: int = 0) -> str:
     """
     tokenizer = tiny_tokenizer()
     _tiny_qwen3_vl(tokenizer, seed).save_pretrained(folder)
-    _qwen3_vl_processor(tokenizer, 64 * 64, 64 * 64).save_pretrained(folder)
+    qwen3_vl_processor(tokenizer, 64 * 64, 64 * 64).save_pretrained(folder)
     return folder
 
 

@@ -140,7 +140,9 @@ class QwenImage21Policy(EditPolicy):
         for name in _names(true_cfg_scale):
             cache = QwenImage21KVCache(self.num_blocks)
             self._call(model, target, torch.zeros(()), [conditions], latents, name, (SLOT, SLOT), cache, "extract")
-            tensors += [tensor for layer in cache.layer_caches for tensor in layer.get()]
+            for layer in cache.layer_caches:
+                tensors += layer.get()
+                layer.k = layer.v = None  # a checkpointed block keeps its cache, and its graph would keep itself
         return tensors
 
     def velocity(

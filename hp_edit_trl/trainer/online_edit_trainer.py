@@ -783,7 +783,8 @@ class OnlineEditTrainer(BaseEditTrainer):
             loss = self._accumulate_gradients(model, samples, update)
             later = (self._buffered_samples or [])[size * (microbatch + 1) : size * end]
             still_needed = [sample.conditions for sample in later if self._learns(sample)]
-            for prefixes in (self._prefixes, *self._other_prefixes.values()):
+            self._prefixes.keep(still_needed)
+            for prefixes in self._other_prefixes.values():
                 prefixes.keep(still_needed)
             learns = any(map(self._learns, samples))
             self._drop_bad_update(loss, [sample.case_id for sample in samples], learns)

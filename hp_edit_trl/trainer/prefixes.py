@@ -82,10 +82,12 @@ class _Prefix:
     def __init__(self, case: EditConditions, tensors: list[torch.Tensor]):
         self.case = case
         self.tensors = tensors
-        self.leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        # Those that no trained weight reaches need no gradient, e.g. the first block's keys if its `to_k` has no LoRA.
+        self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         self.sums: dict[int, torch.Tensor] = {}
         for place, leaf in enumerate(self.leaves):
-            leaf.register_post_accumulate_grad_hook(partial(_collect, self.sums, place))
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(partial(_collect, self.sums, place))
 
     def backward(self) -> None:
         reached = [(self.tensors[place], gradient) for place, gradient in sorted(self.sums.items())]

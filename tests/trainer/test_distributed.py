@@ -25,7 +25,8 @@ def reward(completions, id, log_metric, **kwargs):
 # Groups of four lie across both ranks when a rank holds six samples; sizes differ, so ranks run unequal numbers of
 # backward passes.
 trainer = FlowGRPOEditTrainer(
-    model=getattr(tiny, pipeline)(), reward_funcs=reward, train_dataset=make_cases(9, sizes=((64, 64), (128, 64), (64, 64))),
+    model=getattr(tiny, pipeline)(), reward_funcs=reward,
+    train_dataset=make_cases(9, sizes=((64, 64), (128, 64), (64, 64))),
     eval_dataset=make_cases(3),
     args=make_config(output, per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
                      max_steps=3, save_strategy="steps", save_steps=2, beta=0.01, per_device_eval_batch_size=2,
