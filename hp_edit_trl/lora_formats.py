@@ -279,10 +279,12 @@ def _checked(lora: Lora, path: Path) -> Lora:
 
 def _family(lora: Lora) -> str | None:
     """
-    The family of transformers that a LoRA is for: `"qwen"`, `"kontext"`, `"klein"`, or None if it is unknown. The
-    modules decide; if several families have them, the base model does.
+    The family of transformers that a LoRA is for: `"qwen"`, `"qwen-2.1"`, `"kontext"`, `"klein"`, or None if it is
+    unknown. The modules decide; if several families have them, the base model does.
     """
     names = " ".join(lora.names)
+    if re.search(r"\.img_mlp\.(proj|gate_layer|out)( |$)", names):
+        return "qwen-2.1"
     if re.search(r"\.(img|txt)_(mlp|mod)\.", names):
         return "qwen"
     if re.search(r"\.linear_(in|out)|\.to_qkv_mlp_proj|single_transformer_blocks\.\d+\.attn\.to_out( |$)", names):
@@ -295,6 +297,8 @@ def _family(lora: Lora) -> str | None:
     with contextlib.suppress(Exception):  # the configuration is more reliable than the name
         kind = DiffusionPipeline.load_config(lora.base_model)["_class_name"]
     kind = kind.lower().replace(".", "").replace("-", "")
+    if "qwenimage21" in kind:
+        return "qwen-2.1"
     return "qwen" if "qwen" in kind else "klein" if "flux2" in kind else "kontext" if "flux" in kind else None
 
 
@@ -306,6 +310,8 @@ def _kohya_names(lora: Lora) -> dict[str, list[str]]:
             "The LoRA only adapts attention, which many transformers have, and does not say what it was trained on. "
             "Its names in sd-scripts are therefore unknown: use another format."
         )
+    if family == "qwen-2.1":
+        raise ValueError("The names of Qwen-Image-2.1's modules in sd-scripts are not known: use another format.")
     if family == "qwen":
         return {f"lora_unet_{name.replace('.', '_')}": [name] for name in lora.names}
     table = KLEIN_NAMES if family == "klein" else KONTEXT_NAMES

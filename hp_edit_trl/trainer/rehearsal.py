@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -635,7 +636,7 @@ class _Prefixes:
             if id(case) in self._kept:
                 continue
             with trainer.compute_loss_context_manager():
-                leaves, graph = self.dry.once((self, "prefix"), lambda case=case: self._trained(case))
+                leaves, graph = self.dry.once((self, "prefix"), partial(self._trained, case))
                 others = []
                 with torch.no_grad():
                     if "old" in trainer._copies:

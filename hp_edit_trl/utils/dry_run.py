@@ -353,17 +353,16 @@ class _Functions(TorchFunctionMode):
                 return func(*args, **{**kwargs, "device": HOST}).to(CARD)
         if name == "backward":
             # It would leave this mode, but gradient checkpointing repeats forward passes in it.
-            if isinstance(args[0], torch.Tensor):
-                tensors, gradients = (args[0],), (kwargs.get("gradient"),)
-            else:  # of `torch.autograd`
-                tensors, gradients = tuple(args[0]), tuple(kwargs["grad_tensors"])
-            gradients = tuple(
-                torch.ones_like(tensor) if gradient is None else gradient
-                for tensor, gradient in zip(tensors, gradients, strict=True)
-            )
+            tensors: list[Any] = [args[0]]
+            gradients: list[Any] = [kwargs.get("gradient")]
+            if not isinstance(args[0], torch.Tensor):  # `torch.autograd.backward`
+                tensors, gradients = list(args[0]), list(kwargs["grad_tensors"])
+            for place, tensor in enumerate(tensors):
+                if gradients[place] is None:
+                    gradients[place] = torch.ones_like(tensor)
             engine, keep = torch.autograd.Variable._execution_engine, bool(kwargs.get("retain_graph"))
             with self:
-                return engine.run_backward(tensors, gradients, keep, False, (), True, True)
+                return engine.run_backward(tuple(tensors), tuple(gradients), keep, False, (), True, True)
         if not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
         if name in IN_FLOAT32:
