@@ -72,6 +72,7 @@ __all__ = [
     "QwenImageEditPolicy",
     "Trajectory",
     "bucketed",
+    "check_components",
     "check_prompt_lengths",
     "decode",
     "policy_class",

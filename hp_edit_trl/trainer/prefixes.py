@@ -68,7 +68,7 @@ class TrainedPrefixes:
     def keep(self, conditions: Iterable[EditConditions]) -> None:
         """Makes the backward passes through the prefixes of all cases but these, and drops them."""
         wanted = set(map(id, conditions))
-        for key in self._kept.keys() - wanted:
+        for key in [key for key in self._kept if key not in wanted]:  # in a fixed order: sums depend on it
             self._kept.pop(key).backward()
 
     def clear(self) -> None:
