@@ -1,13 +1,13 @@
 """
 What an update takes: CPU seconds beside those of the bare model calls; how they grow with each setting, beside counted
-passes and operations; what score a thousand passes gain; and what an update of the full-size recipe takes if passes
-are left out.
+passes and operations; what score a thousand passes gain; what an update of the full-size recipe takes if passes are
+left out; and what is saved where passes of a case share a prefix.
 
     python benchmarks/bench.py --write           # all parts, into docs/performance.md and its plot
     python benchmarks/bench.py growth --write    # one part; the others stay as they were measured
 
 Models are random Qwen-Image-Edit pipelines on one CPU thread, in fp32. `learning` trains nothing: it reads what
-`examples/miniature/fewer_passes.py` has written. `recipe` is `hp-edit plan`, on tensors without bytes.
+`examples/miniature/fewer_passes.py` has written. `recipe` and `prefix` are `hp-edit plan`, on tensors without bytes.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from peft import LoraConfig
 from PIL import Image
 
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer
-from hp_edit_trl.miniature.tiny import tiny_pipeline
+from hp_edit_trl.miniature.tiny import tiny_pipeline, tiny_qwen_image_21_pipeline
+from hp_edit_trl.policies import QwenImage21Policy
 from hp_edit_trl.scripts.plan import plan
 from hp_edit_trl.utils.dry_run import Meter
 from hp_edit_trl.utils.files import read_json, write_json, write_text
@@ -79,6 +80,10 @@ FEWER = {
     "half trained (`num_trained_generations`)": {"half": True},
     "all three": {"same_latent": True, "num_finish_steps": 2, "half": True},
 }
+
+PREFIX_RECIPE = ROOT / "examples" / "configs" / "qwen_image_21.yaml"
+PREFIX_PROCESSES = 4
+SIZES = [(512, 1), (1024, 1), (512, 4)]  # pixels per side, references
 
 
 def brightness(completions: list[Image.Image], **_: Any) -> list[float]:
@@ -397,6 +402,61 @@ def recipe_table(updates: dict[str, dict[str, Any]]) -> str:
     )
 
 
+# A prefix that passes of a case share
+
+
+def prefix(quick: bool) -> list[dict[str, Any]]:
+    """Figures of `hp-edit plan` for an update of Qwen-Image-2.1's recipe, with shared prefixes and without."""
+    from tests.full_size import full_size_folder
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, output = Path(folder, "model"), Path(folder, "plan.json")
+        words = ["--config", str(PREFIX_RECIPE), "--model_name_or_path", str(model), "--output", str(output)]
+        words += ["--num_processes", str(PREFIX_PROCESSES), "--num_sample_edits", "0", "--gpu", "h200"]
+        if quick:
+            tiny_qwen_image_21_pipeline().save_pretrained(model)
+            words += ["--num_generations", "2", "--num_trained_generations", "1", "--gradient_accumulation_steps", "2"]
+        else:
+            full_size_folder("qwen_image_21", model)  # its text encoder is short: only encoding differs
+        for pixels, references in [(64, 1)] if quick else SIZES:
+            own = ["--resolution", str(pixels), "--num_references", str(references)]
+            for shared in (True, False):
+                never = mock.patch.object(QwenImage21Policy, "has_prefix", property(lambda _: False, lambda *_: None))
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.nullcontext() if shared else never:
+                    plan([*words, *own])
+                made = read_json(output)
+                training = made["phases"]["training"]["peak"] / 2**30
+                rows.append(
+                    {
+                        "pixels": pixels, "references": references, "shared": shared, "training_gib": training,
+                        "update": made["update"],
+                    }
+                )  # fmt: skip
+                print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def prefix_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for shared, alone in zip(rows[::2], rows[1::2], strict=True):
+        lines.append([shared["pixels"], shared["references"], f"{shared['update']['prefixes']:,}"])
+        for phases in (["rollout"], ["training"], ["rollout", "training"]):
+            with_it, without = (
+                PREFIX_PROCESSES * sum(row["update"]["flops"][phase] for phase in phases) / 1e15
+                for row in (shared, alone)
+            )
+            lines[-1] += [f"{without:.1f}", f"{with_it:.1f}"] if len(phases) == 1 else [f"{with_it / without:.0%}"]
+        lines[-1] += [f"{alone['training_gib']:.1f}", f"{shared['training_gib']:.1f}"]
+    return markdown_table(
+        [
+            "px", "references", "prefixes", "rollout PFLOP, in each pass", "shared", "training PFLOP, in each pass",
+            "shared", "of all", "training GiB, in each pass", "shared",
+        ],
+        lines,
+    )  # fmt: skip
+
+
 # The page
 
 
@@ -475,8 +535,8 @@ def draw(results: dict[str, Any], arms: list[dict[str, Any]] | None, path: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measures = {"overhead": overhead, "growth": growth, "recipe": recipe}
-    tables = {"overhead": overhead_table, "growth": growth_table, "recipe": recipe_table}
+    measures = {"overhead": overhead, "growth": growth, "recipe": recipe, "prefix": prefix}
+    tables = {"overhead": overhead_table, "growth": growth_table, "recipe": recipe_table, "prefix": prefix_table}
     parser.add_argument("parts", nargs="*", help=f"{', '.join(measures)} or learning; by default all")
     parser.add_argument("--quick", action="store_true", help="smallest settings, once, with a tiny recipe")
     parser.add_argument("--write", action="store_true", help="write figures and plot into the documentation")

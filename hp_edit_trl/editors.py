@@ -27,7 +27,7 @@ from trl.trainer.utils import get_callable_name
 
 from .judges import shortened
 from .lora_formats import load_lora, lora_file
-from .policies import POLICIES, EditPolicy, bucketed, decode, policy_class, rollout
+from .policies import POLICIES, EditPolicy, bucketed, check_components, decode, policy_class, rollout
 from .policies.edit_policy import fitted_size
 from .utils.dtypes import parse_dtype
 from .utils.files import file_name
@@ -139,19 +139,22 @@ class PipelineEditor:
         Checks that there is such a pipeline, and that its call takes the options. Only `model_index.json` is read.
 
         Raises:
-            `ValueError`: If not.
+            `ValueError`: If not, or if a component is missing or of another class.
         """
         if self.policy:
             policy_class(self.model, revision=self.revision)
             return
         try:
-            name = DiffusionPipeline.load_config(self.model, revision=self.revision).get("_class_name")
+            index = DiffusionPipeline.load_config(self.model, revision=self.revision)
         except (OSError, ValueError) as error:
             redact_error(error)
             raise ValueError(
                 f"editor={redacted(self.model)!r} is neither a folder nor a readable diffusers pipeline on the Hub: "
                 f"{error}"
             ) from error
+        name = index.get("_class_name")
+        if name in POLICIES:
+            check_components(name, index, f"editor={redacted(self.model)!r}")
         kind = getattr(diffusers, str(name), None)
         if kind is not None:  # a pipeline of its repository's own shows only when it is loaded
             self._check_call(kind)

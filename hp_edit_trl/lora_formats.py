@@ -323,10 +323,12 @@ def _checked(lora: Lora, path: Path) -> Lora:
 
 def _family(lora: Lora) -> str | None:
     """
-    The family of transformers that a LoRA is for: `"qwen"`, `"kontext"`, `"klein"`, `"longcat"`, or None if it is
-    unknown. The modules decide; if several families have them, the base model does.
+    The family of transformers that a LoRA is for: `"qwen"`, `"qwen-2.1"`, `"kontext"`, `"klein"`, `"longcat"`, or None
+    if it is unknown. The modules decide; if several families have them, the base model does.
     """
     names = " ".join(lora.names)
+    if re.search(r"\.img_mlp\.(proj|gate_layer|out)( |$)", names):
+        return "qwen-2.1"
     if re.search(r"\.(img|txt)_(mlp|mod)\.", names):
         return "qwen"
     if re.search(r"\.linear_(in|out)|\.to_qkv_mlp_proj|single_transformer_blocks\.\d+\.attn\.to_out( |$)", names):
@@ -342,6 +344,8 @@ def _family(lora: Lora) -> str | None:
         return "longcat"
     if may_be_kontext:
         return "kontext"
+    if "qwenimage21" in kind:
+        return "qwen-2.1"
     return "qwen" if "qwen" in kind else "klein" if "flux2" in kind else "kontext" if "flux" in kind else None
 
 
@@ -355,6 +359,8 @@ def _kohya_names(lora: Lora) -> dict[str, list[str]]:
         )
     if family == "longcat":
         raise ValueError("The names of LongCat's modules in sd-scripts are unknown: use another format.")
+    if family == "qwen-2.1":
+        raise ValueError("The names of Qwen-Image-2.1's modules in sd-scripts are not known: use another format.")
     if family == "qwen":
         return {f"lora_unet_{name.replace('.', '_')}": [name] for name in lora.names}
     table = KLEIN_NAMES if family == "klein" else KONTEXT_NAMES

@@ -1,5 +1,7 @@
 """What several tests need: small cases, rewards that can be worked out by hand, a config for the CPU."""
 
+import json
+
 import numpy as np
 from datasets import Dataset
 from PIL import Image
@@ -58,6 +60,18 @@ def make_config(output_dir, kind=FlowGRPOEditConfig, **kwargs):
         disable_tqdm=True,
     )
     return kind(output_dir=str(output_dir), **{**defaults, **kwargs})
+
+
+def write_model_index(folder) -> None:
+    """What is read of an editor before its weights are."""
+    components = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "vae": ["diffusers", "AutoencoderKLQwenImage"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"], "processor": ["transformers", "Qwen2VLProcessor"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+    }  # fmt: skip
+    index = {"_class_name": "QwenImageEditPlusPipeline", **components}
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def allow_bitsandbytes_on_cpu(monkeypatch) -> None:

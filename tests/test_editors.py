@@ -18,7 +18,7 @@ from hp_edit_trl.editors import (
 from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import policy_class
 from hp_edit_trl.utils.files import file_name
-from tests.helpers import photo
+from tests.helpers import photo, write_model_index
 
 
 IMAGES = [photo(64, 64, 1), photo(96, 64, 2), photo(64, 64, 3)]
@@ -186,6 +186,9 @@ def test_edits_are_read_as_everywhere_and_editors_may_change_what_they_are_given
 
 def test_a_pipeline_that_cannot_be_used_is_told_before_its_weights_are_read(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    with pytest.raises(ValueError, match="editor='.*' has no scheduler, but a QwenImageEditPlusPipeline needs one"):
+        load_editor(str(tmp_path)).check()
+    write_model_index(tmp_path)
     load_editor(str(tmp_path), num_inference_steps=4, true_cfg_scale=1.0).check()
     with pytest.raises(ValueError, match="The call of QwenImageEditPlusPipeline has no num_steps: correct or remove"):
         load_editor(str(tmp_path), num_steps=4).check()

@@ -210,6 +210,14 @@ def test_flux_in_its_original_layout(saved, tmp_path):
     assert_equal(lora, read_lora(tmp_path / "original.safetensors"))
 
 
+def test_qwen_image_21_has_no_names_in_sd_scripts(tmp_path):
+    for module, base in (("img_mlp.proj", None), ("attn.to_q", "Qwen/Qwen-Image-2.1")):
+        name = f"transformer_blocks.0.{module}"
+        lora = Lora({name: torch.ones(2, 4)}, {name: torch.ones(4, 2)}, {name: 2.0}, "diffusers", base)
+        with pytest.raises(ValueError, match="Qwen-Image-2.1's modules in sd-scripts are not known"):
+            write_lora(lora, tmp_path / "kohya.safetensors", "kohya")
+
+
 @pytest.mark.parametrize("family", ["qwen", "klein"])
 def test_attention_alone_is_told_apart_by_the_base_model(saved, tmp_path, family):
     lora = read_lora(saved[family] / "lora")

@@ -6,7 +6,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 def pipeline_sigmas(
-    scheduler: FlowMatchEulerDiscreteScheduler, num_inference_steps: int, num_tokens: int, mu: float | None = None
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    num_inference_steps: int,
+    num_tokens: int,
+    mu: float | None = None,
+    noise_levels: list[float] | None = None,
 ) -> torch.Tensor:
     """
     The noise levels that a pipeline with dynamic shifting visits.
@@ -22,6 +26,8 @@ def pipeline_sigmas(
             Number of packed latent tokens of the target image, the references not counted.
         mu (`float`, *optional*):
             The shift. By default it grows linearly with `num_tokens`, as most pipelines have it.
+        noise_levels (`list[float]`, *optional*):
+            Those before the shift. By default at equal distances.
 
     Returns:
         `torch.Tensor` of shape `(num_inference_steps + 1,)`: decreasing, the last one 0; float32 on the CPU.
@@ -32,7 +38,8 @@ def pipeline_sigmas(
         slope = shifts / (config["max_image_seq_len"] - config["base_image_seq_len"])
         mu = num_tokens * slope + config["base_shift"] - slope * config["base_image_seq_len"]
     fresh = FlowMatchEulerDiscreteScheduler.from_config(config)
-    fresh.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
+    even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+    fresh.set_timesteps(sigmas=even if noise_levels is None else noise_levels, mu=mu)
     return fresh.sigmas.to("cpu", torch.float32)
 
 

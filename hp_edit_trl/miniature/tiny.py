@@ -7,6 +7,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -14,6 +15,8 @@ from diffusers import (
     FluxTransformer2DModel,
     LongCatImageEditPipeline,
     LongCatImageTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
@@ -418,20 +421,8 @@ def tiny_longcat_pipeline(seed: int = 0) -> LongCatImageEditPipeline:
     return pipeline
 
 
-def tiny_judge(folder: str, seed: int = 0) -> str:
-    """
-    Saves a random Qwen3-VL of 1 MB that loads with `AutoModelForImageTextToText` and `AutoProcessor`.
-
-    Args:
-        folder (`str`):
-            Folder to save it in.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the weights.
-
-    Returns:
-        `str`: `folder`.
-    """
-    tokenizer = tiny_tokenizer()
+def _tiny_qwen3_vl(tokenizer: Qwen2TokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
+    """Makes a random Qwen3-VL."""
     special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     config = Qwen3VLConfig(
         text_config={
@@ -463,15 +454,92 @@ def tiny_judge(folder: str, seed: int = 0) -> str:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config)
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(patch_size=16, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64),
+        return Qwen3VLForConditionalGeneration(config)
+
+
+def qwen3_vl_processor(tokenizer: Qwen2TokenizerFast, min_pixels: int, max_pixels: int) -> Qwen3VLProcessor:
+    """
+    Makes a processor that gives 32 x 32 pixels a token, as the real one does.
+
+    Args:
+        tokenizer (`Qwen2TokenizerFast`):
+            A tokenizer of [`tiny_tokenizer`].
+        min_pixels (`int`):
+            Number of pixels that smaller images are enlarged to.
+        max_pixels (`int`):
+            Number of pixels that larger images are reduced to.
+    """
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(
+            patch_size=16, merge_size=2, min_pixels=min_pixels, max_pixels=max_pixels
+        ),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=CHAT_TEMPLATE,
     )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+
+
+def tiny_qwen_image_21_pipeline(num_layers: int = 2, seed: int = 0) -> QwenImage21Pipeline:
+    """
+    Makes a random `QwenImage21Pipeline` of 2 MB. Its VAE divides each side by 16, like the real one.
+
+    Args:
+        num_layers (`int`, *optional*, defaults to `2`):
+            Number of transformer blocks.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights.
+    """
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = QwenImage21Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=num_layers,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            context_in_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = AutoencoderKLQwenImage21(
+            base_dim=8,
+            decoder_base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 2, 2, 2],
+            num_res_blocks=1,
+            latents_mean=[0.1, -0.2, 0.0, 0.3],
+            latents_std=[1.1, 0.9, 1.0, 1.2],
+        )
+    pipeline = QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+        ),
+        vae=vae.eval(),
+        text_encoder=_tiny_qwen3_vl(tokenizer, seed).eval(),
+        processor=qwen3_vl_processor(tokenizer, 32 * 32, 4096 * 4096),
+        transformer=transformer.eval(),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.register_to_config(_native_resolution=64)
+    return pipeline
+
+
+def tiny_judge(folder: str, seed: int = 0) -> str:
+    """
+    Saves a random Qwen3-VL of 1 MB that loads with `AutoModelForImageTextToText` and `AutoProcessor`.
+
+    Args:
+        folder (`str`):
+            Folder to save it in.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights.
+
+    Returns:
+        `str`: `folder`.
+    """
+    tokenizer = tiny_tokenizer()
+    _tiny_qwen3_vl(tokenizer, seed).save_pretrained(folder)
+    qwen3_vl_processor(tokenizer, 64 * 64, 64 * 64).save_pretrained(folder)
     return folder
 
 

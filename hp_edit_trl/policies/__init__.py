@@ -2,11 +2,14 @@
 
 from diffusers import DiffusionPipeline
 
+from .components import check_components
 from .edit_policy import EditConditions, EditPolicy, Example, bucketed
 from .flux2_klein import Flux2KleinPolicy
 from .flux_kontext import FluxKontextPolicy
 from .long_prompts import check_prompt_lengths
 from .longcat_image import LongCatImageEditPolicy
+from .prefixes import Prefixes
+from .qwen_image_21 import QwenImage21Policy
 from .qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
 from .rollout import Trajectory, decode, rollout, rollout_batches
 
@@ -18,12 +21,14 @@ POLICIES: dict[str, type[EditPolicy]] = {
     "FluxKontextPipeline": FluxKontextPolicy,
     "Flux2KleinPipeline": Flux2KleinPolicy,
     "LongCatImageEditPipeline": LongCatImageEditPolicy,
+    "QwenImage21Pipeline": QwenImage21Policy,
 }
 
 
 def policy_class(model: str | DiffusionPipeline, **kwargs) -> type[EditPolicy]:
     """
-    Finds the policy for a pipeline. Only `model_index.json` is read, no weights.
+    Finds the policy for a pipeline, and checks that its components are those of its class. Only `model_index.json` is
+    read, no weights.
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
@@ -32,23 +37,27 @@ def policy_class(model: str | DiffusionPipeline, **kwargs) -> type[EditPolicy]:
             Passed to [`~diffusers.DiffusionPipeline.load_config`], e.g. `revision`.
 
     Raises:
-        `ValueError`: If the model cannot be read as a pipeline, or there is no policy for its class.
+        `ValueError`: If the model cannot be read as a pipeline, there is no policy for its class, or a component is
+            missing or of another class.
     """
     if isinstance(model, str):
         try:
-            name = DiffusionPipeline.load_config(model, **kwargs).get("_class_name")
+            index = DiffusionPipeline.load_config(model, **kwargs)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model={model!r} is not a diffusers pipeline: neither a local folder nor a Hub repository with a "
                 f"readable model_index.json ({error})."
             ) from error
+        name, told = index.get("_class_name"), f"model={model!r}"
     else:
-        name = type(model).__name__
+        index, name = model, type(model).__name__
+        told = f"This {name}"
     if name not in POLICIES:
         raise ValueError(
             f"model={model if isinstance(model, str) else name!r} is a {name}, which is not an edit pipeline that "
             f"can be trained here. Known are: {', '.join(POLICIES)}. docs/adding_a_policy.md shows how to add one."
         )
+    check_components(name, index, told)
     return POLICIES[name]
 
 
@@ -60,10 +69,13 @@ __all__ = [
     "Flux2KleinPolicy",
     "FluxKontextPolicy",
     "LongCatImageEditPolicy",
+    "Prefixes",
+    "QwenImage21Policy",
     "QwenImageEditPlusPolicy",
     "QwenImageEditPolicy",
     "Trajectory",
     "bucketed",
+    "check_components",
     "check_prompt_lengths",
     "decode",
     "policy_class",

@@ -36,6 +36,8 @@ class EditConditions:
             Height and width in pixels of each reference image as the policy sees it.
         tensors (`dict[str, torch.Tensor]`):
             The encodings, named and shaped as their policy needs them, without a batch dimension.
+        layout (`tuple`, *optional*):
+            What else cases of one batch must have in common, e.g. the length of a text that cannot be padded.
     """
 
     height: int
@@ -44,11 +46,12 @@ class EditConditions:
     num_channels: int
     reference_sizes: tuple[tuple[int, int], ...]
     tensors: dict[str, torch.Tensor]
+    layout: tuple = ()
 
     @property
     def bucket(self) -> tuple:
         """Cases with equal buckets may share a batch: all image tokens line up."""
-        return (self.height, self.width, self.reference_sizes)
+        return (self.height, self.width, self.reference_sizes, *self.layout)
 
 
 @dataclass
@@ -115,6 +118,9 @@ class EditPolicy(ABC):
         native_resolution (`int`):
             Side in pixels of the square whose area the pipeline's own edits have, unless `model_index.json` has
             another in `_native_resolution`.
+        has_prefix (`bool`):
+            Whether there is a part of a case's passes that depends neither on the latents nor on their noise level,
+            see [`~EditPolicy.prefix`]. Where it is set to `False` on a policy that has one, each pass computes it.
     """
 
     lora_target_modules: list[str] | str
@@ -130,6 +136,7 @@ class EditPolicy(ABC):
     default_num_inference_steps: int
     guidance_scale: float | None = None
     native_resolution: int = 1024
+    has_prefix: bool = False
 
     def __init__(self, pipeline: DiffusionPipeline, offload_encoders: bool = False):
         self.pipeline = pipeline
@@ -237,6 +244,26 @@ class EditPolicy(ABC):
     @abstractmethod
     def collate(self, conditions: list[EditConditions]) -> dict:
         """Batches cases of one bucket into what [`~EditPolicy.velocity`] takes. Raises `ValueError` if they differ."""
+
+    def prefix(self, model: nn.Module, conditions: EditConditions, true_cfg_scale: float) -> list[torch.Tensor]:
+        """
+        What all passes of a case have in common, whatever the latents and their noise level, e.g. keys and values of
+        tokens that do not see the target. It depends on the weights. With `has_prefix`, callers compute it once for
+        many passes, and add the prefixes of a batch's rows to what [`~EditPolicy.collate`] returned, as `"prefixes"`;
+        cases of that are under `"conditions"`. A pass without them computes them itself, with the same result.
+
+        Args:
+            model (`torch.nn.Module`):
+                The pipeline's transformer, or a wrapper around it.
+            conditions ([`EditConditions`]):
+                The case.
+            true_cfg_scale (`float`):
+                Guidance scale of the passes.
+
+        Returns:
+            `list[torch.Tensor]`: tensors through which gradients flow.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no prefix.")
 
     @abstractmethod
     def velocity(

@@ -12,6 +12,7 @@ from torch import nn
 from ..flow.dynamics import log_prob, transition
 from ..flow.schedule import resampled
 from .edit_policy import EditConditions, EditPolicy, bucketed
+from .prefixes import Prefixes
 
 
 DECODED_PIXELS = 512 * 512  # of all images that are decoded together
@@ -122,14 +123,16 @@ def rollout_batches(
 
     # Latents at the first stochastic step and the prediction there, by the number of the leader
     first_steps: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for members in bucketed(conditions, batch_size):
+    prefixes, batches = Prefixes(policy, true_cfg_scale), bucketed(conditions, batch_size)
+    for number, members in enumerate(batches):
         first = conditions[members[0]]
-        batch = policy.collate([conditions[index] for index in members])
+        batch = before = prefixes.added(policy.collate([conditions[index] for index in members]), model)
         sigmas = policy.sigmas(num_inference_steps, first)
         starts = [leaders[start_generators[index]] for index in members]
         new = [index for index in dict.fromkeys(starts) if index not in first_steps]
         if new:
-            before = batch if new == members else policy.collate([conditions[index] for index in new])
+            if new != members:
+                before = prefixes.added(policy.collate([conditions[index] for index in new]), model)
             latents = torch.stack([_noise(start_generators[index], first) for index in new]).to(policy.device)
             latents = follow_ode(latents, sigmas[: begin + 1], before)
             velocity = policy.velocity(model, latents, sigmas[begin], before, true_cfg_scale) if steps else latents
@@ -153,6 +156,8 @@ def rollout_batches(
             latents = follow_ode(latents, resampled(rest, num_finish_steps), batch, second_order=True)
         else:
             latents = follow_ode(latents, rest, batch)
+        prefixes.keep(conditions[index] for later in batches[number + 1 :] for index in later)
+        batch = before = {}  # or the prefixes would be held while edits are decoded
         none = latents.new_empty((0, *latents.shape[1:]))
         yield (
             members,

@@ -48,6 +48,7 @@ class BaseEditConfig(_BaseConfig):
     num_checkpointed_blocks: int | None
     ema_decay: float | None
     bf16: bool | None
+    ddp_broadcast_buffers: bool | None
 
     def __post_init__(self):
         if self.fsdp:
@@ -61,6 +62,14 @@ class BaseEditConfig(_BaseConfig):
                 "examples/accelerate/fsdp2.yaml`), which shards the transformer, or with DDP (`--multi_gpu`), where "
                 "each process holds the whole transformer."
             )
+        # A transformer's buffers are constants, and DDP would broadcast them in each pass, of which the processes may
+        # make different numbers.
+        if self.ddp_broadcast_buffers:
+            raise ValueError(
+                "ddp_broadcast_buffers=True is not supported, because processes may make different numbers of passes: "
+                "leave it out."
+            )
+        self.ddp_broadcast_buffers = False
         is_sharded = check_fsdp()
         # TRL's default is refused where there is no GPU for it; a value that was given is used as it is.
         falls_back = self.bf16 is None and not self.fp16 and not self.use_cpu and lacks_bfloat16()

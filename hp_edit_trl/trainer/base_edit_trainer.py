@@ -213,6 +213,7 @@ class BaseEditTrainer(_BaseTrainer):
             check_same_weights(model)  # which DDP would make equal, if it took care of them
         if self._is_sharded:
             shard(model, args.device)
+            self.policy.has_prefix = False  # the processes would make different numbers of passes with gradients
         self._stream = BlockStream(model, args.device) if args.offload_transformer else None
         super().__init__(model=model, args=args, **kwargs)
         self._copies = {"ema": AdapterCopy(model)} if args.ema_decay is not None else {}

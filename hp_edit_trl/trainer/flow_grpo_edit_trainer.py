@@ -226,6 +226,7 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
                 left -= 1
                 sync = contextlib.nullcontext() if left == 0 else self.accelerator.no_sync(model)
                 with sync, self.compute_loss_context_manager():
+                    batch = self._prefixes.added(batch, model, left == 0 and self.accelerator.sync_gradients)
                     mean, std = self._transition(model, before[k], path, step, batch)
                     log_probs = log_prob(self.args.dynamics, after[k + 1], mean[rows], std)
                     log_ratio = log_probs - old_log_probs[k]
@@ -240,6 +241,7 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
                         losses = losses / (path.sigmas[step] - path.sigmas[step + 1])
                     if self.args.beta != 0.0:
                         with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), None):
+                            batch = self._other_prefixes["reference"].added(batch, self.model)
                             mean_ref, _ = self._transition(self.model, before[k], path, step, batch)
                         kl = kl_divergence(mean, mean_ref, std)[rows]
                         losses = losses + self.args.beta * kl_weights * kl

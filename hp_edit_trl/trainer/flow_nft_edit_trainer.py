@@ -182,13 +182,16 @@ class FlowNFTEditTrainer(OnlineEditTrainer):
             sync = contextlib.nullcontext() if left == 0 else self.accelerator.no_sync(model)
             with sync, self.compute_loss_context_manager():
                 with torch.no_grad(), self._copies["old"].applied():
+                    batch = self._other_prefixes["old"].added(batch, self.model)
                     old_velocity = policy.velocity(self.model, latents, sigmas, batch, self.true_cfg_scale)
+                batch = self._prefixes.added(batch, model, left == 0 and self.accelerator.sync_gradients)
                 velocity = policy.velocity(model, latents, sigmas, batch, self.true_cfg_scale)
                 losses = nft_loss(velocity, old_velocity, clean, noise, sigmas, optimal, args.nft_beta)
                 # The scale of the paper: a gradient does not depend on either at the old policy.
                 losses = losses * args.adv_clip_max / args.nft_beta
                 if args.beta != 0.0:
                     with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), None):
+                        batch = self._other_prefixes["reference"].added(batch, self.model)
                         reference = policy.velocity(self.model, latents, sigmas, batch, self.true_cfg_scale)
                     kl = (velocity - reference).square().flatten(1).mean(1)
                     losses = losses + args.beta * kl

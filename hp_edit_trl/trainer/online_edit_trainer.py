@@ -38,7 +38,7 @@ from ..cases import BadCaseError, check_cases, check_references, max_references
 from ..judges import FailureLimit, JudgeRefusedError, JudgeTally
 from ..judges.base import fit_image
 from ..judges.failures import REFUSED
-from ..policies import EditConditions, Trajectory, check_prompt_lengths, decode
+from ..policies import EditConditions, Prefixes, Trajectory, check_prompt_lengths, decode
 from ..rewards import Reward, Rewards
 from ..rewards.base import check_reward_tasks, load_reward
 from ..rewards.checks import (
@@ -60,6 +60,7 @@ from .completions import log_completions_table
 from .hub import completions_scheduler
 from .lora import check_peft_config, prepare_lora
 from .online_edit_config import OnlineEditConfig
+from .prefixes import TrainedPrefixes
 from .same_run import check_same_run
 
 
@@ -209,6 +210,11 @@ class OnlineEditTrainer(BaseEditTrainer):
         )
         self.policy.place(self.accelerator.device)
 
+        # Prefixes of cases in an update, where the policy has them: of passes that are trained, and of those through
+        # the old policy and the model without its adapter
+        self._prefixes = TrainedPrefixes(self.policy, self.true_cfg_scale, self.accelerator.no_sync)
+        self._other_prefixes = {name: Prefixes(self.policy, self.true_cfg_scale) for name in ("old", "reference")}
+
         # Number of microbatches trained so far, and the samples that the present ones are taken from
         self._step = 0
         self._buffered_samples: list[Sample] | None = None
@@ -313,6 +319,7 @@ class OnlineEditTrainer(BaseEditTrainer):
     def train(self, *args: Any, **kwargs: Any):
         # A new run starts with a new generation batch, even if an earlier run of this trainer left samples over.
         self._step, self._buffered_samples = 0, None
+        self._prefixes.clear()
         self._reset_watch()
         output = super().train(*args, **kwargs)
         if self._completions_upload is not None:
@@ -358,10 +365,16 @@ class OnlineEditTrainer(BaseEditTrainer):
         return [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
 
     def _ordered(self, samples: list[Sample], generator: torch.Generator) -> list[Sample]:
-        """Shuffles samples. Those without a pass come first in each update."""
+        """
+        Shuffles samples. Those without a pass come first in each update; where passes share the prefix of a case,
+        those of a case come one after the other.
+        """
         samples = self._shuffled(samples, generator)
         size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         updates = [samples[start : start + size] for start in range(0, len(samples), size)]
+        if self.policy.has_prefix:
+            places = {case_id: i for i, case_id in enumerate(dict.fromkeys(sample.case_id for sample in samples))}
+            updates = [sorted(update, key=lambda sample: places[sample.case_id]) for update in updates]
         return [sample for update in updates for sample in sorted(update, key=self._learns)]
 
     def _rollout(
@@ -768,6 +781,11 @@ class OnlineEditTrainer(BaseEditTrainer):
         model.train()
         with self._timed("train"), self._without_casts():
             loss = self._accumulate_gradients(model, samples, update)
+            later = (self._buffered_samples or [])[size * (microbatch + 1) : size * end]
+            still_needed = [sample.conditions for sample in later if self._learns(sample)]
+            self._prefixes.keep(still_needed)
+            for prefixes in self._other_prefixes.values():
+                prefixes.keep(still_needed)
             learns = any(map(self._learns, samples))
             self._drop_bad_update(loss, [sample.case_id for sample in samples], learns)
         self._step += 1
@@ -997,12 +1015,14 @@ class OnlineEditTrainer(BaseEditTrainer):
             self._step = operator.index(state["step"])
             if state["samples"] is None:
                 return
+            # Samples of a case had one encoding, and have one in the file.
+            cases = {id(s["conditions"]): EditConditions(**s["conditions"]) for s in state["samples"]}
             self._buffered_samples = [
                 Sample(
                     case_id=sample["case_id"],
                     group=sample["group"],
                     number=sample["number"],
-                    conditions=EditConditions(**sample["conditions"]),
+                    conditions=cases[id(sample["conditions"])],
                     trajectory=Trajectory(**{**sample["trajectory"], "steps": range(*sample["trajectory"]["steps"])}),
                     advantage=sample["advantage"],
                     kl_weight=sample["kl_weight"],

@@ -119,8 +119,8 @@ class TrainingPlan:
             CPU memory while loading: `page_cache` of the weights' files, which the processes of a node share, also
             where the weights have to be converted, and `per_process`.
         update (`dict`):
-            Of one update: passes through the transformer, floating-point operations of each process, seconds, calls
-            of the judge.
+            Of one update: passes through the transformer, prefixes of cases that are computed once for many of them,
+            floating-point operations of each process, seconds, calls of the judge.
         run (`dict`):
             Of the whole run: number of updates, hours, GPU-hours, cost, calls of the judge; `None` where unknown.
         checkpoint (`dict[str, int]`):
@@ -320,9 +320,11 @@ def _update(figures: dict[str, Any], args: Any, card: Card, utilization: float, 
     rollout_passes = counts.get("rollout", {}).get("passes", 0) * times["rollout"] * world
     trained_passes = training["passes"] * times["training"] * world
     forward = training["forward"] / training["passes"]  # of one pass
+    prefixes = sum(counts.get(name, {}).get("prefixes", 0) * times.get(name, 0) for name in ("rollout", "training"))
     return {
         "rollout_passes": round(rollout_passes),
         "trained_passes": round(trained_passes),
+        "prefixes": round(prefixes * world),
         "forward_equivalents": round(rollout_passes + _flops(training) / forward * times["training"] * world),
         "judge_calls": round(judge_calls),
         "flops": flops,
@@ -446,7 +448,7 @@ def plan_text(plan: TrainingPlan) -> str:
         "weights": (*plan.weights.keys() - {"adapter"},),
         "adapter": ("adapter", "gradients", "gradient buckets", "optimizer"),
         "samples": ("samples",),
-        "activations": ("activations",),
+        "activations": ("activations", "prefixes"),
     }
     table = Table("GiB on the card", *kinds, "peak", "needed", "", box=box.SIMPLE_HEAD)
     for column in table.columns[1:-1]:
@@ -475,10 +477,13 @@ def plan_text(plan: TrainingPlan) -> str:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
+    shared = (
+        f" The prefixes of cases are computed {plan.update['prefixes']:,} times." if plan.update["prefixes"] else ""
+    )
     console.print(
         f"Passes through the transformer: {plan.update['rollout_passes']:,} in rollout and "
         f"{plan.update['trained_passes']:,} trained ones, together as much as {plan.update['forward_equivalents']:,} "
-        f"forward passes. Calls of the judge: {plan.update['judge_calls']:,}. Seconds at a utilization of "
+        f"forward passes.{shared} Calls of the judge: {plan.update['judge_calls']:,}. Seconds at a utilization of "
         f"{plan.utilization:.0%}, without waiting, saving and evaluation."
     )
     run = plan.run

@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -20,8 +21,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, TrainingArguments
+from trl.trainer.utils import use_adapter
 
 from ..policies import EditConditions, EditPolicy, policy_class
 from ..utils.dry_run import CARD, HOST, DryRun
@@ -322,6 +324,7 @@ class Rehearsal:
             # the PartialState.
             stack.enter_context(mock.patch.object(PartialState(), "device", CARD))
             trainer.accelerator.state.device = CARD
+            trainer.policy.has_prefix &= not self.is_sharded
             return self._follow(trainer, light)
 
     def _follow(self, trainer: Any, light: bool) -> dict[str, Any]:
@@ -345,8 +348,8 @@ class Rehearsal:
                 dry.hold("transformer", shard)
             for module in model.modules():  # tables that modules move in their first pass
                 for name, table in vars(module).items():
-                    if isinstance(table, torch.Tensor):
-                        setattr(module, name, table.to(CARD))
+                    if isinstance(table, torch.Tensor | list) and _tensors(table):
+                        setattr(module, name, tree_map_only(torch.Tensor, lambda part: part.to(CARD), table))
                         dry.hold("transformer", getattr(module, name))
             policy.place(CARD)
             dry.hold("transformer", [t for t in _weights(model.get_base_model()) if not t.requires_grad])
@@ -445,11 +448,9 @@ class Rehearsal:
         """What runs without gradients takes the same each time that its shapes are the same: it is run once."""
         dry, policy, model = self.dry, trainer.policy, trainer.model
         encode, encode_image, decode, velocity = policy.encode, policy.encode_image, policy.decode, policy.velocity
+        prefix = policy.prefix
         adapted = next(iter(lora_layers(model).values()))
         run = tuple(model.get_base_model().config.get(name) for name in LAYERS)
-
-        def count_passes(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            dry.count("passes", len(kwargs["hidden_states"]))
 
         def shapes(values: Any) -> tuple:
             return tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(values))
@@ -471,19 +472,30 @@ class Rehearsal:
             dry.rename("activations", "samples")
             return dry.once(("decode", shapes(latents)), lambda: decode(latents, conditions))
 
+        def prefix_once(module: nn.Module, conditions: EditConditions, scale: float) -> list[torch.Tensor]:
+            dry.count("prefixes", 1)
+            if torch.is_grad_enabled():
+                return prefix(module, conditions, scale)
+            key = ("prefix", args_key, run, *weights_state(scale), shapes(conditions.tensors))
+            tensors = dry.once(key, lambda: prefix(module, conditions, scale))
+            dry.hold("prefixes", tensors)
+            return tensors
+
+        def weights_state(scale: float) -> tuple:
+            return (scale > 1, adapted.disable_adapters, torch.is_autocast_enabled("cpu"))
+
         def velocity_once(module: nn.Module, latents: Any, sigma: Any, batch: dict, scale: float) -> torch.Tensor:
+            dry.count("passes", len(latents) * (2 if scale > 1 else 1))
             if torch.is_grad_enabled():
                 return velocity(module, latents, sigma, batch, scale)
             if not adapted.disable_adapters:  # else in the middle of a step
                 dry.rename("activations", "samples")
-            state = (scale > 1, adapted.disable_adapters, torch.is_autocast_enabled("cpu"))
-            key = ("velocity", args_key, run, *state, shapes([latents, sigma, batch]))
+            key = ("velocity", args_key, run, *weights_state(scale), shapes([latents, sigma, batch]))
             return dry.once(key, lambda: velocity(module, latents, sigma, batch, scale))
 
         args_key = (trainer.args.bf16, trainer.args.fp16, trainer.args.offload_transformer)
-        model.get_base_model().register_forward_pre_hook(count_passes, with_kwargs=True)
         policy.encode, policy.encode_image = encode_once, encode_image_once
-        policy.decode, policy.velocity = decode_once, velocity_once
+        policy.decode, policy.velocity, policy.prefix = decode_once, velocity_once, prefix_once
 
     def _follow_online(self, trainer: Any, trained: list[nn.Parameter], light: bool) -> dict[str, int]:
         args, dry, group = trainer.args, self.dry, trainer.num_generations
@@ -532,22 +544,30 @@ class Rehearsal:
         dry.hold("samples", other)
 
         # One trained step or noise level of each microbatch, as if others of its update had come before; those that
-        # make passes of the same sizes take the same. Where samples share the first step, the mean over all.
-        samples = trainer._buffered_samples
+        # make passes of the same sizes take the same. Where samples share the first step or a prefix, the mean over
+        # all.
+        samples, shares = trainer._buffered_samples, trainer.policy.has_prefix
         if not is_grpo:
-            args.num_train_sigmas = 1
-        elif not args.same_latent:
+            args.num_train_sigmas = args.num_train_sigmas if shares else 1
+        elif not (args.same_latent or shares):
             start = samples[0].trajectory.steps.start
             samples = [replace(s, trajectory=replace(s.trajectory, steps=range(start, start + 1))) for s in samples]
         size, accumulate, this = args.per_device_train_batch_size, trainer._accumulate_gradients, object()
 
         def accumulate_once(module: nn.Module, samples: list[Any], update: list[Any]) -> torch.Tensor:
+            cases = [sample.conditions for sample in samples]
             if is_grpo:
                 passes = [tuple(map(len, one)) for one in trainer._passes(samples, update)]
             else:
                 passes = [(len(one),) for one in trainer._passes(samples)]
-            return dry.once((this, *passes), lambda: accumulate(module, samples, update))
+            if shares:
+                prefixes.begin(cases)
+            return dry.once((this, len(set(map(id, cases))), *passes), lambda: accumulate(module, samples, update))
 
+        prefixes = _Prefixes(dry, trainer)
+        if shares:
+            trainer._prefixes = prefixes
+            trainer._other_prefixes = dict.fromkeys(trainer._other_prefixes, prefixes)
         trainer._buffered_samples, trainer._accumulate_gradients = samples, accumulate_once
         self._make_gradients(trained)
         starts = range(0, size if light else len(samples), size)
@@ -556,7 +576,8 @@ class Rehearsal:
             trainer._prepare_inputs = lambda _, start=start: samples[start : start + size]
             trainer.training_step(trainer.model, [])
         trainer.optimizer.zero_grad()
-        _divide(dry.phases["training"].counts, (len(samples[0].trajectory.steps) if is_grpo else 1) * len(starts))
+        each = len(samples[0].trajectory.steps) if is_grpo else args.num_train_sigmas
+        _divide(dry.phases["training"].counts, each * len(starts))
 
         trainer._current_eval_dataset = trainer.train_dataset
         with dry.measured("evaluation"):
@@ -589,6 +610,64 @@ class Rehearsal:
         rows = range(min(trainer.args.num_sample_edits, len(trainer.train_dataset)))
         if rows:
             trainer.sample_edits([trainer._read_case(trainer.train_dataset, row) for row in rows])
+
+
+class _Prefixes:
+    """
+    Stands in for a trainer's prefixes of cases in the training of a dry run, where a microbatch like one before is not
+    run. What computing a prefix and its backward pass take is counted when a case begins; what is kept of it is held
+    until the case ends.
+
+    Args:
+        dry ([`DryRun`]):
+            The dry run.
+        trainer ([`FlowGRPOEditTrainer`] or [`FlowNFTEditTrainer`]):
+            The trainer.
+    """
+
+    def __init__(self, dry: DryRun, trainer: Any):
+        self.dry, self.trainer = dry, trainer
+        self._kept: dict[int, list[Any]] = {}
+
+    def begin(self, cases: list[EditConditions]) -> None:
+        """Counts and holds the prefixes of those cases that have none yet."""
+        trainer, policy = self.trainer, self.trainer.policy
+        for case in cases:
+            if id(case) in self._kept:
+                continue
+            with trainer.compute_loss_context_manager():
+                leaves, graph = self.dry.once((self, "prefix"), partial(self._trained, case))
+                others = []
+                with torch.no_grad():
+                    if "old" in trainer._copies:
+                        others.append(policy.prefix(trainer.model, case, trainer.true_cfg_scale))
+                    if trainer.args.beta != 0.0:
+                        with use_adapter(trainer.model, None):
+                            others.append(policy.prefix(trainer.model, case, trainer.true_cfg_scale))
+            trained = [leaf.requires_grad_() for leaf, is_trained in leaves if is_trained]
+            for leaf in trained:
+                leaf.register_post_accumulate_grad_hook(lambda leaf: setattr(leaf, "grad", None))
+            sums = [torch.empty_like(leaf, dtype=torch.float32) for leaf in trained]
+            self._kept[id(case)] = [[leaf for leaf, _ in leaves], graph, sums, others]
+            self.dry.hold("prefixes", self._kept[id(case)])
+
+    def _trained(self, case: EditConditions) -> Any:
+        """A prefix, and what takes the place of its graph."""
+        before = self.dry.total
+        tensors = self.trainer.policy.prefix(self.trainer.model, case, self.trainer.true_cfg_scale)
+        size = self.dry.total - before - _bytes(tensors)
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+        torch.autograd.backward(trained, [torch.empty_like(tensor) for tensor in trained])
+        return [(tensor.detach(), tensor.requires_grad) for tensor in tensors], torch.empty(
+            size, dtype=torch.uint8, device=CARD
+        )
+
+    def added(self, batch: dict, *_: Any) -> dict:
+        return {**batch, "prefixes": [self._kept[id(case)][0] for case in batch["conditions"]]}
+
+    def keep(self, conditions: list[EditConditions]) -> None:
+        wanted = set(map(id, conditions))
+        self._kept = {key: kept for key, kept in self._kept.items() if key in wanted}
 
 
 def _empty_judge(judge: str, revision: str | None) -> nn.Module:

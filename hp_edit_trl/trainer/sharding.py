@@ -183,7 +183,7 @@ def wrap(model: PeftModel, find_unused_parameters: bool) -> DistributedDataParal
     """
     names = [name for name, weight in model.named_parameters() if not weight.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    return DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
+    return DistributedDataParallel(model, find_unused_parameters=find_unused_parameters, broadcast_buffers=False)
 
 
 @torch.no_grad()

@@ -179,11 +179,24 @@ class Meter(TorchDispatchMode):
 
 @dataclass
 class _Shape:
-    """What is kept of a tensor."""
+    """What is kept of a tensor: of masks and numbers of tokens the values, too."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    known: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Shape":
+        known = None if tensor.is_floating_point() else _values(tensor)
+        return cls(tensor.shape, tensor.dtype, tensor.device, known)
+
+    def made(self) -> torch.Tensor:
+        """A new tensor like it."""
+        tensor: Any = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if self.known is not None:
+            tensor.known = self.known
+        return tensor
 
 
 class DryRun(Meter):
@@ -237,14 +250,14 @@ class DryRun(Meter):
             finally:
                 self.phase = outer
             extra = {part: size - parts.get(part, 0) for part, size in inner.parts.items()}
-            shapes = tree_map_only(torch.Tensor, lambda t: _Shape(t.shape, t.dtype, t.device), result)
+            shapes = tree_map_only(torch.Tensor, _Shape.of, result)
             self._once[key] = shapes, inner.peak - total, extra, dict(inner.counts)
             peak, parts = inner.peak, inner.parts
         else:
             shapes, more, extra, _ = self._once[key]
             peak = self.total + more
             parts = {part: self.parts.get(part, 0) + extra.get(part, 0) for part in {*self.parts, *extra}}
-            result = tree_map_only(_Shape, lambda s: torch.empty(s.shape, dtype=s.dtype, device=s.device), shapes)
+            result = tree_map_only(_Shape, _Shape.made, shapes)
         if peak > outer.peak:
             outer.peak, outer.parts = peak, parts
         for name, number in self._once[key][3].items():
@@ -318,7 +331,7 @@ class DryRun(Meter):
 
 
 class _Functions(TorchFunctionMode):
-    """Within it, tensors without bytes can be made arrays (of zeros), and autocast on the CPU is that of CUDA."""
+    """Within it, tensors without bytes can be made arrays and lists, and autocast on the CPU is that of CUDA."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -326,16 +339,30 @@ class _Functions(TorchFunctionMode):
         if name == "numpy" and isinstance(args[0], FakeTensor):
             with unset_fake_temporarily():
                 return np.zeros(tuple(args[0].shape), torch.empty(0, dtype=args[0].dtype).numpy().dtype)
+        if name == "tolist" and isinstance(args[0], FakeTensor):
+            values = _values(args[0])
+            with unset_fake_temporarily():
+                return (torch.ones(args[0].shape, dtype=args[0].dtype) if values is None else values).tolist()
         if name in ("tensor", "as_tensor", "new_tensor"):
+            # A list may hold numbers that are tensors.
+            args = tuple(
+                tree_map_only(FakeTensor, lambda t: t.item(), arg) if isinstance(arg, list) else arg for arg in args
+            )
             device = kwargs.get("device") or (args[0].device if name == "new_tensor" else HOST)
             if torch.device(device) == CARD:  # they take both devices for the same
                 return func(*args, **{**kwargs, "device": HOST}).to(CARD)
         if name == "backward":
-            # `Tensor.backward` would leave this mode, but gradient checkpointing repeats forward passes in it.
-            gradient = kwargs["gradient"] if kwargs.get("gradient") is not None else torch.ones_like(args[0])
+            # It would leave this mode, but gradient checkpointing repeats forward passes in it.
+            tensors: list[Any] = [args[0]]
+            gradients: list[Any] = [kwargs.get("gradient")]
+            if not isinstance(args[0], torch.Tensor):  # `torch.autograd.backward`
+                tensors, gradients = list(args[0]), list(kwargs["grad_tensors"])
+            for place, tensor in enumerate(tensors):
+                if gradients[place] is None:
+                    gradients[place] = torch.ones_like(tensor)
             engine, keep = torch.autograd.Variable._execution_engine, bool(kwargs.get("retain_graph"))
             with self:
-                return engine.run_backward((args[0],), (gradient,), keep, False, (), True, True)
+                return engine.run_backward(tuple(tensors), tuple(gradients), keep, False, (), True, True)
         if not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
         if name in IN_FLOAT32:

@@ -16,14 +16,20 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from hp_edit_trl.miniature.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_kontext_pipeline, tiny_tokenizer
+from hp_edit_trl.miniature.tiny import (
+    CHAT_TEMPLATE,
+    SPECIAL_TOKENS,
+    qwen3_vl_processor,
+    tiny_kontext_pipeline,
+    tiny_tokenizer,
+)
 
 
 CONFIGS = Path(__file__).parent
 # Layers of the text encoders in dry runs; FLUX.2-klein reads the 27th.
 SHORT = {
     "qwen_image_edit": 2, "qwen_image_edit_2509": 2, "qwen_image_edit_2511": 2, "flux_kontext": 2,
-    "flux2_klein_4b": 28, "flux2_klein_9b": 28, "longcat_image_edit": 2,
+    "flux2_klein_4b": 28, "flux2_klein_9b": 28, "longcat_image_edit": 2, "qwen_image_21": 2,
 }  # fmt: skip
 
 
@@ -35,7 +41,10 @@ def _described(name: str, short: bool) -> dict[str, Any]:
             part = config.get("text_config", config)
             part["num_layers" if config["model_type"] == "t5" else "num_hidden_layers"] = SHORT[name]
             if "vision_config" in config:
-                config["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0]}
+                config["vision_config"] |= {
+                    "depth": 1,
+                    "deepstack_visual_indexes" if config["model_type"] == "qwen3_vl" else "fullatt_block_indexes": [0],
+                }
     return described
 
 
@@ -88,6 +97,8 @@ def full_size_folder(name: str, folder: Path, short: bool = True) -> str:
                 video_processor=Qwen2VLVideoProcessor(),
                 chat_template=CHAT_TEMPLATE,
             ).save_pretrained(folder / component)
+        elif class_name == "Qwen3VLProcessor":
+            qwen3_vl_processor(tokenizer, 256 * 256, 4096 * 4096).save_pretrained(folder / component)
         elif "Qwen2Tokenizer" in class_name:
             tokenizer.save_pretrained(folder / component)
         elif "Tokenizer" in class_name:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from hp_edit_trl import FlowGRPOEditTrainer
 from hp_edit_trl.flow.dynamics import log_prob, transition
 from hp_edit_trl.policies import EditConditions, bucketed, decode, edit_policy, policy_class, rollout
+from hp_edit_trl.utils.images import to_rgb
 from tests.helpers import make_cases, make_config, photo, redness
 
 
@@ -76,7 +77,7 @@ class PolicyContract:
 
     def test_the_cards_example_edits_at_the_resolution_of_training(self, policy):
         example = policy.example_of_size(self.resolution)
-        if not example.lines:
+        if not example.arguments:
             assert "one megapixel" in example.difference
             return
         names = {"image": photo(*self.wide)}
@@ -84,7 +85,7 @@ class PolicyContract:
         arguments = {name: eval(code, names) for name, code in example.arguments.items()}
         arguments |= policy.call_arguments(1.0, "")
         pipeline, steps = policy.pipeline, dict(prompt="Blur", num_inference_steps=2)
-        edit = pipeline(image=names["image"], generator=generator(3), **steps, **arguments).images[0]
+        edit = to_rgb(pipeline(image=names["image"], generator=generator(3), **steps, **arguments).images[0])
         height, width = policy.target_size([photo(*self.wide)], self.resolution)
         assert edit.size == (width, height)
         images, kwargs = [photo(*self.wide)], dict(steps=2, generator=generator(3))
@@ -120,6 +121,7 @@ class PolicyContract:
     def test_control_tokens_in_a_prompt_are_read_as_text(self, policy):
         pipeline = policy.pipeline
         tokenizers = [getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2") if hasattr(pipeline, name)]
+        tokenizers = tokenizers or [pipeline.processor.tokenizer]
         images = [photo(*self.square)]
 
         def encode(prompt):
@@ -159,7 +161,7 @@ class PolicyContract:
             rows, columns = policy.target_size([photo(width, height)], 512)
             assert rows % 16 == columns % 16 == 0
             assert columns / rows == pytest.approx(width / height, rel=0.06)
-            assert rows * columns == pytest.approx(512 * 512, rel=0.06)
+            assert rows * columns == pytest.approx(512 * 512, rel=0.07)
 
     # Conditions
 
@@ -182,11 +184,13 @@ class PolicyContract:
         assert latents.shape == (conditions.num_tokens, conditions.num_channels)
         assert torch.equal(latents, conditions.tensors["image_latents"])
         (decoded,) = policy.decode(latents[None], conditions)
+        image = image.convert("RGBA") if vae.config.get("in_channels") == 4 else image
         pixels = policy.pipeline.image_processor.preprocess(image, *size)
         video = "Qwen" in type(vae).__name__
         with torch.no_grad():
             expected = vae.decode(vae.encode(pixels[:, :, None] if video else pixels).latent_dist.mode()).sample
         (expected,) = policy.pipeline.image_processor.postprocess(expected[:, :, 0] if video else expected)
+        expected = to_rgb(expected)
         assert np.abs(np.asarray(decoded, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
     def test_encoders_are_moved_only_while_in_use(self, monkeypatch):
@@ -283,7 +287,8 @@ class PolicyContract:
         accepted = inspect.signature(type(trainer.policy.pipeline).__call__).parameters
         assert set(keywords) <= set(accepted) and {"image", "prompt", "num_inference_steps"} <= set(keywords)
         scale = keywords.get("true_cfg_scale", keywords.get("guidance_scale"))
-        assert ast.literal_eval(scale) in (trainer.true_cfg_scale, trainer.policy.guidance_scale)
+        scale = accepted["true_cfg_scale"].default if scale is None else ast.literal_eval(scale)
+        assert scale in (trainer.true_cfg_scale, trainer.policy.guidance_scale)
 
     def test_guidance_where_it_is_no_input(self, tmp_path, policy):
         if policy.guidance_scale is not None:

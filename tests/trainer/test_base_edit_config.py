@@ -28,6 +28,9 @@ def test_launches_that_do_not_work_are_refused_with_a_remedy(config, tmp_path, m
         config(**options, fsdp="full_shard")
     with pytest.raises(ValueError, match="DeepSpeed is not supported.*fsdp2.yaml"):
         config(**options, deepspeed={"zero_optimization": {}})
+    with pytest.raises(ValueError, match="ddp_broadcast_buffers=True is not supported.*different numbers of passes"):
+        config(**options, ddp_broadcast_buffers=True)
+    assert config(**options).ddp_broadcast_buffers is False  # a pass more on one process would wait for the others
     for variables, message in (
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 1, but only version 2.*accelerate to-fsdp2"),

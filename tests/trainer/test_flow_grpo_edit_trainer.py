@@ -19,7 +19,7 @@ from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward,
 from hp_edit_trl.flow.dynamics import log_prob, transition
 from hp_edit_trl.miniature.tiny import tiny_judge, tiny_pipeline
 from hp_edit_trl.policies import edit_policy
-from tests.helpers import make_cases, make_config, photo, redness
+from tests.helpers import make_cases, make_config, photo, redness, write_model_index
 
 
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -628,7 +628,7 @@ def test_unknown_tasks_and_dead_judges_show_before_the_policy_is_loaded(tmp_path
     )
     base = tmp_path / "base"
     base.mkdir()
-    (base / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
+    write_model_index(base)
     scorer = HPScorerReward(tiny_judge(str(tmp_path / "judge")))
     wrong = make_cases().map(lambda row: {"task": "removal"})
     with pytest.raises(ValueError, match="No scorer prompt for the task 'removal'. There are prompts for: add, "):

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from hp_edit_trl.editors import PolicyEditor
-from hp_edit_trl.miniature.tiny import tiny_klein_pipeline, tiny_kontext_pipeline, tiny_pipeline
+from hp_edit_trl.miniature.tiny import (
+    tiny_klein_pipeline,
+    tiny_kontext_pipeline,
+    tiny_pipeline,
+    tiny_qwen_image_21_pipeline,
+)
 from hp_edit_trl.policies import policy_class
 from tests.helpers import make_cases
 from tests.processes import Script
@@ -237,7 +242,9 @@ def test_the_others_say_that_a_rank_was_killed(ran):
     assert "rank 0 says: Another process of this run has stopped, and process 0 cannot go on" in done.stdout
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, tiny_kontext_pipeline, tiny_klein_pipeline])
+@pytest.mark.parametrize(
+    "make", [tiny_pipeline, tiny_kontext_pipeline, tiny_klein_pipeline, tiny_qwen_image_21_pipeline]
+)
 def test_blocks_are_used_in_the_order_in_which_empty_passes_gather_them(make):
     """An empty pass gathers the blocks in the order of `modules()`."""
     pipeline = make()

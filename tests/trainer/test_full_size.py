@@ -45,6 +45,7 @@ def folder(tmp_path_factory):
         "qwen_image_edit_2509_24gb",
         "flux_kontext",
         "flux2_klein_4b",
+        "qwen_image_21",
     ],
 )
 def test_every_recipe_fits_the_card_that_it_names(recipe, folder):
@@ -72,7 +73,7 @@ def test_every_recipe_fits_the_card_that_it_names(recipe, folder):
         assert figures["weights"]["transformer"] < 0.3 * rehearsal.file_bytes
         return
     # What the published models have, within what the configurations leave out
-    billions = {"qwen_image_edit_2509": 20.4, "flux_kontext": 11.9, "flux2_klein_4b": 3.9}
+    billions = {"qwen_image_edit_2509": 20.4, "flux_kontext": 11.9, "flux2_klein_4b": 3.9, "qwen_image_21": 7.1}
     assert figures["weights"]["transformer"] / 2e9 == pytest.approx(billions[name], rel=0.02)
 
 

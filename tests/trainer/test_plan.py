@@ -14,7 +14,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TrainerCallback
 
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, FlowNFTEditConfig, FlowNFTEditTrainer
-from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline
+from hp_edit_trl.miniature.tiny import tiny_kontext_pipeline, tiny_pipeline, tiny_qwen_image_21_pipeline
 from hp_edit_trl.policies import FluxKontextPolicy, QwenImageEditPlusPolicy
 from hp_edit_trl.trainer.plan import CARDS, TrainingPlan, advice, advice_text, judged, parse_card, plan_training
 from hp_edit_trl.trainer.rehearsal import QuantizedLinear, Rehearsal, _prompt, alone
@@ -150,6 +150,30 @@ def test_nft(tmp_path):
     assert plan.phases["training"]["parts"]["adapter copies"] == 2 * plan.weights["adapter"]
     assert plan.checkpoint["adapter copies"] == 2 * plan.weights["adapter"]
     assert plan.settings["num_train_sigmas"] == 2 and "sde_window_size" not in plan.settings
+
+
+def test_a_prefix_is_counted_once_for_each_case_and_update(tmp_path):
+    pipeline = tiny_qwen_image_21_pipeline()
+    options = {"gradient_checkpointing": True, "gradient_accumulation_steps": 4, "max_steps": 1}
+    with alone(1):
+        args = grpo_config(tmp_path, **options)
+        lora = LoraConfig(r=4, target_modules=LAYERS)
+        rehearsal = Rehearsal(FlowGRPOEditTrainer, pipeline, {}, lora, prompt_tokens=30)
+        figures = rehearsal._run(args, dict(rehearsal.blocks), light=False)
+    cases = Dataset.from_list([{"prompt": rehearsal.prompt, "image": Image.new("RGB", (64, 64))}] * 2)
+    trainer = FlowGRPOEditTrainer(
+        pipeline, lambda completions, **_: [float(i**2) for i in range(len(completions))],
+        grpo_config(tmp_path, **options), cases, peft_config=lora,
+    )  # fmt: skip
+    meter = Meter()
+    trainer._timed = lambda phase: meter.measured({"train": "training"}.get(phase, phase))
+    with meter:
+        trainer.train()
+    for phase, times in (("rollout", 1), ("training", 4 * 2)):  # microbatches, steps
+        counts = figures["phases"][phase]["counts"]
+        assert counts.pop("prefixes") * times == 2  # cases
+        assert counts.pop("passes") * times == (2 * 4 * 4 if phase == "rollout" else 8 * 2)
+        assert {kind: round(number * times) for kind, number in counts.items()} == meter.phases[phase].counts
 
 
 def test_runs_with_few_blocks_tell_what_many_take(measured):
