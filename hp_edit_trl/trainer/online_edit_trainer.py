@@ -164,9 +164,10 @@ class OnlineEditTrainer(BaseEditTrainer):
         for name, dataset in datasets.items():
             datasets[name] = dataset = self._leave_out(dataset, check_cases(dataset, name, args.on_bad_case))
             columns = set(dataset.column_names)
+            tasks = dict.fromkeys(dataset["task"][:] if "task" in columns else [None])
             for func in self.reward_funcs:
                 check_signature(func, {"id"} | (READ_COLUMNS & columns if args.remove_unused_columns else columns))
-                check_reward_tasks(func, dataset.unique("task") if "task" in columns else [None])
+                check_reward_tasks(func, tasks)
         assert args.generation_batch_size and args.steps_per_generation  # the config saw to it
         self.num_generations = args.num_generations  # = G in the paper
         self.cases_per_batch = args.generation_batch_size // args.num_generations
@@ -305,7 +306,7 @@ class OnlineEditTrainer(BaseEditTrainer):
         """The usable cases of further rows of a stream."""
         cases = self._checked(rows, check_cases, name)
         for func in self.reward_funcs:
-            check_reward_tasks(func, cases.unique("task") if "task" in cases.column_names else [None])
+            check_reward_tasks(func, dict.fromkeys(cases["task"][:] if "task" in cases.features else [None]))
         return cases
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:

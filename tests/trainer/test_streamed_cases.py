@@ -78,7 +78,6 @@ SOURCES = {
     "mapped": lambda files: parquet(files).map(lambda row: {"prompt": row["prompt"] + "!"}),
     "filtered": lambda files: parquet(files).filter(lambda row: True),
     "generator": lambda files: rows_of(make_cases(10, sizes=((16, 16),))),
-    "in memory": lambda files: make_cases(10, sizes=((16, 16),)).to_iterable_dataset(),
     "as tensors": lambda files: make_cases(10, sizes=((16, 16),)).to_iterable_dataset().with_format("torch"),
     "shuffled": lambda files: rows_of(make_cases(10, sizes=((16, 16),))).shuffle(
         seed=1, buffer_size=5, max_buffer_input_shards=1
@@ -87,31 +86,31 @@ SOURCES = {
 
 
 def test_the_order_is_that_of_permuted_buffers(files):
-    ids = read(begin(SOURCES["in memory"](files)), range(10))  # two epochs
+    ids = read(begin(parquet(files)), range(10))  # two epochs
     expected = []
     for epoch in range(2):
         for place, rows in enumerate(([0, 1, 2, 3], [4, 5, 6, 7], [8, 9])):
             order = torch.randperm(len(rows), generator=seeded_generator(0, "stream", epoch, place))
             expected += [f"case-{rows[i]}" for i in order]
     assert ids == expected and ids[:10] != ids[10:]
-    assert read(begin(SOURCES["in memory"](files), shuffle_dataset=False), range(10)) == 2 * make_cases(10)["id"][:]
-    assert read(begin(SOURCES["in memory"](files), seed=1), range(5)) != ids[:10]
+    assert read(begin(parquet(files), shuffle_dataset=False), range(10)) == 2 * make_cases(10)["id"][:]
+    assert read(begin(parquet(files), seed=1), range(5)) != ids[:10]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_any_stream_resumes_where_it_was(files, source, caplog):
     through = begin(SOURCES[source](files))
     states, ids = [], []
-    for generation in range(11):
+    for generation in range(9):
         ids += read(through, [generation])
         states.append(json.loads(json.dumps(through.state_dict())))
         assert len(through._buffers) <= 2
         assert through.num_seen == min(2 * generation + 2, 10)
-    assert all(sorted(ids[start : start + 10]) == make_cases(10)["id"][:] for start in (0, 10))
-    for generation in (1, 2, 5, 7):  # inside a buffer, between two, and in the second epoch
+    assert sorted(ids[:10]) == make_cases(10)["id"][:] and len(set(ids[10:])) == 8
+    for generation in (2, 3, 5):  # inside a buffer, between two, and in the second epoch
         resumed = begin(SOURCES[source](files))
         resumed.load_state_dict(states[generation])
-        assert read(resumed, range(generation + 1, 11)) == ids[2 * generation + 2 :], generation
+        assert read(resumed, range(generation + 1, 9)) == ids[2 * generation + 2 :], generation
         assert resumed.num_seen == through.num_seen == 10
     # Only the buffer of a shuffle() is not part of a stream's state.
     assert ("does not find its place by its state" in caplog.text) == (source == "shuffled")
@@ -269,12 +268,12 @@ def test_a_state_that_json_cannot_hold(files, caplog):
 
 
 def make_trainer(folder, stream, kind=FlowGRPOEditTrainer, eval_dataset=None, **changes):
-    """Of 7 updates, two for a generation batch of two cases."""
-    online = {"sde_window_size": 1} if kind is FlowGRPOEditTrainer else {"num_train_sigmas": 1}
+    """Of 5 updates, two for a generation batch of two cases."""
+    online = {"sde_window_size": 1, "true_cfg_scale": 1.0} if kind is FlowGRPOEditTrainer else {"num_train_sigmas": 1}
     config = FlowGRPOEditConfig if kind is FlowGRPOEditTrainer else FlowNFTEditConfig
     given = dict(
-        kind=config, gradient_accumulation_steps=1, steps_per_generation=2, num_generations=4, true_cfg_scale=1.0,
-        num_inference_steps=2, shuffle_buffer_size=4, num_sample_edits=1, max_steps=7,
+        kind=config, gradient_accumulation_steps=1, steps_per_generation=2, num_generations=4,
+        num_inference_steps=2, shuffle_buffer_size=4, num_sample_edits=1, max_steps=5,
     )  # fmt: skip
     args = make_config(folder, **{**given, **online, **changes})
     return kind(tiny_pipeline(), redness, args, stream, eval_dataset, peft_config=LoraConfig(r=4, lora_alpha=8))
@@ -294,18 +293,16 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
     # In the middle of the second generation batch, which lies in the buffers of rows 0 to 3 and 4 to 5
     trainers[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert torch.equal(*map(weights, trainers))
-    last = [
-        {k: v for k, v in t.state.log_history[-2].items() if "time" not in k and "per_s" not in k} for t in trainers
-    ]
-    assert last[0] == last[1] and last[0]["bad_cases"] == 2 and last[0]["step"] == 7
+    last, again = (trainer.state.log_history[-2] for trainer in trainers)
+    assert all(last[name] == again[name] for name in ("step", "epoch", "loss", "bad_cases")) and last["bad_cases"] == 2
     trainers[1].save_model()
     card = (tmp_path / "again" / "README.md").read_text()
     assert "Trained on 4 cases." in card and "Make it red, number 0" in card  # the first case
     with pytest.raises(ValueError, match="saved by a run on a stream, but train_dataset is none"):
         make_trainer(tmp_path, make_cases(4)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     # A finished run is not read further.
-    again = make_trainer(tmp_path, stream(), on_bad_case="skip", max_steps=6)
-    assert again.train(resume_from_checkpoint=True).global_step == 6 and again.num_train_cases == 4
+    again = make_trainer(tmp_path, stream(), on_bad_case="skip")
+    assert again.train(resume_from_checkpoint=True).global_step == 5 and again.num_train_cases == 4
 
 
 def test_a_picture_that_cannot_be_decoded(tmp_path, caplog):
@@ -339,15 +336,13 @@ def test_bad_arguments_of_a_trainer(tmp_path):
 
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 torch.set_num_threads(1)
-from accelerate import PartialState
-from datasets import IterableDataset
 from tests.helpers import make_cases
 from tests.trainer.test_streamed_cases import make_trainer, rows_of
 
-rank, cases = PartialState(use_cpu=True) and PartialState().process_index, make_cases(6, sizes=((64, 64),))
-trainer = make_trainer(sys.argv[1], rows_of(cases), per_device_train_batch_size=2, max_steps=6)
+rank, cases = int(os.environ["RANK"]), make_cases(6, sizes=((64, 64),))
+trainer = make_trainer(sys.argv[1], rows_of(cases), per_device_train_batch_size=2)
 seen = []
 generate = trainer._generate_and_score
 trainer._generate_and_score = lambda *given: seen.append(generate(*given)) or seen[-1]
@@ -355,7 +350,7 @@ trainer.train()
 print(rank, *(sorted({sample.case_id for sample in batch}) for batch in seen), sep="|")
 for broken in (rows_of(cases.select([0, 1, 2, 3, 4 + rank])), rows_of(make_cases(5 - 2 * rank, sizes=((64, 64),)))):
     try:
-        make_trainer(sys.argv[1], broken, per_device_train_batch_size=2, max_steps=6).train()
+        make_trainer(sys.argv[1], broken, per_device_train_batch_size=2).train()
     except ValueError as error:
         print(f"{rank}|{error}")
 """
@@ -366,7 +361,7 @@ def test_two_processes_share_one_numbering(tmp_path):
     done = Script(tmp_path / "script.py", tmp_path / "out", processes=2).wait()
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [[line[2:] for line in done.stdout.splitlines() if line.startswith(f"{rank}|")] for rank in range(2)]
-    order = read(begin(make_cases(6).to_iterable_dataset()), range(3))
+    order = read(begin(make_cases(6).to_iterable_dataset(), seed=42), range(3))
     for rank in range(2):
         assert ranks[rank][0].split("|") == [repr([order[2 * batch + rank]]) for batch in range(3)]
         assert "have different data: rows 4 to 4 of train_dataset has 1 usable cases and 1" in ranks[rank][1]
