@@ -805,6 +805,7 @@ class BaseEditTrainer(_BaseTrainer):
         Args:
             num_cases (`int`, *optional*):
                 Number of cases. Defaults to `args.num_sample_edits`; with 0, pictures of an earlier run are removed.
+                Of a stream there are no more.
         """
         if not (self.is_world_process_zero() or self._is_sharded):  # a sharded model needs all processes
             return

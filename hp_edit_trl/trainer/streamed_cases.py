@@ -85,6 +85,8 @@ class Buffer:
 
 def _lossless(value: Any) -> Any:
     """The value without the formats of its decoded images, in which `datasets` would compress their pixels again."""
+    if isinstance(value, dict):
+        return {name: _lossless(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_lossless(one) for one in value]
     return value.copy() if isinstance(value, Image.Image) else value
@@ -152,7 +154,7 @@ class StreamedCases:
         rows: list[dict[str, Any]] = []
         try:
             rows += self._source.take(self.args.shuffle_buffer_size)
-            return Dataset.from_list([{k: _lossless(v) for k, v in row.items()} for row in rows]).features
+            return Dataset.from_list(_lossless(rows)).features
         except Exception as error:  # streams raise errors of many kinds
             raise self._unreadable(error, f"The first rows of train_dataset (from {len(rows)} on)") from error
 
@@ -315,7 +317,7 @@ class StreamedCases:
         """Where the run is in the stream, for a checkpoint: the first buffer in memory."""
         buffer = self._buffers[0]
         try:  # it may hold numbers and arrays of NumPy
-            state = json.loads(json.dumps(buffer.state, default=lambda value: value.tolist()))
+            state = json.loads(json.dumps(buffer.state, default=lambda value: value.tolist(), allow_nan=False))
         except (TypeError, ValueError, AttributeError):
             state = None
         return {

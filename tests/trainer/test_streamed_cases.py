@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
 from peft import LoraConfig
 from PIL import Image as PILImage
+from trl.trainer.utils import RepeatSampler
 
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, FlowNFTEditConfig, FlowNFTEditTrainer
 from hp_edit_trl.cases import BadCaseError, check_cases, leave_out
 from hp_edit_trl.miniature.tiny import tiny_pipeline
+from hp_edit_trl.trainer.base_edit_trainer import EpochRepeatSampler
 from hp_edit_trl.trainer.streamed_cases import STREAM, StreamedCases, restore_stream
 from hp_edit_trl.utils.seeding import seeded_generator
 from tests.helpers import END, make_cases, make_config, photo, redness
@@ -97,6 +100,12 @@ def test_the_order_is_that_of_permuted_buffers(files):
     assert read(begin(parquet(files), seed=1), range(5)) != ids[:10]
 
 
+def test_the_numbers_of_an_endless_run_are_not_listed():
+    given = dict(mini_repeat_count=2, batch_size=3, repeat_count=2, shuffle=False)
+    few, endless = (EpochRepeatSampler(range(n), epoch=int, **given) for n in (7, 10**15))
+    assert list(few) == list(RepeatSampler(range(7), **given)) == list(islice(endless, len(few)))
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_any_stream_resumes_where_it_was(files, source, caplog):
     through = begin(SOURCES[source](files))
@@ -171,6 +180,7 @@ def test_ids_columns_and_pictures(files):
     assert read(cases, range(11)) == list(range(22))  # running numbers
     assert set(cases.features) == {"id", "prompt", "image"} and set(cases.first_cases[0]) == set(cases.features)
     assert cases.first_cases["id"][:] == [0, 1]
+    assert len(begin(parquet(files), num_sample_edits=0).first_cases) == 0
     # Pictures that a stream has decoded are not compressed again.
     rough = PILImage.effect_noise((32, 32), 80).convert("RGB")
     content = io.BytesIO()
