@@ -332,6 +332,8 @@ class OnlineEditTrainer(BaseEditTrainer):
         self._step, self._buffered_samples = 0, None
         self._reset_watch()
         output = super().train(*args, **kwargs)
+        if isinstance(self.train_dataset, StreamedCases):
+            self.train_dataset.close()
         if self._completions_upload is not None:
             self._completions_upload.trigger()
         return output

@@ -224,7 +224,7 @@ class StreamedCases:
         first = generation * self.cases_per_batch
         self._reached = first + self.cases_per_batch
         with in_step(accelerator):
-            if first < self._buffers[0].position.case:  # another run of the trainer, or other batch sizes
+            if not self._buffers or first < self._buffers[0].position.case:  # a run begins, or has other batch sizes
                 self._go_to(Position())
             while self._next.case < self._reached:
                 self._forget(first)
@@ -312,6 +312,10 @@ class StreamedCases:
     def _go_to(self, position: Position, state: dict[str, Any] | None = None) -> None:
         self._buffers, self._next = [], position
         self._open(state)
+
+    def close(self) -> None:
+        """Ends a run: stops reading, and forgets what is in memory. A further run begins with the first case."""
+        self._go_to(Position())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is in the stream, for a checkpoint: the first buffer in memory."""

@@ -159,8 +159,11 @@ def test_a_run_may_begin_again_and_batches_may_change(files):
     cases = begin(parquet(files))
     ids = read(cases, range(8))
     assert read(cases, range(8)) == ids
+    state = cases.state_dict()
+    cases.close()
+    assert not cases._buffers and cases.num_seen == 10 and read(cases, range(8)) == ids
     larger = begin(parquet(files), generation_batch_size=16)
-    larger.load_state_dict(cases.state_dict())
+    larger.load_state_dict(state)
     larger.reach(2, ALONE)  # four cases each: those of batches 4 and 5
     assert [larger[number]["id"] for number in range(8, 12)] == ids[8:12]
 
