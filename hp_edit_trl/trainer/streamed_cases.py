@@ -370,6 +370,8 @@ class StreamedCases:
             if self._buffers[0].digest == state["digest"]:
                 self._reached = state["reached"]
                 self._first_epoch = tuple(state["first_epoch"]) if state["first_epoch"] else None
+                while self._next.case < self._reached:
+                    self._append()
                 return
         raise ValueError(
             f"train_dataset gives other rows than in the run of the checkpoint, from row {position.row} of epoch "

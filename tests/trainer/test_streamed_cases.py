@@ -217,6 +217,10 @@ def test_bad_cases_are_left_out_where_they_are_read(files, caplog):
     resumed.load_state_dict(state)
     assert (resumed.num_left_out, resumed.num_seen) == (3, 7) and read(resumed, [7]) == usable[:2]
 
+    cases, resumed = (begin(spoiled({1, 6}, 12), on_bad_case="skip") for _ in range(2))
+    read(cases, range(2))  # the second batch lies in two buffers
+    resumed.load_state_dict(cases.state_dict())
+    assert resumed.num_left_out == cases.num_left_out == 2
     cases = begin(spoiled({5}))
     cases.reach(0, ALONE)
     with pytest.raises(
