@@ -608,10 +608,7 @@ def without_decoding(dataset: Dataset) -> Dataset:
     Returns the dataset with all its images encoded, in columns of any name and in lists, so that a broken image is an
     error of its case ([`case_images`], [`decoded`]) and not of the dataset.
     """
-    columns = {name: feature for name, feature in dataset.features.items() if _holds_images(feature)}
-    if not columns:
-        return dataset
-    features = Features({**dataset.features, **{name: _encoded(feature) for name, feature in columns.items()}})
+    features = encoded_features(dataset.features)
     if features == dataset.features:
         return dataset
     # Images and encoded images are stored alike. `Dataset.cast` would write lists of them to a new file.
@@ -622,6 +619,11 @@ def without_decoding(dataset: Dataset) -> Dataset:
     dataset._data = dataset._data.cast(features.arrow_schema)
     dataset._fingerprint = fingerprint
     return dataset
+
+
+def encoded_features(features: Features) -> Features:
+    """Returns the features of a dataset with all its images encoded."""
+    return Features({name: _encoded(feature) for name, feature in features.items()})
 
 
 def _encoded(feature: Any) -> Any:

@@ -23,7 +23,7 @@ from ..utils.hub import create_repository
 from ..utils.loading import load_shared_pipeline
 from ..utils.quantization import check_quantization, in_bits, quantization_config
 from ..utils.secrets import guard_output
-from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer
+from .utils import EditScriptArguments, ScriptParser, load_cases, load_scorer, refuse_stream
 
 
 @dataclass
@@ -130,6 +130,7 @@ ARGUMENTS = (MiningArguments,)
 
 
 def main(args: MiningArguments) -> None:
+    refuse_stream(args)
     config = in_bits(args.load_in_4bit, args.load_in_8bit)
     accelerator = patient_accelerator()
     check_quantization(config, accelerator.device)

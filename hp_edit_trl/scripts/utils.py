@@ -4,14 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import ScriptArguments, TrlParser, get_peft_config
 
 from ..cases import load_split
@@ -21,6 +21,7 @@ from ..judges.base import ScoreMode
 from ..rewards import HPScorerReward
 from ..trainer.base_edit_trainer import BaseEditTrainer
 from ..trainer.model_config import EditModelConfig
+from ..trainer.online_edit_config import OnlineEditConfig
 from ..utils.quantization import check_quantization
 from ..utils.secrets import redacted
 
@@ -135,10 +136,11 @@ class EditScriptArguments(DatasetArguments):
     reward_beta: float = field(default=5.0, metadata={"help": "Shift of the reward's sigmoid."})
 
 
-def load_cases(script_args: ScriptArguments, split: str, image_root: str | None = None) -> Dataset:
+def load_cases(script_args: ScriptArguments, split: str, image_root: str | None = None) -> Dataset | IterableDataset:
     """
-    Loads one split of the dataset that a script's options name. If it has a column `schema_version`, every row is
-    checked against the schema of RealPref first, see [`load_realpref`].
+    Loads one split of the dataset that a script's options name: with `dataset_streaming` as a stream, otherwise as a
+    dataset. If a dataset has a column `schema_version`, every row is checked against the schema of RealPref first, see
+    [`load_realpref`].
 
     Args:
         script_args ([`~trl.ScriptArguments`]):
@@ -159,6 +161,14 @@ def load_cases(script_args: ScriptArguments, split: str, image_root: str | None 
         # The trainer looks for bad cases, with its own option.
         return load_realpref(name, split, image_root=image_root, on_bad_case=None)
     return dataset
+
+
+def refuse_stream(script_args: ScriptArguments) -> None:
+    """Raises `ValueError` if the options of a command that cannot read a stream ask for one."""
+    if script_args.dataset_streaming:
+        raise ValueError(
+            "dataset_streaming is for grpo and nft: this command needs all rows before it begins. Leave it out."
+        )
 
 
 def load_scorer(script_args: EditScriptArguments) -> HPScorerReward:
@@ -211,12 +221,15 @@ def trainer_options(script_args: Any, training_args: Any, model_args: EditModelC
     Raises:
         `ValueError`: If the quantization or the dataset cannot be used.
     """
+    if not isinstance(training_args, OnlineEditConfig):
+        refuse_stream(script_args)
     training_args.model_init_kwargs = model_args.init_kwargs(training_args)
     check_quantization(training_args.model_init_kwargs.get("quantization_config"), training_args.device)
     train_dataset = load_cases(script_args, script_args.dataset_train_split, script_args.image_root)
     eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = load_cases(script_args, script_args.dataset_test_split, script_args.image_root)
+    if training_args.eval_strategy != "no":  # of a fixed size, so no stream
+        whole = replace(script_args, dataset_streaming=False)
+        eval_dataset = load_cases(whole, script_args.dataset_test_split, script_args.image_root)
     return {
         "model": model_args.model_name_or_path,
         "args": training_args,

@@ -63,6 +63,7 @@ from .plan import TrainingPlan, plan_training
 from .progress import ProgressLines
 from .recomputation import prepare_checkpointing
 from .sharding import PassCount, check_fsdp, check_same_weights, equal_passes, most_of_all, shard, wrap
+from .streamed_cases import StreamedCases
 from .streaming import BlockStream
 
 
@@ -174,7 +175,11 @@ class EpochRepeatSampler(RepeatSampler):
     def __iter__(self):
         if self.shuffle:
             self.generator.manual_seed(seeded_generator(self.seed, "epoch", self.epoch()).initial_seed())
-        return super().__iter__()
+            return super().__iter__()
+        # Without a list of all rows, which a stream may have without end
+        starts = range(0, self.num_samples - self.batch_size + 1, self.batch_size)
+        batches = (range(start, start + self.batch_size) for start in starts for _ in range(self.repeat_count))
+        return (row for batch in batches for row in batch for _ in range(self.mini_repeat_count))
 
 
 class BaseEditTrainer(_BaseTrainer):
@@ -295,8 +300,10 @@ class BaseEditTrainer(_BaseTrainer):
 
     @property
     def num_train_cases(self) -> int:
-        """Number of cases that are trained on."""
-        return len(self.train_dataset)
+        """Number of cases that are trained on; of a stream, that were."""
+        return (
+            self.train_dataset.num_seen if isinstance(self.train_dataset, StreamedCases) else len(self.train_dataset)
+        )
 
     def _card_settings(self) -> dict[str, str]:
         """Settings that the model card lists."""
@@ -312,10 +319,10 @@ class BaseEditTrainer(_BaseTrainer):
         self._left_out[usable._fingerprint] = self._left_out.get(dataset._fingerprint, 0) + len(bad)
         return usable
 
-    def _checked(self, dataset: Dataset, check: Callable[..., dict[int, str]]) -> Dataset:
+    def _checked(self, dataset: Dataset, check: Callable[..., dict[int, str]], name: str = "eval_dataset") -> Dataset:
         """The usable cases of a dataset for evaluation. One that was checked before is taken as it is."""
         if dataset._fingerprint not in self._left_out:
-            name, on_bad_case = "eval_dataset", self.args.on_bad_case
+            on_bad_case = self.args.on_bad_case
             dataset = self._leave_out(dataset, check(dataset, name, on_bad_case))
             limit = self.policy.max_references
             dataset = self._leave_out(dataset, check_references(dataset, name, limit, on_bad_case))
@@ -415,7 +422,7 @@ class BaseEditTrainer(_BaseTrainer):
         peft_config = copy.copy(self.accelerator.unwrap_model(self.model).peft_config["default"])
         if peft_config.exclude_modules == self.policy.lora_exclude_modules:
             peft_config.exclude_modules = None  # it names the last block, which a dry run has elsewhere
-        options = {"num_cases": self.num_train_cases, **options}
+        options = {"num_cases": self.num_train_cases or None, **options}
         return plan_training(type(self), self.policy.pipeline, self.args, {}, peft_config, **options)
 
     def _drop_bad_update(self, loss: torch.Tensor, case_ids: list[Any], learns: bool = True) -> None:
@@ -803,6 +810,7 @@ class BaseEditTrainer(_BaseTrainer):
         Args:
             num_cases (`int`, *optional*):
                 Number of cases. Defaults to `args.num_sample_edits`; with 0, pictures of an earlier run are removed.
+                Of a stream there are no more.
         """
         if not (self.is_world_process_zero() or self._is_sharded):  # a sharded model needs all processes
             return
@@ -814,6 +822,8 @@ class BaseEditTrainer(_BaseTrainer):
         dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
+        if isinstance(dataset, StreamedCases):
+            dataset = dataset.first_cases
         was_training = self.model.training
         try:
             cases: list[tuple[dict[str, Any], list[Image.Image]]] = []

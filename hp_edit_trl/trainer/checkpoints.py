@@ -33,7 +33,10 @@ COPIES = "adapter_copies.pt"  # of the adapter, where a run has some
 ESSENTIAL = (TRAINER_STATE_NAME, WEIGHTS)  # without which a folder is no checkpoint
 
 # Files that are read when a run resumes, if they are there: none of them may be left out of a manifest.
-READ = ("adapter_config.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "rollouts_*.pt", COPIES)
+READ = (
+    "adapter_config.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "rollouts_*.pt", COPIES,
+    "stream.json",
+)  # fmt: skip
 
 # Types of a trainer's state in its file; without a step it is none
 STATE_TYPES: dict[str, Any] = {

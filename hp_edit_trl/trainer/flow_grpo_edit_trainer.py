@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
@@ -57,9 +57,10 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
             where it does not apply.
         args ([`FlowGRPOEditConfig`], *optional*):
             Configuration of this trainer.
-        train_dataset ([`~datasets.Dataset`]):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The cases: `prompt`, and `image` or `images`. Optional: `id` (kept with everything that is made of the
-            case; by default its row number), `task`, `requirement`, and columns for the reward functions.
+            case; by default its row number), `task`, `requirement`, and columns for the reward functions. A stream
+            needs `max_steps`.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Cases for evaluation.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
@@ -106,7 +107,7 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
         model: str | DiffusionPipeline,
         reward_funcs: RewardFunc | str | list[RewardFunc | str],
         args: FlowGRPOEditConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),

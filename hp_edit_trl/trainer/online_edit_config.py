@@ -36,6 +36,10 @@ class OnlineEditConfig(BaseEditConfig):
 
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
             Whether to shuffle the training dataset, differently in each epoch.
+        shuffle_buffer_size (`int`, *optional*, defaults to `1000`):
+            Number of rows of a stream (an [`~datasets.IterableDataset`]) that are in memory, checked and shuffled
+            together, with their images encoded. Each process holds as many, and twice as many for a short time. A
+            dataset that is no stream is shuffled as a whole.
         on_bad_case (`str`, *optional*, defaults to `"error"`):
             What to do with a case that cannot be used, see [`~hp_edit_trl.cases.check_cases`]. `"error"`: a dataset
             with such cases is refused before the model is loaded, and one that shows later, e.g. an image that breaks
@@ -191,6 +195,9 @@ class OnlineEditConfig(BaseEditConfig):
 
     # Parameters that control the data
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training dataset."})
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Number of rows of a stream that are in memory and shuffled together."}
+    )
     on_bad_case: str = field(
         default="error",
         metadata={
@@ -301,7 +308,7 @@ class OnlineEditConfig(BaseEditConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: use one of {choices}.")
         for name in (
             "rollout_batch_size", "resolution", "num_inference_steps", "num_iterations", "num_completions_to_log",
-            "eval_num_inference_steps", "num_generations_eval",
+            "eval_num_inference_steps", "num_generations_eval", "shuffle_buffer_size",
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")

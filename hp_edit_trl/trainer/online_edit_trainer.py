@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
@@ -52,6 +52,7 @@ from ..rewards.checks import (
     reward_names,
 )
 from ..utils.distributed import in_step
+from ..utils.files import write_json
 from ..utils.seeding import seeded_generator
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy, load_policy
 from .batches import check_enough_cases
@@ -62,6 +63,7 @@ from .lora import check_peft_config, prepare_lora
 from .online_edit_config import OnlineEditConfig
 from .prefixes import TrainedPrefixes
 from .same_run import check_same_run
+from .streamed_cases import STREAM, StreamedCases, restore_stream
 
 
 logger = get_logger(__name__)
@@ -115,7 +117,7 @@ class OnlineEditTrainer(BaseEditTrainer):
 
     args: OnlineEditConfig
     control: TrainerControl
-    train_dataset: Dataset
+    train_dataset: Dataset | StreamedCases
     _signature_columns: list[str] | None
 
     def __init__(
@@ -123,7 +125,7 @@ class OnlineEditTrainer(BaseEditTrainer):
         model: str | DiffusionPipeline,
         reward_funcs: RewardFunc | str | list[RewardFunc | str],
         args: Any,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -151,7 +153,10 @@ class OnlineEditTrainer(BaseEditTrainer):
         # Data
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
-        datasets = {"train_dataset": train_dataset}
+        stream = None
+        if isinstance(train_dataset, IterableDataset):  # its first rows are checked as a dataset
+            stream = StreamedCases(train_dataset, args, READ_COLUMNS if args.remove_unused_columns else None)
+        datasets = {"train_dataset": train_dataset if stream is None else stream.rows}
         if isinstance(eval_dataset, dict):
             datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -160,9 +165,10 @@ class OnlineEditTrainer(BaseEditTrainer):
         for name, dataset in datasets.items():
             datasets[name] = dataset = self._leave_out(dataset, check_cases(dataset, name, args.on_bad_case))
             columns = set(dataset.column_names)
+            tasks = dict.fromkeys(dataset["task"][:] if "task" in columns else [None])
             for func in self.reward_funcs:
                 check_signature(func, {"id"} | (READ_COLUMNS & columns if args.remove_unused_columns else columns))
-                check_reward_tasks(func, dataset.unique("task") if "task" in columns else [None])
+                check_reward_tasks(func, tasks)
         assert args.generation_batch_size and args.steps_per_generation  # the config saw to it
         self.num_generations = args.num_generations  # = G in the paper
         self.cases_per_batch = args.generation_batch_size // args.num_generations
@@ -172,7 +178,8 @@ class OnlineEditTrainer(BaseEditTrainer):
         )
         self.num_trained = args.num_trained_generations or args.num_generations
         self.generate_every = args.steps_per_generation * args.num_iterations  # in microbatches
-        check_enough_cases(args, len(datasets["train_dataset"]))
+        if stream is None or stream.is_short:
+            check_enough_cases(args, len(datasets["train_dataset"]))
 
         check_same_run(args, datasets, peft_config)
 
@@ -188,6 +195,9 @@ class OnlineEditTrainer(BaseEditTrainer):
             bad = check_prompt_lengths(self.policy, dataset, name, args.on_bad_case)
             datasets[name] = self._leave_out(dataset, bad)
         train_dataset = datasets["train_dataset"]
+        if stream is not None:
+            stream.start(train_dataset, self._usable)
+            train_dataset = stream
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: datasets[f"eval_dataset[{name!r}]"] for name in eval_dataset}
         elif eval_dataset is not None:
@@ -273,7 +283,7 @@ class OnlineEditTrainer(BaseEditTrainer):
     # The dataloader yields row numbers, and each distinct case is read and decoded once per generation batch. Yielding
     # rows would decode each image num_generations * steps_per_generation * num_iterations times.
     def get_train_dataloader(self) -> DataLoader:
-        if self.args.remove_unused_columns:
+        if self.args.remove_unused_columns and not isinstance(self.train_dataset, StreamedCases):
             left_out = self._left_out.get(self.train_dataset._fingerprint, 0)
             self.train_dataset = self._remove_unused_columns(self.train_dataset, description="training")
             self._left_out[self.train_dataset._fingerprint] = left_out
@@ -287,16 +297,23 @@ class OnlineEditTrainer(BaseEditTrainer):
 
     def _get_train_sampler(self, dataset=None) -> EpochRepeatSampler:
         # Each case `num_generations` times in a row, each generation batch once for every microbatch taken from it.
-        # Cases that do not fill a last generation batch are left out of the epoch.
+        # Cases that do not fill a last generation batch are left out of the epoch. A stream has shuffled them already.
         return EpochRepeatSampler(
             range(len(self.train_dataset)),
             mini_repeat_count=self.num_generations,
             batch_size=self.cases_per_batch,
             repeat_count=self.generate_every,
-            shuffle=self.args.shuffle_dataset,
+            shuffle=self.args.shuffle_dataset and not isinstance(self.train_dataset, StreamedCases),
             seed=self.args.seed,
             epoch=lambda: int(self.state.epoch or 0),
         )
+
+    def _usable(self, rows: Dataset, name: str) -> Dataset:
+        """The usable cases of further rows of a stream."""
+        cases = self._checked(rows, check_cases, name)
+        for func in self.reward_funcs:
+            check_reward_tasks(func, dict.fromkeys(cases["task"][:] if "task" in cases.features else [None]))
+        return cases
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
@@ -322,6 +339,8 @@ class OnlineEditTrainer(BaseEditTrainer):
         self._prefixes.clear()
         self._reset_watch()
         output = super().train(*args, **kwargs)
+        if isinstance(self.train_dataset, StreamedCases):
+            self.train_dataset.close()
         if self._completions_upload is not None:
             self._completions_upload.trigger()
         return output
@@ -412,6 +431,9 @@ class OnlineEditTrainer(BaseEditTrainer):
         seed = args.seed
         self.model.eval()
 
+        if isinstance(self.train_dataset, StreamedCases):
+            with self._timed("encode"):
+                self.train_dataset.reach(generation, self.accelerator)
         # An error on one process, e.g. about a case or of its memory, stops all of them.
         with self._timed("encode"), in_step(self.accelerator), policy.loaded(*policy.encoders):
             cases = {index: self._encode_case(self.train_dataset, index) for index in dict.fromkeys(indices)}
@@ -938,7 +960,11 @@ class OnlineEditTrainer(BaseEditTrainer):
                 known = [value for value in values if not math.isnan(value)]
                 if known:
                     logs[name] = sum(known) / len(known)
-            if count := self._left_out.get(self.train_dataset._fingerprint, 0) + len(bad_cases):
+            if isinstance(self.train_dataset, StreamedCases):
+                left_out = self.train_dataset.num_left_out
+            else:
+                left_out = self._left_out.get(self.train_dataset._fingerprint, 0)
+            if count := left_out + len(bad_cases):
                 logs["bad_cases"] = count
             if self._skipped_updates:
                 logs["skipped_updates"] = self._skipped_updates
@@ -972,7 +998,8 @@ class OnlineEditTrainer(BaseEditTrainer):
     # A checkpoint also holds the number of microbatches and, if it lies inside a generation batch, the samples that
     # are still to be trained on, so that a resumed run is identical to an uninterrupted one.
     def _resume_files(self) -> list[str]:
-        return super()._resume_files() + [f"rollouts_{process}.pt" for process in range(self.args.world_size)]
+        stream = [STREAM] if isinstance(self.train_dataset, StreamedCases) else []
+        return super()._resume_files() + stream + [f"rollouts_{rank}.pt" for rank in range(self.args.world_size)]
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -994,6 +1021,13 @@ class OnlineEditTrainer(BaseEditTrainer):
                 for sample in self._buffered_samples or []
             ]
         torch.save(state, os.path.join(output_dir, f"rollouts_{self.accelerator.process_index}.pt"))
+        if isinstance(self.train_dataset, StreamedCases) and self.args.should_save:
+            write_json(os.path.join(output_dir, STREAM), self.train_dataset.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with in_step(self.accelerator):
+            restore_stream(self.train_dataset, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -73,9 +73,8 @@ def check_same_run(args: Any, datasets: Mapping[str, Dataset], peft_config: Lora
     # A set has another order in every process.
     lora = {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
     options |= {f"peft_config.{name}": str(value) for name, value in lora.items()}
-    data = {name: (len(dataset), dataset_digest(dataset)) for name, dataset in datasets.items()}
-    (first_options, first_data), *others = gather_object([(options, data)])
-    for process, (other_options, other_data) in enumerate(others, 1):
+    first_options, *others = gather_object([options])
+    for process, other_options in enumerate(others, 1):
         names = [
             name for name in {**first_options, **other_options} if first_options.get(name) != other_options.get(name)
         ]
@@ -85,6 +84,24 @@ def check_same_run(args: Any, datasets: Mapping[str, Dataset], peft_config: Lora
                 f"Processes 0 and {process} have different options: {told}. All processes of a launch must have the "
                 "same: give them the same config file and script, and no value that depends on time, host or process."
             )
+    check_same_data({name: (len(dataset), dataset_digest(dataset)) for name, dataset in datasets.items()})
+
+
+def check_same_data(data: Mapping[str, tuple[int, str]]) -> None:
+    """
+    Checks that all processes have the same data. With one process nothing is compared.
+
+    Args:
+        data (`Mapping[str, tuple[int, str]]`):
+            Number of usable cases and [`dataset_digest`] of datasets, by name.
+
+    Raises:
+        `ValueError`: If they differ, on all processes.
+    """
+    if PartialState().num_processes == 1:
+        return
+    first_data, *others = gather_object([dict(data)])
+    for process, other_data in enumerate(others, 1):
         for name in sorted({*first_data, *other_data}):
             mine, theirs = first_data.get(name, (0, "")), other_data.get(name, (0, ""))
             if mine != theirs:

@@ -53,7 +53,7 @@ def trained(folder):
     ("command", "words", "name"),
     [
         ("grpo", ["--true_cfg_scale", "1.0", "--sde_window_size", "1"], "Flow-GRPO"),
-        ("nft", ["--num_train_sigmas", "1"], "DiffusionNFT"),
+        ("nft", ["--num_train_sigmas", "1", "--dataset_streaming", "true"], "DiffusionNFT"),
     ],
 )
 def test_online_training(folder, tmp_path, serve, capsys, command, words, name):  # noqa: F811

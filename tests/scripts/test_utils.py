@@ -10,7 +10,7 @@ from trl import ScriptArguments
 
 from hp_edit_trl.cli import main
 from hp_edit_trl.judges import ServerJudge
-from hp_edit_trl.scripts import EditScriptArguments, grpo, load_cases, load_scorer, mine_pairs
+from hp_edit_trl.scripts import DatasetArguments, EditScriptArguments, dpo, grpo, load_cases, load_scorer, mine_pairs
 from tests.helpers import make_cases
 
 
@@ -164,6 +164,16 @@ def test_several_servers_of_the_judge_in_a_file_or_on_the_command_line(tmp_path,
     for arguments in runs:
         servers = load_scorer(arguments[0]).judge._servers
         assert [server.name for server in servers] == ["a:8000/v1", "b:8000/v1"]
+
+
+def test_only_online_training_reads_streams(monkeypatch):
+    streams = lambda kind: kind(dataset_name="a/b", dataset_streaming=True)  # noqa: E731
+    for command in (
+        lambda: dpo.main(streams(DatasetArguments), None, None),
+        lambda: mine_pairs.main(streams(mine_pairs.MiningArguments)),
+    ):
+        with pytest.raises(ValueError, match="dataset_streaming is for grpo and nft"):
+            command()
 
 
 def test_datasets_of_a_folder(tmp_path):

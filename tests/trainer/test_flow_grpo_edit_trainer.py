@@ -587,7 +587,7 @@ def test_bad_arguments(make_trainer, tmp_path):
     with pytest.raises(ValueError, match="no column 'image'"):
         make_trainer(dataset=cases.remove_columns("image"))
     with pytest.raises(TypeError, match="must be a datasets.Dataset"):
-        make_trainer(dataset=cases.to_iterable_dataset())
+        make_trainer(dataset=list(cases))
     with pytest.raises(ValueError, match="eval_dataset has no column 'prompt'"):
         make_trainer(eval_dataset=cases.remove_columns("prompt"))
     with pytest.raises(ValueError, match="has 6 usable cases, but one generation batch takes 8"):
