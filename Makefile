@@ -8,7 +8,7 @@ JOBS ?= 2
 .PHONY: demo test test-slow quick bench check docs audit format wheel clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/train_qwen_edit_nft.py
+	$(BIN)/python examples/train_qwen_edit.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal

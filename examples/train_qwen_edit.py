@@ -38,6 +38,8 @@ def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, mo
         raise SystemExit("--dataset_name is needed: the Hub id or folder of a dataset.")
     if embedded:
         torch.set_num_threads(1)  # faster for a model this small
+        print("Post-training a small Qwen-Image-Edit on 1,000 scenes: about 8 minutes, then a test on 400 others.")
+        print("The score says how well an edit does what its prompt asks for, from 0 to 5.", flush=True)
         model, reward_funcs = miniature.load_pipeline(), miniature.RuleScorer()
         train_dataset, eval_dataset = miniature.load_dataset("train", 1000), miniature.load_dataset("validation", 96)
     else:
@@ -58,7 +60,7 @@ def main(script_args: EditScriptArguments, training_args: FlowGRPOEditConfig, mo
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()  # and pushes it, with --push_to_hub
     if embedded:  # scores of each task on held-out scenes, before and after
-        miniature.evaluate_before_after(trainer, miniature.load_dataset("test", 400))
+        miniature.evaluate_before_after(trainer, miniature.load_dataset("test", 400), other_steps=(2, 3))
     trainer.accelerator.print(f"The LoRA, its card, the reward curve and pictures are in {training_args.output_dir}")
 
 

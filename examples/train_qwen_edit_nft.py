@@ -2,9 +2,9 @@
 # dependencies = ["hp-edit-trl"]
 # ///
 """
-The demo, which `make demo` runs: trains the miniature of the library with DiffusionNFT. The miniature is a small
-pretrained Qwen-Image-Edit pipeline, a world of small scenes, and a scorer that knows the right answers; it needs
-neither a GPU nor the Hub:
+Trains the miniature of the library with DiffusionNFT, as `train_qwen_edit.py` does with Flow-GRPO: a small pretrained
+Qwen-Image-Edit pipeline, a world of small scenes, and a scorer that knows the right answers. It needs neither a GPU nor
+the Hub:
 
     python examples/train_qwen_edit_nft.py
 

@@ -30,14 +30,11 @@ NFT = (
     | {"num_inference_steps": 3, "eval_num_inference_steps": 10, "num_train_sigmas": 2, "beta": 0.0}
     | {"max_steps": 84, "eval_steps": 42}
 )
-AVERAGE = {"ema_decay": 0.9}
 ARMS = [
     Arm("GRPO, whole trajectory", WHOLE),
     Arm("GRPO, fewer passes", FEWER),
-    Arm("GRPO, fewer passes, moving average", FEWER | AVERAGE),
-    Arm("GRPO, fewer passes, sliding window", FEWER | {"sde_window_mode": "sliding"}),
+    Arm("GRPO, fewer passes, moving average", FEWER | {"ema_decay": 0.9}),
     Arm("NFT", NFT, method="nft"),
-    Arm("NFT, moving average", NFT | AVERAGE, method="nft"),
 ]
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_embedded_default(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo(tmp_path):
+def test_the_miniature_with_nft(tmp_path):
     options = ("--max_steps", "4", "--eval_steps", "4", "--save_steps", "4", "--logging_steps", "4")
     printed = run_here(*options, cwd=tmp_path, script="train_qwen_edit_nft.py", most=24)
     lines = printed.splitlines()
