@@ -3,8 +3,7 @@
 # ///
 """
 Trains the miniature of the library with DiffusionNFT, as `train_qwen_edit.py` does with Flow-GRPO: a small pretrained
-Qwen-Image-Edit pipeline, a world of small scenes, and a scorer that knows the right answers. It needs neither a GPU nor
-the Hub:
+Qwen-Image-Edit pipeline, a world of small scenes, and a scorer that knows the right answers. It needs no GPU:
 
     python examples/train_qwen_edit_nft.py
 

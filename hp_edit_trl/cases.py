@@ -336,7 +336,11 @@ def _check_columns(dataset: Dataset, name: str) -> None:
     features = dataset.features
 
     if "prompt" not in features:
-        raise ValueError(f"{name} has no column 'prompt' with the instruction; its columns are {list(features)}.")
+        folder = " Has the folder a metadata.jsonl?" if set(features) <= {"image", "label"} else ""
+        raise ValueError(
+            f"{name} has no column 'prompt' with the instruction; its columns are {list(features)}. Rename yours: "
+            f"dataset.rename_column('instruction', 'prompt').{folder}"
+        )
     if not is_text(features["prompt"]):
         what = "a conversation" if "content" in str(features["prompt"]) else f"{features['prompt']}"
         raise ValueError(

@@ -146,7 +146,7 @@ def test_the_wheel_holds_the_prompts_and_the_miniature(tmp_path):
     assert {f"hp_edit_trl/prompts/{name}" for name in prompts} <= set(names)
     assert "hp_edit_trl/py.typed" in names and "hp_edit_trl/trainer/model_card.md" in names
     assert {"hp_edit_trl/data/pairs_card.md", "hp_edit_trl/data/builder/dataset_card.md"} <= set(names)
-    assert "hp_edit_trl/prompts/instructions/bokeh.md" in names
+    assert {"hp_edit_trl/prompts/instructions/bokeh.md", "hp_edit_trl/recipes/qwen_image_edit_2509.yaml"} <= set(names)
     assert {
         "hp_edit_trl/bench/gallery.html",
         "hp_edit_trl/calibration/worst.html",

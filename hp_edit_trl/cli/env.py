@@ -6,9 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
-PACKAGES = ("transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
+PACKAGES = ("torchvision", "transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
 EXTRAS = {
     "server": ("aiohttp",),
+    "judge": ("qwen-vl-utils",),
     "annotate": ("gradio",),
     "ray": ("ray",),
     "quantization": ("bitsandbytes", "torchao"),
@@ -42,6 +43,10 @@ def _env(args: argparse.Namespace) -> None:
             for extra, packages in EXTRAS.items()
         },
     }
+    try:
+        import torchvision  # noqa: F401  # transformers hides this error behind another
+    except (ImportError, RuntimeError, OSError) as error:
+        lines["torchvision"] += f", which does not fit torch ({error}): install both from one index"
     print("\n".join(f"- {name}: {value}" for name, value in lines.items()))
 
 

@@ -281,7 +281,7 @@ def failed_rewards(
     reason = f"{type(error).__name__}: {shortened(str(error))}"
     if first:
         raise RuntimeError(
-            f"The reward function {name!r} failed for the cases {cases}: {reason}. Correct it, or start again: later "
+            f"The reward function {name!r} failed for the cases {cases}: {reason}. Correct it and start again: later "
             "in a run such an error counts as a missing reward."
         ) from error
     logger.warning("The reward function %r failed for the cases %s: %s. They have no reward.", name, cases, reason)

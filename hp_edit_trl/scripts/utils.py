@@ -294,7 +294,11 @@ class ScriptParser(TrlParser):
             "e.g. multi_gpu or zero2) or any other option of `accelerate launch`, accelerate launches the script.",
         )
         self.module = f"hp_edit_trl.scripts.{name.replace('-', '_')}"
-        self.add_argument("--config", help="YAML file with options; options on the command line take precedence.")
+        self.add_argument(
+            "--config",
+            help="YAML file with options, or the name of a recipe, e.g. qwen_image_edit_2509; options on the "
+            "command line take precedence.",
+        )
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {redacted(message)}", file=sys.stderr)
@@ -351,7 +355,7 @@ class ScriptParser(TrlParser):
         if file is None:
             return {}
         try:
-            config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            config = yaml.safe_load(self._config(file).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             self.error(f"--config {file} cannot be read: {' '.join(str(error).split())}")
         if not isinstance(config, dict):
@@ -363,6 +367,15 @@ class ScriptParser(TrlParser):
         own = {f.name for dataclass_type in self.dataclass_types for f in fields(dataclass_type) if f.init}
         self.set_defaults(**{name: value for name, value in config.items() if name in own})
         return {name: value for name, value in config.items() if name not in own}
+
+    def _config(self, config: str) -> Path:
+        """The file of `--config`, which is a path or the name of a recipe: they come with the package."""
+        package = Path(__file__).parents[1]
+        folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "examples" / "configs"
+        recipes = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+        if config not in recipes and not Path(config).exists():
+            self.error(f"--config {config} is neither a file nor one of the recipes {', '.join(recipes)}.")
+        return Path(config) if Path(config).exists() else recipes[config]
 
     def _accelerate_config(self, config: str) -> str:
         """The file of `--accelerate_config`, which is a path or the name of one of TRL's configurations."""

@@ -11,6 +11,7 @@ from trl import ScriptArguments
 from hp_edit_trl.cli import main
 from hp_edit_trl.judges import ServerJudge
 from hp_edit_trl.scripts import DatasetArguments, EditScriptArguments, dpo, grpo, load_cases, load_scorer, mine_pairs
+from hp_edit_trl.scripts.utils import ScriptParser
 from tests.helpers import make_cases
 
 
@@ -70,6 +71,12 @@ def test_several_processes_are_launched_by_accelerate(tmp_path, runs, where):
     assert {"num_processes", "multi_gpu"} <= launch.nondefault
 
 
+def test_a_recipe_by_its_name():
+    parser = ScriptParser("grpo", grpo.ARGUMENTS)
+    options, launch = parser.parse(["--config", "qwen_image_edit_2509", "--dataset_name", "x"])
+    assert options["model_name_or_path"] == "Qwen/Qwen-Image-Edit-2509" and options["same_latent"] and launch is None
+
+
 def test_an_accelerate_config_by_name_and_by_file(tmp_path, runs):
     main(["grpo", *MODEL, "--accelerate_config", "zero2"])
     file = written(tmp_path, num_processes=4)
@@ -89,7 +96,7 @@ def test_an_accelerate_config_by_name_and_by_file(tmp_path, runs):
         ([*MODEL, "stray"], "hp-edit grpo: unrecognized arguments: stray\n"),
         ([*MODEL, "--lora_r", "many"], "hp-edit grpo: argument --lora_r/--lora-r: invalid int value: 'many'\n"),
         ([*MODEL, "--num_processes", "two"], "hp-edit grpo: argument --num_processes/--num-processes: invalid int"),
-        ([*MODEL, "--config", "nowhere.yaml"], "hp-edit grpo: --config nowhere.yaml cannot be read: "),
+        ([*MODEL, "--config", "nowhere.yaml"], "hp-edit grpo: --config nowhere.yaml is neither a file nor one of "),
         ([*MODEL, "--accelerate_config", "zero9"], "hp-edit grpo: --accelerate_config zero9 is neither a file nor "),
         ([*MODEL, "--config"], "hp-edit grpo: argument --config: expected one argument\n"),
     ],
