@@ -1,5 +1,9 @@
 """Editors against what they stand for: the pipeline's own call, the policy's own rollout, the files of a folder."""
 
+import inspect
+import json
+
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -192,11 +196,17 @@ def test_a_pipeline_that_cannot_be_used_is_told_before_its_weights_are_read(tmp_
     load_editor(str(tmp_path), num_inference_steps=4, true_cfg_scale=1.0).check()
     with pytest.raises(ValueError, match="The call of QwenImageEditPlusPipeline has no num_steps: correct or remove"):
         load_editor(str(tmp_path), num_steps=4).check()
-    (tmp_path / "model_index.json").write_text('{"_class_name": "LongCatImageEditPipeline"}')
+
+    def write_index_of(name):
+        components = inspect.signature(getattr(diffusers, name).__init__).parameters.keys() - {"self"}
+        index = {"_class_name": name} | dict.fromkeys(components, "of unknown class")
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+
+    write_index_of("LongCatImageEditPipeline")
     load_editor(str(tmp_path), guidance_scale=1.0).check()
     with pytest.raises(ValueError, match="resolution=512, but LongCatImageEditPipeline always edits at its own size"):
         load_editor(str(tmp_path), resolution=512).check()
-    (tmp_path / "model_index.json").write_text('{"_class_name": "JoyImageEditPlusPipeline"}')
+    write_index_of("JoyImageEditPlusPipeline")
     with pytest.raises(ValueError, match="JoyImageEditPlusPipeline is not called with image: it needs a function"):
         load_editor(str(tmp_path)).check()
     with pytest.raises(ValueError, match="editor='nobody/nothing' is neither a folder nor a readable"):

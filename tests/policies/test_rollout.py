@@ -55,6 +55,7 @@ class Oscillator:
     """Velocities that lead around a circle: `dx/dsigma` turns the two channels of a token. Its solution is known."""
 
     device = torch.device("cpu")
+    has_prefix = False
 
     def sigmas(self, num_inference_steps, conditions):
         return torch.linspace(1, 0, num_inference_steps + 1)
