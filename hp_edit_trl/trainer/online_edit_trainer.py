@@ -853,7 +853,9 @@ class OnlineEditTrainer(BaseEditTrainer):
 
         def skip(error: BadCaseError) -> None:
             if self.args.on_bad_case == "error":
-                raise BadCaseError(f"{error} Set on_bad_case='skip' to leave it out.", error.case_id) from error
+                raise BadCaseError(
+                    f"{str(error).rstrip('.')}. Set on_bad_case='skip' to leave it out.", error.case_id
+                ) from error
             logger.warning(f"{error} It is left out of the evaluation.", main_process_only=False)
 
         for place, index in enumerate(indices):
