@@ -34,7 +34,9 @@ ARMS = [
     Arm("GRPO, whole trajectory", WHOLE),
     Arm("GRPO, fewer passes", FEWER),
     Arm("GRPO, fewer passes, moving average", FEWER | {"ema_decay": 0.9}),
+    Arm("GRPO, fewer passes, sliding window", FEWER | {"sde_window_mode": "sliding"}),
     Arm("NFT", NFT, method="nft"),
+    Arm("NFT, moving average", NFT | {"ema_decay": 0.9}, method="nft"),
 ]
 
 if __name__ == "__main__":
