@@ -122,11 +122,13 @@ def gains_figure(tasks: list[str], before: list[float], after: list[float], path
     limits["all"] = limits["score"]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots()
+    means = {}
     for shift, scores, label, color in ((-0.19, before, "before", "#9aa5b1"), (0.19, after, "after", "#1f7a5c")):
         parts = [[scores[i] for i, task in enumerate(tasks) if name in (task, "all")] for name in names]
         errors = [np.std(part, ddof=1) / len(part) ** 0.5 if len(part) > 1 else 0.0 for part in parts]
+        means[label] = [np.mean(part) for part in parts]
         places = np.arange(len(names)) + shift
-        axes.bar(places, [np.mean(part) for part in parts], 0.36, yerr=errors, label=label, color=color, ecolor="#333")
+        axes.bar(places, means[label], 0.36, yerr=errors, label=label, color=color, ecolor="#333")
     for place, name in enumerate(names):
         axes.hlines(
             limits[name],
@@ -136,8 +138,7 @@ def gains_figure(tasks: list[str], before: list[float], after: list[float], path
             linestyle=":",
             label="" if place else "VAE limit",
         )
-    lowest = min(np.mean([s for s, t in zip(before, tasks, strict=True) if n in (t, "all")]) for n in names)
-    axes.set_ylim(max(0.0, np.floor(lowest * 2) / 2 - 0.5), 5.05)
+    axes.set_ylim(max(0.0, np.floor(min(means["before"]) * 2) / 2 - 0.5), 5.05)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("score, 0 to 5")
     axes.spines[["top", "right"]].set_visible(False)
