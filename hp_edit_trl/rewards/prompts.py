@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import snapshot_download
 
-from ..utils.files import write_text
+from ..utils.files import shipped_folder, write_text
 from ..utils.texts import quoted
 
 
@@ -182,10 +182,7 @@ def find_prompts(source: str | None, revision: str | None) -> tuple[Path, str]:
         `ValueError`: If there is a revision of a local folder.
     """
     if source is None:
-        package = Path(__file__).parent.parent
-        # Beside the package in a checkout, inside it in a wheel.
-        folder = package / "prompts" if (package / "prompts").is_dir() else package.parent / "prompts"
-        origin = "hp-edit-trl"
+        folder, origin = shipped_folder("prompts", "prompts"), "hp-edit-trl"
     elif os.path.isdir(source):
         folder, origin = Path(source), source
     else:

@@ -22,6 +22,7 @@ from ..rewards import HPScorerReward
 from ..trainer.base_edit_trainer import BaseEditTrainer
 from ..trainer.model_config import EditModelConfig
 from ..trainer.online_edit_config import OnlineEditConfig
+from ..utils.files import shipped_folder
 from ..utils.quantization import check_quantization
 from ..utils.secrets import redacted
 
@@ -370,9 +371,7 @@ class ScriptParser(TrlParser):
 
     def _config(self, config: str) -> Path:
         """The file of `--config`, which is a path or the name of a recipe: they come with the package."""
-        package = Path(__file__).parents[1]
-        folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "examples" / "configs"
-        recipes = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+        recipes = {file.stem: file for file in sorted(shipped_folder("recipes", "examples/configs").glob("*.yaml"))}
         if config not in recipes and not Path(config).exists():
             self.error(f"--config {config} is neither a file nor one of the recipes {', '.join(recipes)}.")
         return Path(config) if Path(config).exists() else recipes[config]

@@ -21,6 +21,20 @@ LONGEST_NAME = 150  # characters; most file systems allow 255, with suffixes and
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
+def shipped_folder(name: str, in_checkout: str) -> Path:
+    """
+    A folder of files that come with the package: inside it in a wheel, elsewhere in a checkout of the repository.
+
+    Args:
+        name (`str`):
+            Its name in the package.
+        in_checkout (`str`):
+            Its path in a checkout.
+    """
+    package = Path(__file__).parents[1]
+    return package / name if (package / name).is_dir() else package.parent / in_checkout
+
+
 def file_name(name: str) -> str:
     """
     A name as (part of) a file name: characters that file names do not allow are percent-encoded as in URLs, and so is
