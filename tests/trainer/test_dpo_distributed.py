@@ -19,10 +19,11 @@ import sys, torch
 torch.set_num_threads(1)
 from peft import LoraConfig
 from hp_edit_trl import DPOEditTrainer
+from hp_edit_trl.miniature.tiny import tiny_qwen_image_21_pipeline
 from hp_edit_trl.policies import QwenImageEditPlusPolicy
 from tests.trainer.test_dpo_edit_trainer import edit_pipeline, make_config, make_pairs, record_pairs
 
-output, per_device, accumulation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+output, pipeline, per_device = sys.argv[1], sys.argv[2], int(sys.argv[3])
 encoded, encode = [], QwenImageEditPlusPolicy.encode
 
 def counted(self, images, prompt, *args):
@@ -34,9 +35,9 @@ QwenImageEditPlusPolicy.encode = counted
 # One rank has pairs of one size where the other has several, so ranks run unequal numbers of forward passes.
 pairs = make_pairs(8, sizes=((64, 64), (64, 64), (128, 64), (64, 64), (64, 128)))
 trainer = DPOEditTrainer(
-    model=edit_pipeline(), train_dataset=pairs,
+    model=globals()[pipeline](), train_dataset=pairs,
     eval_dataset={"five": pairs.select(range(5)), "one": pairs.select([2]), "six": pairs.select(range(6))},
-    args=make_config(output, per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
+    args=make_config(output, per_device_train_batch_size=per_device, gradient_accumulation_steps=1,
                      num_train_epochs=3, max_steps=-1, save_strategy="steps", save_steps=3, eval_strategy="steps",
                      eval_steps=2, beta=100.0, gradient_checkpointing=True, safeguard=True,
                      # Adam turns rounding into whole steps where a gradient is nearly zero; SGD does not
@@ -57,12 +58,12 @@ torch.save({
 """
 
 
-def run(folder, name, processes, per_device, accumulation, *arguments):
+def run(folder, name, processes, per_device, *arguments, pipeline="edit_pipeline"):
     script, output = folder / "script.py", folder / name
     script.write_text(SCRIPT)
     output.mkdir()
     environment = {"ACCELERATE_USE_CPU": "true"}
-    arguments = (output, per_device, accumulation, *arguments)
+    arguments = (output, pipeline, per_device, *arguments)
     done = Script(script, *arguments, environment=environment, processes=processes).wait()
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(output / f"result_{rank}.pt", weights_only=False) for rank in range(processes)]
@@ -75,19 +76,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    return run(folder, "one", 1, 4, 1)[0]
+    return run(folder, "one", 1, 4)[0]
 
 
 @pytest.fixture(scope="module")
 def two(folder):
-    return run(folder, "two", 2, 2, 1)
+    return run(folder, "two", 2, 2)
 
 
 def logs(result):
     return [{k: v for k, v in log.items() if not RUN_KEYS.match(k)} for log in result["history"]]
 
 
-def test_two_ranks_give_the_update_of_one_process(one, two):
+def assert_same_run(one, two):
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two[0]["weights"][name], weight, rtol=1e-3, atol=1e-5, msg=name)
         assert torch.equal(two[0]["weights"][name], two[1]["weights"][name]), name
@@ -98,6 +99,16 @@ def test_two_ranks_give_the_update_of_one_process(one, two):
         assert alone.keys() == shared.keys()
         for name, value in alone.items():
             assert shared[name] == pytest.approx(value, rel=2e-3, abs=1e-3), name
+
+
+def test_two_ranks_give_the_update_of_one_process(one, two):
+    assert_same_run(one, two)
+
+
+def test_two_ranks_with_a_shared_prefix_give_the_update_of_one_process(folder):
+    name = "tiny_qwen_image_21_pipeline"
+    (one,) = run(folder, "prefix-one", 1, 4, pipeline=name)
+    assert_same_run(one, run(folder, "prefix-two", 2, 2, pipeline=name))
 
 
 def test_evaluation_knows_no_ranks(one, two):
@@ -138,7 +149,7 @@ def test_each_pair_is_encoded_by_one_rank(one, two):
 
 def test_two_ranks_resume_exactly(folder, two):
     # From within the second epoch
-    again = run(folder, "again", 2, 2, 1, folder / "two" / "checkpoint-3")
+    again = run(folder, "again", 2, 2, folder / "two" / "checkpoint-3")
     for name, weight in two[0]["weights"].items():
         assert torch.equal(again[0]["weights"][name], weight), name
     assert [log for log in logs(again[0]) if "train_loss" not in log] == [
