@@ -133,7 +133,7 @@ def test_passes_of_dpo_are_counted(config, tmp_path):
 
 
 def test_arms_of_a_file(tmp_path, monkeypatch, capsys):
-    arms = experiments.read_arms(CONFIG.with_name("arms.yaml"), CONFIG)
+    arms = experiments.read_arms(CONFIG.with_name("learners_and_rewards.yaml"), CONFIG)
     assert [arm.method for arm in arms] == ["none", "grpo", "grpo", "nft", "dpo", "dpo"]
     assert [type(experiments.arm_rewards(arm)[0]).__name__ for arm in arms[1:3]] == ["RuleScorer", "Gate"]
 
@@ -170,7 +170,7 @@ def test_arms_of_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_experiment", lambda *arguments: started.append(arguments))
     with pytest.raises(SystemExit, match="compare.py: .*must hold a list of arms"):
         compare.main(["--arms", str(tmp_path / "arms.yaml")])
-    compare.main(["--arms", str(CONFIG.with_name("arms.yaml")), "--seeds", "0"])
+    compare.main(["--arms", str(CONFIG.with_name("learners_and_rewards.yaml")), "--seeds", "0"])
     assert [arguments[0] for arguments in started] == ["arms"] and started[0][1] == arms
 
 
