@@ -549,9 +549,9 @@ class Rehearsal:
         samples, shares = trainer._buffered_samples, trainer.policy.has_prefix
         if not is_grpo:
             args.num_train_sigmas = args.num_train_sigmas if shares else 1
-        elif not (args.same_latent or shares):
-            start = samples[0].trajectory.steps.start
-            samples = [replace(s, trajectory=replace(s.trajectory, steps=range(start, start + 1))) for s in samples]
+        elif light or not (args.same_latent or shares):
+            steps = samples[0].trajectory.steps[: 2 if args.same_latent or shares else 1]
+            samples = [replace(sample, trajectory=replace(sample.trajectory, steps=steps)) for sample in samples]
         size, accumulate, this = args.per_device_train_batch_size, trainer._accumulate_gradients, object()
 
         def accumulate_once(module: nn.Module, samples: list[Any], update: list[Any]) -> torch.Tensor:
