@@ -353,7 +353,9 @@ class BaseEditTrainer(_BaseTrainer):
             except BadCaseError as error:
                 if self.args.on_bad_case == "error":
                     raise BadCaseError(
-                        f"{str(error).rstrip('.')}. Set on_bad_case='skip' to leave it out.", error.case_id
+                        f"{str(error).rstrip('.')}. Set on_bad_case='skip' to leave it out. `hp-edit check-dataset` "
+                        "decodes all images of a dataset, and names those that are broken.",
+                        error.case_id,
                     ) from error
                 logger.warning(f"{error} The next case takes its place.")
                 self._bad_cases.add((self.state.global_step, str(error.case_id)))
