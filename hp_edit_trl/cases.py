@@ -15,6 +15,7 @@ import copy
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,9 +27,10 @@ from datasets import Dataset, DatasetDict, Features, Image, LargeList, List, Val
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from .utils.hub import check_reachable
 from .utils.image_paths import check_image_paths
 from .utils.images import FORMATS, UnreadableImageError, open_image, read_image, to_rgb, with_path
-from .utils.secrets import redact_error, remember_secrets
+from .utils.secrets import redact_error, redacted, remember_secrets
 from .utils.texts import is_blank
 
 
@@ -131,9 +133,7 @@ def _check_rows(
     return bad
 
 
-def find_bad_cases(
-    dataset: Dataset, name: str, edits: Sequence[str] = (), decode: bool = False
-) -> dict[int, str]:
+def find_bad_cases(dataset: Dataset, name: str, edits: Sequence[str] = (), decode: bool = False) -> dict[int, str]:
     """
     Finds the rows of a dataset of cases that cannot be used, see [`check_cases`].
 
@@ -330,9 +330,9 @@ def _decode(picture: Encoded, is_read: bool) -> None:
 
 def _picture_problem(picture: Encoded, is_read: bool, decode: bool) -> str | tuple[int, int] | None:
     """
-    What the header of an encoded image tells against it, as the end of a sentence, or else its width and height; with
-    `decode` its pixels, too. `None` for an address on the web, which is not asked. `is_read` says whether it is read by
-    [`~hp_edit_trl.utils.images.read_image`], and not passed on in its own mode.
+    What the header of an encoded image tells against it, with `decode` also its pixels, as the end of a sentence; or
+    else its width and height. `None` for an address on the web, which is not asked. `is_read` says whether it is read
+    by [`~hp_edit_trl.utils.images.read_image`], and not passed on in its own mode.
     """
     path = picture.path
     if picture.content is None and ("://" in path or "::" in path):
@@ -503,6 +503,7 @@ def load_split(path: str, split: str = "train", image_root: str | None = None, *
 
     Raises:
         `FileNotFoundError`: If there is no dataset at `path`.
+        `ConnectionError`: If it is on the Hub, which cannot be reached, and not in the cache.
         `ValueError`: If it has no such split, or names an image that is neither its own nor below `image_root`.
     """
     folders = [path] if Path(path).is_dir() else []
@@ -512,19 +513,37 @@ def load_split(path: str, split: str = "train", image_root: str | None = None, *
 def _load_split(path: str, split: str, **options: Any) -> Any:
     if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
         remember_secrets([path, options])  # an address may hold a token
+        names = ("revision", "token", "cache_dir")
+        check_reachable(path, "dataset", **{name: options[name] for name in names if name in options})
         try:
             return load_dataset(path, split=split, **options)
+        except FileNotFoundError as error:
+            redact_error(error)
+            at_revision = f" at revision {options['revision']!r}" if options.get("revision") else ""
+            raise FileNotFoundError(
+                f"There is no dataset {redacted(path)!r}{at_revision}, neither a folder nor on the Hub, or it is "
+                f"private and needs a token: {error}"
+            ) from error
         except Exception as error:  # datasets raises errors of many types
             redact_error(error)
+            if found := re.search(r"(?:Unknown|Bad) split.*?\[(.*)\]", str(error)):
+                raise ValueError(_no_split(path, split, found[1])) from error
             raise
     dataset = load_from_disk(path)
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
-            raise ValueError(f"{path} has no split {split!r}; its splits are {list(dataset)}.")
+            raise ValueError(_no_split(path, split, ", ".join(map(repr, dataset))))
         dataset = dataset[split]
     elif split not in ("train", str(dataset.split)):
         raise ValueError(f"{path} holds one dataset without splits, so there is no split {split!r}: leave it out.")
     return dataset.to_iterable_dataset() if options.get("streaming") else dataset
+
+
+def _no_split(path: str, split: str, splits: str) -> str:
+    return (
+        f"{redacted(path)} has no split {split!r}; its splits are [{splits}]. Name one of them: --split, or for a "
+        "training --dataset_train_split and --dataset_test_split."
+    )
 
 
 def load_edits(path: str, split: str = "train", revision: str | None = None, image_root: str | None = None) -> Dataset:

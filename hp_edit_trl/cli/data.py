@@ -47,7 +47,7 @@ def register(commands: Any) -> None:
     command.add_argument("--gpus_per_worker", type=float, default=0, help="with Ray")
     command.set_defaults(run=_build)
 
-    command = commands.add_parser("check-dataset", help="check every row of a dataset as the trainers do, and decode its images")
+    command = commands.add_parser("check-dataset", help="check a dataset as the trainers do, and decode its images")
     command.add_argument("dataset", help="folder or Hub repository")
     command.add_argument("--split", default="train")
     command.add_argument("--revision", help="branch, tag or commit of the Hub repository")
