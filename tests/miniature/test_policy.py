@@ -69,3 +69,10 @@ def test_the_vae_keeps_what_the_scorer_looks_at(pipeline):
     edits = pipeline.image_processor.postprocess(decoded)
     scores = [scorer.score(edit, row["image"], row["target"]) for edit, row in zip(edits, dataset, strict=True)]
     assert np.mean(scores) > 4.3
+
+
+def test_the_card_tells_the_sides_that_training_took(pipeline):
+    policy = policy_class(pipeline)(pipeline)
+    assert "training took multiples of 8." in policy.example_of_size(32).difference
+    assert "A square picture is edited as in training." in policy.example_of_size(32).difference
+    assert "A square" not in policy.example_of_size(48).difference
