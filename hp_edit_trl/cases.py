@@ -513,6 +513,10 @@ def load_split(path: str, split: str = "train", image_root: str | None = None, *
 def _load_split(path: str, split: str, **options: Any) -> Any:
     if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
         remember_secrets([path, options])  # an address may hold a token
+        if Path(path).is_file():
+            raise ValueError(
+                f"{path} is a file, but a dataset is a folder or a Hub repository: name the file's folder."
+            )
         names = ("revision", "token", "cache_dir")
         check_reachable(path, "dataset", **{name: options[name] for name in names if name in options})
         try:

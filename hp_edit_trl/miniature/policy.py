@@ -49,9 +49,15 @@ def training_args(output_dir: str, **options: Any) -> FlowGRPOEditConfig:
         output_dir (`str`):
             The output folder.
         **options:
-            Other options of [`FlowGRPOEditConfig`], or other values.
+            Other options of [`FlowGRPOEditConfig`], or other values. With fewer than 4 denoising steps the SDE window
+            is smaller, unless it is given.
 
     Raises:
         `ValueError`: If an option is not valid.
     """
-    return FlowGRPOEditConfig(output_dir, **(TRAINING_OPTIONS | options))
+    given = options.keys() & {"sde_window_size", "sde_window_range"}
+    options = TRAINING_OPTIONS | options
+    size = min(TRAINING_OPTIONS["sde_window_size"], options["num_inference_steps"] - 1)
+    if not given and size > 0:
+        options |= {"sde_window_size": size, "sde_window_range": [0, size]}
+    return FlowGRPOEditConfig(output_dir, **options)

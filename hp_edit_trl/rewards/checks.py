@@ -169,7 +169,7 @@ def check_signature(func: Callable[..., Any], columns: Iterable[str]) -> None:
             )
         raise TypeError(
             f"The reward function {get_callable_name(func)!r}{signature} cannot be called with prompts, completions "
-            f"and the columns of the dataset ({error}). {remedy}."
+            f"and the columns of the dataset, {', '.join(names[2:-3])} ({error}). {remedy}."
         ) from error
 
 

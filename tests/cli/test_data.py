@@ -68,8 +68,12 @@ def test_a_picture_that_is_cut_off_is_found_with_its_file(tmp_path, column):
         main(["check-dataset", folder])
 
 
-def test_a_split_that_is_not_there(tmp_path):
+def test_what_is_not_there(tmp_path):
     folder = write_folder(tmp_path / "photos", [{"prompt": "Make it red"}])
+    with pytest.raises(
+        SystemExit, match="metadata.jsonl is a file, but a dataset is a folder .*: name the file's fol"
+    ):
+        main(["check-dataset", f"{folder}/metadata.jsonl"])
     with pytest.raises(
         SystemExit, match=r"has no split 'test'; its splits are \['train'\]. Name one of them: --split"
     ):

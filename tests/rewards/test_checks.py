@@ -247,6 +247,7 @@ def test_signatures():
         (lambda images, prompts, metadata: 0, "Those of flow_grpo have other arguments"),
         (lambda completions: 0, "unexpected keyword argument 'prompts'"),
         (lambda prompts, completions, answer, **kwargs: 0, "missing a required argument: 'answer'"),
+        (lambda prompts, completions, picture, **kwargs: 0, "columns of the dataset, id, image, task \\(missing"),
         (lambda prompts, completions: 0, "unexpected keyword argument"),
     ):
         with pytest.raises(TypeError, match=f"cannot be called.*{message}"):
