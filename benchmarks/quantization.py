@@ -71,7 +71,6 @@ def build_trainer(pipeline, kind: str, updates: int) -> FlowGRPOEditTrainer:
         reward_funcs=miniature.RuleScorer(),
         args=args,
         train_dataset=miniature.load_dataset("train", 1000),
-        eval_dataset=miniature.load_dataset("validation", 96),
     )
 
 
@@ -96,6 +95,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     args = parser.parse_args()
     pipeline = miniature.load_pipeline()
+    cases = miniature.load_dataset("validation", 96)
     samples = reference = None
     print(f"{'base':18} {'ratio':>9} {'cosine':>8} {'before':>7} {'after':>7}")
     for kind in args.kinds:
@@ -106,9 +106,9 @@ def main() -> None:
         own = gradient(build_trainer(pipeline, kind, 1), samples)
         cosine = torch.cosine_similarity(own, reference, dim=0).item()
         trainer = build_trainer(pipeline, kind, args.updates)
-        before = trainer.evaluate()["eval_reward"]
+        before = trainer.evaluate(cases)["eval_reward"]
         trainer.train()
-        after = trainer.evaluate()["eval_reward"]
+        after = trainer.evaluate(cases)["eval_reward"]
         first = next(log for log in trainer.state.log_history if "loss" in log)
         ratio = max(value for name, value in first.items() if name.startswith("logp_diff"))
         print(f"{kind:18} {ratio:9.1e} {cosine:8.4f} {before:7.3f} {after:7.3f}", flush=True)

@@ -15,10 +15,11 @@ import copy
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,9 +27,10 @@ from datasets import Dataset, DatasetDict, Features, Image, LargeList, List, Val
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from .utils.hub import check_reachable
 from .utils.image_paths import check_image_paths
-from .utils.images import FORMATS, UnreadableImageError, read_image
-from .utils.secrets import redact_error, remember_secrets
+from .utils.images import FORMATS, UnreadableImageError, open_image, read_image, to_rgb, with_path
+from .utils.secrets import redact_error, redacted, remember_secrets
 from .utils.texts import is_blank
 
 
@@ -65,14 +67,31 @@ class BadCaseError(ValueError):
         self.case_id = case_id
 
 
+class Encoded(NamedTuple):
+    """
+    An encoded image in a dataset.
+
+    Args:
+        content (`pyarrow.Buffer` or `None`):
+            Its bytes; `None` if they are in the file.
+        path (`str` or `None`):
+            The file, or where the bytes came from.
+    """
+
+    content: pa.Buffer | None
+    path: Any
+
+
 def is_text(feature: Any) -> bool:
     """Returns whether a feature of a dataset holds strings."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def check_cases(dataset: Dataset, name: str, on_bad_case: str | None = "error") -> dict[int, str]:
+def check_cases(
+    dataset: Dataset, name: str, on_bad_case: str | None = "error", decode: bool = False
+) -> dict[int, str]:
     """
-    Checks that a dataset is a dataset of cases, and each of its rows. Images are opened, but not decoded.
+    Checks that a dataset is a dataset of cases, and each of its rows. Images are opened, but not decoded unless asked.
 
     A bad case has no instruction that can be read (empty, blank, without a visible character, longer than
     `MAX_PROMPT_CHARACTERS`), no image, or an image that cannot be opened or is narrower than 1:`MAX_ASPECT_RATIO`.
@@ -85,6 +104,8 @@ def check_cases(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
             Its name in errors, e.g. `"train_dataset"`.
         on_bad_case (`str`, *optional*, defaults to `"error"`):
             `"error"` refuses a dataset with bad cases, `"skip"` warns of them. `None` checks the columns only.
+        decode (`bool`, *optional*, defaults to `False`):
+            Whether to decode the images, too. Only this finds files that are cut off or damaged behind their header.
 
     Returns:
         `dict[int, str]`: the numbers of the rows that are bad cases, and what is wrong with each. [`leave_out`] leaves
@@ -99,18 +120,20 @@ def check_cases(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
     _check_columns(dataset, name)
     if "id" in dataset.features:
         _check_unique(dataset, name, ["id"])
-    return _check_rows(dataset, name, on_bad_case)
+    return _check_rows(dataset, name, on_bad_case, decode)
 
 
-def _check_rows(dataset: Dataset, name: str, on_bad_case: str | None, edits: Sequence[str] = ()) -> dict[int, str]:
+def _check_rows(
+    dataset: Dataset, name: str, on_bad_case: str | None, decode: bool, edits: Sequence[str] = ()
+) -> dict[int, str]:
     if on_bad_case is None:
         return {}
-    bad = find_bad_cases(dataset, name, edits)
+    bad = find_bad_cases(dataset, name, edits, decode)
     report_bad_cases(bad, len(dataset), name, on_bad_case)
     return bad
 
 
-def find_bad_cases(dataset: Dataset, name: str, edits: Sequence[str] = ()) -> dict[int, str]:
+def find_bad_cases(dataset: Dataset, name: str, edits: Sequence[str] = (), decode: bool = False) -> dict[int, str]:
     """
     Finds the rows of a dataset of cases that cannot be used, see [`check_cases`].
 
@@ -121,6 +144,8 @@ def find_bad_cases(dataset: Dataset, name: str, edits: Sequence[str] = ()) -> di
             Its name, for the progress bar that appears after a few seconds.
         edits (`Sequence[str]`, *optional*):
             Columns that must have an image besides the references: `edit`, or `chosen` and `rejected`.
+        decode (`bool`, *optional*, defaults to `False`):
+            As in [`check_cases`].
 
     Returns:
         `dict[int, str]`: the number of each bad row, and what is wrong, in sentences that name the case.
@@ -147,16 +172,17 @@ def find_bad_cases(dataset: Dataset, name: str, edits: Sequence[str] = ()) -> di
                 needed = column in edits or (column == "images" and several) or (column == "image" and not several)
                 if needed and any(picture is None for picture in pictures):
                     what = {"image": "image", "images": "image in one place of its list"}
-                    problems.append(f"has no {what.get(column, f'{column} image' if column != 'edit' else 'edit')}.")
+                    missing = what.get(column, f"{column} image" if column != "edit" else "edit")
+                    problems.append(f"has no {missing}: add it, or leave the case out.")
                 for picture in pictures:
                     if picture is not None:
-                        found = _picture_problem(picture, is_read=column in known)
+                        found = _picture_problem(picture, column in known, decode)
                         if isinstance(found, str):
                             problems.append(f"has {_a_picture(column)} that {found}")
                         elif found is not None:
                             sizes[column] = found
             if "image" not in cells and not several:
-                problems.append("has no image.")
+                problems.append("has no image: add it, or leave the case out.")
             # An image may lie on its side until it is turned upright.
             shapes = [sorted(sizes[column]) for column in edits if column in sizes]
             if len(shapes) == 2 and shapes[0] != shapes[1]:
@@ -195,7 +221,7 @@ def report_bad_cases(bad: dict[int, str], count: int, name: str, on_bad_case: st
         raise BadCaseError(f"No case of {name} can be used. {listed}")
     told = f"{len(bad)} of {count} cases of {name} cannot be used. {listed}"
     if on_bad_case == "error":
-        raise BadCaseError(f"{told} Repair or remove them, or set on_bad_case='skip' where it is an option.")
+        raise BadCaseError(f"{told} on_bad_case='skip' leaves them out, where it is an option.")
     logger.warning("%s They are left out.", told)
 
 
@@ -263,48 +289,61 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _pictures(cell: Any) -> Iterator[Any]:
-    """The encoded images in a cell of a table, `None` where there is none. Nothing is copied."""
+    """The encoded images in a cell of a table, as [`Encoded`], `None` where there is none. Nothing is copied."""
     if isinstance(cell, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
         for item in cell if cell.is_valid else ():
             yield from _pictures(item)
     elif not cell.is_valid:
         yield None
     elif not isinstance(cell, pa.StructScalar):
-        yield cell.as_py()
+        yield Encoded(None, cell.as_py())
     elif {"bytes", "path"} <= set(cell):
-        yield cell["bytes"].as_buffer() if cell["bytes"].is_valid else cell["path"].as_py()
+        content, path = (cell["bytes"].as_buffer() if cell["bytes"].is_valid else None), cell["path"].as_py()
+        yield None if content is None and path is None else Encoded(content, path)
     else:
         for name in cell:
             if pa.types.is_nested(cell[name].type):
                 yield from _pictures(cell[name])
 
 
-def _header(picture: Any) -> tuple[int, int, str]:
+def _header(picture: Encoded) -> tuple[int, int, str]:
     """Width, height and mode of an encoded image."""
-    if isinstance(picture, pa.Buffer):
-        # Nothing is copied. Pillow may seek behind the end, though, which only a copy can take.
-        with contextlib.suppress(Exception), PILImage.open(pa.BufferReader(picture), formats=FORMATS) as image:
+    if picture.content is None:
+        with PILImage.open(picture.path, formats=FORMATS) as image:
             return *image.size, image.mode
-        picture = io.BytesIO(picture.to_pybytes())
-    with PILImage.open(picture, formats=FORMATS) as image:
+    # Nothing is copied. Pillow may seek behind the end, though, which only a copy can take.
+    with contextlib.suppress(Exception), PILImage.open(pa.BufferReader(picture.content), formats=FORMATS) as image:
+        return *image.size, image.mode
+    with PILImage.open(io.BytesIO(picture.content.to_pybytes()), formats=FORMATS) as image:
         return *image.size, image.mode
 
 
-def _picture_problem(picture: Any, is_read: bool) -> str | tuple[int, int] | None:
+def _decode(picture: Encoded, is_read: bool) -> None:
+    """Decodes an image as it is when it is used. Raises errors of many kinds if it is broken."""
+    content = Path(picture.path).read_bytes() if picture.content is None else picture.content.to_pybytes()
+    image = open_image(content)
+    if is_read:
+        to_rgb(image)
+    else:
+        image.load()
+
+
+def _picture_problem(picture: Encoded, is_read: bool, decode: bool) -> str | tuple[int, int] | None:
     """
-    What the header of an encoded image tells against it, as the end of a sentence, or else its width and height.
-    `None` for an address on the web, which is not asked. `is_read` says whether it is read by
-    [`~hp_edit_trl.utils.images.read_image`], and not passed on in its own mode.
+    What the header of an encoded image tells against it, with `decode` also its pixels, as the end of a sentence; or
+    else its width and height. `None` for an address on the web, which is not asked. `is_read` says whether it is read
+    by [`~hp_edit_trl.utils.images.read_image`], and not passed on in its own mode.
     """
-    if isinstance(picture, str) and ("://" in picture or "::" in picture):
+    path = picture.path
+    if picture.content is None and ("://" in path or "::" in path):
         return None
+    where = f" {path!r}" if path else ""
     try:
         width, height, mode = _header(picture)
     except FileNotFoundError:
-        return f"does not exist: {picture!r}. Put the file there, or leave the case out."
+        return f"does not exist: {path!r}. Put the file there, or leave the case out."
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
         reason = "it is no image of a known format" if isinstance(error, PILImage.UnidentifiedImageError) else error
-        where = f" {picture!r}" if isinstance(picture, str) else ""
         return f"cannot be decoded{where}: {type(error).__name__}: {reason}. Repair it, or leave the case out."
     if mode == "F" and is_read:
         return "has floating-point values of unknown range. Convert it to 8 bits, or leave the case out."
@@ -320,6 +359,11 @@ def _picture_problem(picture: Any, is_read: bool) -> str | tuple[int, int] | Non
             f"is too narrow: {width} x {height} pixels, but editors and judges take sides of up to "
             f"{MAX_ASPECT_RATIO}:1. Crop it, or leave the case out."
         )
+    try:
+        if decode:
+            _decode(picture, is_read)
+    except Exception as error:
+        return f"cannot be decoded{where}: {type(error).__name__}: {error}. Repair it, or leave the case out."
     return width, height
 
 
@@ -397,7 +441,9 @@ def edit_keys(dataset: Dataset) -> list[EditKey]:
     return list(zip(map(str, dataset["id"][:]), editors, strict=True))
 
 
-def check_edits(dataset: Dataset, name: str, on_bad_case: str | None = "error") -> dict[int, str]:
+def check_edits(
+    dataset: Dataset, name: str, on_bad_case: str | None = "error", decode: bool = False
+) -> dict[int, str]:
     """
     Checks that a dataset is a dataset of edits, and each of its rows, see [`check_cases`].
 
@@ -407,6 +453,8 @@ def check_edits(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
         name (`str`):
             Its name in errors, e.g. `"dataset"`.
         on_bad_case (`str`, *optional*, defaults to `"error"`):
+            As in [`check_cases`].
+        decode (`bool`, *optional*, defaults to `False`):
             As in [`check_cases`].
 
     Returns:
@@ -430,7 +478,7 @@ def check_edits(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
             f"{list(dataset.features)}."
         )
     _check_unique(dataset, name, ["id"] + ["editor"] * ("editor" in dataset.features))
-    return _check_rows(dataset, name, on_bad_case, ["edit"])
+    return _check_rows(dataset, name, on_bad_case, decode, ["edit"])
 
 
 def load_split(path: str, split: str = "train", image_root: str | None = None, **options: Any) -> Any:
@@ -455,6 +503,7 @@ def load_split(path: str, split: str = "train", image_root: str | None = None, *
 
     Raises:
         `FileNotFoundError`: If there is no dataset at `path`.
+        `ConnectionError`: If it is on the Hub, which cannot be reached, and not in the cache.
         `ValueError`: If it has no such split, or names an image that is neither its own nor below `image_root`.
     """
     folders = [path] if Path(path).is_dir() else []
@@ -464,19 +513,41 @@ def load_split(path: str, split: str = "train", image_root: str | None = None, *
 def _load_split(path: str, split: str, **options: Any) -> Any:
     if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
         remember_secrets([path, options])  # an address may hold a token
+        if Path(path).is_file():
+            raise ValueError(
+                f"{path} is a file, but a dataset is a folder or a Hub repository: name the file's folder."
+            )
+        names = ("revision", "token", "cache_dir")
+        check_reachable(path, "dataset", **{name: options[name] for name in names if name in options})
         try:
             return load_dataset(path, split=split, **options)
+        except FileNotFoundError as error:
+            redact_error(error)
+            at_revision = f" at revision {options['revision']!r}" if options.get("revision") else ""
+            raise FileNotFoundError(
+                f"There is no dataset {redacted(path)!r}{at_revision}, neither a folder nor on the Hub, or it is "
+                f"private and needs a token: {error}"
+            ) from error
         except Exception as error:  # datasets raises errors of many types
             redact_error(error)
+            if found := re.search(r"(?:Unknown|Bad) split.*?\[(.*)\]", str(error)):
+                raise ValueError(_no_split(path, split, found[1])) from error
             raise
     dataset = load_from_disk(path)
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
-            raise ValueError(f"{path} has no split {split!r}; its splits are {list(dataset)}.")
+            raise ValueError(_no_split(path, split, ", ".join(map(repr, dataset))))
         dataset = dataset[split]
     elif split not in ("train", str(dataset.split)):
         raise ValueError(f"{path} holds one dataset without splits, so there is no split {split!r}: leave it out.")
     return dataset.to_iterable_dataset() if options.get("streaming") else dataset
+
+
+def _no_split(path: str, split: str, splits: str) -> str:
+    return (
+        f"{redacted(path)} has no split {split!r}; its splits are [{splits}]. Name one of them: --split, or for a "
+        "training --dataset_train_split and --dataset_test_split."
+    )
 
 
 def load_edits(path: str, split: str = "train", revision: str | None = None, image_root: str | None = None) -> Dataset:
@@ -505,7 +576,9 @@ def load_edits(path: str, split: str = "train", revision: str | None = None, ima
     return without_decoding(dataset)
 
 
-def check_pairs(dataset: Dataset, name: str, on_bad_case: str | None = "error") -> dict[int, str]:
+def check_pairs(
+    dataset: Dataset, name: str, on_bad_case: str | None = "error", decode: bool = False
+) -> dict[int, str]:
     """
     Checks that a dataset is a dataset of preference pairs, and each of its rows, see [`check_cases`].
 
@@ -515,6 +588,8 @@ def check_pairs(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
         name (`str`):
             Its name in errors, e.g. `"train_dataset"`.
         on_bad_case (`str`, *optional*, defaults to `"error"`):
+            As in [`check_cases`].
+        decode (`bool`, *optional*, defaults to `False`):
             As in [`check_cases`].
 
     Returns:
@@ -538,7 +613,7 @@ def check_pairs(dataset: Dataset, name: str, on_bad_case: str | None = "error") 
             )
         if not (is_text(feature) or isinstance(feature, Image | dict)):
             raise ValueError(f"The column {column!r} of {name} must hold images or their paths, but is {feature}.")
-    return _check_rows(dataset, name, on_bad_case, ["chosen", "rejected"])
+    return _check_rows(dataset, name, on_bad_case, decode, ["chosen", "rejected"])
 
 
 def _check_no_text(dataset: Dataset, name: str) -> None:
@@ -561,6 +636,35 @@ def _check_no_text(dataset: Dataset, name: str) -> None:
 def _may_be_path(value: str) -> bool:
     suffix = Path(value).suffix.lower()
     return "://" in value or suffix in PILImage.registered_extensions() or os.path.exists(value)
+
+
+def check_dataset(dataset: Dataset, name: str) -> str:
+    """
+    Checks a dataset as what uses it does: with `chosen` and `rejected` as preference pairs, with `id` and `edit` as
+    edits, otherwise as cases. All images are decoded.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        name (`str`):
+            Its name in errors.
+
+    Returns:
+        `str`: what it is for.
+
+    Raises:
+        `ValueError`: If it is not usable, see [`check_pairs`], [`check_edits`] and [`check_cases`].
+        [`BadCaseError`]: If there are bad cases.
+    """
+    columns = set(dataset.column_names)
+    if {"chosen", "rejected"} <= columns:
+        check_pairs(dataset, name, decode=True)
+        return "DPO"
+    if {"id", "edit"} <= columns:
+        check_edits(dataset, name, decode=True)
+        return "scoring, rating and training"
+    check_cases(dataset, name, decode=True)
+    return "training and benchmarks"
 
 
 def check_references(dataset: Dataset, name: str, limit: int | None, on_bad_case: str = "error") -> dict[int, str]:
@@ -674,7 +778,8 @@ def decoded(row: dict[str, Any], features: Features, case_id: Any) -> dict[str, 
             row[column] = decode(row[column], features.get(column))
         except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
             raise BadCaseError(
-                f"An image in {column!r} of case {case_id!r} cannot be decoded: {type(error).__name__}: {error}",
+                f"An image in {column!r} of case {case_id!r} cannot be decoded: {type(error).__name__}: "
+                f"{with_path(error, row[column])}",
                 str(case_id),
             ) from error
     return row
@@ -721,7 +826,6 @@ def pair_images(row: dict[str, Any], case_id: Any) -> tuple[PILImage.Image, PILI
     if chosen.size != rejected.size:
         raise UnreadableImageError(
             f"The chosen image of pair {case_id!r} has {chosen.width} x {chosen.height} pixels and the rejected one "
-            f"{rejected.width} x {rejected.height}, but they must have the same size. Crop them, or leave "
-            "the pair out."
+            f"{rejected.width} x {rejected.height}, but they must have the same size: crop them."
         )
     return chosen, rejected

@@ -31,6 +31,7 @@ from .policies import POLICIES, EditPolicy, bucketed, check_components, decode, 
 from .policies.edit_policy import fitted_size
 from .utils.dtypes import parse_dtype
 from .utils.files import file_name
+from .utils.hub import check_reachable
 from .utils.images import UnreadableImageError, read_image
 from .utils.imports import import_object
 from .utils.revisions import folder_revision, weights_digest
@@ -144,6 +145,7 @@ class PipelineEditor:
         if self.policy:
             policy_class(self.model, revision=self.revision)
             return
+        check_reachable(self.model, revision=self.revision)
         try:
             index = DiffusionPipeline.load_config(self.model, revision=self.revision)
         except (OSError, ValueError) as error:
@@ -181,6 +183,7 @@ class PipelineEditor:
         """Folder of the pipeline's files, which are downloaded if necessary."""
         if os.path.isdir(self.model):
             return Path(self.model)
+        check_reachable(self.model, revision=self.revision)
         try:
             return Path(DiffusionPipeline.download(self.model, revision=self.revision))
         except (OSError, ValueError) as error:

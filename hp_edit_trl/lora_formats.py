@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .utils.files import write_atomically, write_json
+from .utils.hub import check_reachable
 
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def lora_file(source: str | Path) -> Path:
     """
     path = Path(source)
     if not path.exists():
+        check_reachable(str(source))
         try:
             patterns = ["*.safetensors", "adapter_config.json"]
             # Subfolders hold the components of a pipeline, or checkpoints.
@@ -560,6 +562,7 @@ def base_transformer(base: str) -> nn.Module:
     Raises:
         `ValueError`: If it is not a diffusers pipeline with a transformer.
     """
+    check_reachable(base)
     try:
         index = DiffusionPipeline.load_config(base)
         transformer = getattr(diffusers, index["transformer"][1])

@@ -280,7 +280,7 @@ def test_bench_of_a_function(server, tmp_path):
         ("json:edit", [], "editor='json:edit' cannot be imported .KeyError: 'edit'"),
         ("json:dumps", ["--lora", "x"], "lora: for pipelines only, but editor='json:dumps' is a function"),
         ("json:dumps", ["--policy"], "policy: for pipelines only, but editor='json:dumps' is a function"),
-        ("no/such-model", [], "neither a folder nor a readable diffusers pipeline"),
+        ("no/such-model", [], "neither a local file or folder nor in the cache"),
     ],
 )
 def test_bench_with_a_wrong_editor(server, tmp_path, editor, more, message):

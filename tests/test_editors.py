@@ -129,7 +129,7 @@ def test_a_pipeline_reads_control_tokens_as_text():
 
 
 def test_what_cannot_be_an_editor():
-    with pytest.raises(ValueError, match="neither a folder nor a readable diffusers pipeline"):
+    with pytest.raises(ConnectionError, match="neither a local file or folder nor in the cache"):
         PipelineEditor("nobody/nothing").identity  # noqa: B018
     with pytest.raises(ValueError, match="dtype='float' is not a type|dtype='half-life'"):
         PipelineEditor("x", dtype="half-life")
@@ -209,7 +209,7 @@ def test_a_pipeline_that_cannot_be_used_is_told_before_its_weights_are_read(tmp_
     write_index_of("JoyImageEditPlusPipeline")
     with pytest.raises(ValueError, match="JoyImageEditPlusPipeline is not called with image: it needs a function"):
         load_editor(str(tmp_path)).check()
-    with pytest.raises(ValueError, match="editor='nobody/nothing' is neither a folder nor a readable"):
+    with pytest.raises(ConnectionError, match="'nobody/nothing' is neither a local file or folder nor in the cache"):
         load_editor("nobody/nothing").check()
 
 

@@ -382,4 +382,6 @@ def test_the_commands(saved, tmp_path, capsys, monkeypatch):
     command = ["-m", "hp_edit_trl.cli", "export-lora", "x.safetensors", "--output_dir=o", "--format=kohya"]
     done = Script(*command, cwd=tmp_path).wait()
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("hp-edit: x.safetensors is neither")
+    assert done.stderr.startswith(
+        "hp-edit: The model 'x.safetensors' is neither a local file or folder nor in the cache"
+    )

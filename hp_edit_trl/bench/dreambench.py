@@ -18,6 +18,7 @@ from transformers import AutoModel, CLIPModel, CLIPProcessor
 from ..judges import Judge, without_reasoning
 from ..rewards.aesthetic import load_clip
 from ..rewards.prompts import load_benchmark_prompts
+from ..utils.hub import check_reachable
 from ..utils.revisions import model_revision
 from ..utils.texts import without_control_tokens
 from .benchmark import Benchmark, CaseScore, Metric, check_parser, why_no_score
@@ -165,6 +166,7 @@ class DreamBenchPlus(Benchmark):
         """The folder with the images and captions; it is downloaded first if necessary."""
         if Path(self.source).is_dir():
             return Path(self.source)
+        check_reachable(str(self.source), "dataset", revision=self.revision)
         try:
             snapshot = Path(snapshot_download(self.source, repo_type="dataset", revision=self.revision))
         except (OSError, ValueError) as error:
@@ -221,6 +223,8 @@ class DreamBenchPlus(Benchmark):
 
     @cached_property
     def _dino(self) -> torch.nn.Module:
+        assert self.dino is not None
+        check_reachable(self.dino)
         return AutoModel.from_pretrained(self.dino).requires_grad_(False).eval()
 
     def score(

@@ -25,10 +25,13 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from ..data import load_realpref
+    from ..cases import check_dataset
+    from ..scripts import DatasetArguments, load_cases
 
-    dataset = load_realpref(args.dataset, args.split, args.revision, image_root=args.image_root)
-    print(f"{args.dataset}, split {args.split}: {len(dataset)} rows in order")
+    options = DatasetArguments(dataset_name=args.dataset)
+    dataset = load_cases(options, args.split, args.image_root, args.revision)
+    kind = check_dataset(dataset, args.dataset)
+    print(f"{args.dataset}, split {args.split}: {len(dataset)} rows in order, for {kind}")
 
 
 def register(commands: Any) -> None:
@@ -44,7 +47,7 @@ def register(commands: Any) -> None:
     command.add_argument("--gpus_per_worker", type=float, default=0, help="with Ray")
     command.set_defaults(run=_build)
 
-    command = commands.add_parser("check-dataset", help="check every row of a dataset against the schema")
+    command = commands.add_parser("check-dataset", help="check a dataset as the trainers do, and decode its images")
     command.add_argument("dataset", help="folder or Hub repository")
     command.add_argument("--split", default="train")
     command.add_argument("--revision", help="branch, tag or commit of the Hub repository")

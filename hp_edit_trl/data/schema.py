@@ -117,15 +117,8 @@ def load_realpref(
 
 
 def _load(path: str, split: str, options: dict[str, Any]) -> Dataset | IterableDataset:
-    revision = options["revision"]
     try:
         dataset = load_split(path, split, **options)
-    except FileNotFoundError as error:
-        at_revision = f" at revision {revision!r}" if revision else ""
-        raise FileNotFoundError(
-            f"There is no dataset {redacted(path)!r}{at_revision}, neither a folder nor on the Hub, or it is private "
-            f"and needs a token: {error}"
-        ) from error
     except (pa.ArrowInvalid, DatasetGenerationError) as error:
         raise ValueError(
             f"{redacted(path)} cannot be read: {error.__cause__ or error} A file is broken or cut off, or its columns "

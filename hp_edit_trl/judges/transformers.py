@@ -11,6 +11,7 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
+from ..utils.hub import check_reachable
 from ..utils.revisions import model_revision
 from ..utils.secrets import is_secret_name, remember_secrets
 from ..utils.texts import without_control_tokens
@@ -122,8 +123,10 @@ class TransformersJudge:
         self.device = device
         self.model_init_kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
         remember_secrets(self.model_init_kwargs)
+        revision, token = self.model_init_kwargs.get("revision"), self.model_init_kwargs.get("token")
+        check_reachable(model, revision=revision, token=token)
         try:
-            self.processor = AutoProcessor.from_pretrained(model, revision=self.model_init_kwargs.get("revision"))
+            self.processor = AutoProcessor.from_pretrained(model, revision=revision)
         except (OSError, ValueError) as error:
             raise ValueError(f"The judge {model!r} has no processor that transformers can load: {error}") from error
         if not hasattr(self.processor, "image_processor"):

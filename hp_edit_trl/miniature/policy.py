@@ -11,6 +11,15 @@ from ..trainer.flow_grpo_edit_config import FlowGRPOEditConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
 RESOLUTION = 32  # of the scenes, in pixels
+# Of `training_args`; docs/miniature.md lists them
+TRAINING_OPTIONS: dict[str, Any] = {
+    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
+    "resolution": RESOLUTION, "num_inference_steps": 5, "true_cfg_scale": 1.0, "noise_level": 0.7,
+    "sde_window_size": 3, "sde_window_range": [0, 3],
+    "num_generations": 12, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 1,
+    "steps_per_generation": 4, "rollout_batch_size": 96, "max_steps": 320, "learning_rate": 1.5e-4,
+    "epsilon": 1e-3, "logging_steps": 4, "per_device_eval_batch_size": 100,
+}  # fmt: skip
 
 
 def load_pipeline() -> QwenImageEditPlusPipeline:
@@ -34,23 +43,21 @@ def load_pipeline() -> QwenImageEditPlusPipeline:
 def training_args(output_dir: str, **options: Any) -> FlowGRPOEditConfig:
     """
     The options that suit the miniature's policy on a CPU, as in `examples/configs/embedded.yaml`: about 10 minutes on
-    two cores. The defaults of [`FlowGRPOEditConfig`] are those of full-size pipelines.
+    two cores. `docs/miniature.md` lists them. The defaults of [`FlowGRPOEditConfig`] are those of full-size pipelines.
 
     Args:
         output_dir (`str`):
             The output folder.
         **options:
-            Other options of [`FlowGRPOEditConfig`], or other values.
+            Other options of [`FlowGRPOEditConfig`], or other values. With fewer than 4 denoising steps the SDE window
+            is smaller, unless it is given.
 
     Raises:
         `ValueError`: If an option is not valid.
     """
-    defaults: dict[str, Any] = {
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
-        "resolution": RESOLUTION, "num_inference_steps": 5, "true_cfg_scale": 1.0, "noise_level": 0.7,
-        "sde_window_size": 3, "sde_window_range": [0, 3],
-        "num_generations": 12, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 1,
-        "steps_per_generation": 4, "rollout_batch_size": 96, "max_steps": 320, "learning_rate": 1.5e-4,
-        "epsilon": 1e-3, "logging_steps": 4, "per_device_eval_batch_size": 100,
-    }  # fmt: skip
-    return FlowGRPOEditConfig(output_dir, **(defaults | options))
+    given = options.keys() & {"sde_window_size", "sde_window_range"}
+    options = TRAINING_OPTIONS | options
+    size = min(TRAINING_OPTIONS["sde_window_size"], options["num_inference_steps"] - 1)
+    if not given and size > 0:
+        options |= {"sde_window_size": size, "sde_window_range": [0, size]}
+    return FlowGRPOEditConfig(output_dir, **options)

@@ -2,6 +2,7 @@
 
 from diffusers import DiffusionPipeline
 
+from ..utils.hub import check_reachable
 from .components import check_components
 from .edit_policy import EditConditions, EditPolicy, Example, bucketed
 from .flux2_klein import Flux2KleinPolicy
@@ -37,10 +38,13 @@ def policy_class(model: str | DiffusionPipeline, **kwargs) -> type[EditPolicy]:
             Passed to [`~diffusers.DiffusionPipeline.load_config`], e.g. `revision`.
 
     Raises:
+        `FileNotFoundError`, `ConnectionError`: See [`~hp_edit_trl.utils.hub.check_reachable`].
         `ValueError`: If the model cannot be read as a pipeline, there is no policy for its class, or a component is
             missing or of another class.
     """
     if isinstance(model, str):
+        options = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+        check_reachable(model, **options)
         try:
             index = DiffusionPipeline.load_config(model, **kwargs)
         except (OSError, ValueError) as error:

@@ -61,9 +61,12 @@ class QwenImageEditPlusPolicy(EditPolicy):
         example.imports = [f"from diffusers.pipelines.qwenimage import {module}"]
         example.lines.insert(0, f"{module}.VAE_IMAGE_SIZE = {resolution} * {resolution}  # the area of references")
         example.difference = (
-            "References are encoded at the area that is set above, in multiples of 32 pixels, where training took "
-            "multiples of 16."
+            "The pipeline encodes references at the area that is set above, with sides of multiples of 32 pixels, "
+            f"where training took multiples of {2 * self.pipeline.vae_scale_factor}. So it squeezes references whose "
+            "sides at that area are no multiples of 32."
         )
+        if resolution % 32 == 0:
+            example.difference += " A square picture is edited as in training."
         return example
 
     def target_size(self, images: list[Image.Image], resolution: int) -> tuple[int, int]:

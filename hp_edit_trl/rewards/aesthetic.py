@@ -9,6 +9,7 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
+from ..utils.hub import check_reachable
 from ..utils.images import read_image
 from .base import Reward, Rewards
 
@@ -29,6 +30,8 @@ def load_clip(model: str | None, option: str) -> Any:
     Raises:
         `ValueError`: If it is a model of another kind.
     """
+    assert model is not None
+    check_reachable(model)
     kind = AutoConfig.from_pretrained(model).model_type
     if kind != "clip":  # it would load, with random weights
         raise ValueError(f"{option}={model!r} is a model of type {kind}: name a CLIP model.")
@@ -70,6 +73,7 @@ class AestheticReward(Reward):
 
     @cached_property
     def _processor(self) -> CLIPProcessor:
+        check_reachable(self.name)
         return CLIPProcessor.from_pretrained(self.name)
 
     def load(self, num_images: int = 2) -> None:

@@ -58,9 +58,8 @@ def check_rewards(returned: Any, name: str, case_ids: Sequence[Any], on_bad_rewa
             f"and hand details to `log_extra` or `log_metric`: {SIGNATURE}."
         )
     if not isinstance(returned, list | tuple):
-        raise TypeError(
-            f"The reward function {name!r} returned a {type(returned).__name__}, but must return a list: {SIGNATURE}."
-        )
+        what = "None (has it a `return`?)" if returned is None else f"a {type(returned).__name__}"
+        raise TypeError(f"The reward function {name!r} returned {what}, but must return a list: {SIGNATURE}.")
     if len(returned) != len(case_ids):
         raise ValueError(
             f"The reward function {name!r} returned {len(returned)} rewards for {len(case_ids)} completions: "
@@ -170,7 +169,7 @@ def check_signature(func: Callable[..., Any], columns: Iterable[str]) -> None:
             )
         raise TypeError(
             f"The reward function {get_callable_name(func)!r}{signature} cannot be called with prompts, completions "
-            f"and the columns of the dataset ({error}). {remedy}."
+            f"and the columns of the dataset, {', '.join(names[2:-3])} ({error}). {remedy}."
         ) from error
 
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModel
 
+from ..utils.hub import check_reachable
 from ..utils.images import read_image
 from .base import Reward, Rewards, read_cases
 from .vlm import equal_areas
@@ -74,6 +75,7 @@ class IdentityReward(Reward):
 
     @cached_property
     def _model(self) -> Any:
+        check_reachable(str(self.name))  # `load` has seen to it that there is one
         return AutoModel.from_pretrained(self.name).requires_grad_(False).eval().to(PartialState().device)
 
     def load(self, num_images: int = 2) -> None:

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import snapshot_download
 
 from ..utils.files import shipped_folder, write_text
+from ..utils.hub import check_reachable
 from ..utils.texts import quoted
 
 
@@ -187,6 +188,7 @@ def find_prompts(source: str | None, revision: str | None) -> tuple[Path, str]:
         folder, origin = Path(source), source
     else:
         repo_type, repo_id = ("dataset", source[9:]) if source.startswith("datasets/") else ("model", source)
+        check_reachable(repo_id, repo_type, revision=revision)
         try:
             folder = Path(
                 snapshot_download(

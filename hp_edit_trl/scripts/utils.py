@@ -137,7 +137,9 @@ class EditScriptArguments(DatasetArguments):
     reward_beta: float = field(default=5.0, metadata={"help": "Shift of the reward's sigmoid."})
 
 
-def load_cases(script_args: ScriptArguments, split: str, image_root: str | None = None) -> Dataset | IterableDataset:
+def load_cases(
+    script_args: ScriptArguments, split: str, image_root: str | None = None, revision: str | None = None
+) -> Dataset | IterableDataset:
     """
     Loads one split of the dataset that a script's options name: with `dataset_streaming` as a stream, otherwise as a
     dataset. If a dataset has a column `schema_version`, every row is checked against the schema of RealPref first, see
@@ -150,17 +152,20 @@ def load_cases(script_args: ScriptArguments, split: str, image_root: str | None 
             Which split.
         image_root (`str`, *optional*):
             Where images may lie outside the dataset, see [`~hp_edit_trl.cases.load_split`].
+        revision (`str`, *optional*):
+            Branch, tag or commit of the Hub repository.
 
     Raises:
         `FileNotFoundError`: If there is no such dataset.
         `ValueError`: If there is no such split, or a row does not fit the schema or names an image outside.
     """
     name, config = script_args.dataset_name, script_args.dataset_config
-    dataset = load_split(name, split, image_root, name=config, streaming=script_args.dataset_streaming)
+    options = {"name": config, "revision": revision, "streaming": script_args.dataset_streaming}
+    dataset = load_split(name, split, image_root, **options)
     # `load_realpref` takes no configuration: datasets with several are not the cases of RealPref.
     if config is None and isinstance(dataset, Dataset) and "schema_version" in dataset.column_names:
         # The trainer looks for bad cases, with its own option.
-        return load_realpref(name, split, image_root=image_root, on_bad_case=None)
+        return load_realpref(name, split, revision, image_root=image_root, on_bad_case=None)
     return dataset
 
 

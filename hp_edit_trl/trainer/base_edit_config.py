@@ -79,6 +79,8 @@ class BaseEditConfig(_BaseConfig):
             message = "`gradient_checkpointing(_kwargs)?` is deprecated"
             warnings.filterwarnings("ignore", message, FutureWarning)
             super().__post_init__()
+        if self.device.type == "cpu":  # torch would warn of it where there is no GPU
+            self.dataloader_pin_memory = False
         if falls_back:
             found = "The GPU has no bfloat16" if torch.accelerator.is_available() else "No GPU was found"
             logger.warning(f"{found}: training in float32 on {self.device.type!r}. Set bf16 or fp16 to choose.")

@@ -220,6 +220,11 @@ class BaseEditTrainer(_BaseTrainer):
             shard(model, args.device)
             self.policy.has_prefix = False  # the processes would make different numbers of passes with gradients
         self._stream = BlockStream(model, args.device) if args.offload_transformer else None
+        if kwargs.get("eval_dataset") is not None and args.eval_strategy == "no" and not args.eval_on_start:
+            logger.warning(
+                "eval_dataset is used by trainer.evaluate() and for the model card's pictures only, because "
+                "eval_strategy='no': set eval_strategy='steps' and eval_steps=... to evaluate during training."
+            )
         super().__init__(model=model, args=args, **kwargs)
         self._copies = {"ema": AdapterCopy(model)} if args.ema_decay is not None else {}
         self.add_callback(AfterUpdates(self._follow_weights))
@@ -353,7 +358,9 @@ class BaseEditTrainer(_BaseTrainer):
             except BadCaseError as error:
                 if self.args.on_bad_case == "error":
                     raise BadCaseError(
-                        f"{str(error).rstrip('.')}. Set on_bad_case='skip' to leave it out.", error.case_id
+                        f"{str(error).rstrip('.')}. Set on_bad_case='skip' to leave it out. `hp-edit check-dataset` "
+                        "decodes all images of a dataset, and names those that are broken.",
+                        error.case_id,
                     ) from error
                 logger.warning(f"{error} The next case takes its place.")
                 self._bad_cases.add((self.state.global_step, str(error.case_id)))
@@ -875,10 +882,11 @@ class BaseEditTrainer(_BaseTrainer):
         write_model_card(
             folder,
             model_name=name,
-            repo_id=self.hub_model_id or args.hub_model_id or name,
+            repo_id=self.hub_model_id or args.hub_model_id or args.output_dir,
             base_model=self.base_model,
             base_model_revision=dict(args.model_init_kwargs or {}).get("revision"),
             base_quantization=describe_quantization(self.policy.pipeline),
+            dtype=self.policy.dtype,
             dataset=dataset_name or repository,
             dataset_revision=revision if dataset_name in (None, repository) else None,
             num_cases=self.num_train_cases,
@@ -889,6 +897,8 @@ class BaseEditTrainer(_BaseTrainer):
                 "LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}",
                 **self._card_settings(),
                 **({} if args.ema_decay is None else {"`ema_decay`": str(args.ema_decay)}),
+                "Denoising steps in evaluation": str(self.sample_num_inference_steps),
+                "Weights of the base model": f"{self.policy.dtype} on {self.accelerator.device.type}",
                 "Steps trained": str(self.state.global_step),
             },
             pipeline_class=type(self.policy.pipeline).__name__,

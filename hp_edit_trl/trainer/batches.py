@@ -66,7 +66,7 @@ def check_enough_cases(args: Any, num_cases: int) -> None:
     remedy = "use fewer processes or raise num_generations"
     if options is not None:
         remedy = f"set {' and '.join(f'{name}={value}' for name, value in options.items())}"
-        remedy += " and leave generation_batch_size and steps_per_generation out"
+        remedy += " and leave generation_batch_size and steps_per_generation out (None)"
     raise ValueError(
         f"train_dataset has {num_cases} usable cases, but one generation batch takes {needed}: "
         f"per_device_train_batch_size={args.per_device_train_batch_size} * {args.world_size} processes * "

@@ -136,6 +136,7 @@ def write_model_card(
     base_model: str,
     base_model_revision: str | None,
     base_quantization: str | None,
+    dtype: torch.dtype,
     dataset: str | None,
     dataset_revision: str | None,
     num_cases: int,
@@ -164,13 +165,15 @@ def write_model_card(
         model_name (`str`):
             Title of the card.
         repo_id (`str`):
-            What the example loads the LoRA from.
+            Hub id or folder that the example loads the LoRA from.
         base_model (`str`):
             Hub id or folder of the pipeline.
         base_model_revision (`str` or `None`):
             Branch, tag or commit of its repository.
         base_quantization (`str` or `None`):
             What it was quantized with, see [`~hp_edit_trl.utils.quantization.describe_quantization`].
+        dtype (`torch.dtype`):
+            Type of its weights in training.
         dataset (`str` or `None`):
             Hub id of the training dataset.
         dataset_revision (`str` or `None`):
@@ -194,9 +197,9 @@ def write_model_card(
         example ([`~hp_edit_trl.policies.Example`]):
             What makes the pipeline edit at the resolution of training.
         default_num_inference_steps (`int`):
-            Number of denoising steps in the example.
+            The pipeline's own number of denoising steps.
         num_inference_steps (`int`):
-            Number of denoising steps of the card's own pictures.
+            Number of denoising steps of the example and of the card's own pictures.
         resolution (`int`):
             Their resolution.
         log_history (`list[dict]`):
@@ -232,6 +235,10 @@ def write_model_card(
         base_model_name=base_model,
         base_model_revision=base_model_revision,
         base_quantization=base_quantization,
+        dtype=dtype,
+        prompt=json.dumps(
+            next(iter(prompts.values()), "Replace the background with a snowy mountain"), ensure_ascii=False
+        ),
         dataset=dataset,
         dataset_revision=dataset_revision,
         num_cases=num_cases,

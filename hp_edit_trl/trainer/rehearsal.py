@@ -27,6 +27,7 @@ from trl.trainer.utils import use_adapter
 
 from ..policies import EditConditions, EditPolicy, policy_class
 from ..utils.dry_run import CARD, HOST, DryRun
+from ..utils.hub import check_reachable
 from ..utils.quantization import check_options
 from .dpo_edit_config import DPOEditConfig
 from .flow_grpo_edit_config import FlowGRPOEditConfig
@@ -671,6 +672,7 @@ class _Prefixes:
 
 
 def _empty_judge(judge: str, revision: str | None) -> nn.Module:
+    check_reachable(judge, revision=revision)
     try:
         config = AutoConfig.from_pretrained(judge, revision=revision)
         return AutoModelForImageTextToText.from_config(config, dtype=config.dtype).eval()

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFile, ImageFont, Unid
 from PIL.TiffImagePlugin import TiffImageFile
 
 from .fonts import image_font
-from .secrets import redact_error
+from .secrets import redact_error, redacted
 
 
 # Formats that are decoded, whatever a file's name says. Pillow knows more, and starts Ghostscript for one of them.
@@ -65,10 +65,18 @@ def read_image(value: Any, name: str) -> Image.Image:
     try:
         return to_rgb(value if isinstance(value, Image.Image) else open_image(_content(value)))
     except UnreadableImageError as error:
-        raise type(error)(f"{name} cannot be decoded: {error}") from error
+        raise type(error)(f"{name} cannot be decoded: {with_path(error, value)}") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
         redact_error(error)  # an address may hold a token
-        raise UnreadableImageError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
+        told = f"{type(error).__name__}: {with_path(error, value)}"
+        raise UnreadableImageError(f"{name} cannot be decoded: {told}") from error
+
+
+def with_path(error: Exception, value: Any) -> str:
+    """The text of an error about an image, with the image's file where it has one that the text does not name."""
+    path = value.get("path") if isinstance(value, dict) else value
+    named = redacted(str(path)) if isinstance(path, str | os.PathLike) else ""
+    return str(error) if not named or named in str(error) else f"{error} (in {named!r})"
 
 
 def _content(value: Any) -> bytes:

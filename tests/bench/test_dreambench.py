@@ -214,6 +214,7 @@ def test_an_archive_of_the_hub_is_unpacked(data, tmp_path, monkeypatch):
         for file in data.rglob("*.*"):
             archive.write(file, file.relative_to(data))
         archive.writestr("__MACOSX/data/captions/style/._00.txt", b"\x00\x05\x16\x07\xff")
+    monkeypatch.setattr("hp_edit_trl.bench.dreambench.check_reachable", lambda *args, **kwargs: None)
     monkeypatch.setattr(
         "hp_edit_trl.bench.dreambench.snapshot_download",
         lambda *args, **kwargs: asked.append((args, kwargs)) or str(snapshot),
@@ -230,5 +231,5 @@ def test_data_that_are_not_the_benchmark(data, tmp_path):
     (tmp_path / "captions" / "style" / "00.txt").write_text("subject\none description\n")
     with pytest.raises(ValueError, match="must hold a subject and 9 descriptions.*2 lines and no image"):
         DreamBenchPlus(GradeJudge(), tmp_path).dataset  # noqa: B018
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a readable dataset on the Hub"):
+    with pytest.raises(ConnectionError, match="neither a local file or folder nor in the cache"):
         DreamBenchPlus(GradeJudge(), "no/such-data").dataset  # noqa: B018

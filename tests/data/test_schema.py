@@ -229,7 +229,7 @@ def test_saved_to_disk_and_splits(tmp_path):
     for path in (str(tmp_path / "disk"), str(tmp_path / "splits"), save(make(), tmp_path / "parquet")):
         with pytest.raises(ValueError, match="validation"):
             load_realpref(path, "validation")
-    with pytest.raises(FileNotFoundError, match="There is no dataset .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="There is no file or folder .*nowhere"):
         load_realpref(str(tmp_path / "nowhere"))
 
 

@@ -7,7 +7,14 @@ from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as pipeline_module
 
 from hp_edit_trl.editors import PolicyEditor
-from hp_edit_trl.miniature import RuleScorer, edit_dataset, load_dataset, load_pipeline, score_edits
+from hp_edit_trl.miniature import (
+    RuleScorer,
+    edit_dataset,
+    load_dataset,
+    load_pipeline,
+    score_edits,
+    training_args,
+)
 from hp_edit_trl.miniature.policy import WEIGHTS
 from hp_edit_trl.policies import policy_class
 from hp_edit_trl.utils.seeding import seeded_generator
@@ -69,3 +76,18 @@ def test_the_vae_keeps_what_the_scorer_looks_at(pipeline):
     edits = pipeline.image_processor.postprocess(decoded)
     scores = [scorer.score(edit, row["image"], row["target"]) for edit, row in zip(edits, dataset, strict=True)]
     assert np.mean(scores) > 4.3
+
+
+def test_the_card_tells_the_sides_that_training_took(pipeline):
+    policy = policy_class(pipeline)(pipeline)
+    assert "training took multiples of 8." in policy.example_of_size(32).difference
+    assert "A square picture is edited as in training." in policy.example_of_size(32).difference
+    assert "A square" not in policy.example_of_size(48).difference
+
+
+def test_fewer_steps_have_a_smaller_window(tmp_path):
+    for steps, window in ((2, 1), (3, 2), (4, 3), (8, 3)):
+        args = training_args(str(tmp_path), num_inference_steps=steps)
+        assert (args.sde_window_size, args.sde_window_range) == (window, [0, window])
+    with pytest.raises(ValueError, match="The SDE window does not fit"):
+        training_args(str(tmp_path), num_inference_steps=2, sde_window_size=3)

@@ -1,12 +1,35 @@
+import ast
+import re
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hp_edit_trl.cases import check_cases
 from hp_edit_trl.miniature import CoarseScorer, RuleScorer, load_dataset
-from hp_edit_trl.miniature.world import SPLITS, STYLES, draw, draw_case, relit, stream, stylized, to_image
+from hp_edit_trl.miniature.policy import TRAINING_OPTIONS
+from hp_edit_trl.miniature.world import (
+    BACKGROUNDS,
+    COLORS,
+    LIGHTS,
+    PATTERNS,
+    PLACES,
+    SHAPES,
+    SPLITS,
+    STYLES,
+    TONES,
+    draw,
+    draw_case,
+    relit,
+    stream,
+    stylized,
+    to_image,
+)
 from hp_edit_trl.tasks import TASKS
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +156,23 @@ def test_bad_arguments():
         load_dataset("val")
     with pytest.raises(ValueError, match=r"Unknown tasks \['crop'\]"):
         load_dataset("test", tasks=("crop",))
+
+
+def test_the_page_has_the_prompts_and_words_of_the_world():
+    section = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8").partition("### What prompts say")[2]
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", section.partition("\n## ")[0], re.MULTILINE))
+    for case in load_dataset("train", 8):
+        assert rows.pop(case["task"]) == case["prompt"]
+    words = {
+        "shapes": SHAPES, "colors": COLORS, "places": PLACES, "backgrounds": BACKGROUNDS, "patterns": PATTERNS,
+        "sides of light": LIGHTS, "tones of light": TONES, "styles": STYLES,
+    }  # fmt: skip
+    assert rows.keys() - {"Task", "What"} == words.keys()
+    for name, known in words.items():
+        assert re.sub(r" \(\w+\)", "", rows[name]).split(", ") == list(known)
+
+
+def test_the_page_has_the_options_of_training():
+    page = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(.+)` \|$", page, re.MULTILINE)
+    assert {name: ast.literal_eval(value) for name, value in rows} == TRAINING_OPTIONS

@@ -83,6 +83,11 @@ def test_what_is_not_a_list_of_rewards(returned):
     assert len(str(caught.value)) < 300  # what was returned is not shown in full
 
 
+def test_a_function_without_a_return_is_told_so():
+    with pytest.raises(TypeError, match=r"'f' returned None \(has it a `return`\?\)"):
+        check_rewards(None, "f", IDS)
+
+
 def test_lengths():
     with pytest.raises(ValueError, match="'f' returned 2 rewards for 3 completions"):
         check_rewards([1, 2], "f", IDS)
@@ -242,6 +247,7 @@ def test_signatures():
         (lambda images, prompts, metadata: 0, "Those of flow_grpo have other arguments"),
         (lambda completions: 0, "unexpected keyword argument 'prompts'"),
         (lambda prompts, completions, answer, **kwargs: 0, "missing a required argument: 'answer'"),
+        (lambda prompts, completions, picture, **kwargs: 0, "columns of the dataset, id, image, task \\(missing"),
         (lambda prompts, completions: 0, "unexpected keyword argument"),
     ):
         with pytest.raises(TypeError, match=f"cannot be called.*{message}"):

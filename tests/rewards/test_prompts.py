@@ -136,7 +136,7 @@ def test_bad_folders(tmp_path, text, message):
 
 
 def test_neither_folder_nor_repository():
-    with pytest.raises(FileNotFoundError, match="'./missing' is neither a local folder nor a Hub repository"):
+    with pytest.raises(FileNotFoundError, match="There is no file or folder .*/missing: correct './missing'"):
         load_scorer_prompts("./missing")
 
 

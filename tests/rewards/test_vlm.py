@@ -65,7 +65,7 @@ def test_bad_options():
         VLMReward({}, None, float, AnswersJudge(lambda chat: 1))
     with pytest.raises(TypeError, match="must be the name of a model or a Judge"):
         VLMReward({"q": "q"}, None, float, lambda conversations: [])
-    with pytest.raises(FileNotFoundError, match="neither a local folder nor a Hub repository"):
+    with pytest.raises(ConnectionError, match="neither a local file or folder nor in the cache"):
         VLMReward("no/such-prompts", None, float, AnswersJudge(lambda chat: 1))
 
 

@@ -186,10 +186,16 @@ def test_only_online_training_reads_streams(monkeypatch):
 def test_datasets_of_a_folder(tmp_path):
     cases = make_cases(4)
     DatasetDict(train=cases, test=cases.select([0])).save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
     args = ScriptArguments(dataset_name=str(tmp_path / "saved"))
     assert len(load_cases(args, "train")) == 4 and len(load_cases(args, "test")) == 1
     with pytest.raises(ValueError, match="has no split 'validation'"):
         load_cases(args, "validation")
+    cases.to_parquet(tmp_path / "files" / "train-0.parquet")
+    for streaming in (False, True):
+        args = ScriptArguments(dataset_name=str(tmp_path / "files"), dataset_streaming=streaming)
+        with pytest.raises(ValueError, match=r"has no split 'test'; its splits are \['train'\].*--dataset_test_split"):
+            load_cases(args, "test")
     # One of RealPref's schema is checked row by row, and gets the columns that it lacks.
     for version, folder in ((1, "realpref"), (99, "newer")):
         cases.add_column("schema_version", [version] * 4).save_to_disk(tmp_path / folder)

@@ -58,6 +58,7 @@ def test_the_default_type_is_one_that_the_device_has(config, tmp_path, monkeypat
     assert config(str(tmp_path), use_cpu=True).bf16 is True and "float32" not in caplog.text
     monkeypatch.setattr(base_edit_config, "is_torch_bf16_gpu_available", lambda: False)
     args = config(str(tmp_path))
+    assert args.dataloader_pin_memory is False  # or torch warns at each run
     assert args.bf16 is False and caplog.text.count("training in float32 on 'cpu'") == 1
     assert config(str(tmp_path), bf16=False).bf16 is False and caplog.text.count("float32") == 1
     with pytest.raises(ValueError, match="doesn't support bf16/gpu"):

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset
 from diffusers import QwenImageEditPlusPipeline
 from peft import LoraConfig
+from PIL import Image as PILImage
 
 from hp_edit_trl import FlowGRPOEditConfig, FlowGRPOEditTrainer, HPScorerReward, TransformersJudge
 from hp_edit_trl.flow.dynamics import log_prob, transition
-from hp_edit_trl.miniature.tiny import tiny_judge, tiny_pipeline
+from hp_edit_trl.miniature.tiny import tiny_judge, tiny_kontext_pipeline, tiny_pipeline
 from hp_edit_trl.policies import edit_policy
 from tests.helpers import make_cases, make_config, photo, redness, write_model_index
 
@@ -456,10 +458,11 @@ def test_several_references(make_trainer):
 def test_bad_cases(make_trainer):
     rows = make_cases(4)
     broken = rows.cast_column("image", Image(decode=False)).map(
-        lambda row, i: {"image": {"bytes": row["image"]["bytes"][:-40], "path": None}} if i == 1 else row,
+        lambda row, i: {"image": {"bytes": row["image"]["bytes"][:-40], "path": "a/cup.png"}} if i == 1 else row,
         with_indices=True,
     )
-    with pytest.raises(ValueError, match="case 'case-1' cannot be decoded.*on_bad_case='skip'"):
+    told = "case 'case-1' cannot be decoded.*in 'a/cup.png'.*on_bad_case='skip'.*`hp-edit check-dataset`"
+    with pytest.raises(ValueError, match=told):
         make_trainer(dataset=broken, max_steps=2).train()
     seen = []
 
@@ -695,6 +698,37 @@ def test_defaults_fit_together(tmp_path):
     assert config.sde_window_range == [0, 5] and config.bf16 and config.steps_per_generation == 16
 
 
+def test_an_evaluation_set_that_is_not_evaluated_is_said(make_trainer, caplog):
+    make_trainer(eval_dataset=make_cases(2))
+    assert caplog.text.count("set eval_strategy='steps' and eval_steps=... to evaluate during training") == 1
+    caplog.clear()
+    make_trainer(eval_dataset=make_cases(2), eval_strategy="steps", eval_steps=1)
+    make_trainer(eval_dataset=make_cases(2), eval_on_start=True)
+    make_trainer()
+    assert "eval_dataset" not in caplog.text
+
+
+@pytest.mark.parametrize("make_pipeline", [tiny_pipeline, tiny_kontext_pipeline], ids=["qwen", "kontext"])
+def test_the_code_of_the_card_runs(make_trainer, make_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_pipeline().save_pretrained("base")
+    trainer = make_trainer(pipeline="base", output_dir="runs/first", eval_num_inference_steps=3)
+    trainer.train()
+    trainer.save_model()
+    card = Path("runs/first/README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert "dtype=torch.float32" in code and "num_inference_steps=3" in code
+    assert trainer.train_dataset[0]["prompt"] in code  # of the card's first picture
+    assert "3 denoising steps, as in evaluation; the pipeline's own number is" in card
+    assert "| Weights of the base model | torch.float32 on cpu |" in card
+    photo(96, 64).save("photo.png")
+    monkeypatch.setattr(pipeline_module, "VAE_IMAGE_SIZE", pipeline_module.VAE_IMAGE_SIZE)  # which the code sets
+    names = {}
+    exec(code, names)
+    height, width = trainer.policy.target_size([photo(96, 64)], 64)
+    assert PILImage.open("edited.png").size == (width, height)
+
+
 def test_the_model_card_and_the_pictures(make_trainer, monkeypatch):
     trainer = make_trainer(eval_dataset=make_cases(2))
     trainer.train()
@@ -706,7 +740,6 @@ def test_the_model_card_and_the_pictures(make_trainer, monkeypatch):
     trainer.save_model()
     folder = trainer.args.output_dir
     from huggingface_hub import ModelCard
-    from PIL import Image as PILImage
 
     card = ModelCard.load(f"{folder}/README.md")
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "image-to-image"

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPProcessor
 
 from ...utils.config import check_positive
+from ...utils.hub import check_reachable
 from ...utils.images import read_image
 from ...utils.revisions import model_revision
 from .engine import Batch, Stage
@@ -109,6 +110,7 @@ class ClipCategories(Stage):
 
     @cached_property
     def model(self) -> CLIPModel:
+        check_reachable(self.model_name, revision=self.model_revision)
         try:
             config = AutoConfig.from_pretrained(self.model_name, revision=self.model_revision)
             if not isinstance(config, CLIPConfig):
