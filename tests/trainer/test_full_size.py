@@ -39,26 +39,19 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
-    [
-        "qwen_image_edit_2509",
-        "qwen_image_edit_2509_dpo",
-        "qwen_image_edit_2509_24gb",
-        "flux_kontext",
-        "flux2_klein_4b",
-        "qwen_image_21",
-    ],
+    sorted(file.stem for file in RECIPES.glob("*.yaml") if not file.stem.startswith(("embedded", "build_"))),
 )
 def test_every_recipe_fits_the_card_that_it_names(recipe, folder):
     file = RECIPES / f"{recipe}.yaml"
     head = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
     processes, memory = re.search(r"on (one|\d+) GPUs? with (?:at least )?(\d+) GB", head).groups()
     processes = processes.replace("one", "1")
-    name = recipe.removesuffix("_dpo").removesuffix("_24gb")
+    name = re.sub("_(dpo|nft|24gb)$", "", recipe)
     words = ["--config", str(file), "--model_name_or_path", folder(name), "--num_processes", processes]
-    is_dpo = recipe.endswith("_dpo")
-    assert choose_trainer(words)[0] == ("dpo" if is_dpo else "grpo")
-    # In Flow-GRPO the rollout samples as many edits at once, or more.
-    arguments, _ = parse([*words, "--num_sample_edits", "4" if is_dpo else "0"])
+    method = recipe.rpartition("_")[2]
+    assert choose_trainer(words)[0] == (method if method in ("dpo", "nft") else "grpo")
+    # In Flow-GRPO and NFT the rollout samples as many edits at once, or more.
+    arguments, _ = parse([*words, "--num_sample_edits", "4" if method == "dpo" else "0"])
     with alone(int(processes)):
         rehearsal = Rehearsal(*(arguments[key] for key in ("trainer_type", "model", "options", "peft_config")))
         figures = rehearsal.measure(arguments["args"], light=True)
@@ -73,7 +66,10 @@ def test_every_recipe_fits_the_card_that_it_names(recipe, folder):
         assert figures["weights"]["transformer"] < 0.3 * rehearsal.file_bytes
         return
     # What the published models have, within what the configurations leave out
-    billions = {"qwen_image_edit_2509": 20.4, "flux_kontext": 11.9, "flux2_klein_4b": 3.9, "qwen_image_21": 7.1}
+    billions = {
+        "qwen_image_edit_2509": 20.4, "flux_kontext": 11.9, "flux2_klein_4b": 3.9, "qwen_image_21": 7.1,
+        "longcat_image_edit": 6.3,
+    }  # fmt: skip
     assert figures["weights"]["transformer"] / 2e9 == pytest.approx(billions[name], rel=0.02)
 
 
