@@ -99,8 +99,7 @@ def awm_loss(
 
     $$ -A \, \frac{p(v)}{p(v_{old})} + \beta \, \overline{(v - v_{old})^2} $$
 
-    Their code also clips the ratio to [0, 2], which ratios of this error do not leave in practice; here it is not
-    clipped.
+    Their code also clips the ratio, to [0, 2] in its recipes; here it is not clipped.
 
     Args:
         velocity (`torch.Tensor` of shape `(batch_size, ...)`):
