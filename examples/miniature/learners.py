@@ -9,42 +9,11 @@ All have about as many passes, and are evaluated in 10 steps. Results go to docs
 any time, and resumes with the missing runs.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from experiments import TRAINERS, Arm, command
-
-from hp_edit_trl.flow.dynamics import transition
-from hp_edit_trl.trainer.flow_grpo_edit_config import FlowGRPOEditConfig
-from hp_edit_trl.trainer.flow_grpo_edit_trainer import FlowGRPOEditTrainer
+from experiments import Arm, command
 
 
-class NoiseWeightedTrainer(FlowGRPOEditTrainer):
-    """
-    Flow-GRPO whose loss of a step is weighted by the standard deviation of the noise that the step adds, divided by
-    the mean over the steps of `sde_window_range` ([TempFlow-GRPO](https://huggingface.co/papers/2508.04324)).
-
-    The loss is proportional to the advantage where there is no KL term, so the advantage takes the weight.
-    """
-
-    def _passes(self, samples, update):
-        passes = []
-        for inputs, trained, rows, steps in super()._passes(samples, update):
-            path, zero, (begin, end) = inputs[0].trajectory, torch.zeros(1), self.sde_window_range
-            sigmas, eta = path.sigmas.cpu(), self.args.noise_level
-            noises = [
-                transition(self.args.dynamics, zero, zero, sigmas[i], sigmas[i + 1], eta, sigmas[1])[1].item()
-                for i in range(begin, end)
-            ]
-            for k in steps:
-                weight = noises[path.steps[k] - begin] * len(noises) / sum(noises)
-                weighted = [replace(sample, advantage=sample.advantage * weight) for sample in trained]
-                passes.append((inputs, weighted, rows, range(k, k + 1)))
-        return passes
-
-
-TRAINERS["noise-weighted grpo"] = (NoiseWeightedTrainer, FlowGRPOEditConfig)
 CONFIG = Path(__file__).parent / "experiment.yaml"
 GRPO = {"num_inference_steps": 10, "num_finish_steps": None}
 # Half of the edits in each update, and four updates from a generation batch of 96 edits
@@ -58,9 +27,11 @@ FEWER = (
 )
 # The edits of a case share all steps before the stochastic one, and its pass in training: training on half of them
 # would save nothing.
-BRANCHING = GRPO | {"same_latent": True, "num_finish_steps": 2, "sde_window_size": 1}
-EARLY = BRANCHING | {"sde_window_range": [0, 5], "max_steps": 184, "eval_steps": 92}
-ANYWHERE = BRANCHING | {"sde_window_range": [0, 9], "max_steps": 176, "eval_steps": 88}
+BRANCHING = (
+    GRPO
+    | {"same_latent": True, "num_finish_steps": 2, "sde_window_size": 1, "sde_window_range": [0, 5]}
+    | {"max_steps": 184, "eval_steps": 92}
+)
 # Edits are sampled in 3 steps; those of the evaluation have 10, as with the others.
 NFT = (
     HALF
@@ -72,10 +43,8 @@ ARMS = [
     Arm("GRPO, fewer passes", FEWER),
     Arm("GRPO, fewer passes, moving average", FEWER | {"ema_decay": 0.9}),
     Arm("GRPO, fewer passes, sliding window", FEWER | {"sde_window_mode": "sliding"}),
-    Arm("GRPO, fewer passes, noise weights", FEWER, method="noise-weighted grpo"),
-    Arm("GRPO, branching in the first half", EARLY),
-    Arm("GRPO, branching anywhere", ANYWHERE),
-    Arm("GRPO, branching anywhere, noise weights", ANYWHERE, method="noise-weighted grpo"),
+    Arm("GRPO, fewer passes, noise weights", FEWER | {"weight_by_noise": True}),
+    Arm("GRPO, branching in the first half", BRANCHING),
     Arm("NFT", NFT, method="nft"),
     Arm("NFT, moving average", NFT | {"ema_decay": 0.9}, method="nft"),
     Arm("AWM", NFT | {"loss_type": "awm"}, method="nft"),

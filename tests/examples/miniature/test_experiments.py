@@ -6,15 +6,12 @@ from pathlib import Path
 
 import compare
 import experiments
-import learners
 import pytest
-import torch
 import yaml
 from experiments import Arm, run_experiment, summarize
 from PIL import Image
 
 from hp_edit_trl import FlowGRPOEditConfig
-from hp_edit_trl.flow.dynamics import transition
 
 
 GATE = {"Gate": {"reward": "RuleScorer", "test": {"IdentityReward": {"model": None}}, "threshold": 0.5}}
@@ -192,34 +189,3 @@ def test_every_experiment_has_arms_that_can_be_trained(script, tmp_path):
             options = {name: value for name, value in config.items() if name in names}
             FlowGRPOEditConfig(**options | {"output_dir": str(tmp_path), "report_to": "none"})
             assert set(arm.options) <= names | {"lora_r", "lora_alpha"}
-
-
-def test_the_loss_of_a_step_is_weighted_by_its_noise(config, tmp_path):
-    options = {"sde_window_range": [0, 2], "sde_window_size": 2, "same_latent": True, "save_strategy": "no"}
-    method = learners.ARMS[4].method
-    data = experiments.load_dataset("train", 4)
-    trainer = experiments.make_trainer(config, options, tmp_path, 0, experiments.RuleScorer(), data, method)
-    assert isinstance(trainer, learners.NoiseWeightedTrainer)
-    trainer.train()
-    samples = trainer._generate_and_score([0] * 4, 1)
-    assert any(map(trainer._learns, samples))
-    trainer.model.zero_grad()
-    trainer._accumulate_gradients(trainer.model, samples)
-    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-    gradients = [p.grad.clone() for p in parameters]
-    # The ratio is 1, and its gradient that of the log-probability.
-    terms, stds = [], []
-    for sample in samples:
-        path, batch = sample.trajectory, trainer.policy.collate([sample.conditions])
-        for k, step in enumerate(path.steps):
-            start, levels = path.latents[k][None], path.sigmas[step : step + 2]
-            velocity = trainer.policy.velocity(trainer.model, start, levels[0], batch, 1.0)
-            mean, std = transition("flow_sde", start, velocity, *levels, 0.7, path.sigmas[1])
-            stds.append(std.item())
-            log_prob = torch.distributions.Normal(mean, std).log_prob(path.latents[k + 1]).mean()
-            terms.append(-sample.advantage * std.item() * log_prob)
-    assert stds[0] > 1.1 * stds[1] or stds[1] > 1.1 * stds[0]
-    trainer.model.zero_grad()
-    (torch.stack(terms).mean() / (sum(stds[:2]) / 2)).backward()
-    for gradient, parameter in zip(gradients, parameters, strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-7)
