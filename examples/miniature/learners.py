@@ -39,12 +39,12 @@ NFT = (
     | {"max_steps": 84, "eval_steps": 42}
 )
 ARMS = [
-    Arm("GRPO, whole trajectory", WHOLE),
     Arm("GRPO, fewer passes", FEWER),
     Arm("GRPO, fewer passes, moving average", FEWER | {"ema_decay": 0.9}),
     Arm("GRPO, fewer passes, sliding window", FEWER | {"sde_window_mode": "sliding"}),
     Arm("GRPO, fewer passes, noise weights", FEWER | {"weight_by_noise": True}),
     Arm("GRPO, branching in the first half", BRANCHING),
+    Arm("GRPO, whole trajectory", WHOLE),
     Arm("NFT", NFT, method="nft"),
     Arm("NFT, moving average", NFT | {"ema_decay": 0.9}, method="nft"),
     Arm("AWM", NFT | {"loss_type": "awm"}, method="nft"),
