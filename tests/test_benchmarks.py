@@ -10,7 +10,7 @@ from tests.processes import Script
 
 
 ROOT = Path(__file__).parents[1]
-FEW = "--edits 2 --num_inference_steps 3 --sde_window_size 1 --sde_window_range 0 1".split()
+FEW = ["--edits", "2", "--num_inference_steps", "3", "--sde_window_size", "1", "--sde_window_range", "0", "1"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """
 Compares any arms in miniature: learners with their options and rewards, by a YAML file.
 
-    python examples/miniature/compare.py --arms examples/miniature/learners_and_rewards.yaml --output_dir outputs/comparison
+    python examples/miniature/compare.py --arms examples/miniature/learners_and_rewards.yaml
 
 Each arm is a mapping of a name, a method (grpo, nft, dpo or none), options of its trainer, and rewards by name. The
 others are compared with the first. All are evaluated by RuleScorer. What is wrong with an arm is told before the first

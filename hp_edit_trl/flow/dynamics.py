@@ -172,6 +172,34 @@ def kl_divergence(mean: torch.Tensor, mean_ref: torch.Tensor, std: torch.Tensor)
     return ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
 
+def noise_weight(
+    dynamics: str, sigmas: torch.Tensor, step: int, window_range: tuple[int, int], noise_level: float
+) -> torch.Tensor:
+    """
+    Weight of a step by the noise that it adds, as in [TempFlow-GRPO](https://huggingface.co/papers/2508.04324): the
+    standard deviation of its transition, divided by the mean of those of all steps that a window may cover.
+
+    Args:
+        dynamics (`str`):
+            Dynamics of the stochastic steps, see [`transition`].
+        sigmas (`torch.Tensor` of shape `(num_inference_steps + 1,)`):
+            The schedule.
+        step (`int`):
+            The step, in `window_range`.
+        window_range (`tuple[int, int]`):
+            First step and end (exclusive) of the steps that a window may cover.
+        noise_level (`float`):
+            Noise level of the stochastic steps.
+
+    Returns:
+        `torch.Tensor`: a scalar. Over the steps of `window_range` its mean is 1.
+    """
+    start, stop = window_range
+    levels = sigmas[start : stop + 1]
+    stds = transition(dynamics, levels[:-1], levels[:-1], levels[:-1], levels[1:], noise_level, sigmas[1])[1]
+    return stds[step - start] / stds.mean()
+
+
 def sde_window(
     mode: str, size: int, window_range: tuple[int, int], generation: int, generator: torch.Generator | None = None
 ) -> range:

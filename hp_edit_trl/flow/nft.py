@@ -1,9 +1,15 @@
-"""DiffusionNFT for flow matching: how optimal a sample is, and the loss of the two implicit policies."""
+"""
+Losses on the forward process of flow matching: DiffusionNFT's, with how optimal a sample is, and that of Advantage
+Weighted Matching.
+"""
 
 import torch
 
 
+LOSS_TYPES = ["nft", "awm"]
 FLOOR = 1e-5  # of the mean absolute error that a loss is divided by
+POWER = 0.25  # of the flow-matching error in AWM's log-likelihood
+SHIFT = 1e-10  # of that error, whose root would have no gradient at 0
 
 
 def optimality(advantages: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
@@ -73,3 +79,51 @@ def nft_loss(
     positive = torch.lerp(old_velocity, velocity, beta)
     negative = torch.lerp(old_velocity, velocity, -beta)
     return optimal * loss(positive) + (1 - optimal) * loss(negative)
+
+
+def awm_loss(
+    velocity: torch.Tensor,
+    old_velocity: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    advantages: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    r"""
+    Loss of [Advantage Weighted Matching](https://huggingface.co/papers/2509.25050) on the forward process, with the
+    weighting of its authors' code.
+
+    The flow-matching error \\( e(v) = \overline{(v - (\epsilon - x_0))^2} \\), a mean over the dimensions of a sample,
+    stands in for the likelihood: \\( \log p(v) = -4 \sigma \, e(v)^{1/4} \\). With the advantage \\( A \\) the loss is
+
+    $$ -A \, \frac{p(v)}{p(v_{old})} + \beta \, \overline{(v - v_{old})^2} $$
+
+    Their code also clips the ratio, to [0, 2] in its recipes; here it is not clipped.
+
+    Args:
+        velocity (`torch.Tensor` of shape `(batch_size, ...)`):
+            The policy's prediction \\( v \\) of `noise - clean`.
+        old_velocity (`torch.Tensor` of shape `(batch_size, ...)`):
+            That of the policy that sampled, without gradient.
+        clean (`torch.Tensor` of shape `(batch_size, ...)`):
+            The samples \\( x_0 \\).
+        noise (`torch.Tensor` of shape `(batch_size, ...)`):
+            Gaussian noise \\( \epsilon \\).
+        sigmas (`torch.Tensor` of shape `(batch_size,)`):
+            Noise levels.
+        advantages (`torch.Tensor` of shape `(batch_size,)`):
+            Group-relative advantages, scaled to [-1, 1].
+        beta (`float`):
+            Weight of the difference to the policy that sampled.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+
+    def log_likelihood(predicted: torch.Tensor) -> torch.Tensor:
+        error = (predicted - (noise - clean)).square().flatten(1).mean(1)
+        return -sigmas / POWER * ((error + SHIFT) ** POWER - SHIFT**POWER)
+
+    ratio = torch.exp(log_likelihood(velocity) - log_likelihood(old_velocity))
+    return -advantages * ratio + beta * (velocity - old_velocity).square().flatten(1).mean(1)

@@ -61,6 +61,11 @@ class FlowGRPOEditConfig(OnlineEditConfig):
             [GRPO-Guard](https://huggingface.co/papers/2510.22319) does, so that clipping works alike at every step.
             The normalized ratio is closer to 1: `epsilon` should be smaller with it. Its authors derive it for
             Flow-SDE; with the other dynamics it is the same formula, without that derivation.
+        weight_by_noise (`bool`, *optional*, defaults to `False`):
+            Weight the policy's loss at each step by the standard deviation of the noise that the step adds, relative
+            to the mean over the steps of `sde_window_range`, as
+            [TempFlow-GRPO](https://huggingface.co/papers/2508.04324) does. Not together with `normalize_ratio`, which
+            has weights of its own.
     """
 
     # Parameters that control sampling
@@ -112,6 +117,9 @@ class FlowGRPOEditConfig(OnlineEditConfig):
     normalize_ratio: bool = field(
         default=False, metadata={"help": "Normalize the probability ratio, and weight steps, as GRPO-Guard does."}
     )
+    weight_by_noise: bool = field(
+        default=False, metadata={"help": "Weight the loss of each step by the noise that it adds."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -128,6 +136,10 @@ class FlowGRPOEditConfig(OnlineEditConfig):
         for name in ("epsilon", "epsilon_high", "noise_level"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.weight_by_noise and self.normalize_ratio:
+            raise ValueError(
+                "weight_by_noise=True and normalize_ratio=True both weight the steps: leave out one of the two."
+            )
         if self.dynamics == "cps" and self.noise_level > 1:
             raise ValueError(f"noise_level={self.noise_level} must be at most 1 for dynamics='cps'.")
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 from trl.trainer.utils import use_adapter
 
-from ..flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
+from ..flow.dynamics import kl_divergence, log_prob, noise_weight, normalized_log_ratio, sde_window, transition
 from ..policies import EditConditions, Trajectory, bucketed, rollout_batches
 from ..utils.seeding import seeded_generator
 from .base_edit_config import check_config
@@ -97,7 +97,7 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
         "learning_rate", "num_generations", "generation_batch_size", "num_iterations", "resolution",
         "num_inference_steps", "true_cfg_scale", "guidance_scale", "dynamics", "noise_level", "sde_window_size",
         "sde_window_range", "sde_window_mode", "same_latent", "num_finish_steps", "num_trained_generations",
-        "epsilon", "beta", "scale_rewards", "seed",
+        "epsilon", "weight_by_noise", "beta", "scale_rewards", "seed",
     )  # fmt: skip
 
     args: FlowGRPOEditConfig
@@ -240,6 +240,10 @@ class FlowGRPOEditTrainer(OnlineEditTrainer):
                     losses = -torch.min(ratio * advantages, clipped * advantages)
                     if self.args.normalize_ratio:
                         losses = losses / (path.sigmas[step] - path.sigmas[step + 1])
+                    if self.args.weight_by_noise:
+                        losses = losses * noise_weight(
+                            self.args.dynamics, path.sigmas, step, self.sde_window_range, self.args.noise_level
+                        ).to(losses.device)
                     if self.args.beta != 0.0:
                         with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), None):
                             batch = self._other_prefixes["reference"].added(batch, self.model)

@@ -1,6 +1,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ..flow.nft import LOSS_TYPES
 from .online_edit_config import OnlineEditConfig
 
 
@@ -9,8 +10,9 @@ class FlowNFTEditConfig(OnlineEditConfig):
     r"""
     Configuration class for the [`FlowNFTEditTrainer`].
 
-    This class includes only the parameters that are specific to DiffusionNFT. For data, batches, rewards, logging and
-    the model, see [`OnlineEditConfig`]; for the other training arguments, [`~transformers.TrainingArguments`].
+    This class includes only the parameters that are specific to DiffusionNFT and Advantage Weighted Matching. For
+    data, batches, rewards, logging and the model, see [`OnlineEditConfig`]; for the other training arguments,
+    [`~transformers.TrainingArguments`].
     There is no classifier-free guidance, neither in sampling nor in training: the method replaces it.
 
     Defaults are those of the [paper](https://huggingface.co/papers/2509.16117) and its code, except for the number of
@@ -19,9 +21,17 @@ class FlowNFTEditConfig(OnlineEditConfig):
     Parameters:
         > Parameters that control the training
 
-        nft_beta (`float`, *optional*, defaults to `1.0`):
-            How far the implicit positive and negative policies are from the one that sampled (\\( \beta \\) in the
-            paper). At 1.0 the positive policy is the trained one. Smaller values make larger steps.
+        loss_type (`str`, *optional*, defaults to `"nft"`):
+            `"nft"`, the loss of DiffusionNFT, or `"awm"`, that of [Advantage Weighted
+            Matching](https://huggingface.co/papers/2509.25050): the probability ratio of the edit times its
+            advantage, with the error of flow matching in the place of the log-likelihood. Everything else is the same.
+        nft_beta (`float`, *optional*):
+            With `loss_type="nft"`, to which it belongs, defaults to 1.0. How far the implicit positive and negative
+            policies are from the one that sampled (\\( \beta \\) in the paper). At 1.0 the positive policy is the
+            trained one. Smaller values make larger steps.
+        awm_beta (`float`, *optional*):
+            With `loss_type="awm"`, to which it belongs, defaults to 1.0. Weight of the mean squared difference to the
+            velocity of the policy that sampled. Smaller values make larger steps.
         adv_clip_max (`float`, *optional*, defaults to `5.0`):
             Advantages are clipped to this range; one at its end counts as optimal, or as the opposite.
         num_train_sigmas (`int`, *optional*, defaults to `2`):
@@ -44,8 +54,17 @@ class FlowNFTEditConfig(OnlineEditConfig):
     negative_prompt: ClassVar[str | None] = None
 
     # Parameters that control the training
-    nft_beta: float = field(
-        default=1.0, metadata={"help": "How far the implicit policies are from the one that sampled."}
+    loss_type: str = field(
+        default="nft",
+        metadata={"help": "Loss of DiffusionNFT or of Advantage Weighted Matching.", "choices": LOSS_TYPES},
+    )
+    nft_beta: float | None = field(
+        default=None,
+        metadata={"help": "NFT: how far the implicit policies are from the one that sampled. Default: 1.0."},
+    )
+    awm_beta: float | None = field(
+        default=None,
+        metadata={"help": "AWM: weight of the difference to the velocity of the policy that sampled. Default: 1.0."},
     )
     adv_clip_max: float = field(default=5.0, metadata={"help": "Advantages are clipped to this range."})
     num_train_sigmas: int = field(
@@ -62,7 +81,18 @@ class FlowNFTEditConfig(OnlineEditConfig):
     def __post_init__(self):
         super().__post_init__()
 
-        for name in ("nft_beta", "adv_clip_max"):
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type={self.loss_type!r} is not known: use one of {LOSS_TYPES}.")
+        for loss_type in LOSS_TYPES:
+            name = f"{loss_type}_beta"
+            if loss_type == self.loss_type:
+                setattr(self, name, 1.0 if getattr(self, name) is None else getattr(self, name))
+            elif getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} belongs to loss_type={loss_type!r} and means nothing with "
+                    f"loss_type={self.loss_type!r}: leave out one of the two."
+                )
+        for name in (f"{self.loss_type}_beta", "adv_clip_max"):
             if not getattr(self, name) > 0:  # nor NaN
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.num_train_sigmas < 1:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 from trl.trainer.utils import use_adapter
 
-from ..flow.nft import nft_loss, optimality
+from ..flow.nft import awm_loss, nft_loss, optimality
 from ..flow.preference import draw_sigma
 from ..policies import EditConditions, Trajectory, bucketed, rollout_batches
 from ..utils.seeding import seeded_generator
@@ -23,8 +23,9 @@ from .online_edit_trainer import OnlineEditTrainer, RewardFunc, Sample
 
 class FlowNFTEditTrainer(OnlineEditTrainer):
     r"""
-    Trainer for DiffusionNFT on image-editing models: online reinforcement learning of a LoRA on the forward process
-    ([DiffusionNFT](https://huggingface.co/papers/2509.16117)). Edits are sampled along the ODE, without guidance; only
+    Trainer for online reinforcement learning of a LoRA on the forward process of image-editing models:
+    [DiffusionNFT](https://huggingface.co/papers/2509.16117) or, with `loss_type="awm"`, [Advantage Weighted
+    Matching](https://huggingface.co/papers/2509.25050). Edits are sampled along the ODE, without guidance; only
     they are kept, not the path to them. Noise is added to them, and the model learns to denoise the better ones of a
     group more than the policy that sampled them, and the worse ones less.
 
@@ -95,10 +96,22 @@ class FlowNFTEditTrainer(OnlineEditTrainer):
 }""",
     }
 
+    _awm_paper = {
+        "title": "Advantage Weighted Matching: Aligning RL with Pretraining in Diffusion Models",
+        "id": "2509.25050",
+        "citation": """\
+@article{xue2025awm,
+    title   = {Advantage Weighted Matching: Aligning RL with Pretraining in Diffusion Models},
+    author  = {Shuchen Xue and Chongjian Ge and Shilong Zhang and Yichen Li and Zhi-Ming Ma},
+    journal = {arXiv preprint arXiv:2509.25050},
+    year    = {2025}
+}""",
+    }
+
     _card_options = (
         "learning_rate", "num_generations", "generation_batch_size", "num_iterations", "resolution",
-        "num_inference_steps", "guidance_scale", "num_trained_generations", "num_train_sigmas", "nft_beta",
-        "adv_clip_max", "old_decay_rate", "old_decay_max", "beta", "scale_rewards", "seed",
+        "num_inference_steps", "guidance_scale", "num_trained_generations", "num_train_sigmas", "loss_type",
+        "nft_beta", "awm_beta", "adv_clip_max", "old_decay_rate", "old_decay_max", "beta", "scale_rewards", "seed",
     )  # fmt: skip
 
     args: FlowNFTEditConfig
@@ -118,6 +131,12 @@ class FlowNFTEditTrainer(OnlineEditTrainer):
             name = model if isinstance(model, str) else type(model).__name__
             args = FlowNFTEditConfig(f"{name.rstrip('/').split('/')[-1]}-NFT")
         check_config(args, FlowNFTEditConfig)
+        if args.loss_type == "awm":
+            self._name, self._paper = "Advantage Weighted Matching", self._awm_paper
+            self._tag_names = ["hp-edit-trl", "advantage-weighted-matching"]
+        loss_beta = args.nft_beta if args.loss_type == "nft" else args.awm_beta
+        assert loss_beta is not None  # the config saw to it
+        self.loss_beta = loss_beta
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config)
         self._copies["old"] = AdapterCopy(self.model)  # the policy that samples
 
@@ -187,9 +206,12 @@ class FlowNFTEditTrainer(OnlineEditTrainer):
                     old_velocity = policy.velocity(self.model, latents, sigmas, batch, self.true_cfg_scale)
                 batch = self._prefixes.added(batch, model, left == 0 and self.accelerator.sync_gradients)
                 velocity = policy.velocity(model, latents, sigmas, batch, self.true_cfg_scale)
-                losses = nft_loss(velocity, old_velocity, clean, noise, sigmas, optimal, args.nft_beta)
-                # The scale of the paper: a gradient does not depend on either at the old policy.
-                losses = losses * args.adv_clip_max / args.nft_beta
+                predictions = velocity, old_velocity, clean, noise, sigmas
+                # In the scale of NFT's paper: at the old policy a gradient depends on neither beta nor adv_clip_max.
+                if args.loss_type == "nft":
+                    losses = nft_loss(*predictions, optimal, self.loss_beta) * args.adv_clip_max / self.loss_beta
+                else:
+                    losses = awm_loss(*predictions, 2 * optimal - 1, self.loss_beta) * args.adv_clip_max
                 if args.beta != 0.0:
                     with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), None):
                         batch = self._other_prefixes["reference"].added(batch, self.model)

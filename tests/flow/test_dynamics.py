@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from hp_edit_trl.flow.dynamics import kl_divergence, log_prob, normalized_log_ratio, sde_window, transition
+from hp_edit_trl.flow.dynamics import (
+    kl_divergence,
+    log_prob,
+    noise_weight,
+    normalized_log_ratio,
+    sde_window,
+    transition,
+)
 
 
 SIGMAS = torch.tensor([1.0, 0.92, 0.71, 0.43, 0.02, 0.0], dtype=torch.float64)
@@ -140,6 +147,16 @@ def test_unknown_dynamics_and_ode_log_prob():
         transition("sde", x, x, 0.5, 0.4, 0.7, 0.9)
     with pytest.raises(ValueError, match="deterministic"):
         log_prob("ode", x, x, torch.zeros(()))
+
+
+@pytest.mark.parametrize("dynamics", STOCHASTIC)
+def test_the_weight_of_a_step_is_its_share_of_the_noise(dynamics):
+    weights = [noise_weight(dynamics, SIGMAS, step, (0, 3), 0.8) for step in range(3)]
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stds = [transition(dynamics, x, x, SIGMAS[k], SIGMAS[k + 1], 0.8, SIGMAS[1])[1] for k in range(3)]
+    assert sum(weights).item() == pytest.approx(3)
+    for weight, std in zip(weights, stds, strict=True):
+        assert (weight / weights[0]).item() == pytest.approx((std / stds[0]).item())
 
 
 def test_windows():

@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from hp_edit_trl.flow.nft import FLOOR, nft_loss, optimality
+from hp_edit_trl.flow.nft import FLOOR, awm_loss, nft_loss, optimality
 
 
 def draw(*shape, seed=0):
@@ -70,3 +72,48 @@ def test_a_perfect_prediction_has_a_finite_loss_and_gradient():
     assert loss.item() == 0 and not velocity.grad.any()
     slightly = nft_loss(noise - clean + FLOOR / 10, noise - clean, clean, noise, torch.ones(1), torch.ones(1), 1.0)
     assert slightly.item() == pytest.approx(FLOOR / 100)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_awm_is_the_likelihood_ratio_times_the_advantage_sample_by_sample(beta):
+    velocity, old, clean, noise = (draw(3, 4, 2, seed=seed) for seed in range(4))
+    sigmas, advantages = torch.tensor([0.9, 0.4, 0.05]).double(), torch.tensor([-1.0, 0.4, 1.0]).double()
+    expected = []
+    for v, v_old, x, e, s, a in zip(velocity, old, clean, noise, sigmas.tolist(), advantages.tolist(), strict=True):
+
+        def mean_square(one, other):
+            return sum((p - q) ** 2 for p, q in zip(one.flatten().tolist(), other.flatten().tolist())) / 8  # noqa: B905
+
+        old_error, error = mean_square(v_old, e - x), mean_square(v, e - x)
+        ratio = math.exp(4 * s * math.sqrt(math.sqrt(old_error))) / math.exp(4 * s * math.sqrt(math.sqrt(error)))
+        expected.append(-a * ratio + beta * mean_square(v, v_old))
+    losses = awm_loss(velocity, old, clean, noise, sigmas, advantages, beta)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-8)
+    single = awm_loss(*(t.float() for t in (velocity, old, clean, noise, sigmas, advantages)), beta)
+    assert single.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_at_the_old_policy_awm_has_the_direction_of_the_flow_loss_and_that_of_nft():
+    old, clean, noise = (draw(3, 4, 2, seed=seed) for seed in range(3))
+    sigmas, advantages = torch.tensor([0.9, 0.4, 0.05]).double(), torch.tensor([-1.0, 0.0, 0.4]).double()
+    gradients = []
+    for loss, values in ((awm_loss, advantages), (nft_loss, optimality(advantages, 1.0))):
+        velocity = old.clone().requires_grad_()
+        loss(velocity, old, clean, noise, sigmas, values, 1.0).sum().backward()
+        gradients.append(velocity.grad.flatten(1))
+    error = (old - (noise - clean)).flatten(1)
+    for gradient in gradients:
+        assert not gradient[1].any()  # the mean of a group
+        assert torch.cosine_similarity(gradient[0], error[0], dim=0).item() == pytest.approx(-1)
+        assert torch.cosine_similarity(gradient[2], error[2], dim=0).item() == pytest.approx(1)
+    # A sigma e ** (-3/4) times the gradient of the flow-matching error e
+    scale = advantages * sigmas * error.square().mean(1) ** -0.75
+    torch.testing.assert_close(gradients[0], scale[:, None] * 2 * error / 8)
+
+
+def test_a_perfect_prediction_of_awm_has_a_finite_gradient():
+    clean, noise = draw(1, 4, 2), draw(1, 4, 2, seed=1)
+    velocity = (noise - clean).requires_grad_()
+    loss = awm_loss(velocity, noise - clean, clean, noise, torch.ones(1), torch.ones(1), 1.0)
+    loss.sum().backward()
+    assert loss.item() == -1 and not velocity.grad.any()

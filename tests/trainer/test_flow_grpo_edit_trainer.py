@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,11 +122,12 @@ def test_an_update_raises_the_log_probability_of_better_samples(make_trainer):
     assert torch.corrcoef(torch.stack([gains, advantages]))[0, 1] > 0.5
 
 
-@pytest.mark.parametrize("normalize_ratio, low, high", [(False, 1e-3, 2e-3), (True, 5e-4, 6e-4)])
-def test_the_gradient_is_that_of_the_clipped_objective(make_trainer, normalize_ratio, low, high):
+@pytest.mark.parametrize("weights, low, high", [(None, 1e-3, 2e-3), ("normalize_ratio", 5e-4, 6e-4),
+                                                ("weight_by_noise", 1e-3, 2e-3)])  # fmt: skip
+def test_the_gradient_is_that_of_the_clipped_objective(make_trainer, weights, low, high):
     # Against an objective written in one piece, over all steps at once, for a batch of mixed sizes.
-    options = dict(beta=0.3, sde_window_size=3, max_steps=1, learning_rate=1e-2, normalize_ratio=normalize_ratio)
-    trainer = make_trainer(epsilon=low, epsilon_high=high, **options)
+    options = dict(beta=0.3, sde_window_size=3, max_steps=1, learning_rate=1e-2)
+    trainer = make_trainer(epsilon=low, epsilon_high=high, **options, **({} if weights is None else {weights: True}))
     trainer.train()
     samples = trainer._buffered_samples
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -150,7 +152,12 @@ def test_the_gradient_is_that_of_the_clipped_objective(make_trainer, normalize_r
             normal = torch.distributions.Normal(mean, std)
             log_ratio = normal.log_prob(path.latents[k + 1][None]).mean() - path.log_probs[k]
             weight = 1.0
-            if normalize_ratio:  # GRPO-Guard's equation 8, from the plain log-ratio
+            if weights == "weight_by_noise":
+                noises = [
+                    math.sqrt((a - b) * a / (1 - min(a, sigmas[1].item()))) for a, b in pairwise(sigmas.tolist())
+                ]
+                weight = noises[step] / (sum(noises[slice(*trainer.sde_window_range)]) / 3)
+            if weights == "normalize_ratio":  # GRPO-Guard's equation 8, from the plain log-ratio
                 drift = mean - path.means[k][None]
                 log_ratio = (log_ratio + (drift**2).mean() / (2 * std**2)) * std
                 weight = 1 / (sigmas[step] - sigmas[step + 1])
@@ -683,6 +690,10 @@ def test_a_pipeline_with_a_lora_loaded(make_trainer, tmp_path):
         (dict(num_completions_to_log=0), "num_completions_to_log=0 must be at least 1"),
         (dict(epsilon_high=-1.0), "epsilon_high=-1.0 must be above 0"),
         (dict(beta=-0.1), "beta=-0.1 must not be negative"),
+        (
+            dict(weight_by_noise=True, normalize_ratio=True),
+            "weight_by_noise=True and normalize_ratio=True both weight",
+        ),
         (dict(dynamics="cps", noise_level=1.5), "noise_level=1.5 must be at most 1 for dynamics='cps'"),
         (dict(auto_find_batch_size=True), "would break groups apart"),
     ],

@@ -155,13 +155,14 @@ def test_edits_are_sampled_by_the_old_policy_along_the_ode(trained):
     assert (finals["old"] - finals["ema"]).abs().max() > 1e-3
 
 
-def test_the_gradient_is_that_of_the_papers_loss(tmp_path):
+@pytest.mark.parametrize("loss_type", ["nft", "awm"])
+def test_the_gradient_is_that_of_the_papers_loss(tmp_path, loss_type):
     # Against a loss written in one piece, sample by sample, for a batch of mixed sizes. The last group is flat.
     def reward(completions, id, **kwargs):
         return [1.0 if case == "case-2" else r for case, r in zip(id, redness(completions), strict=True)]
 
-    options = dict(beta=0.3, nft_beta=0.5, adv_clip_max=1.2, num_train_sigmas=3, max_steps=1, steps_per_generation=3,
-                   shuffle_dataset=False)  # fmt: skip
+    options = {"beta": 0.3, "loss_type": loss_type, f"{loss_type}_beta": 0.5, "adv_clip_max": 1.2, "max_steps": 1,
+               "num_train_sigmas": 3, "steps_per_generation": 3, "shuffle_dataset": False}  # fmt: skip
     trainer = make_trainer(tmp_path, reward, cases=make_cases(3), **options)
     trainer.train()
     samples, parameters = trainer._buffered_samples, [p for p in trainer.model.parameters() if p.requires_grad]
@@ -193,9 +194,14 @@ def test_the_gradient_is_that_of_the_papers_loss(tmp_path):
                 reference = velocity()
             new = velocity()
             term = 0.3 * (new - reference).square().mean()
-            for share, implicit in ((r, 0.5 * old + 0.5 * new), (1 - r, 1.5 * old - 0.5 * new)):
-                error = noisy - sigma * implicit - x0
-                term = term + 1.2 / 0.5 * share * error.square().mean() / error.abs().mean().detach()
+            if loss_type == "awm":
+                errors = [(one - noise + x0).square().mean() for one in (old, new)]
+                ratio = torch.exp(4 * sigma * (errors[0] ** 0.25 - errors[1] ** 0.25))
+                term = term - 1.2 * (2 * r - 1) * ratio + 1.2 * 0.5 * (new - old).square().mean()
+            else:
+                for share, implicit in ((r, 0.5 * old + 0.5 * new), (1 - r, 1.5 * old - 0.5 * new)):
+                    error = noisy - sigma * implicit - x0
+                    term = term + 1.2 / 0.5 * share * error.square().mean() / error.abs().mean().detach()
             terms.append(term)
     assert any(abs(sample.advantage) > 1.2 for sample in samples)  # the clip is at work
     expected = torch.stack(terms).sum() / (12 * 3 * 2)
@@ -257,6 +263,10 @@ def test_two_processes_give_the_update_of_one_though_one_has_nothing_to_learn(tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (dict(loss_type="amw"), r"loss_type='amw' is not known: use one of \['nft', 'awm'\]"),
+        (dict(loss_type="awm", nft_beta=1.0), "nft_beta=1.0 belongs to loss_type='nft' and means nothing with loss_t"),
+        (dict(awm_beta=1.0), "awm_beta=1.0 belongs to loss_type='awm'"),
+        (dict(loss_type="awm", awm_beta=0.0), "awm_beta=0.0 must be above 0"),
         (dict(nft_beta=0.0), "nft_beta=0.0 must be above 0"),
         (dict(nft_beta=float("nan")), "nft_beta=nan must be above 0"),
         (dict(adv_clip_max=-1.0), "adv_clip_max=-1.0 must be above 0"),
@@ -274,6 +284,16 @@ def test_two_processes_give_the_update_of_one_though_one_has_nothing_to_learn(tm
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make_nft_config(tmp_path, **options)
+
+
+def test_awm_is_named_in_the_card(tmp_path):
+    trainer = make_trainer(tmp_path, loss_type="awm", num_sample_edits=0)
+    assert (trainer.args.nft_beta, trainer.args.awm_beta) == (None, 1.0)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    for text in ("Advantage Weighted Matching", "2509.25050", "`awm_beta`", "advantage-weighted-matching"):
+        assert text in card, text
+    assert "DiffusionNFT" not in card
 
 
 @pytest.mark.parametrize("option", ["true_cfg_scale", "sde_window_size", "epsilon"])
