@@ -17,7 +17,7 @@ TRAINING_OPTIONS: dict[str, Any] = {
     "resolution": RESOLUTION, "num_inference_steps": 5, "true_cfg_scale": 1.0, "noise_level": 0.7,
     "sde_window_size": 3, "sde_window_range": [0, 3],
     "num_generations": 12, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 1,
-    "steps_per_generation": 4, "rollout_batch_size": 96, "max_steps": 800, "learning_rate": 1.5e-4,
+    "steps_per_generation": 4, "rollout_batch_size": 96, "max_steps": 320, "learning_rate": 1.5e-4,
     "epsilon": 1e-3, "logging_steps": 4, "per_device_eval_batch_size": 100,
 }  # fmt: skip
 
