@@ -41,7 +41,7 @@ class Commands:
         self.help = ""
 
     def add_parser(self, name: str, help: str, **options: Any) -> argparse.ArgumentParser:
-        self.help += f"  {name:<16}{help}\n"
+        self.help += f"  {name:<20} {help}\n"
         return self.parsers.add_parser(name, description=f"{help[0].upper()}{help[1:]}.", **options)
 
 
@@ -76,6 +76,11 @@ def main(argv: list[str] | None = None) -> None:
         args.run(args)
     except (ValueError, OSError, ImportError) as error:  # users can fix these: one line, without a stack trace
         sys.exit(f"hp-edit: {redacted(str(error))}")
+    except RuntimeError as error:
+        if not str(error).startswith("Failed to import"):  # so transformers says that packages do not fit each other
+            raise
+        reason = redacted(str(error)).splitlines()[-1]
+        sys.exit(f"hp-edit: a package cannot be imported ({reason}). `hp-edit env` says what does not fit.")
     except KeyboardInterrupt:
         sys.exit("hp-edit: stopped. Run the same command again to resume.")
 

@@ -27,11 +27,18 @@ def _build(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from ..cases import check_dataset
     from ..scripts import DatasetArguments, load_cases
+    from ..tasks import TASKS
 
     options = DatasetArguments(dataset_name=args.dataset)
     dataset = load_cases(options, args.split, args.image_root, args.revision)
     kind = check_dataset(dataset, args.dataset)
     print(f"{args.dataset}, split {args.split}: {len(dataset)} rows in order, for {kind}")
+    named = set(dataset["task"]) - {None} if "task" in dataset.column_names else set()
+    if unknown := sorted(map(str, named - set(TASKS))):
+        print(
+            f"HP-Scorer has no prompt for the tasks {', '.join(unknown)}: use scorer_task='base', prompts or a reward "
+            f"of your own, or one of {', '.join(TASKS)}."
+        )
 
 
 def register(commands: Any) -> None:

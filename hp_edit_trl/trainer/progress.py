@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 def in_words(metrics: Mapping[str, Any]) -> list[str]:
     """
-    The metrics of a log that tell how well a training goes: the reward, or without one the loss; scores that reward
+    The metrics of a log that tell how well a training goes: the reward, or for pairs the loss; scores that reward
     functions have logged (names that end in `score`); the share of pairs that the policy gets right; and faults.
 
     Args:
@@ -41,7 +41,7 @@ def in_words(metrics: Mapping[str, Any]) -> list[str]:
         for name, value in metrics.items()
         if isinstance(value, int | float) and not math.isnan(value)
     }
-    main = "reward" if "reward" in known else "loss"
+    main = "loss" if "rewards/accuracies" in known else "reward"  # the loss of the other trainers is always near 0
     words = [f"{main} {known[main]:.3f}"] if main in known else []
     words += [f"{name} {value:.2f}" for name, value in known.items() if name.split("_")[-1] == "score"]
     if "rewards/accuracies" in known:
@@ -51,9 +51,9 @@ def in_words(metrics: Mapping[str, Any]) -> list[str]:
 
 class ProgressLines(TrainerCallback):
     """
-    Prints one line per log of a training, with what matters of it in plain words: the update, reward or loss, the
-    score where there is one, and the time left. Every trainer has it, in the place of transformers' callback that
-    prints all metrics.
+    Prints one line per log of a training, with what matters of it in plain words: the update, the reward where new
+    edits were sampled or the loss of pairs, the score where there is one, and the time left. Every trainer has it, in
+    the place of transformers' callback that prints all metrics.
 
     In a terminal there is also a progress bar, unless `disable_tqdm` is set. Only the main process prints.
     """

@@ -112,6 +112,7 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
         pipeline.register_to_config(_name_or_path=model.config.get("_name_or_path"))
         return pipeline
     options = {name: value for name, value in options.items() if name != "quantization_config"}
+    check_reachable(model, **{name: options[name] for name in ("revision", "token", "cache_dir") if name in options})
     try:
         index = DiffusionPipeline.load_config(model, **{k: v for k, v in options.items() if k != "dtype"})
         modules = {

@@ -24,6 +24,9 @@ def test_a_folder_of_ones_own_is_checked_as_the_trainers_do(tmp_path, capsys):
     folder = write_folder(tmp_path / "photos", prompts, sizes=((64, 64), (96, 64)))
     main(["check-dataset", folder])
     assert capsys.readouterr().out == f"{folder}, split train: 3 rows in order, for training and benchmarks\n"
+    folder = write_folder(tmp_path / "tasks", [prompt | {"task": "recolour"} for prompt in prompts])
+    main(["check-dataset", folder])
+    assert "HP-Scorer has no prompt for the tasks recolour: use scorer_task='base'" in capsys.readouterr().out
     folder = write_folder(tmp_path / "blank", [*prompts, {"prompt": " "}])
     with pytest.raises(SystemExit, match="1 of 4 cases of .*Row 3 has a blank prompt: write an instruction"):
         main(["check-dataset", folder])

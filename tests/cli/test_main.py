@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hp_edit_trl.cli import main
+from hp_edit_trl.cli import env, main
 from hp_edit_trl.version import __version__
 
 
@@ -39,7 +39,7 @@ def test_help_lists_every_command_by_family(capsys):
         "Environment:",
     ]  # fmt: skip
     names = ("grpo", "nft", "dpo", "plan", "mine-pairs", "score", "build-dataset", "bench", "merge-lora", "env")
-    for command in names:
+    for command in (*names, "measure-agreement", "measure-preferences"):
         assert f"\n  {command} " in printed.out
     status, printed = told(["export-lora", "--help"], capsys)
     assert status == 0 and "Write a LoRA in the format of another tool." in printed.out
@@ -68,3 +68,15 @@ def test_an_error_is_one_line(arguments, message, capsys):
 def test_an_error_of_a_command_is_one_line(tmp_path, capsys):
     status, printed = told(["check-lora", str(tmp_path)], capsys)
     assert status == f"hp-edit: {tmp_path} has no safetensors file, so it holds no LoRA."
+
+
+def test_packages_that_do_not_fit_are_told_in_one_line(monkeypatch):
+    def broken(args):
+        raise RuntimeError("Failed to import trl.trainer.utils because of the following error:\nno such operator")
+
+    monkeypatch.setattr(env, "_env", broken)
+    with pytest.raises(SystemExit, match=r"hp-edit: a package cannot be imported \(no such operator\). `hp-edit env`"):
+        main(["env"])
+    monkeypatch.setattr(env, "_env", lambda args: [][0])
+    with pytest.raises(IndexError):  # what is not known keeps its traceback
+        main(["env"])

@@ -77,6 +77,11 @@ def test_a_folder_without_a_configuration(folder, tmp_path):
         main(["plan", "--model_name_or_path", str(tmp_path), "--judge_base_url", "http://localhost:1/v1"])
 
 
+def test_a_model_of_the_hub_without_a_network():
+    with pytest.raises(SystemExit, match="The model 'no/model' is neither a local file or folder nor in the cache"):
+        main(["plan", "--model_name_or_path", "no/model", "--judge_base_url", "http://localhost:1/v1"])
+
+
 def test_the_trainer_follows_from_the_options(tmp_path):
     assert choose_trainer(["--resolution", "512"])[0] == "grpo"
     assert choose_trainer(["--safeguard", "true"])[0] == "dpo"

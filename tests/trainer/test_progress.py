@@ -42,12 +42,13 @@ def test_durations(seconds, words):
         ({"loss": 0.25, "rewards/accuracies": 0.625}, ["loss 0.250", "right on 62% of the pairs"]),
         (
             {"loss": 0.25, "reward": float("nan"), "frac_reward_missing": 1.0},
-            ["loss 0.250", "100% of the rewards missing"],
+            ["100% of the rewards missing"],
         ),
         (
             {"reward": 1, "bad_cases": 2, "skipped_updates": 0, "frac_reward_missing": 0.0},
             ["reward 1.000", "bad cases: 2"],
         ),
+        ({"loss": -0.0001, "clip_ratio/region_mean": 0.1}, []),  # an update without new edits
         ({"reward": "high", "score": None}, []),
     ],
 )
