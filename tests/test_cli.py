@@ -312,7 +312,7 @@ def test_bench_of_several_editors_from_one_file(server, tmp_path, pipeline, caps
         main(["bench", "--config", str(config)])
     printed = capsys.readouterr()
     assert printed.err.count("no ratings in") == 3 and "| people" not in printed.out
-    assert "absent: editor=" in printed.err and "Difference from someone/tiny" in printed.out
+    assert "absent: There is no file or folder" in printed.err and "Difference from someone/tiny" in printed.out
     assert printed.out.count("all of the 3 cases have an edit and a score.") == 2  # each run prints its result
     assert (tmp_path / "out" / "report" / "gallery.html").exists()
     finished = [read_run(tmp_path / "out" / name) for name in ("someone-tiny", "as it was")]

@@ -115,7 +115,7 @@ def test_missing_scores_are_counted_and_logged_with_their_case(caplog):
     assert metrics == {"hp_score_failed": 1.0}  # no mean of nothing
 
 
-def test_bad_input():
+def test_bad_input(tmp_path):
     reward = HPScorerReward(ScriptedJudge([5]))
     with pytest.raises(ValueError, match="No scorer prompt for the task 'removal'. There are prompts for: add,"):
         reward(prompts=["x"], completions=[photo(8, 8)], image=[photo(8, 8)], task=["removal"])
@@ -125,8 +125,10 @@ def test_bad_input():
         HPScorerReward(ScriptedJudge([]), task="x")
     with pytest.raises(ValueError, match="score_mode='mean' is not known"):
         HPScorerReward("m", judge_base_url="http://127.0.0.1:9/v1", score_mode="mean")
-    with pytest.raises(ValueError, match="The judge .* has no processor"):
+    with pytest.raises(FileNotFoundError, match="There is no file or folder /no/such/folder"):
         HPScorerReward("/no/such/folder")
+    with pytest.raises(ValueError, match="The judge .* has no processor"):
+        HPScorerReward(str(tmp_path))
 
 
 def test_what_is_not_a_judge_is_refused():

@@ -171,7 +171,7 @@ def test_arms_of_a_file(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="compare.py: .*must hold a list of arms"):
         compare.main(["--arms", str(tmp_path / "arms.yaml")])
     compare.main(["--arms", str(CONFIG.with_name("learners_and_rewards.yaml")), "--seeds", "0"])
-    assert [arguments[0] for arguments in started] == ["arms"] and started[0][1] == arms
+    assert [arguments[0] for arguments in started] == ["learners_and_rewards"] and started[0][1] == arms
 
 
 @pytest.mark.parametrize(
