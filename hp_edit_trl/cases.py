@@ -27,7 +27,7 @@ from datasets import Dataset, DatasetDict, Features, Image, LargeList, List, Val
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from .utils.hub import check_reachable
+from .utils.hub import check_reachable, hub_options
 from .utils.image_paths import check_image_paths
 from .utils.images import FORMATS, UnreadableImageError, open_image, read_image, to_rgb, with_path
 from .utils.secrets import redact_error, redacted, remember_secrets
@@ -517,8 +517,7 @@ def _load_split(path: str, split: str, **options: Any) -> Any:
             raise ValueError(
                 f"{path} is a file, but a dataset is a folder or a Hub repository: name the file's folder."
             )
-        names = ("revision", "token", "cache_dir")
-        check_reachable(path, "dataset", **{name: options[name] for name in names if name in options})
+        check_reachable(path, "dataset", **hub_options(options))
         try:
             return load_dataset(path, split=split, **options)
         except FileNotFoundError as error:

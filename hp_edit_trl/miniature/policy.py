@@ -42,8 +42,9 @@ def load_pipeline() -> QwenImageEditPlusPipeline:
 
 def training_args(output_dir: str, **options: Any) -> FlowGRPOEditConfig:
     """
-    The options that suit the miniature's policy on a CPU, as in `examples/configs/embedded.yaml`: about 10 minutes on
-    two cores. `docs/miniature.md` lists them. The defaults of [`FlowGRPOEditConfig`] are those of full-size pipelines.
+    The options that suit the miniature's policy on a CPU, as in `examples/configs/embedded.yaml`: four to eight
+    minutes on one core. `docs/miniature.md` lists them. The defaults of [`FlowGRPOEditConfig`] are those of full-size
+    pipelines.
 
     Args:
         output_dir (`str`):

@@ -2,7 +2,7 @@
 
 from diffusers import DiffusionPipeline
 
-from ..utils.hub import check_reachable
+from ..utils.hub import check_reachable, hub_options
 from .components import check_components
 from .edit_policy import EditConditions, EditPolicy, Example, bucketed
 from .flux2_klein import Flux2KleinPolicy
@@ -43,8 +43,7 @@ def policy_class(model: str | DiffusionPipeline, **kwargs) -> type[EditPolicy]:
             missing or of another class.
     """
     if isinstance(model, str):
-        options = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
-        check_reachable(model, **options)
+        check_reachable(model, **hub_options(kwargs))
         try:
             index = DiffusionPipeline.load_config(model, **kwargs)
         except (OSError, ValueError) as error:

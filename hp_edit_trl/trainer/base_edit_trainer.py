@@ -34,7 +34,7 @@ from ..policies import EditConditions, EditPolicy, check_prompt_lengths, policy_
 from ..utils.distributed import OutOfStepError, in_step, lost_processes
 from ..utils.dtypes import parse_dtype
 from ..utils.files import read_json
-from ..utils.hub import create_repository
+from ..utils.hub import create_repository, hub_options
 from ..utils.images import UnreadableImageError
 from ..utils.loading import load_shared_pipeline
 from ..utils.quantization import check_quantization, describe_quantization, quantization_config
@@ -86,7 +86,7 @@ def find_policy(model: str | DiffusionPipeline, args: Any) -> type[EditPolicy]:
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
     if isinstance(model, str):
         check_quantization(init_kwargs.get("quantization_config"), args.device)
-    return policy_class(model, **{k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir")})
+    return policy_class(model, **hub_options(init_kwargs))
 
 
 def warn_of_resolution(policy_type: type[EditPolicy], model: str | DiffusionPipeline, args: Any) -> None:
@@ -102,7 +102,7 @@ def warn_of_resolution(policy_type: type[EditPolicy], model: str | DiffusionPipe
         args ([`FlowGRPOEditConfig`], [`FlowNFTEditConfig`] or [`DPOEditConfig`]):
             The trainer's configuration: `resolution` and `model_init_kwargs` are read.
     """
-    options = {k: v for k, v in dict(args.model_init_kwargs or {}).items() if k in ("revision", "token", "cache_dir")}
+    options = hub_options(args.model_init_kwargs or {})
     config = DiffusionPipeline.load_config(model, **options) if isinstance(model, str) else model.config
     native = config.get("_native_resolution", policy_type.native_resolution)
     if not native / 4 < args.resolution < native * 4:

@@ -27,7 +27,7 @@ from trl.trainer.utils import use_adapter
 
 from ..policies import EditConditions, EditPolicy, policy_class
 from ..utils.dry_run import CARD, HOST, DryRun
-from ..utils.hub import check_reachable
+from ..utils.hub import check_reachable, hub_options
 from ..utils.quantization import check_options
 from .dpo_edit_config import DPOEditConfig
 from .flow_grpo_edit_config import FlowGRPOEditConfig
@@ -68,7 +68,7 @@ def _is(kind: Any, parent: type) -> bool:
 def _component(model: str, name: str, library: str, class_name: str, options: dict[str, Any]) -> nn.Module | None:
     """A component of a pipeline that has weights, without reading them; `None` if it has none."""
     kind: Any = getattr(importlib.import_module(library), class_name)
-    hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+    hub = hub_options(options)
     if _is(kind, ModelMixin):
         return kind.from_config(kind.load_config(model, subfolder=name, **hub)).to(options["dtype"]).eval()
     if _is(kind, PreTrainedModel):
@@ -112,7 +112,7 @@ def empty_pipeline(model: str | DiffusionPipeline, options: dict[str, Any]) -> D
         pipeline.register_to_config(_name_or_path=model.config.get("_name_or_path"))
         return pipeline
     options = {name: value for name, value in options.items() if name != "quantization_config"}
-    check_reachable(model, **{name: options[name] for name in ("revision", "token", "cache_dir") if name in options})
+    check_reachable(model, **hub_options(options))
     try:
         index = DiffusionPipeline.load_config(model, **{k: v for k, v in options.items() if k != "dtype"})
         modules = {

@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 from huggingface_hub import HfApi, constants
@@ -55,6 +57,11 @@ def create_repository(
             f"{option}."
         )
     return repo_id
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of loading something that say where it comes from: revision, token and cache."""
+    return {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
 
 
 def check_reachable(
