@@ -18,7 +18,7 @@ TRAINING_OPTIONS: dict[str, Any] = {
     "sde_window_size": 3, "sde_window_range": [0, 3],
     "num_generations": 12, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 1,
     "steps_per_generation": 4, "rollout_batch_size": 96, "max_steps": 320, "learning_rate": 1.5e-4,
-    "epsilon": 1e-3, "logging_steps": 4, "per_device_eval_batch_size": 100,
+    "epsilon": 1e-3, "logging_steps": 4, "save_steps": 80, "per_device_eval_batch_size": 100,
 }  # fmt: skip
 
 

@@ -233,6 +233,7 @@ def write_model_card(
         citation=CITATION,
         load_lora=lora_loader.format(repo_id),
         base_model_name=base_model,
+        on_hub=on_hub,
         base_model_revision=base_model_revision,
         base_quantization=base_quantization,
         dtype=dtype,

@@ -143,6 +143,8 @@ class OnlineEditConfig(BaseEditConfig):
     > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
     > - `bf16`: Defaults to `True` if `fp16` is not set and there is a GPU for it or `use_cpu`, instead of `False`.
     > - `logging_steps`: Defaults to `1` instead of `500`.
+    > - `save_steps`: Defaults to `20` instead of `500`, because an update takes minutes.
+    > - `save_total_limit`: Defaults to `3` instead of `None`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
     > - `ddp_timeout`: Defaults to `14400` instead of `1800`, because a process may wait for another one's judge.
@@ -160,6 +162,10 @@ class OnlineEditConfig(BaseEditConfig):
         default=16, metadata={"help": "Number of microbatches to accumulate gradients over before each update."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every X update steps."})
+    save_steps: float = field(default=20, metadata={"help": "Save a checkpoint every X update steps."})
+    save_total_limit: int | None = field(
+        default=3, metadata={"help": "Number of checkpoints that are kept: the newest, and the best one."}
+    )
     remove_unused_columns: bool | None = field(
         default=False,
         metadata={"help": "Keep only the columns 'prompt', 'image' and 'images'. Reward functions see the others."},

@@ -52,8 +52,8 @@ def in_words(metrics: Mapping[str, Any]) -> list[str]:
 class ProgressLines(TrainerCallback):
     """
     Prints one line per log of a training, with what matters of it in plain words: the update, the reward where new
-    edits were sampled or the loss of pairs, the score where there is one, and the time left. Every trainer has it, in
-    the place of transformers' callback that prints all metrics.
+    edits were sampled or the loss of pairs, the score where there is one, and the time left, from the end of the first
+    generation batch on. Every trainer has it, in the place of transformers' callback that prints all metrics.
 
     In a terminal there is also a progress bar, unless `disable_tqdm` is set. Only the main process prints.
     """
@@ -62,9 +62,10 @@ class ProgressLines(TrainerCallback):
         self._bar: tqdm | None = None
         self._evaluation: tqdm | None = None
         self._start: tuple[float, int] | None = None  # time and update at which training began or was resumed
+        self._end: float | None = None  # the time at which it will end
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self._start = None
+        self._start = self._end = None
         if not state.is_world_process_zero:
             return
         done = f", resumed after {state.global_step}" if state.global_step else ""
@@ -78,6 +79,12 @@ class ProgressLines(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
+        # An update that samples edits takes longer than those that learn from them: whole generation batches count.
+        microbatches = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
+        period = max(1, microbatches // args.gradient_accumulation_steps)
+        if self._start is not None and state.global_step % period == 0:
+            now, (began, first) = time.monotonic(), self._start
+            self._end = now + (now - began) / (state.global_step - first) * (state.max_steps - state.global_step)
 
     def on_log(
         self,
@@ -134,10 +141,9 @@ class ProgressLines(TrainerCallback):
             self._say(f"Trained {done} updates in {duration(seconds)}")
 
     def _left(self, state: TrainerState) -> list[str]:
-        if self._start is None or state.global_step >= state.max_steps or state.global_step <= self._start[1]:
+        if self._end is None or state.global_step >= state.max_steps:
             return []
-        pace = (time.monotonic() - self._start[0]) / (state.global_step - self._start[1])
-        return [f"{duration(pace * (state.max_steps - state.global_step))} left"]
+        return [f"{duration(max(0, self._end - time.monotonic()))} left"]
 
     def _new_bar(self, args: TrainingArguments, name: str, total: int, initial: int = 0) -> tqdm:
         # `None`: not where there is no terminal, e.g. in a log file

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hp_edit_trl import FlowGRPOEditConfig
 from hp_edit_trl.trainer import progress
 from hp_edit_trl.trainer.progress import ProgressLines, duration, in_words
 
@@ -91,10 +92,10 @@ class Run:
 LINES = """\
 Training: 10 updates, resumed after 2
 evaluation of faces after 2 updates | reward 0.500
-update 4 of 10 | reward 0.750 | 3 min 00 s left
+update 4 of 10 | reward 0.750 | 2 min 00 s left
 evaluation after 4 updates | reward 0.500 | score 4.00
 update 10 of 10 | reward 0.750
-Trained 8 updates in 2 min 00 s
+Trained 8 updates in 3 min 00 s
 """
 
 
@@ -102,6 +103,31 @@ def test_one_line_per_log(tmp_path, capsys):
     Run(tmp_path).play()
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == (LINES, "")
+
+
+def test_the_time_left_does_not_jump_with_the_updates_that_sample(tmp_path, capsys, monkeypatch):
+    run = Run(tmp_path)
+    batches = {"num_generations": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    run.args = FlowGRPOEditConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **batches)
+    run.state.global_step, run.state.max_steps = 0, 6
+    now = [0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    run("train_begin")
+    for update, seconds in enumerate([50, 10] * 3, 1):  # the first of two updates samples their edits
+        run("step_begin")
+        now[0] += seconds
+        run.state.global_step = update
+        run("step_end")
+        run("log", logs={"loss": 0.1})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:] == [
+        "update 1 of 6",
+        "update 2 of 6 | 2 min 00 s left",
+        "update 3 of 6 | 1 min 10 s left",
+        "update 4 of 6 | 1 min 00 s left",
+        "update 5 of 6 | 10 s left",
+        "update 6 of 6",
+    ]
 
 
 def test_only_the_main_process_prints(tmp_path, capsys):
