@@ -1,14 +1,16 @@
 """
 Pretrains the miniature's policy: `python examples/miniature/pretrain.py`.
 
-There are five stages. Each can be stopped at any time, and the same command resumes where it stopped:
+There are seven stages. Each can be stopped at any time, and the same command resumes where it stopped:
 
 1. `vae`: encoder and decoder learn the world's pictures together; 2. `decoder`: the decoder is trained further with a
 frozen encoder, which does not change the latents; 3. `transformer`: the transformer learns the world's edits by flow
 matching. A share of the targets is deliberately sloppy,
    which leaves reinforcement learning something to improve;
 4. `polish`: a second course of the same with a lower learning rate and fewer sloppy targets;
-5. `export`: the pipeline is saved.
+5. `refine`: a third on four times as many cases, with Muon in the place of AdamW;
+6. `careless`: a short one with more sloppy targets, so that reinforcement learning can go half of the way to the best;
+7. `export`: the pipeline is saved.
 
 The second and the third can run at the same time (`--stages decoder --threads 1` and `--stages transformer --threads
 1`).
@@ -24,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +53,31 @@ from hp_edit_trl.utils.seeding import seeded_generator
 
 VAE_BATCH = 32
 TRANSFORMER_BATCH = 64
-# The transformer's courses: highest learning rate, share of sloppy targets, decay of the averaged weights
-COURSES = {"transformer": (2e-3, 0.15, 0.999), "polish": (7e-4, 0.10, 0.998)}
-STAGES = ["vae", "decoder", "transformer", "polish", "export"]
 NUM_INFERENCE_STEPS = 5
 EVALUATION_CASES = 400
 SHARD = 1_000  # cases that are encoded at a time
 SAVE_EVERY = 500  # steps
 VAE_CASES = 8_000  # cases whose pictures the VAE is trained on
+
+
+@dataclass(frozen=True)
+class Course:
+    """A course of the transformer's training."""
+
+    continued: str | None  # the course whose averaged weights it starts from
+    learning_rate: float  # the highest
+    sloppy_share: float  # of targets
+    decay: float  # of the averaged weights
+    muon: bool = False  # the optimizer of the matrices
+
+
+COURSES = {
+    "transformer": Course(None, 2e-3, sloppy_share=0.15, decay=0.999),
+    "polish": Course("transformer", 7e-4, sloppy_share=0.10, decay=0.998),
+    "refine": Course("polish", 1e-3, sloppy_share=0.20, decay=0.999, muon=True),
+    "careless": Course("refine", 3e-4, sloppy_share=0.28, decay=0.99, muon=True),
+}
+STAGES = ["vae", "decoder", *COURSES, "export"]
 
 
 @contextmanager
@@ -83,27 +103,33 @@ def fast_convolutions() -> Iterator[None]:
 def fit(
     name: str,
     loss_of_step: Callable[[int], torch.Tensor],
-    parameters: list[nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
     steps: int,
-    learning_rate: float,
     folder: Path,
     modules: dict[str, nn.Module],
     evaluate: Callable[[], dict],
     every: int,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Trains with AdamW and a one-cycle learning rate. Saves its state every SAVE_EVERY steps, and resumes from it."""
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
-    schedule = OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    stateful: dict[str, Any] = {**modules, "optimizer": optimizer, "schedule": schedule}
+    """
+    Trains with a one-cycle learning rate, the highest being that of each optimizer. Saves its state every SAVE_EVERY
+    steps, and resumes from it.
+    """
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    stateful: dict[str, Any] = dict(modules)
+    for i, optimizer in enumerate(optimizers):
+        schedule = OneCycleLR(
+            optimizer, optimizer.defaults["lr"], total_steps=steps, pct_start=0.05, cycle_momentum=False
+        )
+        stateful |= {f"optimizer_{i}": optimizer, f"schedule_{i}": schedule}
     file = folder / f"{name}.pt"
     start, seconds = 0, 0.0
     if file.exists():
         state = torch.load(file)
         start, seconds = state["step"], state["seconds"]
-        if state["schedule"]["total_steps"] != steps:
+        if state["schedule_0"]["total_steps"] != steps:
             raise ValueError(
-                f"{file} belongs to a training of {state['schedule']['total_steps']} steps, but {steps} were "
+                f"{file} belongs to a training of {state['schedule_0']['total_steps']} steps, but {steps} were "
                 "requested, which changes the learning rate: request as many, or choose another output_dir."
             )
         for key, thing in stateful.items():
@@ -112,11 +138,13 @@ def fit(
     began = time.process_time()
     for step in tqdm(range(start, steps), name, initial=start, total=steps, mininterval=5):
         loss = loss_of_step(step)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for i, optimizer in enumerate(optimizers):
+            optimizer.step()
+            stateful[f"schedule_{i}"].step()
         after_step(step)
         losses.append(loss.item())
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
@@ -133,6 +161,14 @@ def fit(
             state = {key: thing.state_dict() for key, thing in stateful.items()} | {"step": step + 1, "seconds": now}
             write_atomically(file, functools.partial(torch.save, state))
             losses = []
+
+
+def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
+
+
+def muon(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.Muon(parameters, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
 
 def new_vae() -> AutoencoderKLQwenImage:
@@ -237,7 +273,7 @@ def train_vae(folder: Path, steps: int, compiled: bool) -> None:
         return loss_of(batch, torch.randn((VAE_BATCH, 16, 1, 8, 8), generator=generator))
 
     fit(
-        "vae", loss_of_step, list(vae.parameters()), steps, 2e-3, folder, {"vae": vae},
+        "vae", loss_of_step, [adamw(list(vae.parameters()), 2e-3)], steps, folder, {"vae": vae},
         lambda: reconstruction_scores(vae), 1000,
     )  # fmt: skip
 
@@ -283,7 +319,7 @@ def train_decoder(folder: Path, steps: int, compiled: bool) -> None:
     modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
     parameters = [p for module in modules.values() for p in module.parameters()]
     fit(
-        "decoder", loss_of_step, parameters, steps, 1.5e-3, folder, modules,
+        "decoder", loss_of_step, [adamw(parameters, 1.5e-3)], steps, folder, modules,
         lambda: reconstruction_scores(vae), 1000,
     )  # fmt: skip
 
@@ -362,8 +398,8 @@ def policy_scores(policy: QwenImageEditPlusPolicy, model: nn.Module) -> dict[str
 
 
 def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, compiled: bool, processes: int) -> None:
-    """Trains the transformer in one of its `COURSES`; the second starts from the averaged weights of the first."""
-    learning_rate, sloppy_share, decay = COURSES[stage]
+    """Trains the transformer in one of its `COURSES`, which continues the averaged weights of another, if any."""
+    course = COURSES[stage]
     (folder / "pool").mkdir(exist_ok=True)
     size = min(num_cases, SHARD)
     if size < 1 or num_cases % size:
@@ -385,8 +421,8 @@ def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, comp
     )
     policy = QwenImageEditPlusPolicy(new_pipeline(load_vae(folder)))
     transformer = policy.pipeline.transformer
-    if stage == "polish":
-        transformer.load_state_dict(finished(folder, "transformer")["average"])
+    if course.continued is not None:
+        transformer.load_state_dict(finished(folder, course.continued)["average"])
     average = new_transformer().eval()
     average.load_state_dict(transformer.state_dict())
     average.requires_grad_(False)
@@ -400,10 +436,10 @@ def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, comp
     shift = policy.sigmas(1000, conditions(0))  # the noise levels of sampling, in fine steps
 
     def loss_of_step(step: int) -> torch.Tensor:
-        generator = seeded_generator("transformer", step)
+        generator = seeded_generator(stage, step)
         rows = torch.randint(len(targets), (TRANSFORMER_BATCH,), generator=generator)
         wanted = targets[rows]
-        spoilt = torch.rand(TRANSFORMER_BATCH, generator=generator) < sloppy_share
+        spoilt = torch.rand(TRANSFORMER_BATCH, generator=generator) < course.sloppy_share
         wanted = torch.where(spoilt[:, None, None], careless[rows], wanted)
         sigma = shift[torch.randint(1000, (TRANSFORMER_BATCH,), generator=generator)]
         noise = torch.randn(wanted.shape, generator=generator)
@@ -413,13 +449,18 @@ def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, comp
         return F.mse_loss(velocity, noise - wanted)
 
     def average_weights(step: int) -> None:
-        weight = max(1 - decay, 1 / (step + 1))
+        weight = max(1 - course.decay, 1 / (step + 1))
         for slow, fast in zip(average.parameters(), transformer.parameters(), strict=True):
             slow.lerp_(fast.detach(), weight)
 
     modules = {"transformer": transformer, "average": average}
+    parameters = list(transformer.parameters())
+    optimizers = [adamw(parameters, course.learning_rate)]
+    if course.muon:  # it is for matrices
+        matrices, others = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
+        optimizers = [muon(matrices, course.learning_rate), adamw(others, course.learning_rate)]
     fit(
-        stage, loss_of_step, list(transformer.parameters()), steps, learning_rate, folder, modules,
+        stage, loss_of_step, optimizers, steps, folder, modules,
         lambda: policy_scores(policy, average), 1000, average_weights,
     )  # fmt: skip
 
@@ -427,9 +468,9 @@ def train_transformer(folder: Path, stage: str, steps: int, num_cases: int, comp
 def finished(folder: Path, stage: str) -> dict[str, Any]:
     """The saved state of a stage. Raises `ValueError` if the stage has not finished."""
     state = torch.load(folder / f"{stage}.pt")
-    if state["step"] < state["schedule"]["total_steps"]:
+    if state["step"] < state["schedule_0"]["total_steps"]:
         raise ValueError(
-            f"The stage {stage!r} is at step {state['step']} of {state['schedule']['total_steps']}: finish it first."
+            f"The stage {stage!r} is at step {state['step']} of {state['schedule_0']['total_steps']}: finish it first."
         )
     return state
 
@@ -443,7 +484,7 @@ def export(folder: Path) -> None:
             if isinstance(module, autoencoder_kl_qwenimage.QwenImageCausalConv3d):
                 module.weight[:, :, :-1] = 0  # never trained, because pictures have one frame
     pipeline = new_pipeline(vae)
-    pipeline.transformer.load_state_dict(states["polish"]["average"])
+    pipeline.transformer.load_state_dict(states["careless"]["average"])
     for module in (vae, pipeline.transformer):
         module.half()
     pipeline.save_pretrained(folder / "pipeline")
@@ -463,7 +504,10 @@ if __name__ == "__main__":
     parser.add_argument("--decoder_steps", type=int, default=10_000)
     parser.add_argument("--transformer_steps", type=int, default=12_000)
     parser.add_argument("--polish_steps", type=int, default=5_000)
+    parser.add_argument("--refine_steps", type=int, default=12_000)
+    parser.add_argument("--careless_steps", type=int, default=1_500)
     parser.add_argument("--cases", type=int, default=32_000, help="cases that the transformer is trained on")
+    parser.add_argument("--refine_cases", type=int, default=128_000, help="and those of its last two courses")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
     args = parser.parse_args()
@@ -474,8 +518,13 @@ if __name__ == "__main__":
             train_vae(args.output_dir, args.vae_steps, args.compile)
         if "decoder" in args.stages:
             train_decoder(args.output_dir, args.decoder_steps, args.compile)
-        for stage, steps in (("transformer", args.transformer_steps), ("polish", args.polish_steps)):
+        for stage, steps, cases in (
+            ("transformer", args.transformer_steps, args.cases),
+            ("polish", args.polish_steps, args.cases),
+            ("refine", args.refine_steps, args.refine_cases),
+            ("careless", args.careless_steps, args.refine_cases),
+        ):
             if stage in args.stages:
-                train_transformer(args.output_dir, stage, steps, args.cases, args.compile, args.threads)
+                train_transformer(args.output_dir, stage, steps, cases, args.compile, args.threads)
         if "export" in args.stages:
             export(args.output_dir)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import runpy
@@ -36,10 +37,8 @@ def test_a_stopped_training_resumes_exactly(tmp_path, monkeypatch):
             batch = torch.randn(8, 4, generator=seeded_generator("test", step))
             return (model(batch) - 2 * batch).square().mean()
 
-        parameters = list(model.parameters())
-        pretrain.fit(
-            "linear", loss_of_step, parameters, steps, 0.1, folder, {"linear": model}, lambda: {"score": 1}, 4
-        )
+        optimizers = [pretrain.muon([model.weight], 0.1), pretrain.adamw([model.bias], 0.1)]
+        pretrain.fit("linear", loss_of_step, optimizers, steps, folder, {"linear": model}, lambda: {"score": 1}, 4)
         return model
 
     whole = train(tmp_path / "whole")
@@ -66,18 +65,21 @@ def test_all_stages(tmp_path, monkeypatch):
         monkeypatch.setattr(pretrain, "tokenizer_prompts", lambda: prompts)
         here.setattr(pretrain, "ProcessPoolExecutor", ThreadPoolExecutor)
         pretrain.train_transformer(tmp_path, "transformer", 2, 16, compiled=False, processes=1)
-    first = torch.load(tmp_path / "transformer.pt")["average"]
-    monkeypatch.setitem(pretrain.COURSES, "polish", (1e-9, 0.1, 0.5))  # so slow that it shows where it began
-    pretrain.train_transformer(tmp_path, "polish", 1, 16, compiled=False, processes=1)
-    polished = torch.load(tmp_path / "polish.pt")["transformer"]
-    for name, weight in first.items():
-        torch.testing.assert_close(polished[name], weight, rtol=0, atol=1e-6)
+    for before, course in itertools.pairwise(pretrain.COURSES):
+        slow = dataclasses.replace(pretrain.COURSES[course], learning_rate=1e-9)  # it shows where it began
+        monkeypatch.setitem(pretrain.COURSES, course, slow)
+        pretrain.train_transformer(tmp_path, course, 1, 16, compiled=False, processes=1)
+        began, ended = torch.load(tmp_path / f"{before}.pt")["average"], torch.load(tmp_path / f"{course}.pt")
+        for name, weight in began.items():
+            torch.testing.assert_close(ended["transformer"][name], weight, rtol=0, atol=1e-6)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in log] == [
         ("vae", 2),
         ("decoder", 1),
         ("transformer", 2),
         ("polish", 1),
+        ("refine", 1),
+        ("careless", 1),
     ]
     assert all("score" in row and "remove" in row for row in log)
     pretrain.export(tmp_path)
