@@ -17,8 +17,9 @@ TRAINING_OPTIONS: dict[str, Any] = {
     "resolution": RESOLUTION, "num_inference_steps": 5, "true_cfg_scale": 1.0, "noise_level": 0.7,
     "sde_window_size": 3, "sde_window_range": [0, 3],
     "num_generations": 12, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 1,
-    "steps_per_generation": 4, "rollout_batch_size": 96, "max_steps": 320, "learning_rate": 1.5e-4,
-    "epsilon": 1e-3, "logging_steps": 4, "save_steps": 80, "per_device_eval_batch_size": 100,
+    "steps_per_generation": 4, "rollout_batch_size": 96, "max_steps": 480, "learning_rate": 3e-4,
+    "lr_scheduler_type": "linear", "epsilon": 1e-3, "logging_steps": 4, "save_steps": 80,
+    "per_device_eval_batch_size": 100,
 }  # fmt: skip
 
 
@@ -42,9 +43,9 @@ def load_pipeline() -> QwenImageEditPlusPipeline:
 
 def training_args(output_dir: str, **options: Any) -> FlowGRPOEditConfig:
     """
-    The options that suit the miniature's policy on a CPU, as in `examples/configs/embedded.yaml`: four to eight
-    minutes on one core. `docs/miniature.md` lists them. The defaults of [`FlowGRPOEditConfig`] are those of full-size
-    pipelines.
+    The options that suit the miniature's policy on a CPU, as in `examples/configs/embedded.yaml`: six to
+    twelve minutes on one core. `docs/miniature.md` lists them. The defaults of [`FlowGRPOEditConfig`] are those of
+    full-size pipelines.
 
     Args:
         output_dir (`str`):
