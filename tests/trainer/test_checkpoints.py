@@ -252,8 +252,8 @@ DATES = DATES.add_column("id", [datetime.date(2026, 1, 1 + i) for i in range(4)]
 def make_trainer(output, rewards=redness, eval_dataset=None, **kwargs) -> FlowGRPOEditTrainer:
     # Two microbatches of a generation batch, each an update: every other checkpoint lies inside a batch.
     options = dict(
-        max_steps=4, save_strategy="steps", save_steps=1, gradient_accumulation_steps=1, steps_per_generation=2,
-        per_device_train_batch_size=2, num_inference_steps=2, sde_window_size=1,
+        max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=4, gradient_accumulation_steps=1,
+        steps_per_generation=2, per_device_train_batch_size=2, num_inference_steps=2, sde_window_size=1,
     )  # fmt: skip
     args = make_config(output, **{**options, **kwargs})
     return FlowGRPOEditTrainer(tiny_pipeline(), rewards, args, DATES, eval_dataset, peft_config=copy.deepcopy(LORA))

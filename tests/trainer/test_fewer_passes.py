@@ -118,8 +118,10 @@ def test_the_samples_with_the_largest_advantages_are_trained(tmp_path):
 
 
 def test_it_resumes_exactly_inside_a_generation_batch(tmp_path):
-    options = dict(same_latent=True, num_trained_generations=2, num_finish_steps=2, gradient_accumulation_steps=1,
-                   steps_per_generation=2, max_steps=4, save_strategy="steps", save_steps=1)  # fmt: skip
+    options = dict(
+        same_latent=True, num_trained_generations=2, num_finish_steps=2, gradient_accumulation_steps=1,
+        steps_per_generation=2, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=4,
+    )  # fmt: skip
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
     resumed = make_trainer(tmp_path / "resumed", **options)
