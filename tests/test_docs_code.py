@@ -5,11 +5,13 @@ real. Every command has the options that it names. What the commands of docs/pap
 """
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import itertools
 import json
 import math
+import pkgutil
 import re
 import shlex
 import shutil
@@ -30,7 +32,7 @@ from accelerate.commands.launch import launch_command_parser
 
 import hp_edit_trl
 from docs.site.commands import parsers
-from hp_edit_trl import bench, calibration, cases, data, editors, miniature, ratings, rewards
+from hp_edit_trl import bench, calibration, cases, data, editors, miniature, ratings, rewards, scripts
 from hp_edit_trl.data import builder
 from hp_edit_trl.rewards import hp_scorer
 from tests.judges.test_judges import FakeServer, completion
@@ -139,6 +141,8 @@ def make_world(tmp_path, monkeypatch, server, scenes):
 
     columns = {"source_img": scenes["image"], "instruction": scenes["prompt"]}
     anything = datasets.Dataset.from_dict(columns)
+    for module in pkgutil.iter_modules(scripts.__path__, "hp_edit_trl.scripts."):
+        importlib.import_module(module.name)  # what is imported first now would keep the stand-ins
     load, train = datasets.load_dataset, hp_edit_trl.FlowGRPOEditTrainer
     load_pipeline, load_judge = diffusers.DiffusionPipeline.from_pretrained, hp_edit_trl.load_judge
     for home, names in STAND_INS.items():
