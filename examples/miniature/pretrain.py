@@ -9,7 +9,7 @@ matching. A share of the targets is deliberately sloppy,
    which leaves reinforcement learning something to improve;
 4. `polish`: a second course of the same with a lower learning rate and fewer sloppy targets;
 5. `refine`: a third on four times as many cases, with Muon in the place of AdamW;
-6. `careless`: a short one with more sloppy targets, so that reinforcement learning can go half of the way to the best;
+6. `careless`: a short one with more sloppy targets, so that reinforcement learning has more to improve;
 7. `export`: the pipeline is saved.
 
 The second and the third can run at the same time (`--stages decoder --threads 1` and `--stages transformer --threads
