@@ -15,9 +15,10 @@ RESOLUTION = 32  # of the scenes, in pixels
 TRAINING_OPTIONS: dict[str, Any] = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
     "resolution": RESOLUTION, "num_inference_steps": 5, "true_cfg_scale": 1.0, "noise_level": 0.7,
-    "sde_window_size": 3, "sde_window_range": [0, 3],
-    "num_generations": 12, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 1,
-    "steps_per_generation": 4, "rollout_batch_size": 96, "max_steps": 480, "learning_rate": 3e-4,
+    "sde_window_size": 3, "sde_window_range": [0, 3], "same_latent": True, "weight_by_noise": True,
+    "num_generations": 12, "num_trained_generations": 6, "per_device_train_batch_size": 24,
+    "gradient_accumulation_steps": 1, "steps_per_generation": 2, "rollout_batch_size": 96, "max_steps": 480,
+    "learning_rate": 4e-4,
     "lr_scheduler_type": "linear", "epsilon": 1e-3, "logging_steps": 4, "save_steps": 80,
     "per_device_eval_batch_size": 100,
 }  # fmt: skip
@@ -52,14 +53,15 @@ def training_args(output_dir: str, **options: Any) -> FlowGRPOEditConfig:
             The output folder.
         **options:
             Other options of [`FlowGRPOEditConfig`], or other values. With fewer than 4 denoising steps the SDE window
-            is smaller, unless it is given.
+            is smaller, and with another `num_generations` half of them are trained on, unless these are given.
 
     Raises:
         `ValueError`: If an option is not valid.
     """
-    given = options.keys() & {"sde_window_size", "sde_window_range"}
-    options = TRAINING_OPTIONS | options
+    given, options = options, TRAINING_OPTIONS | options
     size = min(TRAINING_OPTIONS["sde_window_size"], options["num_inference_steps"] - 1)
-    if not given and size > 0:
+    if not given.keys() & {"sde_window_size", "sde_window_range"} and size > 0:
         options |= {"sde_window_size": size, "sde_window_range": [0, size]}
+    if "num_trained_generations" not in given:
+        options["num_trained_generations"] = -(-options["num_generations"] // 2)
     return FlowGRPOEditConfig(output_dir, **options)

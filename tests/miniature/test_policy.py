@@ -91,3 +91,12 @@ def test_fewer_steps_have_a_smaller_window(tmp_path):
         assert (args.sde_window_size, args.sde_window_range) == (window, [0, window])
     with pytest.raises(ValueError, match="The SDE window does not fit"):
         training_args(str(tmp_path), num_inference_steps=2, sde_window_size=3)
+
+
+def test_half_of_the_edits_of_a_case_are_trained_on(tmp_path):
+    for sampled, trained in ((2, 1), (4, 2), (5, 3), (8, 4), (12, 6), (24, 12)):
+        args = training_args(str(tmp_path), num_generations=sampled)
+        assert args.num_trained_generations == trained
+    assert training_args(str(tmp_path), num_trained_generations=12).num_trained_generations == 12
+    with pytest.raises(ValueError, match="num_generations=0 must be at least 2"):
+        training_args(str(tmp_path), num_generations=0)

@@ -135,5 +135,6 @@ def test_the_miniature_has_options_of_its_own(tmp_path):
     recipe = yaml.safe_load((CONFIGS.parent / "configs" / "embedded.yaml").read_text())
     for name in ("resolution", "num_inference_steps", "true_cfg_scale", "sde_window_size", "sde_window_range",
                  "num_generations", "per_device_train_batch_size", "steps_per_generation", "rollout_batch_size",
-                 "learning_rate", "epsilon", "noise_level", "gradient_accumulation_steps"):  # fmt: skip
+                 "num_trained_generations", "same_latent", "weight_by_noise", "learning_rate", "epsilon",
+                 "noise_level", "gradient_accumulation_steps"):  # fmt: skip
         assert getattr(args, name) == recipe[name], name
