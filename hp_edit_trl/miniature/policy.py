@@ -44,7 +44,7 @@ def load_pipeline() -> QwenImageEditPlusPipeline:
 
 def training_args(output_dir: str, **options: Any) -> FlowGRPOEditConfig:
     """
-    The options that suit the miniature's policy on a CPU, as in `examples/configs/embedded.yaml`: six to
+    The options that suit the miniature's policy on a CPU, as in `examples/configs/embedded.yaml`: seven to
     twelve minutes on one core. `docs/miniature.md` lists them. The defaults of [`FlowGRPOEditConfig`] are those of
     full-size pipelines.
 
