@@ -28,6 +28,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .utils.hub import check_reachable, hub_options
+from .utils.image_folders import metadata_fault
 from .utils.image_paths import check_image_paths
 from .utils.images import FORMATS, UnreadableImageError, open_image, read_image, to_rgb, with_path
 from .utils.secrets import redact_error, redacted, remember_secrets
@@ -394,7 +395,7 @@ def _check_columns(dataset: Dataset, name: str) -> None:
     if "image" not in features and "images" not in features:
         raise ValueError(
             f"{name} has no column 'image' (one reference image per case) or 'images' (a list of them); its "
-            f"columns are {list(features)}."
+            f"columns are {list(features)}. Rename yours: dataset.rename_column('source', 'image')."
         )
     for column in ("image", "images"):
         feature = features.get(column)
@@ -531,6 +532,8 @@ def _load_split(path: str, split: str, **options: Any) -> Any:
             redact_error(error)
             if found := re.search(r"(?:Unknown|Bad) split.*?\[(.*)\]", str(error)):
                 raise ValueError(_no_split(path, split, found[1])) from error
+            if Path(path).is_dir() and (fault := metadata_fault(path)):
+                raise ValueError(fault) from error
             raise
     dataset = load_from_disk(path)
     if isinstance(dataset, DatasetDict):

@@ -25,7 +25,6 @@ from PIL import Image
 from torch import nn
 from trl.trainer.utils import get_callable_name
 
-from .judges import shortened
 from .lora_formats import load_lora, lora_file
 from .policies import POLICIES, EditPolicy, bucketed, check_components, decode, policy_class, rollout
 from .policies.edit_policy import fitted_size
@@ -37,7 +36,7 @@ from .utils.imports import import_object
 from .utils.revisions import folder_revision, weights_digest
 from .utils.secrets import redact_error, redacted
 from .utils.seeding import seeded_generator
-from .utils.texts import without_control_tokens
+from .utils.texts import shortened, without_control_tokens
 
 
 logger = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ def _check(args: argparse.Namespace) -> None:
     from ..cases import check_dataset
     from ..scripts import DatasetArguments, load_cases
     from ..tasks import TASKS
+    from ..utils.image_folders import unlisted_images
 
     options = DatasetArguments(dataset_name=args.dataset)
     dataset = load_cases(options, args.split, args.image_root, args.revision)
@@ -38,6 +39,11 @@ def _check(args: argparse.Namespace) -> None:
         print(
             f"HP-Scorer has no prompt for the tasks {', '.join(unknown)}: use scorer_task='base', prompts or a reward "
             f"of your own, or one of {', '.join(TASKS)}."
+        )
+    if left_out := unlisted_images(args.dataset):
+        print(
+            f"{len(left_out)} images of the folder are in no metadata.jsonl and are left out, e.g. "
+            f"{left_out[0].relative_to(args.dataset)}."
         )
 
 

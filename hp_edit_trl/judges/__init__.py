@@ -13,7 +13,6 @@ from .base import (
     describe_judge,
     load_for,
     parse_score,
-    shortened,
     without_reasoning,
 )
 from .cache import CachedJudge
@@ -170,7 +169,6 @@ __all__ = [
     "load_for",
     "load_judge",
     "parse_score",
-    "shortened",
     "with_parser",
     "without_reasoning",
 ]

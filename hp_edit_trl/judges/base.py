@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from PIL import Image
 
 from ..utils.images import read_image
-from ..utils.texts import is_blank
+from ..utils.texts import is_blank, shortened
 
 
 DIGITS = ("0", "1", "2", "3", "4", "5")
@@ -18,7 +18,6 @@ ScoreMode = Literal["integer", "expected"]
 Parser = Callable[[str], float | None]
 
 LONGEST_ANSWER = 20_000  # characters; a model that writes more is stuck in a loop
-LONGEST_EXCERPT = 200  # characters of an answer in a log line or an error
 
 # Tokens that score_mode="expected" reads the beginning of an answer from: whether a number goes on after its digit
 NUM_ANSWER_TOKENS = 4
@@ -125,11 +124,6 @@ class Judge(Protocol):
 def describe_judge(judge: Judge) -> str:
     """The identity of a judge in one line, e.g. `"judge ServerJudge, name m, score_mode integer, ..."`."""
     return ", ".join(f"{name} {value}" for name, value in judge.identity.items() if value is not None)
-
-
-def shortened(text: str, length: int = LONGEST_EXCERPT) -> str:
-    """A text that is cut off after `length` characters, which shows by an ellipsis."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def without_reasoning(answer: str) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..utils.images import image_digest
 from ..utils.secrets import HIDDEN, redacted, remember_secrets, without_known_secrets
-from ..utils.texts import without_control_tokens
+from ..utils.texts import shortened, without_control_tokens
 from .base import (
     DIGITS,
     NUM_ANSWER_TOKENS,
@@ -38,7 +38,6 @@ from .base import (
     is_empty,
     mean_score,
     parse_score,
-    shortened,
     trial_conversation,
 )
 from .failures import REFUSED, JudgeRefusedError

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import nn
 from trl.trainer.utils import get_callable_name
 
-from ..judges import JudgeTally, shortened
+from ..judges import JudgeTally
 from ..judges.server import served_model
+from ..utils.texts import shortened
 from .hp_scorer import HPScorerReward
 
 

@@ -54,6 +54,7 @@ from ..rewards.checks import (
 from ..utils.distributed import in_step
 from ..utils.files import write_json
 from ..utils.seeding import seeded_generator
+from ..utils.texts import shortened
 from .base_edit_trainer import BaseEditTrainer, EpochRepeatSampler, find_policy, load_policy
 from .batches import check_enough_cases
 from .checkpoints import restoring
@@ -349,7 +350,8 @@ class OnlineEditTrainer(BaseEditTrainer):
         self._limit = FailureLimit(self.args.max_failed_batches, self.args.max_missing_rewards, REWARD_WINDOW)
         self._rewards_work = False  # whether a generation batch was scored without an error
         self._accumulated = 0  # microbatches of the present update that were trained
-        self._rewards_gone: str | None = None  # why the run has to stop
+        self._reward_error: BaseException | None = None  # what a function raised, in the last batch
+        self._rewards_gone: Exception | None = None  # why the run has to stop
 
     def _prepare_inputs(self, indices: list[int]) -> list[Sample]:
         # Samples are drawn once for a whole generation batch, ordered, and handed out microbatch by microbatch, as
@@ -556,7 +558,7 @@ class OnlineEditTrainer(BaseEditTrainer):
                 The failures of this process by kind.
 
         Raises:
-            `ConnectionError`: If the run stops.
+            `ConnectionError` or `RuntimeError`: If the run stops, the second if a reward function raised an error.
         """
         together = JudgeTally()
         for one in gather_object([tally]):
@@ -568,27 +570,32 @@ class OnlineEditTrainer(BaseEditTrainer):
         exceeded = self._limit.add(missing, together)
         self._rewards_work = True
         if REFUSED in together.failures:
-            self._rewards_gone = together.reasons[REFUSED]
+            reason = together.reasons[REFUSED]
         elif exceeded:
-            self._rewards_gone = (
-                f"Too many rewards are missing: {exceeded} generation batches (max_failed_batches="
+            reason = (
+                f"Too many rewards of the generation batches are missing: {exceeded} (max_failed_batches="
                 f"{self.args.max_failed_batches}, max_missing_rewards={self.args.max_missing_rewards}). The failures "
                 f"by kind: {self._limit.reasons()}"
             )
-        if self._rewards_gone is None:
+        else:
             return
-        self._rewards_gone += f" Mend the cause and resume from the last checkpoint in {self.args.output_dir}."
+        raised = self._reward_error
+        error_type = ConnectionError if raised is None or isinstance(raised, ConnectionError) else RuntimeError
+        self._rewards_gone = error_type(
+            f"{reason} Mend the cause and resume from the last checkpoint in {self.args.output_dir}."
+        )
+        self._rewards_gone.__cause__ = raised  # shows the line
         if not self._accumulated:
             if self.state.global_step > 0:
                 self._save_checkpoint(self.model, None)
-            raise ConnectionError(self._rewards_gone)
+            raise self._rewards_gone
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self._rewards_gone is not None:
             self.control.should_save, self.control.should_evaluate = True, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self._rewards_gone is not None:
-            raise ConnectionError(self._rewards_gone)
+            raise self._rewards_gone
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         try:
@@ -660,6 +667,7 @@ class OnlineEditTrainer(BaseEditTrainer):
         rewards_per_func = torch.full((len(rows), len(self.reward_funcs)), math.nan)
         failed = torch.zeros_like(rewards_per_func, dtype=torch.bool)
         tally = JudgeTally()
+        self._reward_error = None
         for i, (name, func) in enumerate(zip(self.reward_func_names, self.reward_funcs, strict=True)):
             for places, futures in begun if i in begun[0][1] else [(everything, {})]:
                 ids = [rows[place]["id"] for place in places]
@@ -679,6 +687,7 @@ class OnlineEditTrainer(BaseEditTrainer):
                     returned, lost = [None] * len(places), [True] * len(places)
                 except (Exception, SystemExit) as error:
                     returned = failed_rewards(error, name, ids, tally, first=not self._rewards_work)
+                    self._reward_error = error
                     lost = [True] * len(places)
                 values = torch.tensor(check_rewards(returned, name, ids, self.args.on_bad_reward))
                 rewards_per_func[places, i] = values
@@ -692,11 +701,13 @@ class OnlineEditTrainer(BaseEditTrainer):
             for place, value in zip(places, extra, strict=True):
                 filled[place] = value
         self._logged_extra.clear()
-        for row, unscored in zip(rows, rewards_per_func.isnan().all(1).tolist(), strict=True):
-            if unscored:
-                logger.warning(
-                    f"No reward function scored case {row['id']!r} ({row['prompt']!r}); it has no advantage."
-                )
+        unscored = [row["id"] for row, none in zip(rows, rewards_per_func.isnan().all(1), strict=True) if none]
+        if unscored:
+            cases = shortened(", ".join(dict.fromkeys(map(repr, unscored))))
+            logger.warning(
+                f"No reward function scored {len(unscored)} of {len(rows)} edits, of the cases {cases}: they have no "
+                "advantage."
+            )
         device = self.accelerator.device
         return rewards_per_func.to(device), failed.to(device), tally
 

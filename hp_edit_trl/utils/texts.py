@@ -6,6 +6,8 @@ import unicodedata
 from typing import Any
 
 
+LONGEST_EXCERPT = 200  # characters of a text in a log line or an error
+
 # What chat templates and tokenizers of common models treat as control: `<|im_end|>`, `<end_of_turn>`, `</s>`, `[INST]`
 CONTROL = re.compile(
     r"<[|｜][^<>\s]{1,64}>|<[^<>\s]{1,64}[|｜]>|\[[|｜][^\[\]\s]{1,64}[|｜]\]"
@@ -18,6 +20,11 @@ CONTROL = re.compile(
     r"|\[/?(?:INST|B_INST|E_INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|IMG|IMG_\w+|CLS|SEP|MASK|gMASK|sMASK|PAD|UNK|BOS|EOS)\]",
     re.IGNORECASE,
 )
+
+
+def shortened(text: str, length: int = LONGEST_EXCERPT) -> str:
+    """A text that is cut off after `length` characters, which shows by an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def without_control_tokens(text: str, *tokenizers: Any) -> str:

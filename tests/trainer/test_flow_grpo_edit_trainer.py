@@ -347,6 +347,8 @@ def test_missing_rewards_are_missing_and_not_zero(make_trainer, caplog):
     assert trainer.state.log_history[0]["reward"] == pytest.approx(3.0)  # of 0, 2, 4, 6
     by_advantage = [sample for sample in trainer._buffered_samples if sample.advantage == 0]
     assert len(by_advantage) == 4 and all(sample.kl_weight == 0 for sample in by_advantage)
+    (warning,) = [record.message for record in caplog.records if "No reward function" in record.message]
+    assert "scored 4 of 8 edits, of the cases 'case-" in warning
 
 
 def test_async_rewards_weights_and_logging_hooks(make_trainer):
