@@ -395,7 +395,7 @@ def _check_columns(dataset: Dataset, name: str) -> None:
     if "image" not in features and "images" not in features:
         raise ValueError(
             f"{name} has no column 'image' (one reference image per case) or 'images' (a list of them); its "
-            f"columns are {list(features)}. Rename yours: dataset.rename_column('source', 'image')."
+            f"columns are {list(features)}. Rename yours: dataset.rename_column('source_img', 'image')."
         )
     for column in ("image", "images"):
         feature = features.get(column)

@@ -23,7 +23,7 @@ def register(commands: Any) -> None:
     """Adds the commands of this family to a parser's subcommands."""
     for name, what in (
         ("grpo", "train an editor with Flow-GRPO and an HP-Scorer or other rewards, also your own"),
-        ("nft", "train an editor with DiffusionNFT and such rewards"),
+        ("nft", "train an editor with DiffusionNFT and an HP-Scorer or other rewards, also your own"),
         ("dpo", "train an editor with Diffusion-DPO on preference pairs"),
         ("mine-pairs", "mine preference pairs for DPO: sample edits, score them, pair the best with the worst"),
     ):

@@ -177,12 +177,12 @@ class FailureLimit:
             return f"{share:.0%} of the last {len(self.recent)}"
         return None
 
-    def reasons(self) -> str:
-        """The recent failures by kind, with the last reason of each."""
+    def tally(self) -> JudgeTally:
+        """The recent failures."""
         tally = JudgeTally()
         for _, one in self.recent:
             tally.merge(one)
-        return tally.by_kind(reasons=True)
+        return tally
 
     def check(self, judgements: Sequence[Judgement], what: str, remedy: str, tried: Sequence[Judgement] = ()) -> None:
         """
@@ -210,6 +210,6 @@ class FailureLimit:
             exceeded = self.add(float(failed), JudgeTally().add([one]) if failed else None) or exceeded
         if exceeded:
             raise ConnectionError(
-                f"The judge gave no answer to too many {what}: {exceeded}. The failures by kind: {self.reasons()}. "
-                f"{remedy}"
+                f"The judge gave no answer to too many {what}: {exceeded}. The failures by kind: "
+                f"{self.tally().by_kind(reasons=True)}. {remedy}"
             )

@@ -44,24 +44,30 @@ def load_pipeline() -> QwenImageEditPlusPipeline:
 
 def training_args(output_dir: str, **options: Any) -> FlowGRPOEditConfig:
     """
-    The options that suit the miniature's policy on a CPU, as in `examples/configs/embedded.yaml`: seven to
-    twelve minutes on one core. `docs/miniature.md` lists them. The defaults of [`FlowGRPOEditConfig`] are those of
+    The options that suit the miniature's policy on a CPU, as in `examples/configs/embedded.yaml`: about eight
+    minutes on one core. `docs/miniature.md` lists them. The defaults of [`FlowGRPOEditConfig`] are those of
     full-size pipelines.
 
     Args:
         output_dir (`str`):
             The output folder.
         **options:
-            Other options of [`FlowGRPOEditConfig`], or other values. With fewer than 4 denoising steps the SDE window
-            is smaller, and with another `num_generations` half of them are trained on, unless these are given.
+            Other options of [`FlowGRPOEditConfig`], or other values. Values that are not given follow them: with fewer
+            than 4 denoising steps the SDE window is smaller; of an even `num_generations` half are trained on, of an
+            odd one all; with `normalize_ratio` the steps have no further weights; with `gradient_accumulation_steps`
+            or `generation_batch_size` the steps per generation are those of the config.
 
     Raises:
         `ValueError`: If an option is not valid.
     """
-    given, options = options, TRAINING_OPTIONS | options
-    size = min(TRAINING_OPTIONS["sde_window_size"], options["num_inference_steps"] - 1)
-    if not given.keys() & {"sde_window_size", "sde_window_range"} and size > 0:
-        options |= {"sde_window_size": size, "sde_window_range": [0, size]}
-    if "num_trained_generations" not in given:
-        options["num_trained_generations"] = -(-options["num_generations"] // 2)
-    return FlowGRPOEditConfig(output_dir, **options)
+    values = TRAINING_OPTIONS | options
+    size = min(values["sde_window_size"], values["num_inference_steps"] - 1)
+    if not options.keys() & {"sde_window_size", "sde_window_range"} and size > 0:
+        values |= {"sde_window_size": size, "sde_window_range": [0, size]}
+    sampled = values["num_generations"]
+    values["num_trained_generations"] = None if sampled % 2 else sampled // 2
+    if options.get("normalize_ratio"):
+        values["weight_by_noise"] = False
+    if options.keys() & {"gradient_accumulation_steps", "generation_batch_size"}:
+        values["steps_per_generation"] = None
+    return FlowGRPOEditConfig(output_dir, **values | options)

@@ -6,6 +6,9 @@ import logging
 import math
 import re
 import reprlib
+import site
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -279,6 +282,10 @@ def failed_rewards(
     """
     cases = shortened(", ".join(dict.fromkeys(map(str, case_ids))))
     reason = f"{type(error).__name__}: {shortened(str(error))}"
+    libraries = (sysconfig.get_path("stdlib"), *site.getsitepackages(), str(Path(__file__).parents[1]))
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(libraries)]
+    if own:
+        reason += f" ({Path(own[-1].filename).name}, line {own[-1].lineno})"
     if first:
         raise RuntimeError(
             f"The reward function {name!r} failed for the cases {cases}: {reason}. Correct it and start again: later "

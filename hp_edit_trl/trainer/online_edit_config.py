@@ -96,7 +96,7 @@ class OnlineEditConfig(BaseEditConfig):
             function and the case, `"missing"` treats it as `None`.
         max_failed_batches (`int`, *optional*, defaults to `3`):
             Number of generation batches in a row without a single reward after which the run saves a checkpoint and
-            stops with `ConnectionError`: the judge is gone. A sample has no reward if no function gave it one, or if
+            stops, with `ConnectionError` if a judge is gone. A sample has no reward if no function gave it one, or if
             one failed: it raised an error, or HP-Scorer gave no score.
         max_missing_rewards (`float`, *optional*, defaults to `0.5`):
             Largest share of samples without a reward in the last 8 generation batches; above it the run stops in the

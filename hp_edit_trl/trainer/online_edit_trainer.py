@@ -69,6 +69,7 @@ from .streamed_cases import STREAM, StreamedCases, restore_stream
 
 logger = get_logger(__name__)
 
+NO_REWARD = "no reward"  # the kind of failure where functions returned None
 REWARD_WINDOW = 8  # generation batches that `max_missing_rewards` is taken over
 
 # Takes prompts, completions and the dataset's columns as lists; returns, or awaits, a list[float | None].
@@ -350,7 +351,6 @@ class OnlineEditTrainer(BaseEditTrainer):
         self._limit = FailureLimit(self.args.max_failed_batches, self.args.max_missing_rewards, REWARD_WINDOW)
         self._rewards_work = False  # whether a generation batch was scored without an error
         self._accumulated = 0  # microbatches of the present update that were trained
-        self._reward_error: BaseException | None = None  # what a function raised, in the last batch
         self._rewards_gone: Exception | None = None  # why the run has to stop
 
     def _prepare_inputs(self, indices: list[int]) -> list[Sample]:
@@ -558,7 +558,8 @@ class OnlineEditTrainer(BaseEditTrainer):
                 The failures of this process by kind.
 
         Raises:
-            `ConnectionError` or `RuntimeError`: If the run stops, the second if a reward function raised an error.
+            `ConnectionError`: If the run stops because a judge gives no scores.
+            `RuntimeError`: If it stops because reward functions raise errors or return nothing.
         """
         together = JudgeTally()
         for one in gather_object([tally]):
@@ -566,25 +567,25 @@ class OnlineEditTrainer(BaseEditTrainer):
         counted = self.reward_weights != 0
         missing = (failed[:, counted].any(1) | rewards_per_func[:, counted].isnan().all(1)).float().mean().item()
         if missing and not together.failures:
-            together.fail("no reward", "the reward functions returned None")
+            together.fail(NO_REWARD, "the reward functions returned None")
         exceeded = self._limit.add(missing, together)
         self._rewards_work = True
+        failures = self._limit.tally()
         if REFUSED in together.failures:
             reason = together.reasons[REFUSED]
         elif exceeded:
             reason = (
                 f"Too many rewards of the generation batches are missing: {exceeded} (max_failed_batches="
                 f"{self.args.max_failed_batches}, max_missing_rewards={self.args.max_missing_rewards}). The failures "
-                f"by kind: {self._limit.reasons()}"
+                f"by kind: {failures.by_kind(reasons=True)}"
             )
         else:
             return
-        raised = self._reward_error
-        error_type = ConnectionError if raised is None or isinstance(raised, ConnectionError) else RuntimeError
+        of_functions = {kind.partition(": ")[0] in (NO_REWARD, *self.reward_func_names) for kind in failures.failures}
+        error_type = RuntimeError if of_functions == {True} else ConnectionError
         self._rewards_gone = error_type(
             f"{reason} Mend the cause and resume from the last checkpoint in {self.args.output_dir}."
         )
-        self._rewards_gone.__cause__ = raised  # shows the line
         if not self._accumulated:
             if self.state.global_step > 0:
                 self._save_checkpoint(self.model, None)
@@ -667,7 +668,6 @@ class OnlineEditTrainer(BaseEditTrainer):
         rewards_per_func = torch.full((len(rows), len(self.reward_funcs)), math.nan)
         failed = torch.zeros_like(rewards_per_func, dtype=torch.bool)
         tally = JudgeTally()
-        self._reward_error = None
         for i, (name, func) in enumerate(zip(self.reward_func_names, self.reward_funcs, strict=True)):
             for places, futures in begun if i in begun[0][1] else [(everything, {})]:
                 ids = [rows[place]["id"] for place in places]
@@ -687,7 +687,6 @@ class OnlineEditTrainer(BaseEditTrainer):
                     returned, lost = [None] * len(places), [True] * len(places)
                 except (Exception, SystemExit) as error:
                     returned = failed_rewards(error, name, ids, tally, first=not self._rewards_work)
-                    self._reward_error = error
                     lost = [True] * len(places)
                 values = torch.tensor(check_rewards(returned, name, ids, self.args.on_bad_reward))
                 rewards_per_func[places, i] = values
@@ -705,8 +704,8 @@ class OnlineEditTrainer(BaseEditTrainer):
         if unscored:
             cases = shortened(", ".join(dict.fromkeys(map(repr, unscored))))
             logger.warning(
-                f"No reward function scored {len(unscored)} of {len(rows)} edits, of the cases {cases}: they have no "
-                "advantage."
+                f"No reward function scored {len(unscored)} of {len(rows)} edits, of the cases {cases}.",
+                main_process_only=False,
             )
         device = self.accelerator.device
         return rewards_per_func.to(device), failed.to(device), tally

@@ -1,17 +1,31 @@
 """Folders of images with `metadata.jsonl`: what is wrong with a file that cannot be read, and what it leaves out."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .texts import shortened
 
 
-METADATA = "metadata.jsonl"
 EXAMPLE = '{"file_name": "cup.jpg", "prompt": "Make the cup red"}'
 KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+def _files(folder: str, pattern: str) -> list[Path]:
+    """The files of a folder and its subfolders, hidden ones left out as the loader does."""
+    return [
+        path
+        for path in sorted(Path(folder).rglob(pattern))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:  # other separators may be part of a text
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _names_images(key: str) -> bool:
@@ -27,22 +41,20 @@ def metadata_fault(folder: str) -> str | None:
         folder (`str`):
             The folder.
     """
-    for file in sorted(Path(folder).rglob(METADATA)):
+    for file in _files(folder, "metadata.jsonl"):
         seen: dict[str, tuple[str, int]] = {}  # kind of each key's values, and a line that has it
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = list(_lines(file))
         except UnicodeDecodeError as error:
             return f"{file} is not UTF-8 ({error}): save it as UTF-8."
-        for number, line in enumerate(lines, 1):
+        for number, line in lines:
             where = f"{file}, line {number}"
-            if not line.strip():
-                continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 return (
-                    f"{where} is no JSON: {error.msg} at character {error.pos + 1} of {shortened(line)}. Each line is "
-                    f"an object like {EXAMPLE}."
+                    f"{where} is no JSON: {error.msg} at character {error.pos + 1} of {shortened(line.strip())}. Each "
+                    f"line is an object like {EXAMPLE}."
                 )
             if not isinstance(row, dict):
                 return f"{where} is {KINDS.get(type(row), 'null')}, but each line is an object like {EXAMPLE}."
@@ -64,26 +76,29 @@ def metadata_fault(folder: str) -> str | None:
 def unlisted_images(folder: str) -> list[Path]:
     """
     The images of a folder that none of its `metadata.jsonl` files names, so that they are left out. None if there is
-    no such file.
+    no such file, or one is not of an object per line.
 
     Args:
         folder (`str`):
             The folder.
     """
-    files = sorted(Path(folder).rglob(METADATA))
-    if not files:
-        return []
+    files = _files(folder, "metadata.jsonl")
+    if not files or any((Path(folder) / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return []  # the second are those of `save_to_disk`
     listed: set[Path] = set()
     for file in files:
-        for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
-            listed |= {(file.parent / name).resolve() for name in _names(json.loads(line))}
-    suffixes = Image.registered_extensions()
+        for _, line in _lines(file):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                return []
+            if not isinstance(row, dict):
+                return []
+            listed |= {(file.parent / name).resolve() for name in _names(row)}
     return [
         path
-        for path in sorted(Path(folder).rglob("*"))
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.resolve() not in listed
+        for path in _files(folder, "*")
+        if path.suffix.lower() in ImageFolder.EXTENSIONS and path.resolve() not in listed
     ]
 
 
@@ -92,4 +107,4 @@ def _names(row: dict[str, Any]) -> list[str]:
     for key, value in row.items():
         if _names_images(key):
             names += value if isinstance(value, list) else [value]
-    return [name for name in names if name is not None]
+    return [name for name in names if isinstance(name, str)]

@@ -94,9 +94,20 @@ def test_fewer_steps_have_a_smaller_window(tmp_path):
 
 
 def test_half_of_the_edits_of_a_case_are_trained_on(tmp_path):
-    for sampled, trained in ((2, 1), (4, 2), (5, 3), (8, 4), (12, 6), (24, 12)):
+    for sampled, trained in ((2, 1), (3, None), (4, 2), (8, 4), (12, 6), (24, 12)):
         args = training_args(str(tmp_path), num_generations=sampled)
         assert args.num_trained_generations == trained
+    args = training_args(str(tmp_path), num_generations=5, per_device_train_batch_size=5)
+    assert (args.num_trained_generations, args.generation_batch_size) == (None, 10)
     assert training_args(str(tmp_path), num_trained_generations=12).num_trained_generations == 12
     with pytest.raises(ValueError, match="num_generations=0 must be at least 2"):
         training_args(str(tmp_path), num_generations=0)
+
+
+def test_values_that_are_not_given_follow_those_that_are(tmp_path):
+    assert training_args(str(tmp_path), normalize_ratio=True).weight_by_noise is False
+    with pytest.raises(ValueError, match="leave out one of the two"):
+        training_args(str(tmp_path), normalize_ratio=True, weight_by_noise=True)
+    assert training_args(str(tmp_path), gradient_accumulation_steps=3).steps_per_generation == 3
+    args = training_args(str(tmp_path), generation_batch_size=96 * 4)
+    assert (args.steps_per_generation, args.generation_batch_size) == (8, 384)

@@ -77,6 +77,34 @@ def test_images_that_are_left_out_are_told(make_folder, capsys):
     assert "2 images of the folder are in no metadata.jsonl and are left out, e.g. 1.png." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": "0.png", "prompt": "a\u2028b\x85c"}',
+        '\ufeff{"file_name": "0.png", "prompt": "x"}',
+        '{"file_name": "0.png", "prompt": "x"} {"file_name": "1.png", "prompt": "x"}',
+        '{"file_name": "0.png",\n"prompt": "x"}',
+        '{"file_name": "0.png", "prompt": "x"}\r',
+    ],
+)
+def test_what_the_loader_reads_can_be_checked(make_folder, tmp_path, line):
+    (tmp_path / ".old").mkdir()
+    (tmp_path / ".old" / "metadata.jsonl").write_text("[")
+    (tmp_path / "edits.png").mkdir()
+    (tmp_path / "paper.pdf").touch()
+    main(["check-dataset", make_folder([line])])
+    left_out = [path.name for path in unlisted_images(str(tmp_path))]
+    assert left_out == (["1.png", "2.png"] if len(line.splitlines()) != 2 and "} {" not in line else [])
+    if left_out:
+        assert metadata_fault(str(tmp_path)) is None
+
+
+def test_a_saved_dataset_leaves_out_nothing(make_folder, tmp_path):
+    folder = make_folder(["[1]"])
+    (tmp_path / "state.json").touch()
+    assert unlisted_images(folder) == []
+
+
 def test_a_folder_without_metadata_leaves_out_nothing(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     assert unlisted_images(str(tmp_path)) == []
