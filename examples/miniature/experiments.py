@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -571,9 +572,12 @@ def environment() -> dict[str, Any]:
     """What a result has to name to be reproducible: commit, versions, machine."""
     commit, root = "unknown", Path(__file__).parents[2]
     if (root / ".git").exists():
+        git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True)
         with contextlib.suppress(OSError):
-            git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
+            commit = git(["git", "describe", "--always"]).stdout.strip() or commit
+            # Results of the experiments before are no change of the code
+            if git(["git", "status", "--porcelain", "--untracked-files=no", ".", ":!docs/results"]).stdout:
+                commit += "-dirty"
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
