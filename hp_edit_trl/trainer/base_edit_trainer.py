@@ -555,8 +555,15 @@ class BaseEditTrainer(_BaseTrainer):
             # save_total_limit=1 with load_best_model_at_end leaves only the best checkpoint of a finished run.
             if max(state.global_step, self._saved_run(checkpoint).get("step", 0)) >= max_steps:
                 return self._restore_finished(checkpoint, state)
-        with lost_processes():
-            return super().train(checkpoint, *args, **kwargs)
+        try:
+            with lost_processes():
+                return super().train(checkpoint, *args, **kwargs)
+        except KeyboardInterrupt as error:
+            error.add_note(
+                f"Stopped after update {self.state.global_step}. `trainer.train(resume_from_checkpoint=True)` goes on "
+                f"from the last checkpoint in {self.args.output_dir}."
+            )
+            raise
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with in_step(self.accelerator), restoring(checkpoint):

@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import contextlib
+import logging
 import math
 import operator
 import os
@@ -567,7 +568,7 @@ class OnlineEditTrainer(BaseEditTrainer):
         counted = self.reward_weights != 0
         missing = (failed[:, counted].any(1) | rewards_per_func[:, counted].isnan().all(1)).float().mean().item()
         if missing and not together.failures:
-            together.fail(NO_REWARD, "the reward functions returned None")
+            together.fail(NO_REWARD, "the reward functions returned None: if they are meant to, raise these two")
         exceeded = self._limit.add(missing, together)
         self._rewards_work = True
         failures = self._limit.tally()
@@ -577,7 +578,7 @@ class OnlineEditTrainer(BaseEditTrainer):
             reason = (
                 f"Too many rewards of the generation batches are missing: {exceeded} (max_failed_batches="
                 f"{self.args.max_failed_batches}, max_missing_rewards={self.args.max_missing_rewards}). The failures "
-                f"by kind: {failures.by_kind(reasons=True)}"
+                f"by kind: {failures.by_kind(reasons=True)}."
             )
         else:
             return
@@ -700,10 +701,11 @@ class OnlineEditTrainer(BaseEditTrainer):
             for place, value in zip(places, extra, strict=True):
                 filled[place] = value
         self._logged_extra.clear()
-        unscored = [row["id"] for row, none in zip(rows, rewards_per_func.isnan().all(1), strict=True) if none]
+        unscored = [row for row, none in zip(rows, rewards_per_func.isnan().all(1), strict=True) if none]
         if unscored:
-            cases = shortened(", ".join(dict.fromkeys(map(repr, unscored))))
-            logger.warning(
+            cases = shortened(", ".join(dict.fromkeys(f"{row['id']!r} ({row['prompt']!r})" for row in unscored)))
+            logger.log(
+                logging.INFO if self._rewards_work else logging.WARNING,  # later the log has the share
                 f"No reward function scored {len(unscored)} of {len(rows)} edits, of the cases {cases}.",
                 main_process_only=False,
             )

@@ -140,7 +140,7 @@ def test_more_missing_rewards_than_the_option_allows(make_trainer):
         return [None if i < missing else reward for i, reward in enumerate(redness(completions))]
 
     trainer = make_trainer(flaky, max_missing_rewards=0.4, max_steps=20)
-    with pytest.raises(RuntimeError, match="are missing: 44% of the last 8 .*returned None"):
+    with pytest.raises(RuntimeError, match="are missing: 44% of the last 8 .*returned None: .*raise these two"):
         trainer.train()
     for option in ({"max_failed_batches": 0}, {"max_missing_rewards": 1.1}, {"max_missing_rewards": -0.1}):
         with pytest.raises(ValueError, match="max_failed_batches=.* must be at least 1, and max_missing_rewards="):
@@ -261,3 +261,15 @@ def test_what_fails_in_one_process_stops_all(tmp_path, where):
     assert "rollout of 1: not enough memory" in done.stdout
     assert "rollout of 0: Process 1 failed: OutOfMemoryError: not enough memory" in done.stdout
     assert (tmp_path / "out" / "checkpoint-2" / "manifest.json").exists()
+
+
+def test_an_interrupted_training_says_how_it_is_resumed(make_trainer, tmp_path):
+    def interrupted(completions, trainer_state, **columns):
+        if trainer_state.global_step == 2:
+            raise KeyboardInterrupt
+        return redness(completions)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        make_trainer(interrupted).train()
+    (note,) = caught.value.__notes__
+    assert "Stopped after update 2." in note and "train(resume_from_checkpoint=True)` goes on from" in note
