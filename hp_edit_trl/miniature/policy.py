@@ -18,8 +18,7 @@ TRAINING_OPTIONS: dict[str, Any] = {
     "sde_window_size": 3, "sde_window_range": [0, 3], "same_latent": True, "weight_by_noise": True,
     "num_generations": 12, "num_trained_generations": 6, "per_device_train_batch_size": 24,
     "gradient_accumulation_steps": 1, "steps_per_generation": 2, "rollout_batch_size": 96, "max_steps": 480,
-    "learning_rate": 4e-4,
-    "lr_scheduler_type": "linear", "epsilon": 1e-3, "logging_steps": 4,
+    "learning_rate": 4e-4, "lr_scheduler_type": "linear", "epsilon": 1e-3, "logging_steps": 4,
     "per_device_eval_batch_size": 100,
 }  # fmt: skip
 
