@@ -28,7 +28,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .utils.hub import check_reachable, hub_options
-from .utils.image_folders import metadata_fault
+from .utils.image_folders import is_saved_dataset, metadata_fault
 from .utils.image_paths import check_image_paths
 from .utils.images import FORMATS, UnreadableImageError, open_image, read_image, to_rgb, with_path
 from .utils.secrets import redact_error, redacted, remember_secrets
@@ -512,7 +512,7 @@ def load_split(path: str, split: str = "train", image_root: str | None = None, *
 
 
 def _load_split(path: str, split: str, **options: Any) -> Any:
-    if not any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json")):
+    if not is_saved_dataset(path):
         remember_secrets([path, options])  # an address may hold a token
         if Path(path).is_file():
             raise ValueError(

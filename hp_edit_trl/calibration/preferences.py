@@ -215,7 +215,7 @@ def measure_preferences(
         if exceeded := limit.add(missing, tally):
             raise ConnectionError(
                 f"Too many pairs have no rewards: {exceeded} of the calls failed. The failures by kind: "
-                f"{limit.tally().by_kind(reasons=True) or f'{name!r} returned None'}."
+                f"{limit.reasons() or f'{name!r} returned None'}."
             )
         progress.update(len(chunk))
     progress.close()

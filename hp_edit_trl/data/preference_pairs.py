@@ -298,8 +298,7 @@ def sample_and_score(
                 if exceeded or (start == rounds[-1] and not scored):
                     raise ConnectionError(
                         f"Too many edits have no score: {exceeded or 'all'} of the rounds failed. The failures by "
-                        f"kind: {limit.tally().by_kind(reasons=True)}. Edits and scores are kept in {output_dir}: run "
-                        "it again to resume."
+                        f"kind: {limit.reasons()}. Edits and scores are kept in {output_dir}: run it again to resume."
                     )
     if isinstance(reward_func, Reward) and reward_func.tally.judgements:
         logger.info("The judge: %s.", reward_func.tally)

@@ -184,6 +184,10 @@ class FailureLimit:
             tally.merge(one)
         return tally
 
+    def reasons(self) -> str:
+        """The recent failures by kind, with the last reason of each."""
+        return self.tally().by_kind(reasons=True)
+
     def check(self, judgements: Sequence[Judgement], what: str, remedy: str, tried: Sequence[Judgement] = ()) -> None:
         """
         Adds judgements. Those that failed because of their case count as successes: the judge is there.
@@ -210,6 +214,6 @@ class FailureLimit:
             exceeded = self.add(float(failed), JudgeTally().add([one]) if failed else None) or exceeded
         if exceeded:
             raise ConnectionError(
-                f"The judge gave no answer to too many {what}: {exceeded}. The failures by kind: "
-                f"{self.tally().by_kind(reasons=True)}. {remedy}"
+                f"The judge gave no answer to too many {what}: {exceeded}. The failures by kind: {self.reasons()}. "
+                f"{remedy}"
             )

@@ -571,19 +571,20 @@ class OnlineEditTrainer(BaseEditTrainer):
             together.fail(NO_REWARD, "the reward functions returned None: if they are meant to, raise these two")
         exceeded = self._limit.add(missing, together)
         self._rewards_work = True
-        failures = self._limit.tally()
+        error_type: type[Exception] = ConnectionError
         if REFUSED in together.failures:
             reason = together.reasons[REFUSED]
         elif exceeded:
+            own = (NO_REWARD, *self.reward_func_names)  # and no judge's
+            if all(kind.partition(": ")[0] in own for kind in self._limit.tally().failures):
+                error_type = RuntimeError
             reason = (
                 f"Too many rewards of the generation batches are missing: {exceeded} (max_failed_batches="
                 f"{self.args.max_failed_batches}, max_missing_rewards={self.args.max_missing_rewards}). The failures "
-                f"by kind: {failures.by_kind(reasons=True)}."
+                f"by kind: {self._limit.reasons()}."
             )
         else:
             return
-        of_functions = {kind.partition(": ")[0] in (NO_REWARD, *self.reward_func_names) for kind in failures.failures}
-        error_type = RuntimeError if of_functions == {True} else ConnectionError
         self._rewards_gone = error_type(
             f"{reason} Mend the cause and resume from the last checkpoint in {self.args.output_dir}."
         )

@@ -14,6 +14,11 @@ EXAMPLE = '{"file_name": "cup.jpg", "prompt": "Make the cup red"}'
 KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
+def is_saved_dataset(folder: str) -> bool:
+    """Whether a folder was written by [`~datasets.Dataset.save_to_disk`]."""
+    return any((Path(folder) / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
 def _files(folder: str, pattern: str) -> list[Path]:
     """The files of a folder and its subfolders, hidden ones left out as the loader does."""
     return [
@@ -83,8 +88,8 @@ def unlisted_images(folder: str) -> list[Path]:
             The folder.
     """
     files = _files(folder, "metadata.jsonl")
-    if not files or any((Path(folder) / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return []  # the second are those of `save_to_disk`
+    if not files or is_saved_dataset(folder):
+        return []
     listed: set[Path] = set()
     for file in files:
         for _, line in _lines(file):

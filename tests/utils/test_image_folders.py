@@ -49,19 +49,9 @@ def test_another_key_for_the_file_is_told(make_folder):
 
 def test_what_can_be_read_has_no_fault(make_folder):
     assert metadata_fault(make_folder([*ROWS, "", {"file_name": "0.png", "prompt": None}])) is None
-    assert (
-        metadata_fault(
-            make_folder(
-                [
-                    {"file_name": "0.png", "mask_file_name": "1.png", "size": 1.5},
-                ]
-            )
-        )
-        is None
-    )
-    assert (
-        metadata_fault(make_folder([{"file_name": "0.png", "size": 1}, {"file_name": "1.png", "size": 1.5}])) is None
-    )
+    assert metadata_fault(make_folder([{"file_name": "0.png", "mask_file_name": "1.png", "size": 1.5}])) is None
+    numbers = [{"file_name": "0.png", "size": 1}, {"file_name": "1.png", "size": 1.5}]
+    assert metadata_fault(make_folder(numbers)) is None
     assert "line 2 is null, but each line" in metadata_fault(make_folder([ROWS[0], "null"]))
     assert "is not UTF-8" in metadata_fault(make_folder([ROWS[0], '{"prompt": "Grün"}'], encoding="latin-1"))
 
